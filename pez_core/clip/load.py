@@ -1,0 +1,265 @@
+"""Finding, downloading (only when asked) and loading CLIPs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.factory import get_model_config
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+
+from .model import Clip
+
+log = logging.getLogger(__name__)
+
+BUNDLED = {"emoji-clip": Path(__file__).parent.parent / "models" / "emoji-clip"}
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A CLIP that people ask for by what it is good for."""
+
+    name: str
+    pretrained: str
+    purpose: str
+    size: float  # GB to download
+
+
+PRESETS = (
+    Preset("ViT-L-14", "openai", "Stable Diffusion 1.5, first encoder of SDXL", 1.71),
+    Preset("ViT-H-14", "laion2b_s32b_b79k", "Stable Diffusion 2.x", 3.94),
+    Preset("ViT-bigG-14", "laion2b_s39b_b160k", "second encoder of SDXL", 10.16),
+    Preset("ViT-B-32", "laion2b_s34b_b79k", "small and fast, for a first look", 0.61),
+)
+
+
+def models_folder() -> Path:
+    """Where weights placed by hand are looked for: `PEZ_MODELS`, else `~/.cache/pez`."""
+    return Path(os.environ.get("PEZ_MODELS", Path.home() / ".cache" / "pez")).expanduser()
+
+
+def find_on_disk(name: str, pretrained: str) -> Path | None:
+    """The weights of an open_clip tag if they are on this disk, without asking the network."""
+    placed = models_folder() / f"{name}.{pretrained}.safetensors"
+    if placed.is_file():
+        return placed
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, files = _source(name, pretrained)
+    for file in files:
+        cached = try_to_load_from_cache(repository, file) if repository else None
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
+def load_clip(
+    name: str = "emoji-clip",
+    pretrained: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    download: bool = False,
+) -> Clip:
+    """Load a CLIP to search prompts on.
+
+    Args:
+        name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
+            `"ViT-H-14"`, or a folder with `open_clip_config.json` and weights.
+            `"NAME:PRETRAINED"` is `pretrained` in the same string.
+        pretrained: an open_clip tag such as `"laion2b_s32b_b79k"`, or a weights file, safetensors
+            or a PyTorch file that `weights_only` loading accepts. OpenAI's weights need the
+            `-quickgelu` architecture when they come as a file; a tag knows by itself.
+        device: None takes CUDA, then MPS, then the CPU, whichever is there first.
+        dtype: of the towers; float32, float16 or bfloat16. None: on CUDA bfloat16 (float16 on cards
+            without it), float32 elsewhere. Prompts and similarities are float32 in any case.
+        download: fetch the weights of a tag that are not on disk. Off: an error says what would be
+            fetched and how to place it by hand.
+
+    Raises:
+        ValueError: unknown architecture, tag, device or dtype; weights that are missing, damaged or
+            of another architecture; a text tower that cannot be searched.
+        OSError: the download failed; run it again to resume.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`name` has to be a string but is {type(name).__name__}.")
+    if pretrained is None and ":" in name and not Path(name).is_dir():
+        name, pretrained = name.split(":", 1)
+    device = _pick_device(device)
+    precision = _precision(device, dtype)
+
+    # Under ComfyUI's inference mode, weights would be created unfit for backward.
+    with torch.inference_mode(False):
+        folder = BUNDLED.get(name, Path(name).expanduser())
+        if (folder / "open_clip_config.json").is_file():
+            if pretrained is not None:
+                raise ValueError(
+                    f"`pretrained` is {str(pretrained)!r}, but {name} comes with its weights; "
+                    "leave it out."
+                )
+            return _load_folder(folder, name, precision, device)
+        config = get_model_config(name)
+        if config is None:
+            raise ValueError(
+                f"`name` is {name!r}, which is no architecture of open_clip and not bundled. "
+                f"Bundled: {', '.join(BUNDLED)}. Others: {_like(name, open_clip.list_models())}."
+            )
+        if "hf_model_name" in config["text_cfg"]:
+            raise ValueError(
+                f"`name` is {name!r}, whose text tower is a Hugging Face model: it takes ids only "
+                "and cannot be searched. Choose one with open_clip's own, like ViT-L-14."
+            )
+        if pretrained is None:
+            raise ValueError(
+                f"`pretrained` is missing: {name} needs weights, a file or one of the tags "
+                f"{', '.join(list_pretrained_tags_by_model(name)) or '(none known)'}."
+            )
+        preprocess, quick_gelu = None, False
+        tag = get_pretrained_cfg(name, str(pretrained))
+        if tag:
+            path = find_on_disk(name, str(pretrained)) or _fetch(name, str(pretrained), download)
+            preprocess = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode")}
+            quick_gelu = tag.get("quick_gelu", False)
+        else:
+            path = Path(pretrained).expanduser()
+            if not path.is_file():
+                raise ValueError(
+                    f"`pretrained` is {str(pretrained)!r}, which is neither a file nor a tag of "
+                    f"{name}. Tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}."
+                )
+        model = _create(
+            name,
+            path,
+            pretrained=str(path),
+            precision=precision,
+            device=device,
+            force_quick_gelu=quick_gelu,
+            force_preprocess_cfg=preprocess,
+        )
+        return Clip(model, open_clip.get_tokenizer(name), f"{name}:{pretrained}")
+
+
+def _load_folder(folder: Path, name: str, precision: str, device: torch.device) -> Clip:
+    """A folder with open_clip config, weights and, optionally, the tokens it was trained on."""
+    source = f"local-dir:{folder}"
+    model = _create(source, folder, precision=precision, device=device)
+    tokens = folder / "vocabulary.json"
+    vocabulary = json.loads(tokens.read_text()) if tokens.is_file() else None
+    return Clip(model, open_clip.get_tokenizer(source), name, vocabulary)
+
+
+def _create(name: str, path: Path, **options) -> torch.nn.Module:
+    """open_clip's `create_model`, with errors that say what is wrong with the weights in `path`."""
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"`pretrained`: {path} is empty; fetch it again.")
+    try:
+        return open_clip.create_model(name, require_pretrained=True, weights_only=True, **options)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"`pretrained`: {path} is damaged or not a weights file; fetch it again or convert it "
+            f"to safetensors. ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, KeyError, AttributeError, TypeError, StopIteration) as error:
+        raise ValueError(
+            f"`pretrained`: {path} does not hold weights of {name}; give the architecture it was "
+            f"trained with. ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+
+
+def _pick_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"`device` is {str(device)!r}, which cannot be used here ({_first_line(error)}); "
+            "leave it out, or use 'cpu'."
+        ) from error
+    return device
+
+
+def _precision(device: torch.device, dtype: torch.dtype | None) -> str:
+    if dtype is None:
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    if dtype not in names:
+        raise ValueError(
+            f"`dtype` is {dtype!r}; use torch.float32, torch.float16, torch.bfloat16 or None."
+        )
+    return names[dtype]
+
+
+def _source(name: str, pretrained: str) -> tuple[str, list[str]]:
+    """Repository and candidate files of a tag, safetensors first; ("", []) when it has none."""
+    hub = get_pretrained_cfg(name, pretrained).get("hf_hub", "")
+    repository, _, file = hub.rpartition("/")
+    if not file:
+        return repository, list(_WEIGHTS)
+    safe = str(Path(file).with_suffix(".safetensors"))
+    return repository, [safe, file] if safe != file else [file]
+
+
+def download_size(name: str, pretrained: str) -> float:
+    """GB that the weights of a tag take: as published for presets, else from the architecture."""
+    for preset in PRESETS:
+        if (preset.name, preset.pretrained) == (name, pretrained):
+            return preset.size
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, device="meta")
+    return sum(p.numel() for p in model.parameters()) * 4 / 1e9
+
+
+def _fetch(name: str, pretrained: str, download: bool) -> Path:
+    repository, files = _source(name, pretrained)
+    placed = models_folder() / f"{name}.{pretrained}.safetensors"
+    if not download:
+        raise ValueError(
+            f"{name}:{pretrained} is not on this disk and nothing is downloaded unless asked. "
+            f"Fetch {download_size(name, pretrained):.2f} GB with download=True (command line: "
+            f"--download), or place {files[0]} of the Hugging Face repository {repository} by "
+            f"hand as {placed}, or give the file as `pretrained`."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except LocalEntryNotFoundError as error:
+            raise OSError(_download_failed(repository, file, error)) from error
+        except EntryNotFoundError:
+            continue  # not every repository has safetensors
+        except HfHubHTTPError as error:
+            raise OSError(_download_failed(repository, file, error)) from error
+    raise OSError(_download_failed(repository, " or ".join(files), "no such file"))
+
+
+def _download_failed(repository: str, file: str, why: object) -> str:
+    return (
+        f"Could not download {file} of {repository} ({str(why).splitlines()[0]}); check the "
+        "connection and run it again, a partial download is resumed."
+    )
+
+
+def _like(name: str, names: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    return ", ".join(close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]) + ", ..."

@@ -1,0 +1,88 @@
+"""A CLIP as the rest of pez_core sees it: pictures and texts in, unit features out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import nn
+
+from ..vocabulary import round_trip_ids
+from .images import trim_to_centre
+from .text import TextTower
+
+_IMAGE_BATCH = 64
+
+
+class Clip:
+    """An open_clip model, its public tokenizer and its image preparation.
+
+    Made by `load_clip`; build it directly to search a model you already have in memory.
+
+    Args:
+        model: open_clip model on its device, in its dtype.
+        tokenizer: what `open_clip.get_tokenizer` returns for it.
+        name: shown in messages and results.
+        vocabulary: ids of the tokens that prompts are made of by default; None: all of them. Tokens
+            that do not survive being printed and read again are left out either way.
+
+    Attributes:
+        text: `TextTower`, from token embeddings to text features.
+        vocabulary: (n,) sorted ids of the default vocabulary, on the model's device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        name: str = "clip",
+        vocabulary: Sequence[int] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.text = TextTower(model, tokenizer)
+        self._prepare = image_transform_v2(
+            PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+        )
+        self._centre_crops = model.visual.preprocess_cfg.get("resize_mode") == "shortest"
+        size = len(self.text.token_embedding)
+        ids = round_trip_ids(self.text.words, range(size) if vocabulary is None else vocabulary)
+        self.vocabulary = torch.tensor(ids, device=self.device)
+
+    def __repr__(self) -> str:
+        return f"Clip({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.token_embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the text tower computes in."""
+        return self.text.tower.transformer.get_cast_dtype()
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """RGB pictures -> (len(images), features) unit features in fp32."""
+        if self._centre_crops:
+            images = [trim_to_centre(image) for image in images]
+        features = []
+        for start in range(0, len(images), _IMAGE_BATCH):
+            batch = torch.stack([self._prepare(i) for i in images[start : start + _IMAGE_BATCH]])
+            batch = batch.to(self.device, self.dtype)
+            features.append(self.model.encode_image(batch).float())
+        return F.normalize(torch.cat(features), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts -> (len(texts), features) unit features in fp32, the public way.
+
+        The public tokenizer and the whole text tower, nothing of the search's own path. Texts
+        longer than the context are cut by the tokenizer.
+        """
+        ids = self.tokenizer(list(texts)).to(self.device)
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)

@@ -1,0 +1,162 @@
+"""From token embeddings to CLIP text features: the way into open_clip's text towers that they lack.
+
+open_clip's `encode_text` starts from ids. Here it starts from the embeddings of the learned tokens,
+and where the tower is causal it runs over `prompt_len + 2` positions instead of the whole context:
+what follows the end token cannot reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
+
+
+class Words:
+    """One face for open_clip's two kinds of tokenizer: text to ids, ids to text, nothing added."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._hf = getattr(tokenizer, "tokenizer", None)
+        self.special_ids = set((self._hf or tokenizer).all_special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without start, end and padding tokens."""
+        if self._hf is not None:
+            return self._hf.encode(self.tokenizer.clean_fn(text), add_special_tokens=False)
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that people see; to survive means `encode(decode(ids)) == ids`."""
+        if self._hf is not None:
+            return self._hf.decode(list(ids)).strip()
+        return self.tokenizer.decode(ids).strip()
+
+    def survives(self, ids: Sequence[int]) -> bool:
+        """Whether the printed text means these very tokens, none of them a special one."""
+        return not self.special_ids & set(ids) and self.encode(self.decode(ids)) == list(ids)
+
+
+class TextTower:
+    """Text features of an open_clip model from the embeddings of learned tokens.
+
+    Args:
+        model: an open_clip model (`CLIP`, `CustomTextCLIP` or `CoCa`).
+        tokenizer: its public tokenizer; it decides what stands around the learned tokens.
+
+    Raises:
+        ValueError: the text tower is a Hugging Face model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer) -> None:
+        tower = getattr(model, "text", model)
+        if isinstance(tower, HFTextEncoder):
+            raise ValueError(
+                "`clip` has a Hugging Face text tower, which takes ids only and cannot be "
+                "searched; choose a CLIP with open_clip's own text tower, like ViT-L-14."
+            )
+        self.tower = tower
+        self.words = Words(tokenizer)
+        self.context_length = int(tower.context_length)
+        # CLIP keeps the pooling rule under other names than TextTransformer does
+        self._pool = getattr(tower, "text_pool_type", None) or tower.pool_type
+        self._cls = getattr(tower, "cls_emb", None)
+        self.causal = (
+            tower.attn_mask is not None and self._cls is None and self._pool in ("argmax", "eos")
+        )
+        # Positions around the prompt, from the row the public tokenizer makes of a known word.
+        word = self.words.encode("a")
+        row = tokenizer(["a"])[0].tolist()
+        start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
+        self._before, self._after = row[:start], row[start + len(word) :]
+        self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
+
+    @property
+    def token_embedding(self) -> torch.Tensor:
+        """(vocab_size, width) embedding table."""
+        return self.tower.token_embedding.weight
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len, width) token embeddings -> (problems, features), unnormalised."""
+        problems, prompt_len, _ = embeddings.shape
+        length = (
+            len(self._before) + prompt_len + 1
+            if self.causal
+            else self.context_length  # no causal mask: the padding takes part
+        )
+        after = self._after[: length - len(self._before) - prompt_len]
+        around = torch.tensor([*self._before, *after], device=embeddings.device)
+        around = F.embedding(around, self.token_embedding.detach()).expand(problems, -1, -1)
+        before, after = around.split([len(self._before), len(after)], dim=1)
+        dtype = self.tower.transformer.get_cast_dtype()
+        x = torch.cat([before.to(dtype), embeddings.to(dtype), after.to(dtype)], dim=1)
+        x = self._transform(x, prompt_len)
+        projection = self.tower.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection.detach()
+
+    def _transform(self, x: torch.Tensor, prompt_len: int) -> torch.Tensor:
+        """(problems, length, width) input embeddings -> (problems, width) pooled and normalised."""
+        tower, end = self.tower, len(self._before) + prompt_len
+        if self._cls is not None:
+            x = torch.cat([x, self._cls.detach().to(x.dtype).expand(len(x), 1, -1)], dim=1)
+        x = x + tower.positional_embedding[: x.shape[1]].detach().to(x.dtype)
+        blocks = tower.transformer.resblocks
+        if self.causal and all(type(b) is ResidualAttentionBlock for b in blocks):
+            for block in blocks[:-1]:
+                x = _causal_block(block, x)
+            return tower.ln_final(_causal_block(blocks[-1], x, only_last=True))[:, 0]
+        x = tower.transformer(x, attn_mask=self._mask(x, prompt_len))
+        position = {"first": 0, "last": -1}.get(self._pool, end)
+        return tower.ln_final(x[:, -1 if self._cls is not None else position])
+
+    def _mask(self, x: torch.Tensor, prompt_len: int) -> torch.Tensor | None:
+        """The additive attention mask that the tower's own forward would use for this layout."""
+        tower, length = self.tower, x.shape[1]
+        mask = tower.attn_mask
+        if mask is not None:
+            mask = mask[:length, :length].to(x.dtype)
+        if self._cls is not None or getattr(tower, "use_pad_mask", False):
+            # any id that is not padding stands for the learned ones: only padding is looked at
+            after = self._after[: self.context_length - len(self._before) - prompt_len]
+            row = [*self._before, *[self._before[0]] * prompt_len, *after]
+            ids = torch.tensor([row] * len(x), device=x.device)
+            padding = tower._build_additive_mask(ids, length, x.dtype)
+            mask = padding if mask is None else mask + padding
+        return mask
+
+
+def _causal_block(
+    block: ResidualAttentionBlock, x: torch.Tensor, only_last: bool = False
+) -> torch.Tensor:
+    """One pre-norm transformer block; with `only_last` just the output at the last position.
+
+    The same sums as the block's own forward, but told that the mask is causal and that the weights
+    need no gradient. Nothing but the last position of the last block is ever read.
+    """
+    attn = block.attn
+    heads, width = attn.num_heads, attn.embed_dim
+    normed = block.ln_1(x)
+    weight, bias = attn.in_proj_weight.detach(), attn.in_proj_bias.detach()
+    if only_last:
+        query = F.linear(normed[:, -1:], weight[:width], bias[:width])
+        keys_values = F.linear(normed, weight[width:], bias[width:])
+        q, (k, v) = _heads(query, heads, 1)[0], _heads(keys_values, heads, 2)
+        x = x[:, -1:]
+    else:
+        q, k, v = _heads(F.linear(normed, weight, bias), heads, 3)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not only_last)
+    mixed = mixed.transpose(1, 2).reshape(x.shape)
+    x = x + block.ls_1(F.linear(mixed, attn.out_proj.weight.detach(), attn.out_proj.bias.detach()))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _heads(x: torch.Tensor, heads: int, parts: int) -> torch.Tensor:
+    """(problems, length, parts * width) -> (parts, problems, heads, length, width / heads)."""
+    problems, length, _ = x.shape
+    return x.view(problems, length, parts, heads, -1).permute(2, 0, 3, 1, 4)

@@ -1,0 +1,55 @@
+"""The discrete space that prompts live in: an embedding table and the tokens that may be used."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# similarities held at once while projecting: 2**26 floats are 256 MB
+_CHUNK = 2**26
+
+
+class TokenSpace:
+    """One embedding table with a set of allowed tokens.
+
+    Args:
+        table: (vocab_size, dim) token embeddings; used in fp32 whatever their dtype.
+        allowed: ids that prompts may be made of, in rising order; None allows every row.
+
+    Raises:
+        ValueError: `allowed` is empty or holds ids outside the table.
+    """
+
+    def __init__(self, table: torch.Tensor, allowed: torch.Tensor | None = None) -> None:
+        if allowed is None:
+            allowed = torch.arange(len(table))
+        if allowed.numel() == 0:
+            raise ValueError("`allowed` has to hold at least one token id but is empty.")
+        if int(allowed.min()) < 0 or int(allowed.max()) >= len(table):
+            raise ValueError(
+                f"`allowed` has to hold ids from 0 to {len(table) - 1} but spans "
+                f"{int(allowed.min())} to {int(allowed.max())}."
+            )
+        self.table = table.detach()
+        self.allowed = allowed.to(table.device)
+        # rows of zero norm (never trained) stay zero and can only win against negative similarities
+        self._directions = F.normalize(self.table[self.allowed].float(), dim=-1)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(..., prompt_len) ids -> (..., prompt_len, dim) fp32 embeddings, not normalised."""
+        return F.embedding(ids, self.table).float()
+
+    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (...) ids of the allowed tokens of the highest cosine similarity.
+
+        The embeddings themselves need no normalising: a positive factor does not move the maximum.
+        """
+        rows = embeddings.reshape(-1, embeddings.shape[-1])
+        size = max(1, _CHUNK // len(self.allowed))
+        best = torch.cat([(chunk @ self._directions.T).argmax(-1) for chunk in rows.split(size)])
+        return self.allowed[best].reshape(embeddings.shape[:-1])
+
+    def random(self, problems: int, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
+        """(problems, prompt_len) allowed ids drawn uniformly with a CPU `generator`."""
+        picks = torch.randint(len(self.allowed), (problems, prompt_len), generator=generator)
+        return self.allowed[picks.to(self.allowed.device)]

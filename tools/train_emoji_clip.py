@@ -1,0 +1,498 @@
+"""Train, evaluate and export `emoji-clip`, the small real CLIP that ships with pez_core.
+
+    pip install -e . resvg-py && python tools/train_emoji_clip.py
+
+Downloads and renders the drawings (`emoji_data.py`), trains an ordinary open_clip model with the
+ordinary CLIP tokenizer on them and writes weights, config, vocabulary and metrics to
+`pez_core/models/emoji-clip`. About 70 minutes on two cores with AVX-512 bf16; the seed is fixed.
+
+What differs from plain CLIP training, and why: prompts that are *searched* for find every weakness
+of the text tower, so it is trained to be honest about lists of words.
+
+* Half of the captions are bags of the drawing's own words in random order, up to the full context.
+* Corrupted captions, half of whose words are random, are extra negatives.
+* Adversarial prompts are extra negatives: a pool keeps one 16-token prompt per drawing, and each
+  time the drawing is seen, its prompt is improved by one step of gradient-ranked token swaps
+  (HotFlip) against the current weights, with the drawing's true words excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from emoji_data import SIZE, STYLES, Drawing, prepare, words_of
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from torch import nn
+
+log = logging.getLogger("train_emoji_clip")
+
+CONFIG = {
+    "embed_dim": 256,
+    "vision_cfg": {
+        "image_size": SIZE,
+        "layers": [1, 1, 1, 1],
+        "width": 32,
+        "head_width": 64,
+        "patch_size": None,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 128,
+        "heads": 4,
+        "layers": 2,
+    },
+}
+PREPROCESS = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "red": (214, 40, 40),
+    "orange": (247, 148, 29),
+    "yellow": (250, 220, 60),
+    "green": (60, 160, 70),
+    "blue": (40, 90, 200),
+    "sky blue": (140, 205, 245),
+    "purple": (130, 60, 160),
+    "pink": (250, 170, 200),
+    "brown": (130, 90, 60),
+    "gray": (150, 150, 150),
+    "black": (20, 20, 20),
+}
+TEMPLATES = [
+    "{style} emoji of {name} on {background} background",
+    "{name} , {style} , {background} background",
+    "a {style} {name}",
+    "{style} drawing of {name} , {background}",
+    "a picture of {name}",
+    "{name}",
+    "{name} emoji",
+    "{name} in {style} style",
+]
+BLACK_STYLES = {"emojione-monotone", "fluent-emoji-high-contrast"}
+SOT, EOT, CONTENT = 49406, 49407, 18
+ADVERSARIAL_LEN = 16
+ADVERSARIAL_FROM = 0.4  # share of the training after which adversarial prompts take part
+
+
+class Lexicon:
+    """Token ids of words, and the compact ids of the tokens that training uses at all."""
+
+    def __init__(self) -> None:
+        self.tokenizer = open_clip.SimpleTokenizer()
+        self.cache: dict[str, list[int]] = {}
+        self.compact: dict[int, int] = {}
+        for token in (0, SOT, EOT):
+            self._add(token)
+
+    def _add(self, token: int) -> int:
+        return self.compact.setdefault(token, len(self.compact))
+
+    def ids(self, text: str) -> list[int]:
+        """Compact token ids of a text; the same as tokenizing it whole, word by word and cached."""
+        out = []
+        for word in text.split():
+            if word not in self.cache:
+                self.cache[word] = [self._add(t) for t in self.tokenizer.encode(word)]
+            out += self.cache[word]
+        return out
+
+    @property
+    def tokens(self) -> list[int]:
+        return list(self.compact)
+
+
+class Captions:
+    """Writes captions, word bags and corrupted captions for drawings."""
+
+    def __init__(self, drawings: list[Drawing], lexicon: Lexicon, rng: random.Random) -> None:
+        self.drawings, self.lexicon, self.rng = drawings, lexicon, rng
+        self.names = [" ".join(words_of(d.name)) or d.name for d in drawings]
+        self.words = [
+            sorted({w for text in (d.name, *d.keywords) for w in words_of(text)}) for d in drawings
+        ]
+        self.every_word = sorted(
+            {w for ws in self.words for w in ws}
+            | {w for s, (_, phrases) in STYLES.items() for p in phrases for w in p.split()}
+            | {w for b in BACKGROUNDS for w in b.split()}
+        )
+        for text in [*self.every_word, *TEMPLATES, ", emoji and next to"]:
+            lexicon.ids(text.replace("{", "").replace("}", ""))
+
+    def true_words(self, shown: list[int], background: str) -> list[str]:
+        words = {w for i in shown for w in self.words[i]} | set(background.split()) | {"emoji"}
+        for i in shown:
+            for phrase in STYLES[self.drawings[i].style][1]:
+                words |= set(phrase.split())
+        return sorted(words)
+
+    def caption(self, shown: list[int], background: str, longest: int) -> tuple[list[str], bool]:
+        """Words of one true caption, and whether they say the style."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            words = self.true_words(shown, background)
+            own = [w for i in shown for w in self.names[i].split()]
+            # a name's own words are what people search for: they come up more often than keywords
+            bag = rng.choices(words + own * 2, k=rng.randint(1, longest))
+            return bag, False
+        style = rng.choice(STYLES[self.drawings[shown[0]].style][1])
+        names = []
+        for i in shown:
+            name = self.names[i]
+            extra = self.drawings[i].keywords
+            if extra and rng.random() < 0.35:
+                name = " ".join([name, *rng.sample(extra, min(len(extra), rng.randint(1, 3)))])
+            elif extra and rng.random() < 0.15:
+                name = rng.choice(extra)
+            names.append(name)
+        joint = rng.choice([" and ", " next to "])
+        template = rng.choice(TEMPLATES)
+        text = template.format(name=joint.join(names), style=style, background=background)
+        words = [w for part in text.split() for w in ([part] if part == "," else words_of(part))]
+        return words, "{style}" in template
+
+    def corrupted(self, words: list[str]) -> list[str]:
+        """The same words with half of them (at least one) replaced by random ones, shuffled."""
+        rng = self.rng
+        words = list(words)
+        for k in rng.sample(range(len(words)), max(1, len(words) // 2)):
+            words[k] = rng.choice(self.every_word)
+        if rng.random() < 0.5:
+            rng.shuffle(words)
+        return words
+
+
+def pack(rows: list[list[int]], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compact id rows -> (N, L) ids with start and end tokens, and (N,) end positions."""
+    rows = [row[:longest] for row in rows]
+    ends = torch.tensor([len(row) + 1 for row in rows])
+    ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long)
+    for row, out in zip(rows, ids, strict=True):
+        out[: len(row) + 2] = torch.tensor([1, *row, 2])
+    return ids, ends
+
+
+def encode_text(model: CLIP, embeddings: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """(N, L, width) embeddings -> (N, embed_dim) unit features; exact, as the tower is causal."""
+    length = embeddings.shape[1]
+    x = embeddings + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)[torch.arange(len(x)), ends] @ model.text_projection
+    return F.normalize(x.float(), dim=-1)
+
+
+def encode_image(model: CLIP, images: torch.Tensor) -> torch.Tensor:
+    return F.normalize(model.visual(images).float(), dim=-1)
+
+
+def composite(rgba: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """(N, 4, H, W) in [0, 1] over (N, 3) colours -> model input (N, 3, H, W) in [-1, 1]."""
+    alpha = rgba[:, 3:]
+    return (rgba[:, :3] * alpha + colours[:, :, None, None] * (1 - alpha)) * 2 - 1
+
+
+class Images:
+    """Augmented model inputs from the rendered drawings."""
+
+    def __init__(self, pixels: np.ndarray, generator: torch.Generator) -> None:
+        self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        self.generator = generator
+
+    def _uniform(self, n: int, low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(n, generator=self.generator)
+
+    def augmented(self, shown: list[list[int]], flip: list[bool], colours) -> torch.Tensor:
+        first = self.pixels[[s[0] for s in shown]].float() / 255
+        first[..., :3, :, :] *= first[:, 3:]  # premultiplied, so that resampling keeps edges clean
+        for k, drawings in enumerate(shown):
+            if len(drawings) == 2:
+                second = self.pixels[drawings[1]].float() / 255
+                second[:3] *= second[3:]
+                halves = F.interpolate(
+                    torch.stack([first[k], second]), scale_factor=0.5, mode="area"
+                )
+                first[k] = 0
+                first[k, :, SIZE // 4 : 3 * SIZE // 4] = torch.cat([*halves], dim=-1)
+        n = len(shown)
+        angle = self._uniform(n, -0.25, 0.25)
+        scale = self._uniform(n, 0.85, 1.35)
+        mirror = torch.tensor([-1.0 if f else 1.0 for f in flip])
+        stretch = self._uniform(n, 0.88, 1.14)
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0], theta[:, 0, 1] = mirror * scale * angle.cos(), -scale * angle.sin()
+        theta[:, 1, 0], theta[:, 1, 1] = mirror * scale * angle.sin(), scale * angle.cos() * stretch
+        theta[:, 0, 2], theta[:, 1, 2] = (
+            self._uniform(n, -0.12, 0.12),
+            self._uniform(n, -0.12, 0.12),
+        )
+        grid = F.affine_grid(theta, (n, 4, SIZE, SIZE), align_corners=False)
+        rgba = F.grid_sample(first, grid, align_corners=False)
+        rgb, alpha = rgba[:, :3], rgba[:, 3:]
+        gain = 1 + 0.12 * torch.randn(n, 3, 1, 1, generator=self.generator)
+        rgb = (rgb * gain).clamp(max=1)
+        colours = (colours + 0.04 * torch.randn(n, 3, generator=self.generator)).clamp(0, 1)
+        x = rgb + colours[:, :, None, None] * (1 - alpha)
+        return x * 2 - 1
+
+    def plain(self, index: list[int]) -> torch.Tensor:
+        return composite(self.pixels[index].float() / 255, torch.ones(len(index), 3))
+
+
+def contrastive_loss(
+    image: torch.Tensor, text: torch.Tensor, negatives: torch.Tensor, same: torch.Tensor, scale
+) -> torch.Tensor:
+    """CLIP loss whose image side also sees `negatives`; pairs in `same` do not count."""
+    logits = scale * image @ text.T
+    logits = logits.masked_fill(same, float("-inf"))
+    with_negatives = torch.cat([logits, scale * image @ negatives.T], dim=1)
+    target = torch.arange(len(image))
+    return (F.cross_entropy(with_negatives, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
+    """Improve the pooled prompts of the `chosen` drawings by one HotFlip step.
+
+    Args:
+        pool: (drawings, 16) compact ids, updated in place.
+        image: (len(chosen), features) unit image features to get close to.
+        true_ids: for each chosen drawing the tokens that describe it truly; they are never used.
+
+    Returns:
+        (len(chosen), 16) prompts of false words that the model finds similar to the images.
+    """
+    table = model.token_embedding.weight.detach()
+    forbidden = torch.zeros(len(chosen), len(table))
+    forbidden[:, :3] = float("-inf")
+    for row, ids in zip(forbidden, true_ids, strict=True):
+        row[ids] = float("-inf")
+    prompts = pool[chosen]
+    fresh = torch.randint(3, len(table), prompts.shape, generator=generator)
+    restart = torch.rand(len(prompts), 1, generator=generator) < 0.05
+    prompts = torch.where(restart | (forbidden.gather(1, prompts) < 0), fresh, prompts)
+
+    ids, ends = pack(prompts.tolist(), ADVERSARIAL_LEN)
+    embeddings = table[ids].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encode_text(model, embeddings, ends)
+        (gradient,) = torch.autograd.grad((features * image.detach()).sum(), embeddings)
+        scores = (gradient[:, 1:-1] @ table.T).float() + forbidden[:, None]
+    swapped = torch.rand(prompts.shape, generator=generator) < 0.35
+    prompts = torch.where(swapped, scores.argmax(-1), prompts)
+    pool[chosen] = prompts
+    return prompts
+
+
+def zero_shot(model, images: Images, lexicon: Lexicon, drawings, index: list[int]) -> torch.Tensor:
+    """(len(index),) bool: is the drawing's own name the best of all the names in `index`."""
+    names = sorted({" ".join(words_of(drawings[i].name)) for i in index})
+    features = 0
+    with torch.no_grad():
+        for template in ("{}", "{} emoji", "a picture of {}"):
+            ids, ends = pack([lexicon.ids(template.format(n)) for n in names], 40)
+            features = features + encode_text(model, model.token_embedding(ids), ends)
+        pictures = torch.cat(
+            [
+                encode_image(model, images.plain(index[k : k + 256]))
+                for k in range(0, len(index), 256)
+            ]
+        )
+    best = (pictures @ features.T).argmax(1).tolist()
+    return torch.tensor(
+        [names[b] == " ".join(words_of(drawings[i].name)) for b, i in zip(best, index, strict=True)]
+    )
+
+
+def evaluate(model, images, lexicon, drawings) -> dict:
+    model.eval()
+    names = [i for i, d in enumerate(drawings) if d.split == "held-out name"]
+    style = [i for i, d in enumerate(drawings) if d.split == "held-out style"]
+    hits = zero_shot(model, images, lexicon, drawings, names)
+    by_style = {
+        s: round(hits[[drawings[i].style == s for i in names]].float().mean().item(), 4)
+        for s in sorted({drawings[i].style for i in names})
+    }
+    metrics = {
+        "zero_shot_top1_held_out_names": round(hits.float().mean().item(), 4),
+        "zero_shot_top1_by_style": by_style,
+        "held_out_name_images": len(names),
+        "zero_shot_top1_held_out_style": round(
+            zero_shot(model, images, lexicon, drawings, style).float().mean().item(), 4
+        ),
+        "held_out_style_images": len(style),
+    }
+    model.train()
+    return metrics
+
+
+def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int, threads: int):
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    drawings, pixels = prepare(folder)
+    lexicon = Lexicon()
+    captions = Captions(drawings, lexicon, rng)
+    images = Images(pixels, generator)
+    index = [i for i, d in enumerate(drawings) if d.split == "train"]
+    names = {}
+    name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in drawings])
+    style_id = torch.tensor([list(STYLES).index(d.style) for d in drawings])
+
+    model = CLIP(**CONFIG)
+    full_table = model.token_embedding.weight.detach().clone()
+    model.token_embedding = nn.Embedding.from_pretrained(
+        full_table[lexicon.tokens].clone(), freeze=False
+    )
+    vocabulary_size = len(lexicon.tokens)
+    model.visual = model.visual.to(memory_format=torch.channels_last)
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),
+    )
+    steps_per_epoch = len(index) // batch
+    total = epochs * steps_per_epoch
+    pool = torch.randint(3, vocabulary_size, (len(drawings), ADVERSARIAL_LEN), generator=generator)
+    log.info("%d drawings, %d tokens, %d steps", len(index), vocabulary_size, total)
+
+    step, began = 0, time.monotonic()
+    for epoch in range(epochs):
+        rng.shuffle(index)
+        running = 0.0
+        for k in range(steps_per_epoch):
+            share = step / total
+            rate = lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * share))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            chosen = index[k * batch : (k + 1) * batch]
+            shown, flip, backgrounds = [], [], []
+            for i in chosen:
+                pair = rng.random() < 0.1
+                shown.append([i, rng.choice(index)] if pair else [i])
+                left_or_right = {"left", "right"} & set(captions.words[i])
+                flip.append(rng.random() < 0.5 and not left_or_right and not pair)
+                plain_white = rng.random() < 0.5
+                background = "white" if plain_white else rng.choice(list(BACKGROUNDS))
+                if background == "black" and {drawings[j].style for j in shown[-1]} & BLACK_STYLES:
+                    background = "yellow"
+                backgrounds.append(background)
+            colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds]) / 255
+            x = images.augmented(shown, flip, colours).contiguous(memory_format=torch.channels_last)
+
+            longest = 74 if step % 16 == 15 else CONTENT
+            written = [
+                captions.caption(s, b, longest if rng.random() < 0.3 else CONTENT - 4)
+                for s, b in zip(shown, backgrounds, strict=True)
+            ]
+            ids, ends = pack([lexicon.ids(" ".join(w)) for w, _ in written], longest)
+            quarter = batch // 4
+            wrong = [lexicon.ids(" ".join(captions.corrupted(w))) for w, _ in written[:quarter]]
+            negative_batches = [pack(wrong, CONTENT)]
+
+            named = name_id[chosen]
+            same = named[:, None] == named[None, :]
+            styled = torch.tensor([s for _, s in written])
+            other_style = style_id[chosen][:, None] != style_id[chosen][None, :]
+            same &= ~(other_style & styled[None, :])
+            same.fill_diagonal_(False)
+
+            with torch.autocast("cpu", torch.bfloat16):
+                image = encode_image(model, x)
+
+            if share >= ADVERSARIAL_FROM:
+                attacked = range(batch // 2, batch)
+                true_ids = [
+                    lexicon.ids(" ".join(captions.true_words(shown[k], backgrounds[k])))
+                    for k in attacked
+                ]
+                prompts = attack(
+                    model, pool, [chosen[k] for k in attacked], image[attacked], true_ids, generator
+                )
+                negative_batches.append(pack(prompts.tolist(), ADVERSARIAL_LEN))
+
+            with torch.autocast("cpu", torch.bfloat16):
+                text = encode_text(model, model.token_embedding(ids), ends)
+                negatives = [
+                    encode_text(model, model.token_embedding(i), e) for i, e in negative_batches
+                ]
+            loss = contrastive_loss(
+                image, text, torch.cat(negatives), same, model.logit_scale.exp()
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(60))
+            running += loss.item()
+            if step % 50 == 0:
+                with torch.no_grad():
+                    shown_of = [image[:quarter], image[batch // 2 :]]
+                    levels = [
+                        f"{(i * n).sum(1).mean():.3f}"
+                        for i, n in zip(shown_of, negatives, strict=False)
+                    ]
+                    log.info(
+                        "step %d loss %.3f true %.3f corrupted, adversarial %s scale %.1f %.0fs",
+                        step,
+                        loss.item(),
+                        (image * text).sum(1).mean(),
+                        levels,
+                        model.logit_scale.exp(),
+                        time.monotonic() - began,
+                    )
+            step += 1
+        if epoch % 5 == 4 or epoch == epochs - 1:
+            metrics = evaluate(model, images, lexicon, drawings)
+            log.info("epoch %d loss %.3f %s", epoch + 1, running / steps_per_epoch, metrics)
+            export(model, full_table, lexicon, metrics | {"epochs": epoch + 1, "seed": seed}, out)
+
+
+def export(model: CLIP, full_table: torch.Tensor, lexicon: Lexicon, metrics: dict, out: Path):
+    """Write open_clip config, fp16 safetensors, default vocabulary and metrics."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    table = full_table.clone()
+    table[lexicon.tokens] = model.token_embedding.weight.detach()
+    state["token_embedding.weight"] = table
+    state = {
+        name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
+        for name, value in state.items()
+    }
+    save_file(state, out / "open_clip_model.safetensors")
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokens = sorted(t for t in lexicon.tokens if t not in (0, SOT, EOT))
+    (out / "vocabulary.json").write_text(json.dumps(tokens) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("pez_core/models/emoji-clip"))
+    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train(**vars(parser.parse_args()))
