@@ -298,46 +298,66 @@ def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
     return prompts
 
 
-def zero_shot(model, images: Images, lexicon: Lexicon, drawings, index: list[int]) -> torch.Tensor:
+@torch.no_grad()
+def zero_shot(encode_texts, encode_images, drawings: list[Drawing], index: list[int]):
     """(len(index),) bool: is the drawing's own name the best of all the names in `index`."""
-    names = sorted({" ".join(words_of(drawings[i].name)) for i in index})
-    features = 0
-    with torch.no_grad():
-        for template in ("{}", "{} emoji", "a picture of {}"):
-            ids, ends = pack([lexicon.ids(template.format(n)) for n in names], 40)
-            features = features + encode_text(model, model.token_embedding(ids), ends)
-        pictures = torch.cat(
-            [
-                encode_image(model, images.plain(index[k : k + 256]))
-                for k in range(0, len(index), 256)
-            ]
-        )
+    own = [" ".join(words_of(drawings[i].name)) for i in index]
+    names = sorted(set(own))
+    templates = ("{}", "{} emoji", "a picture of {}")
+    features = sum(encode_texts([t.format(n) for n in names]) for t in templates)
+    pictures = torch.cat([encode_images(index[k : k + 256]) for k in range(0, len(index), 256)])
     best = (pictures @ features.T).argmax(1).tolist()
-    return torch.tensor(
-        [names[b] == " ".join(words_of(drawings[i].name)) for b, i in zip(best, index, strict=True)]
-    )
+    return torch.tensor([names[b] == name for b, name in zip(best, own, strict=True)])
 
 
-def evaluate(model, images, lexicon, drawings) -> dict:
-    model.eval()
+def evaluate(encode_texts, encode_images, drawings: list[Drawing]) -> dict:
+    """Zero-shot top-1 on the drawings that were left out of training.
+
+    Args:
+        encode_texts: list of texts -> (n, features) unit features.
+        encode_images: list of drawing indices -> (n, features) unit features, on white.
+        drawings: all drawings.
+    """
     names = [i for i, d in enumerate(drawings) if d.split == "held-out name"]
     style = [i for i, d in enumerate(drawings) if d.split == "held-out style"]
-    hits = zero_shot(model, images, lexicon, drawings, names)
+    hits = zero_shot(encode_texts, encode_images, drawings, names)
     by_style = {
         s: round(hits[[drawings[i].style == s for i in names]].float().mean().item(), 4)
         for s in sorted({drawings[i].style for i in names})
     }
-    metrics = {
+    style_hits = zero_shot(encode_texts, encode_images, drawings, style)
+    return {
         "zero_shot_top1_held_out_names": round(hits.float().mean().item(), 4),
         "zero_shot_top1_by_style": by_style,
         "held_out_name_images": len(names),
-        "zero_shot_top1_held_out_style": round(
-            zero_shot(model, images, lexicon, drawings, style).float().mean().item(), 4
-        ),
+        "zero_shot_top1_held_out_style": round(style_hits.float().mean().item(), 4),
         "held_out_style_images": len(style),
     }
+
+
+def evaluate_in_training(model: CLIP, images: Images, lexicon: Lexicon, drawings) -> dict:
+    def texts(lines: list[str]) -> torch.Tensor:
+        ids, ends = pack([lexicon.ids(line) for line in lines], 40)
+        return encode_text(model, model.token_embedding(ids), ends)
+
+    model.eval()
+    metrics = evaluate(texts, lambda index: encode_image(model, images.plain(index)), drawings)
     model.train()
     return metrics
+
+
+def evaluate_exported(folder: Path, out: Path) -> dict:
+    """The same figures from the files in `out`, through pez_core and its public path."""
+    from pez_core import load_clip
+
+    drawings, pixels = prepare(folder)
+    images = Images(pixels, torch.Generator())
+    clip = load_clip(str(out), device="cpu")
+    return evaluate(
+        clip.encode_texts,
+        lambda index: F.normalize(clip.model.encode_image(images.plain(index)), dim=-1),
+        drawings,
+    )
 
 
 def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int, threads: int):
@@ -461,7 +481,7 @@ def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int
                     )
             step += 1
         if epoch % 5 == 4 or epoch == epochs - 1:
-            metrics = evaluate(model, images, lexicon, drawings)
+            metrics = evaluate_in_training(model, images, lexicon, drawings)
             log.info("epoch %d loss %.3f %s", epoch + 1, running / steps_per_epoch, metrics)
             export(model, full_table, lexicon, metrics | {"epochs": epoch + 1, "seed": seed}, out)
 
@@ -494,5 +514,10 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(**vars(parser.parse_args()))
+    parser.add_argument("--evaluate", action="store_true", help="measure what is in --out, as JSON")
+    arguments = vars(parser.parse_args())
+    if arguments.pop("evaluate"):
+        print(json.dumps(evaluate_exported(arguments["folder"], arguments["out"])))
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        train(**arguments)

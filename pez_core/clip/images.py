@@ -102,7 +102,7 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
         top = 65535 if image.mode.startswith("I;16") else _white_level(values.max())
         grey = (values / top * 255).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")

@@ -157,20 +157,30 @@ def _load_folder(folder: Path, name: str, precision: str, device: torch.device) 
 
 def _create(name: str, path: Path, **options) -> torch.nn.Module:
     """open_clip's `create_model`, with errors that say what is wrong with the weights in `path`."""
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"`pretrained`: {path} is empty; fetch it again.")
     try:
+        if path.is_file():
+            _check_header(path)
         return open_clip.create_model(name, require_pretrained=True, weights_only=True, **options)
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
             f"`pretrained`: {path} is damaged or not a weights file; fetch it again or convert it "
             f"to safetensors. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, KeyError, AttributeError, TypeError, StopIteration) as error:
+    except (RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(
             f"`pretrained`: {path} does not hold weights of {name}; give the architecture it was "
             f"trained with. ({_first_line(error)})"
         ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Torch answers a file that is no weights file at all with all sorts of exceptions."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        raise EOFError("the file is empty")
+    if path.suffix != ".safetensors" and start not in (b"PK", b"\x80\x02"):
+        raise pickle.UnpicklingError("not a PyTorch file")
 
 
 def _first_line(error: BaseException) -> str:

@@ -121,7 +121,7 @@ class TextTower:
         mask = tower.attn_mask
         if mask is not None:
             mask = mask[:length, :length].to(x.dtype)
-        if self._cls is not None or getattr(tower, "use_pad_mask", False):
+        if self._cls is not None:
             # any id that is not padding stands for the learned ones: only padding is looked at
             after = self._after[: self.context_length - len(self._before) - prompt_len]
             row = [*self._before, *[self._before[0]] * prompt_len, *after]

@@ -1,0 +1,127 @@
+"""The command line as a user runs it: another process, its output and its exit status."""
+
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from conftest import EXAMPLES
+
+import pez_core.cli
+
+PEZ = [sys.executable, "-m", "pez_core"]
+QUICK = ["--steps", "5"]
+
+
+def run(*arguments, **options):
+    return subprocess.run([*PEZ, *arguments], capture_output=True, text=True, **options)
+
+
+def test_a_prompt_per_image():
+    done = run("invert", *map(str, EXAMPLES[:2]), *QUICK)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(EXAMPLES[0]) and lines[2] == str(EXAMPLES[1])
+    similarity, prompt = lines[1].split(maxsplit=1)
+    assert 0 < float(similarity) < 1 and len(prompt.split()) > 5
+    assert done.stderr == ""
+
+
+def test_json_and_a_bad_file_beside_good_ones(tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    files = [str(EXAMPLES[0]), str(bad), str(EXAMPLES[1])]
+    done = run("invert", *files, *QUICK, "--json", "--prompt-len", "6", "--restarts", "2")
+    assert done.returncode == 1
+    rows = json.loads(done.stdout)
+    assert [row["image"] for row in rows] == files
+    assert set(rows[1]) == {"image", "error"} and "not an image" in rows[1]["error"]
+    for row in (rows[0], rows[2]):
+        assert set(row) == {"image", "prompt", "similarity", "token_ids", "seconds"}
+        assert len(row["token_ids"]) == 6 and row["seconds"] > 0
+
+
+def test_json_when_nothing_can_be_read():
+    done = run("invert", "missing.png", "--json")
+    assert done.returncode == 1
+    assert "does not exist" in json.loads(done.stdout)[0]["error"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--clip", "ViT-H-41"], "`name` is 'ViT-H-41'"),
+        (["--clip", "ViT-H-14:laion2b_s32b_b79k"], "3.94 GB"),
+        (["--clip", "ViT-B-32:/no/such.safetensors"], "neither a file nor a tag"),
+        (["--prompt-len", "0"], "`prompt_len` has to be from 1 to 75"),
+        (["--steps", "0"], "`steps` has to be at least 1"),
+        (["--steps", "many"], "invalid int value"),
+    ],
+)
+def test_usage_errors(arguments, message, tmp_path):
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PEZ_MODELS": str(tmp_path)}
+    done = run("invert", str(EXAMPLES[0]), *arguments, env=environment)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_models_lists_what_is_bundled_on_disk_and_to_fetch(tmp_path):
+    (tmp_path / "ViT-L-14.openai.safetensors").write_bytes(b"x")
+    done = run("models", env=os.environ | {"HF_HOME": str(tmp_path), "PEZ_MODELS": str(tmp_path)})
+    assert done.returncode == 0
+    bundled, disk, presets = done.stdout.split("\n\n")
+    assert "emoji-clip" in bundled
+    assert "ViT-L-14:openai" in disk and str(tmp_path) in disk
+    assert "ViT-H-14:laion2b_s32b_b79k" in presets and "3.94 GB" in presets
+
+
+def interrupted(*arguments):
+    """Runs until the progress bar shows on a terminal, presses Ctrl-C, returns all of it."""
+    terminal, child = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [*PEZ, "invert", *arguments, "--steps", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        text=True,
+    )
+    os.close(child)
+    shown, pressed, deadline = b"", False, time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096)
+            if b"/1000000" in shown and not pressed:
+                process.send_signal(signal.SIGINT)
+                pressed = True
+    except OSError:
+        pass  # Linux reports the closed end of a terminal this way
+    finally:
+        if not pressed:
+            process.kill()
+    output = process.communicate(timeout=60)[0]
+    os.close(terminal)
+    return process.returncode, output, shown.decode(errors="replace")
+
+
+def test_ctrl_c_prints_the_best_so_far_and_exits_130():
+    code, output, shown = interrupted(str(EXAMPLES[0]))
+    assert code == 130
+    assert output.startswith(str(EXAMPLES[0])) and len(output.splitlines()) == 2
+    assert "/1000000" in shown and "Traceback" not in shown
+
+
+def test_ctrl_c_with_json_accounts_for_every_image(monkeypatch):
+    images = [str(EXAMPLES[0])] * (pez_core.cli.BATCH + 1)
+    code, output, _ = interrupted(*images, "--json")
+    rows = json.loads(output)
+    assert code == 130 and len(rows) == len(images)
+    assert all("prompt" in row for row in rows[:-1]) and "interrupted" in rows[-1]["error"]

@@ -1,0 +1,121 @@
+"""Two independent ways to text features must agree: ours from embeddings, open_clip's from ids."""
+
+import open_clip
+import pytest
+import torch
+from conftest import CLIP, CustomTextCLIP, make_clip, make_model
+from open_clip.coca_model import CoCa
+
+from pez_core.clip.text import TextTower, Words
+
+TOWERS = {
+    "CLIP": (CLIP, {}, True),
+    "CLIP with QuickGELU": (CLIP, {"quick_gelu": True}, True),
+    "CLIP with one layer": (CLIP, {"text": {"layers": 1}}, True),
+    "CLIP with LayerScale": (CLIP, {"text": {"ls_init_value": 0.5}}, True),
+    "CLIP with projection bias": (CLIP, {"text": {"proj_bias": True}}, True),
+    "CLIP pooled at eos": (CLIP, {"text": {"pool_type": "eos", "eos_id": 49407}}, True),
+    "short context": (CLIP, {"text": {"context_length": 32}}, True),
+    "custom text": (CustomTextCLIP, {}, True),
+    "custom block": (CustomTextCLIP, {"text": {"block_type": "custom", "qk_norm": True}}, True),
+    "no causal mask (MobileCLIP)": (CustomTextCLIP, {"text": {"no_causal_mask": True}}, False),
+    "no mask, last (SigLIP)": (
+        CustomTextCLIP,
+        {"text": {"no_causal_mask": True, "pool_type": "last", "context_length": 64}},
+        False,
+    ),
+    "class token (CoCa)": (
+        CustomTextCLIP,
+        {"text": {"embed_cls": True, "context_length": 76}},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("prompt_len", [1, 5, 16])
+def test_features_equal_open_clips_own(kind, prompt_len):
+    model_class, options, causal = TOWERS[kind]
+    clip = make_clip(model_class, **options)
+    assert clip.text.causal == causal
+    generator = torch.Generator().manual_seed(prompt_len)
+    ids = clip.vocabulary[torch.randint(len(clip.vocabulary), (3, prompt_len), generator=generator)]
+    texts = [clip.text.words.decode(row) for row in ids.tolist()]
+    embeddings = clip.text.token_embedding.detach()[ids]
+    ours = torch.nn.functional.normalize(clip.text(embeddings), dim=-1)
+    torch.testing.assert_close(ours, clip.encode_texts(texts), atol=2e-6, rtol=1e-5)
+
+
+def test_longest_prompt_fills_the_context(tiny_clip):
+    assert tiny_clip.text.max_prompt_len == 75
+    ids = tiny_clip.vocabulary[:75]
+    ours = torch.nn.functional.normalize(
+        tiny_clip.text(tiny_clip.text.token_embedding.detach()[ids][None]), dim=-1
+    )
+    theirs = tiny_clip.encode_texts([tiny_clip.text.words.decode(ids.tolist())])
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_gradient_equals_the_whole_towers(tiny_clip):
+    ids = tiny_clip.vocabulary[100:108][None]
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    embeddings = tiny_clip.text.token_embedding.detach()[ids].requires_grad_()
+    (ours,) = torch.autograd.grad((tiny_clip.text(embeddings) @ direction).sum(), embeddings)
+
+    # d/d(embedding) through the public path: the hooked output of the embedding layer
+    seen = {}
+
+    def keep(module, inputs, output):
+        seen["embeddings"] = output
+
+    hook = tiny_clip.model.token_embedding.register_forward_hook(keep)
+    text = tiny_clip.text.words.decode(ids[0].tolist())
+    features = tiny_clip.model.encode_text(tiny_clip.tokenizer([text]))
+    hook.remove()
+    (theirs,) = torch.autograd.grad((features @ direction).sum(), seen["embeddings"])
+    torch.testing.assert_close(ours, theirs[:, 1:9], atol=1e-6, rtol=1e-4)
+
+
+def test_coca_model_equals_its_own_encode_text():
+    options = {"context_length": 76, "embed_cls": True, "output_tokens": True, "pad_id": 0}
+    model = make_model(
+        CoCa,
+        options,
+        multimodal_cfg={"context_length": 76, "width": 32, "heads": 4, "layers": 1},
+    )
+    tokenizer = open_clip.SimpleTokenizer(context_length=76)
+    tower = TextTower(model, tokenizer)
+    ids = torch.tensor([tokenizer.encode("a red apple on a table")])
+    ours = torch.nn.functional.normalize(tower(tower.token_embedding.detach()[ids]), dim=-1)
+    theirs = model.encode_text(tokenizer(["a red apple on a table"]))
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_no_weight_gets_a_gradient_or_changes(tiny_clip):
+    before = {k: v.clone() for k, v in tiny_clip.model.state_dict().items()}
+    embeddings = tiny_clip.text.token_embedding.detach()[:4][None].requires_grad_()
+    torch.autograd.grad(tiny_clip.text(embeddings).sum(), embeddings)
+    assert all(p.grad is None and p.requires_grad for p in tiny_clip.model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in tiny_clip.model.state_dict().items())
+
+
+def test_hugging_face_text_tower_is_refused():
+    class Fake(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            # the real class without its __init__, which would need a configuration from the hub
+            self.text = open_clip.hf_model.HFTextEncoder.__new__(open_clip.hf_model.HFTextEncoder)
+            torch.nn.Module.__init__(self.text)
+
+    with pytest.raises(ValueError, match="Hugging Face text tower"):
+        TextTower(Fake(), open_clip.SimpleTokenizer())
+
+
+def test_words_print_and_read():
+    words = Words(open_clip.SimpleTokenizer())
+    ids = words.encode("a red apple")
+    assert words.decode(ids) == "a red apple"
+    assert words.survives(ids)
+    piece = words.tokenizer.encoder["app"]  # no word end: fuses with what follows
+    assert not words.survives([piece])
+    assert not words.survives([49407]) and not words.survives([*ids, 49406])

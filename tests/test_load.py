@@ -1,0 +1,250 @@
+"""Loading: what is there loads, what is not is named with its size and place."""
+
+import json
+import os
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import open_clip
+import pytest
+import torch
+from conftest import TEXT, VISION, make_model
+from safetensors.torch import save_file
+
+from pez_core import load_clip
+from pez_core.clip import load as loading
+from pez_core.clip.load import PRESETS, download_size
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory):
+    """A tiny architecture that open_clip knows by name."""
+    folder = tmp_path_factory.mktemp("configs")
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    (folder / "pez-tiny.json").write_text(json.dumps(config))
+    (folder / "pez-wide.json").write_text(
+        json.dumps(config | {"embed_dim": 24, "text_cfg": TEXT | {"width": 64}})
+    )
+    hf_text = {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"}
+    (folder / "pez-hf.json").write_text(json.dumps(config | {"text_cfg": hf_text}))
+    open_clip.add_model_config(folder)
+    return "pez-tiny"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    save_file(make_model(seed=3).state_dict(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def empty_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEZ_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def same_text(clip, model):
+    ids = open_clip.SimpleTokenizer()(["a red apple"])
+    theirs = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
+    return torch.allclose(clip.encode_texts(["a red apple"]).cpu(), theirs, atol=1e-5)
+
+
+def test_bundled(emoji_clip):
+    assert emoji_clip.name == "emoji-clip" and emoji_clip.dtype == torch.float32
+    assert 2_000 < len(emoji_clip.vocabulary) < 6_000
+    assert all(emoji_clip.text.words.survives([i]) for i in emoji_clip.vocabulary.tolist())
+
+
+def test_a_file_gives_its_weights(architecture, weights):
+    for clip in (
+        load_clip(architecture, pretrained=weights),
+        load_clip(architecture, pretrained=str(weights)),
+        load_clip(f"{architecture}:{weights}"),
+    ):
+        assert same_text(clip, make_model(seed=3))
+        assert len(clip.vocabulary) == 34_277
+
+
+def test_a_torch_file_gives_its_weights(architecture, tmp_path):
+    torch.save({"state_dict": make_model(seed=4).state_dict()}, tmp_path / "tiny.pt")
+    clip = load_clip(architecture, tmp_path / "tiny.pt")
+    assert same_text(clip, make_model(seed=4))
+
+
+def test_a_folder_gives_model_and_vocabulary(tmp_path, weights):
+    weights.rename(tmp_path / "open_clip_model.safetensors")
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    )
+    (tmp_path / "vocabulary.json").write_text("[320, 736, 3055, 49407]")
+    clip = load_clip(str(tmp_path))
+    assert same_text(clip, make_model(seed=3))
+    assert clip.vocabulary.tolist() == [320, 736, 3055]
+    assert list(clip.model.visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype(architecture, weights, dtype):
+    clip = load_clip(architecture, weights, device="cpu", dtype=dtype)
+    assert clip.dtype == dtype
+    features = clip.encode_texts(["a red apple"])
+    assert features.dtype == torch.float32 and features.isfinite().all()
+
+
+def test_inference_mode_outside_does_not_spoil_the_weights(architecture, weights):
+    with torch.inference_mode():
+        clip = load_clip(architecture, weights)
+    assert not clip.text.token_embedding.is_inference()
+
+
+def test_tags_placed_by_hand_are_found(weights, tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    save_file({}, folder / "ViT-B-32.openai.safetensors")
+    found = loading.find_on_disk("ViT-B-32", "openai")
+    assert found == folder / "ViT-B-32.openai.safetensors"
+    assert loading.find_on_disk("ViT-B-32", "laion2b_s34b_b79k") is None
+
+
+def test_openai_tags_use_quick_gelu(tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    model = open_clip.create_model("ViT-B-32", precision="fp16")
+    save_file(model.state_dict(), folder / "ViT-B-32.openai.safetensors")
+    clip = load_clip("ViT-B-32:openai", device="cpu")
+    gelu = clip.model.transformer.resblocks[0].mlp.gelu
+    assert isinstance(gelu, open_clip.transformer.QuickGELU)
+
+
+def test_nothing_is_downloaded_unless_asked(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # any use would fail otherwise
+    with pytest.raises(ValueError) as caught:
+        load_clip("ViT-H-14", pretrained="laion2b_s32b_b79k")
+    message = str(caught.value)
+    for part in ("3.94 GB", "download=True", "--download", "laion/CLIP-ViT-H-14", "by hand as"):
+        assert part in message, message
+
+
+def test_sizes_of_presets_are_those_of_their_architectures():
+    for preset in PRESETS:
+        with torch.device("meta"):
+            model = open_clip.create_model(preset.name, load_weights=False, device="meta")
+        size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
+        assert preset.size == pytest.approx(size, abs=0.01)
+    assert download_size("ViT-B-16", "openai") == pytest.approx(0.6, abs=0.01)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face Hub that serves a file."""
+
+    content = b""
+
+    def _headers(self, length, status=200):
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", '"etag"')
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def do_HEAD(self):
+        if self.path.endswith("open_clip_model.safetensors"):
+            self._headers(len(self.content))
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+
+    def do_GET(self):
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+        start = int(asked.split("-")[0] or 0)
+        self._headers(len(self.content) - start, 206 if start else 200)
+        self.wfile.write(self.content[start:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_download_when_asked(monkeypatch):
+    """Against a hub on this machine: fetched once, then found on disk."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.content = os.urandom(100_000)
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    try:
+        path = loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+        assert path.read_bytes() == Hub.content
+        assert loading.find_on_disk("ViT-H-14", "laion2b_s32b_b79k").samefile(path)
+    finally:
+        server.shutdown()
+
+
+def test_a_failed_download_says_so(monkeypatch):
+    address = "http://127.0.0.1:9"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    with pytest.raises(OSError, match=r"Could not download .*resumed"):
+        loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/pez-was-here",))
+
+
+def test_bad_weights(architecture, weights, tmp_path):
+    def file(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    whole = weights.read_bytes()
+    cases = [
+        (file("empty.safetensors", b""), "damaged.*empty"),
+        (file("cut.safetensors", whole[: len(whole) // 2]), "damaged"),
+        (file("text.safetensors", b"hello, world"), "damaged"),
+        (file("text.pt", b"hello, world"), "damaged"),
+        (file("list.pt", pickle.dumps([1, 2, 3])), "damaged"),
+        (file("evil.pt", pickle.dumps(Evil())), "damaged"),
+    ]
+    torch.save({"optimizer": 3}, tmp_path / "other.pt")
+    cases.append((tmp_path / "other.pt", "does not hold weights of pez-tiny"))
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_clip(architecture, path)
+        assert str(path) in str(caught.value) and "`pretrained`" in str(caught.value)
+    assert not os.path.exists("/tmp/pez-was-here")
+    with pytest.raises(ValueError, match=r"does not hold weights of pez-wide"):
+        load_clip("pez-wide", weights)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("ViT-H-41", {}, r"`name` is 'ViT-H-41'.*emoji-clip.*ViT-H-14"),
+        ("ViT-H-14", {}, r"`pretrained` is missing.*laion2b_s32b_b79k"),
+        ("ViT-H-14", {"pretrained": "laion9b"}, r"neither a file nor a tag.*laion2b_s32b_b79k"),
+        ("pez-hf", {"pretrained": "x"}, "Hugging Face model"),
+        ("emoji-clip", {"pretrained": "x"}, "comes with its weights"),
+        ("emoji-clip", {"device": "toaster"}, "`device` is 'toaster'"),
+        ("emoji-clip", {"dtype": torch.int8}, "`dtype` is torch.int8"),
+    ],
+)
+def test_bad_arguments(architecture, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(name, **options)
+
+
+def test_a_name_has_to_be_a_string():
+    with pytest.raises(TypeError, match="`name`"):
+        load_clip(3)

@@ -1,0 +1,249 @@
+"""Algorithm 1: equal to a plain implementation of the paper, and well behaved around it."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_clip
+
+from pez_core import Settings, TokenSpace, search
+from pez_core.objectives import Similarity
+
+
+def plain_pez(model, ids, target, steps, lr=0.1, weight_decay=0.1):
+    """The paper's Algorithm 1 on one prompt, slowly and independently of pez_core.
+
+    77 tokens through open_clip's modules, the whole vocabulary compared one token at a time, AdamW
+    written out (Loshchilov & Hutter 2019, algorithm 2). Returns the ids of every step.
+    """
+    table = model.token_embedding.weight.detach()
+    P = table[ids].clone()
+    m, v = torch.zeros_like(P), torch.zeros_like(P)
+    trace = []
+    for t in range(1, steps + 1):
+        projected = []
+        for row in P:
+            cosines = (table @ row) / (table.norm(dim=1) * row.norm())
+            projected.append(int(cosines.argmax()))
+        trace.append(projected)
+
+        P_projected = table[projected].clone().requires_grad_()
+        padding = table[torch.zeros(77 - len(ids) - 2, dtype=torch.long)]
+        x = torch.cat([table[49406][None], P_projected, table[49407][None], padding])
+        x = (x + model.positional_embedding)[None]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        feature = x[0, len(ids) + 1] @ model.text_projection
+        loss = 1 - (feature @ target) / (feature.norm() * target.norm())
+        (g,) = torch.autograd.grad(loss, P_projected)
+
+        P = P * (1 - lr * weight_decay)
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        P = P - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    return trace
+
+
+class Traced(TokenSpace):
+    """A space that remembers what every step projected to."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.trace = []
+
+    def nearest(self, embeddings):
+        ids = super().nearest(embeddings)
+        self.trace.append(ids)
+        return ids
+
+
+@pytest.mark.parametrize("name", ["tiny", "emoji-clip"])
+def test_ids_of_every_step_equal_a_plain_implementation(name, tiny_clip, emoji_clip, pictures):
+    clip = {"tiny": tiny_clip, "emoji-clip": emoji_clip}[name]
+    ids = torch.randint(49408, (3, 8), generator=torch.Generator().manual_seed(5))
+    targets = torch.randn(3, clip.model.text_projection.shape[1], generator=torch.Generator())
+    space = Traced(clip.text.token_embedding)  # the whole vocabulary, special tokens and all
+    search(space, Similarity(clip.text, targets[:, None]), ids, Settings(steps=40))
+    ours = torch.stack(space.trace, dim=1).tolist()
+    plain = [
+        plain_pez(clip.model, row.tolist(), target, 40)
+        for row, target in zip(ids, targets, strict=True)
+    ]
+    assert ours == plain
+    assert len({tuple(step) for step in plain[0]}) > 5  # it really moves
+
+
+def quadratic(goal):
+    """An objective without any CLIP: get close to `goal` (prompt_len, dim)."""
+
+    def objective(embeddings, step):
+        loss = ((embeddings - goal) ** 2).sum((-1, -2))
+        return loss, -loss
+
+    return objective
+
+
+@pytest.fixture
+def grid():
+    """Tokens on a circle, two turns of growing radius left out: cosine decides."""
+    angles = torch.arange(64) * (2 * math.pi / 64)
+    return TokenSpace(torch.stack([angles.cos(), angles.sin()], dim=1))
+
+
+def test_solves_a_problem_with_a_known_answer(grid):
+    goal = grid.table[[3, 40]]
+    found = search(grid, quadratic(goal), torch.tensor([[60, 20]]), Settings(steps=200))
+    assert found.ids.tolist() == [[3, 40]]
+    assert found.scores.item() == pytest.approx(0)
+
+
+def test_keeps_the_best_prompt_not_the_last(grid):
+    """The score rewards token 10 alone; the loss drives the prompt past it, to token 20."""
+    passed = []
+
+    def objective(embeddings, step):
+        loss = ((embeddings - grid.table[20]) ** 2).sum((-1, -2))
+        score = -((embeddings - grid.table[10]) ** 2).sum((-1, -2))
+        passed.append(score.item())
+        return loss, score
+
+    found = search(grid, objective, torch.tensor([[1]]), Settings(steps=150))
+    assert found.scores.item() == max(passed) > passed[-1]
+    assert found.ids.item() in (9, 10, 11)  # one step may jump over a token
+
+
+def test_the_initial_prompt_counts(grid):
+    goal = grid.table[[5]]
+    found = search(grid, quadratic(goal), torch.tensor([[5]]), Settings(steps=1))
+    assert found.ids.tolist() == [[5]]
+
+
+def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip, pictures):
+    generator = torch.Generator().manual_seed(1)
+    space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
+    ids = space.random(5, 6, generator)
+    targets = torch.randn(5, 1, 16, generator=generator)
+    settings = Settings(steps=60)
+    together = search(space, Similarity(tiny_clip.text, targets), ids, settings)
+    for k in range(5):
+        one = slice(k, k + 1)
+        alone = search(space, Similarity(tiny_clip.text, targets[one]), ids[one], settings)
+        assert alone.ids.tolist() == together.ids[one].tolist()
+        torch.testing.assert_close(alone.scores, together.scores[one])
+
+
+def test_patience_ends_each_problem_on_its_own(tiny_clip):
+    """A neighbour that keeps the batch running must not give a stalled problem more steps."""
+    generator = torch.Generator().manual_seed(2)
+    space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
+    ids = space.random(6, 4, generator)
+    targets = torch.randn(6, 1, 16, generator=generator)
+    settings = Settings(steps=400, patience=10)
+    together = search(space, Similarity(tiny_clip.text, targets), ids, settings)
+    ends = set()
+    for k in range(6):
+        one = slice(k, k + 1)
+        alone = search(space, Similarity(tiny_clip.text, targets[one]), ids[one], settings)
+        assert alone.step < 400
+        assert alone.ids.tolist() == together.ids[one].tolist()
+        ends.add(alone.step)
+    assert len(ends) > 1 and together.step == max(ends)
+
+
+def test_callback_sees_progress_and_stops(grid):
+    seen = []
+
+    def callback(progress):
+        seen.append((progress.step, progress.scores.item()))
+        return progress.step >= 20
+
+    found = search(
+        grid,
+        quadratic(grid.table[[40]]),
+        torch.tensor([[0]]),
+        Settings(steps=500, report_every=10),
+        callback,
+    )
+    assert [step for step, _ in seen] == [1, 10, 20]
+    assert found.stopped and found.step == 20
+    assert found.history == [(step, [score]) for step, score in seen]
+    assert seen == sorted(seen, key=lambda row: row[1])
+
+
+def test_only_acceptable_prompts_are_kept(grid):
+    found = search(
+        grid,
+        quadratic(grid.table[[40]]),
+        torch.tensor([[20]]),
+        Settings(steps=200),
+        acceptable=lambda ids: (ids % 2 == 1).all(-1),
+    )
+    assert found.ids.item() in (39, 41)
+    nothing = search(
+        grid,
+        quadratic(grid.table[[40]]),
+        torch.tensor([[20]]),
+        Settings(steps=5),
+        acceptable=lambda ids: torch.zeros(len(ids), dtype=torch.bool),
+    )
+    assert nothing.scores.item() == -math.inf and nothing.ids.tolist() == [[20]]
+
+
+def test_works_inside_inference_mode(grid):
+    with torch.inference_mode():
+        found = search(
+            grid, quadratic(grid.table[[3]].clone()), torch.tensor([[9]]), Settings(steps=99)
+        )
+    assert found.ids.tolist() == [[3]]
+
+
+def test_nothing_global_is_touched(grid):
+    state, grad = torch.get_rng_state(), torch.is_grad_enabled()
+    search(grid, quadratic(grid.table[[3]]), torch.tensor([[9]]), Settings(steps=3))
+    assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled() == grad
+
+
+def test_nan_is_an_error_that_says_what_to_try(grid):
+    def objective(embeddings, step):
+        loss = embeddings.sum((-1, -2)) * (math.nan if step == 3 else 1)
+        return loss, loss
+
+    with pytest.raises(FloatingPointError, match=r"step 4.*float32"):
+        search(grid, objective, torch.tensor([[9]]), Settings(steps=9))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"steps": 0}, ValueError, "`steps` has to be at least 1 but is 0"),
+        ({"steps": 2.5}, TypeError, "`steps` has to be an integer but is 2.5"),
+        ({"steps": True}, TypeError, "`steps`"),
+        ({"lr": 0}, ValueError, "`lr` has to be finite and above 0"),
+        ({"lr": math.nan}, ValueError, "`lr`"),
+        ({"lr": "fast"}, TypeError, "`lr` has to be a number"),
+        ({"weight_decay": -1}, ValueError, "`weight_decay` has to be finite and 0 or more"),
+        ({"patience": 0}, ValueError, "`patience`"),
+    ],
+)
+def test_bad_settings(options, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**options)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (1, 0)])
+def test_bad_initial_ids(grid, shape):
+    with pytest.raises(ValueError, match="`ids`"):
+        search(grid, quadratic(grid.table[[3]]), torch.zeros(shape, dtype=torch.long))
+
+
+def test_half_precision_tower_keeps_the_prompt_in_fp32():
+    clip = make_clip()
+    clip.model.bfloat16()
+    space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
+    seen = []
+
+    def objective(embeddings, step):
+        seen.append(embeddings.dtype)
+        return Similarity(clip.text, torch.ones(1, 1, 16))(embeddings, step)
+
+    found = search(space, objective, clip.vocabulary[:4][None], Settings(steps=3))
+    assert seen == [torch.float32] * 3 and found.scores.dtype == torch.float32

@@ -1,0 +1,176 @@
+"""`invert` on the bundled CLIP: what it reports is what the public path says of the text."""
+
+import pytest
+import torch
+from conftest import EXAMPLES, make_clip
+from PIL import Image
+
+from pez_core import Result, invert, load_clip
+from pez_core.clip.images import load_image
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [load_image(path) for path in EXAMPLES[:3]]
+
+
+@pytest.fixture(scope="module")
+def results(emoji_clip, images):
+    return invert(emoji_clip, images, steps=STEPS, restarts=2)
+
+
+def public_similarity(clip, prompt, image):
+    """Nothing of pez_core: open_clip's tokenizer, transforms and towers."""
+    import open_clip
+
+    prepare = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    with torch.no_grad():
+        text = clip.model.encode_text(tokenizer([prompt]), normalize=True)
+        picture = clip.model.encode_image(prepare(image)[None], normalize=True)
+    return (text @ picture.T).item()
+
+
+def test_the_similarity_is_that_of_the_printed_string(emoji_clip, images, results):
+    for image, result in zip(images, results, strict=True):
+        expected = public_similarity(emoji_clip, result.prompt, image)
+        assert result.similarity == pytest.approx(expected, abs=1e-5)
+        assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
+        assert len(result.token_ids) == 16
+        assert set(result.token_ids) <= set(emoji_clip.vocabulary.tolist())
+
+
+def test_the_search_improves_and_reports_it(results):
+    for result in results:
+        steps, similarities = zip(*result.history, strict=True)
+        assert steps[0] == 1 and steps[-1] == STEPS
+        assert list(similarities) == sorted(similarities)
+        assert similarities[-1] > similarities[0] + 0.1
+        assert similarities[-1] == pytest.approx(result.similarity, abs=1e-5)
+
+
+def test_restarts_return_the_best_and_keep_the_others(emoji_clip, images, results):
+    for image, result in zip(images, results, strict=True):
+        assert len(result.candidates) == 2
+        best, other = result.candidates
+        assert (best.prompt, best.similarity) == (result.prompt, result.similarity)
+        assert best.similarity >= other.similarity and best.prompt != other.prompt
+        alone = invert(emoji_clip, image, steps=STEPS)
+        second = invert(emoji_clip, image, steps=STEPS, seed=1)
+        assert {alone.prompt, second.prompt} == {best.prompt, other.prompt}
+
+
+def test_one_image_gives_one_result_and_a_list_gives_a_list(emoji_clip, images):
+    assert isinstance(invert(emoji_clip, images[0], steps=2), Result)
+    assert isinstance(invert(emoji_clip, EXAMPLES[0], steps=2), Result)
+    assert isinstance(invert(emoji_clip, str(EXAMPLES[0]), steps=2), Result)
+    assert isinstance(invert(emoji_clip, torch.rand(3, 9, 9), steps=2), Result)
+    assert isinstance(invert(emoji_clip, images[:2], steps=2, shared=True), Result)
+    assert [type(r) for r in invert(emoji_clip, images[:1], steps=2)] == [Result]
+    assert len(invert(emoji_clip, torch.rand(2, 9, 9, 3), steps=2)) == 2
+
+
+def test_a_result_does_not_depend_on_its_batch(emoji_clip, images, results):
+    alone = invert(emoji_clip, images[1], steps=STEPS, restarts=2)
+    assert alone.prompt == results[1].prompt
+    assert alone.similarity == pytest.approx(results[1].similarity, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_prompts(emoji_clip, images, results):
+    again = invert(emoji_clip, images, steps=STEPS, restarts=2)
+    assert [r.candidates for r in again] == [r.candidates for r in results]
+    other = invert(emoji_clip, images, steps=STEPS, restarts=2, seed=7)
+    assert all(a.prompt != b.prompt for a, b in zip(other, results, strict=True))
+
+
+def test_the_same_seed_after_loading_again(images, results):
+    again = invert(load_clip("emoji-clip", device="cpu"), images, steps=STEPS, restarts=2)
+    assert [r.token_ids for r in again] == [r.token_ids for r in results]
+
+
+def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
+    result = invert(emoji_clip, images, steps=STEPS, shared=True)
+    each = [public_similarity(emoji_clip, result.prompt, image) for image in images]
+    assert result.similarity == pytest.approx(sum(each) / len(each), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_vocabulary_returns_only_surviving_prompts(seed):
+    """On random weights and one step most prompts would not survive being printed."""
+    clip = make_clip()
+    for result in invert(
+        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=1, seed=seed, whole_vocabulary=True
+    ):
+        assert clip.tokenizer.encode(result.prompt) == result.token_ids
+        assert 0 < len(result.token_ids) <= 12
+        text = clip.encode_texts([result.prompt])
+        assert text.isfinite().all()
+
+
+def test_whole_vocabulary_uses_tokens_that_the_default_leaves_out(emoji_clip, images):
+    result = invert(emoji_clip, images[0], steps=STEPS, whole_vocabulary=True)
+    assert set(result.token_ids) - set(emoji_clip.vocabulary.tolist())
+
+
+def test_callback_gets_one_dict_and_can_stop(emoji_clip, images):
+    reports = []
+
+    def callback(report):
+        reports.append(report)
+        return report["step"] == 7
+
+    results = invert(emoji_clip, images[:2], steps=500, restarts=2, callback=callback)
+    assert len(reports) == 7
+    last = reports[-1]
+    assert set(last) == {
+        "step",
+        "steps",
+        "prompt",
+        "similarity",
+        "prompts",
+        "similarities",
+        "elapsed",
+    }
+    assert last["steps"] == 500 and last["elapsed"] > 0
+    assert last["prompts"] == [r.prompt for r in results]
+    assert last["similarity"] == max(last["similarities"])
+    assert last["similarities"] == pytest.approx([r.similarity for r in results], abs=1e-5)
+
+
+def test_patience_ends_early(emoji_clip, images):
+    result = invert(emoji_clip, images[0], steps=5000, patience=20)
+    assert result.history[-1][0] < 5000
+
+
+def test_inside_inference_mode_with_inference_tensors(emoji_clip):
+    """As ComfyUI calls it."""
+    with torch.inference_mode():
+        image = torch.rand(1, 32, 32, 3)
+        assert len(invert(emoji_clip, image, steps=3)) == 1
+
+
+def test_longest_prompt(emoji_clip, images):
+    result = invert(emoji_clip, images[0], prompt_len=75, steps=3)
+    expected = public_similarity(emoji_clip, result.prompt, images[0])
+    assert len(result.token_ids) == 75 and result.similarity == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"prompt_len": 0}, ValueError, "`prompt_len` has to be from 1 to 75 but is 0"),
+        ({"prompt_len": 76}, ValueError, "`prompt_len` has to be from 1 to 75 but is 76"),
+        ({"prompt_len": "8"}, TypeError, "`prompt_len`"),
+        ({"steps": 0}, ValueError, "`steps`"),
+        ({"restarts": 0}, ValueError, "`restarts` has to be at least 1"),
+        ({"seed": -1}, ValueError, "`seed`"),
+        ({"lr": -0.1}, ValueError, "`lr`"),
+    ],
+)
+def test_bad_arguments(tiny_clip, options, error, message):
+    with pytest.raises(error, match=message):
+        invert(tiny_clip, Image.new("RGB", (9, 9)), **options)
