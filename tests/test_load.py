@@ -9,11 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import open_clip
 import pytest
 import torch
-from conftest import TEXT, VISION, make_model
+from conftest import EXAMPLES, TEXT, VISION, make_model
 from safetensors.torch import save_file
 
-from pez_core import load_clip
+from pez_core import invert, load_clip
 from pez_core.clip import load as loading
+from pez_core.clip.images import load_image
 from pez_core.clip.load import PRESETS, download_size
 
 
@@ -93,6 +94,19 @@ def test_dtype(architecture, weights, dtype):
     assert clip.dtype == dtype
     features = clip.encode_texts(["a red apple"])
     assert features.dtype == torch.float32 and features.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bundled_model_in_half_precision(emoji_clip, dtype):
+    clip = load_clip("emoji-clip", device="cpu", dtype=dtype)
+    image = load_image(EXAMPLES[0])
+    for ours, full in (
+        (clip.encode_images([image]), emoji_clip.encode_images([image])),
+        (clip.encode_texts(["red apple"]), emoji_clip.encode_texts(["red apple"])),
+    ):
+        assert (ours * full).sum() > 0.999
+    result = invert(clip, image, steps=5)
+    assert result.similarity == pytest.approx(result.history[-1][1], abs=0.01)
 
 
 def test_inference_mode_outside_does_not_spoil_the_weights(architecture, weights):

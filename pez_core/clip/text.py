@@ -72,7 +72,9 @@ class TextTower:
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
-        self._before, self._after = row[:start], row[start + len(word) :]
+        device = tower.token_embedding.weight.device
+        self._before = torch.tensor(row[:start], device=device)
+        self._after = torch.tensor(row[start + len(word) :], device=device)
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
 
     @property
@@ -83,17 +85,15 @@ class TextTower:
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(problems, prompt_len, width) token embeddings -> (problems, features), unnormalised."""
         problems, prompt_len, _ = embeddings.shape
-        length = (
-            len(self._before) + prompt_len + 1
-            if self.causal
-            else self.context_length  # no causal mask: the padding takes part
-        )
-        after = self._after[: length - len(self._before) - prompt_len]
-        around = torch.tensor([*self._before, *after], device=embeddings.device)
-        around = F.embedding(around, self.token_embedding.detach()).expand(problems, -1, -1)
-        before, after = around.split([len(self._before), len(after)], dim=1)
         dtype = self.tower.transformer.get_cast_dtype()
-        x = torch.cat([before.to(dtype), embeddings.to(dtype), after.to(dtype)], dim=1)
+        # without a causal mask the padding takes part, and the context has to be filled up
+        rest = 1 if self.causal else self.context_length - len(self._before) - prompt_len
+        table = self.token_embedding.detach()
+        before, after = (
+            F.embedding(ids.to(table.device), table).to(dtype).expand(problems, -1, -1)
+            for ids in (self._before, self._after[:rest])
+        )
+        x = torch.cat([before, embeddings.to(dtype), after], dim=1)
         x = self._transform(x, prompt_len)
         projection = self.tower.text_projection
         if projection is None:
@@ -123,9 +123,9 @@ class TextTower:
             mask = mask[:length, :length].to(x.dtype)
         if self._cls is not None:
             # any id that is not padding stands for the learned ones: only padding is looked at
+            prompt = self._before[:1].expand(prompt_len)
             after = self._after[: self.context_length - len(self._before) - prompt_len]
-            row = [*self._before, *[self._before[0]] * prompt_len, *after]
-            ids = torch.tensor([row] * len(x), device=x.device)
+            ids = torch.cat([self._before, prompt, after]).to(x.device).expand(len(x), -1)
             padding = tower._build_additive_mask(ids, length, x.dtype)
             mask = padding if mask is None else mask + padding
         return mask
