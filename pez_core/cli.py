@@ -12,6 +12,15 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import open_clip
+from tqdm import tqdm
+
+from .clip import PRESETS, load_clip
+from .clip.images import load_image
+from .clip.load import BUNDLED, find_on_disk, models_folder
+from .search import Settings
+from .tasks import invert
+
 # Images searched together; enough to share the cost of a step, little enough to see results early.
 BATCH = 16
 
@@ -20,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 (an image failed), 2 (usage), 130 (Ctrl-C)."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR, format="pez: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may lack a prompt's letters
     try:
         return arguments.run(arguments)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -68,60 +79,65 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _invert(arguments: argparse.Namespace) -> int:
-    from .clip import load_clip
-    from .clip.images import load_image
-    from .tasks import invert
-
+    Settings(steps=arguments.steps)  # say what is wrong before a large model is loaded
     clip = load_clip(arguments.clip, device=arguments.device, download=arguments.download)
-    rows: list[dict[str, Any]] = []
-    pending: list[tuple[dict, Any]] = []
-    for path in arguments.images:
-        row: dict[str, Any] = {"image": path}
-        rows.append(row)
-        try:
-            pending.append((row, load_image(path)))
-        except ValueError as error:
-            row["error"] = str(error).removeprefix("`images`: ")
-
-    settings = {
-        "prompt_len": arguments.prompt_len,
-        "steps": arguments.steps,
-        "restarts": arguments.restarts,
-        "seed": arguments.seed,
-    }
-    with _interruptible() as interrupted:
-        for start in range(0, len(pending), BATCH):
-            if interrupted():
-                break
-            batch = pending[start : start + BATCH]
-            with _progress_bar(arguments.steps, start, len(batch), len(pending)) as update:
-                results = invert(
-                    clip,
-                    [image for _, image in batch],
-                    callback=lambda report, show=update: show(report) or interrupted(),
-                    **settings,
-                )
-            for (row, _), result in zip(batch, results, strict=True):
-                row |= {
-                    "prompt": result.prompt,
-                    "similarity": round(result.similarity, 6),
-                    "token_ids": result.token_ids,
-                    "seconds": round(result.seconds / len(batch), 3),
-                }
+    rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
+    try:
+        with _interruptible() as interrupted:
+            for start in range(0, len(rows), BATCH):
+                if interrupted():
+                    break
+                _invert_batch(clip, arguments, rows, start, interrupted)
+            was_interrupted = interrupted()
+    finally:  # whatever happens, what was found is shown
+        for row in rows:
+            if "prompt" not in row:
+                row.setdefault("error", "not searched: ended before its turn")
                 if not arguments.json:
-                    print(f"{row['image']}\n  {result.similarity:.4f}  {result.prompt}", flush=True)
-        was_interrupted = interrupted()
-
-    for row in rows:
-        if "prompt" not in row:
-            row.setdefault("error", "not searched: interrupted before its turn")
-            if not arguments.json:
-                print(f"pez: error: {row['image']}: {row['error']}", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+                    print(f"pez: error: {row['image']}: {row['error']}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps(rows, indent=2))
     if was_interrupted:
         return 130
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _invert_batch(clip, arguments, rows: list[dict], start: int, interrupted) -> None:
+    """Search the images of `rows[start : start + BATCH]` together and fill in their rows."""
+    batch, images = [], []
+    for row in rows[start : start + BATCH]:
+        try:
+            images.append(load_image(row["image"]))
+            batch.append(row)
+        except ValueError as error:
+            row["error"] = str(error).removeprefix("`images`: ")
+    if not batch:
+        return
+    label = "" if len(rows) == 1 else f"image {start + 1}-{start + len(batch)} of {len(rows)}"
+    try:
+        with _progress_bar(arguments.steps, label) as show:
+            results = invert(
+                clip,
+                images,
+                prompt_len=arguments.prompt_len,
+                steps=arguments.steps,
+                restarts=arguments.restarts,
+                seed=arguments.seed,
+                callback=lambda report: show(report) or interrupted(),
+            )
+    except (RuntimeError, FloatingPointError, MemoryError) as error:
+        for row in batch:
+            row["error"] = str(error) or type(error).__name__
+        return
+    for row, result in zip(batch, results, strict=True):
+        row |= {
+            "prompt": result.prompt,
+            "similarity": round(result.similarity, 6),
+            "token_ids": result.token_ids,
+            "seconds": round(result.seconds / len(batch), 3),
+        }
+        if not arguments.json:
+            print(f"{row['image']}\n  {result.similarity:.4f}  {result.prompt}", flush=True)
 
 
 @contextmanager
@@ -142,17 +158,14 @@ def _interruptible():
 
 
 @contextmanager
-def _progress_bar(steps: int, start: int, count: int, total: int):
+def _progress_bar(steps: int, label: str):
     """A bar on stderr with the best prompt so far; nothing when stderr is not a terminal."""
-    from tqdm import tqdm
-
-    label = "" if total == 1 else f"image {start + 1}-{start + count} of {total} "
     bar = tqdm(
         total=steps,
         disable=None,
         leave=False,
         dynamic_ncols=True,
-        desc=label.strip() or None,
+        desc=label or None,
         bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
     )
     shown_at = 0.0
@@ -170,10 +183,6 @@ def _progress_bar(steps: int, start: int, count: int, total: int):
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    import open_clip
-
-    from .clip.load import BUNDLED, PRESETS, find_on_disk, models_folder
-
     print("Bundled (no download):")
     for name in BUNDLED:
         print(f"  {name}")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
@@ -52,19 +53,24 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "report_every"):
             value = getattr(self, name)
-            if value is None and name != "steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` has to be an integer but is {value!r}.")
-            if value < 1:
-                raise ValueError(f"`{name}` has to be at least 1 but is {value}.")
+            if value is not None or name == "steps":
+                check_integer(name, value, 1)
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"`{name}` has to be a number but is {value!r}.")
             if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
                 bound = "above 0" if name == "lr" else "0 or more"
                 raise ValueError(f"`{name}` has to be finite and {bound} but is {value}.")
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless the argument `name` is an integer of the range that it may have."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` has to be an integer but is {value!r}.")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` has to be {span} but is {value}.")
 
 
 @dataclass
@@ -117,7 +123,7 @@ def search(
 
     Raises:
         ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
-        FloatingPointError: the objective returned NaN.
+        FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
     """
     if ids.ndim != 2 or ids.numel() == 0:
         raise ValueError(
@@ -132,6 +138,7 @@ def search(
         best_ids = ids.clone()
         best_scores = torch.full((len(ids),), -torch.inf, device=ids.device)
         best_steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        finite = torch.ones((), dtype=torch.bool, device=ids.device)
         progress = Progress(0, settings.steps, best_ids, best_scores, 0.0)
 
         for step in range(settings.steps):
@@ -142,20 +149,23 @@ def search(
 
             better = scores.detach() > best_scores
             if settings.patience is not None:
-                better &= step - best_steps < settings.patience
+                better &= step - best_steps <= settings.patience
             if acceptable is not None and better.any():
                 better[better.clone()] = acceptable(projected_ids[better])
             best_ids = torch.where(better[:, None], projected_ids, best_ids)
             best_scores = torch.where(better, scores.detach().float(), best_scores)
             best_steps = torch.where(better, step, best_steps)
 
+            # A NaN moves P to where scores may look fine again, so it has to be remembered.
+            finite = finite & scores.isfinite().all() & P.grad.isfinite().all()
             optimizer.step()  # ... moves the continuous P
 
             done = step + 1
             if done == 1 or done % report_every == 0 or done == settings.steps:
-                if scores.isnan().any():
+                if not finite:
                     raise FloatingPointError(
-                        f"The objective became NaN at step {done}; try dtype=torch.float32."
+                        f"Score or gradient became NaN or infinite by step {done}; load the "
+                        "model with dtype=torch.float32, or with torch.bfloat16 if it was float16."
                     )
                 progress.step, progress.ids, progress.scores = done, best_ids, best_scores
                 progress.elapsed = time.monotonic() - began

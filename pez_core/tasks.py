@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .objectives import Similarity
-from .search import Progress, Settings, search
+from .search import Progress, Settings, check_integer, search
 from .space import TokenSpace
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def invert(
     from .clip.images import load_images
 
     pictures, single = load_images(images)
-    _check_integer("prompt_len", prompt_len, 1, clip.text.max_prompt_len)
-    _check_integer("restarts", restarts, 1)
-    _check_integer("seed", seed, 0)
+    check_integer("prompt_len", prompt_len, 1, clip.text.max_prompt_len)
+    check_integer("restarts", restarts, 1)
+    check_integer("seed", seed, 0)
     settings = Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience)
 
     with torch.inference_mode(False):
@@ -130,10 +130,13 @@ def _learn(
     """(n, m, features) unit targets -> n results, each the best of `restarts` searches."""
     began = time.monotonic()
     space = TokenSpace(clip.text.token_embedding, allowed)
-    # The same initial prompts for every target, so that a result does not depend on its neighbours.
+    # The same initial prompts for every target, so that a result does not depend on its neighbours;
+    # of tokens that survive, so that the first step finds an acceptable prompt even where the whole
+    # vocabulary is searched.
+    readable = TokenSpace(clip.text.token_embedding, clip.vocabulary)
     starts = torch.cat(
         [
-            space.random(1, prompt_len, torch.Generator().manual_seed((seed + r) % 2**63))
+            readable.random(1, prompt_len, torch.Generator().manual_seed((seed + r) % 2**63))
             for r in range(restarts)
         ]
     )
@@ -163,14 +166,15 @@ def _learn(
             }
         )
 
-    # Made of surviving tokens, all but freak prompts survive: one check at the end is enough.
+    # Asking costs a wait for the device, so it is left out where it cannot make a difference.
+    everything_survives = allowed is not None and words.separable
     found = search(
         space,
         objective,
         ids,
         settings,
         report if callback else None,
-        acceptable=survive if allowed is None else None,
+        acceptable=None if everything_survives else survive,
     )
     candidates = _verify(clip, found.ids.tolist(), targets.repeat_interleave(restarts, dim=0))
     seconds = time.monotonic() - began
@@ -205,17 +209,8 @@ def _readable(clip: Clip, ids: list[int]) -> list[int]:
     words, limit = clip.text.words, len(ids)
     if words.survives(ids):
         return ids
-    log.warning("No surviving prompt was found; taking the tokens that the last one prints as.")
-    for _ in range(4):  # printing and reading settles after a round or two
-        ids = [i for i in words.encode(words.decode(ids)) if i not in words.special_ids][:limit]
-        if ids and words.survives(ids):
-            return ids
-    return [i for i in ids if words.survives([i])] or clip.vocabulary[:1].tolist()
-
-
-def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` has to be an integer but is {value!r}.")
-    if value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"`{name}` has to be {span} but is {value}.")
+    log.warning("The prompt found does not survive being printed; taking the tokens it prints as.")
+    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    while ids and not words.survives(ids):
+        ids.pop()
+    return ids or clip.vocabulary[:1].tolist()

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -50,9 +51,41 @@ def test_json_and_a_bad_file_beside_good_ones(tmp_path):
 
 
 def test_json_when_nothing_can_be_read():
-    done = run("invert", "missing.png", "--json")
+    done = run("invert", "missing.png", "x" * 5000, "--json")
     assert done.returncode == 1
-    assert "does not exist" in json.loads(done.stdout)[0]["error"]
+    missing, too_long = json.loads(done.stdout)
+    assert "does not exist" in missing["error"] and "cannot be opened" in too_long["error"]
+
+
+def test_an_error_in_one_batch_does_not_lose_the_others(monkeypatch, capsys):
+    """The second of two batches runs out of memory."""
+    calls = []
+
+    def failing(*arguments, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return pez_core.invert(*arguments, **options)
+
+    monkeypatch.setattr(pez_core.cli, "BATCH", 1)
+    monkeypatch.setattr(pez_core.cli, "invert", failing)
+    images = [str(path) for path in EXAMPLES[:3]]
+    code = pez_core.cli.main(["invert", *images, *QUICK, "--json", "--device", "cpu"])
+    rows = json.loads(capsys.readouterr().out)
+    assert code == 1 and rows[1]["error"] == "out of memory"
+    assert "prompt" in rows[0] and "prompt" in rows[2]
+
+
+def test_a_name_that_stdout_cannot_show(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"\xff.png")
+    shutil.copy(EXAMPLES[0], name)
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [*PEZ, "invert", name, *QUICK, *options],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0 and done.stdout
 
 
 @pytest.mark.parametrize(
@@ -119,9 +152,9 @@ def test_ctrl_c_prints_the_best_so_far_and_exits_130():
     assert "/1000000" in shown and "Traceback" not in shown
 
 
-def test_ctrl_c_with_json_accounts_for_every_image(monkeypatch):
+def test_ctrl_c_with_json_accounts_for_every_image():
     images = [str(EXAMPLES[0])] * (pez_core.cli.BATCH + 1)
     code, output, _ = interrupted(*images, "--json")
     rows = json.loads(output)
     assert code == 130 and len(rows) == len(images)
-    assert all("prompt" in row for row in rows[:-1]) and "interrupted" in rows[-1]["error"]
+    assert all("prompt" in row for row in rows[:-1]) and "before its turn" in rows[-1]["error"]

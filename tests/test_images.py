@@ -76,6 +76,26 @@ def test_animation_gives_its_first_frame(save):
     assert np.allclose(colour(load_image(path)), RED, atol=6)
 
 
+def test_an_animation_of_the_caller_stays_where_it_was(save):
+    frames = [Image.new("RGB", (8, 8), c) for c in (RED, (0, 0, 255))]
+    path = save(frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(path) as image:
+        image.seek(1)
+        assert np.allclose(colour(load_image(image)), RED, atol=6)
+        assert image.tell() == 1
+
+
+def test_arrays_with_negative_strides():
+    array = np.zeros((4, 4, 3), np.float32)
+    array[..., 0] = 1
+    assert colour(load_image(array[..., ::-1])) == (0, 0, 255)
+
+
+def test_an_error_says_which_image():
+    with pytest.raises(ValueError, match=r"image 2 of 3"):
+        load_images([torch.rand(8, 6, 3), torch.zeros(8, 6), torch.rand(8, 6, 3)])
+
+
 def test_exif_rotation(save):
     image = Image.new("RGB", (40, 20), RED)
     image.paste((0, 0, 255), (0, 0, 20, 20))

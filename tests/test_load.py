@@ -60,9 +60,9 @@ def test_bundled(emoji_clip):
 
 def test_a_file_gives_its_weights(architecture, weights):
     for clip in (
-        load_clip(architecture, pretrained=weights),
-        load_clip(architecture, pretrained=str(weights)),
-        load_clip(f"{architecture}:{weights}"),
+        load_clip(architecture, pretrained=weights, device="cpu"),
+        load_clip(architecture, pretrained=str(weights), device="cpu"),
+        load_clip(f"{architecture}:{weights}", device="cpu"),
     ):
         assert same_text(clip, make_model(seed=3))
         assert len(clip.vocabulary) == 34_277
@@ -70,7 +70,7 @@ def test_a_file_gives_its_weights(architecture, weights):
 
 def test_a_torch_file_gives_its_weights(architecture, tmp_path):
     torch.save({"state_dict": make_model(seed=4).state_dict()}, tmp_path / "tiny.pt")
-    clip = load_clip(architecture, tmp_path / "tiny.pt")
+    clip = load_clip(architecture, tmp_path / "tiny.pt", device="cpu")
     assert same_text(clip, make_model(seed=4))
 
 
@@ -82,7 +82,7 @@ def test_a_folder_gives_model_and_vocabulary(tmp_path, weights):
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     )
     (tmp_path / "vocabulary.json").write_text("[320, 736, 3055, 49407]")
-    clip = load_clip(str(tmp_path))
+    clip = load_clip(str(tmp_path), device="cpu")
     assert same_text(clip, make_model(seed=3))
     assert clip.vocabulary.tolist() == [320, 736, 3055]
     assert list(clip.model.visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
@@ -115,16 +115,18 @@ def test_inference_mode_outside_does_not_spoil_the_weights(architecture, weights
     assert not clip.text.token_embedding.is_inference()
 
 
-def test_tags_placed_by_hand_are_found(weights, tmp_path, monkeypatch):
+def test_tags_placed_by_hand_are_found(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     save_file({}, folder / "ViT-B-32.openai.safetensors")
     found = loading.find_on_disk("ViT-B-32", "openai")
     assert found == folder / "ViT-B-32.openai.safetensors"
     assert loading.find_on_disk("ViT-B-32", "laion2b_s34b_b79k") is None
+    (folder / "ViT-B-32.laion2b_s34b_b79k.bin").write_bytes(b"x")
+    assert loading.find_on_disk("ViT-B-32", "laion2b_s34b_b79k").suffix == ".bin"
 
 
-def test_openai_tags_use_quick_gelu(tmp_path, monkeypatch):
+def test_openai_tags_use_quick_gelu(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     model = open_clip.create_model("ViT-B-32", precision="fp16")
@@ -182,34 +184,67 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_download_when_asked(monkeypatch):
-    """Against a hub on this machine: fetched once, then found on disk."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+@pytest.fixture
+def hub(monkeypatch):
+    """Makes huggingface_hub ask a server on this machine, or one that is not there."""
+    servers = []
+
+    def start(handler):
+        address = "http://127.0.0.1:9"
+        if handler:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            servers.append(server)
+            address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+
     Hub.content = os.urandom(100_000)
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    try:
-        path = loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
-        assert path.read_bytes() == Hub.content
-        assert loading.find_on_disk("ViT-H-14", "laion2b_s32b_b79k").samefile(path)
-    finally:
+    yield start
+    for server in servers:
         server.shutdown()
 
 
-def test_a_failed_download_says_so(monkeypatch):
-    address = "http://127.0.0.1:9"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+def test_download_when_asked(hub):
+    """Fetched once, then found on disk."""
+    hub(Hub)
+    path = loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+    assert path.read_bytes() == Hub.content
+    assert loading.find_on_disk("ViT-H-14", "laion2b_s32b_b79k").samefile(path)
+
+
+class BrokenHub(Hub):
+    """Closes the connection in the middle of every file."""
+
+    def do_GET(self):
+        self._headers(len(self.content))
+        self.wfile.write(self.content[: len(self.content) // 2])
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("handler", [BrokenHub, None])
+def test_a_failed_download_says_so(hub, handler, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub(handler)
     with pytest.raises(OSError, match=r"Could not download .*resumed"):
         loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+
+
+def test_a_tokenizer_on_the_hub_is_not_fetched_unless_asked(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "ViT-B-16-SigLIP.webli.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"tokenizer .*--download"):
+        load_clip("ViT-B-16-SigLIP:webli")
+
+
+def test_a_file_is_prepared_as_all_tags_of_its_architecture_say():
+    assert loading._preprocess("ViT-B-16-SigLIP", {})["mean"] == (0.5, 0.5, 0.5)
+    assert loading._preprocess("ViT-B-16-SigLIP", {})["resize_mode"] == "squash"
+    assert loading._preprocess("pez-unknown", {}) is None
 
 
 class Evil:
@@ -231,6 +266,9 @@ def test_bad_weights(architecture, weights, tmp_path):
         (file("list.pt", pickle.dumps([1, 2, 3])), "damaged"),
         (file("evil.pt", pickle.dumps(Evil())), "damaged"),
     ]
+    script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    script.save(str(tmp_path / "script.pt"))
+    cases.append((tmp_path / "script.pt", "convert it to safetensors.*TorchScript"))
     torch.save({"optimizer": 3}, tmp_path / "other.pt")
     cases.append((tmp_path / "other.pt", "does not hold weights of pez-tiny"))
     for path, message in cases:
@@ -259,6 +297,23 @@ def test_bad_arguments(architecture, name, options, message):
         load_clip(name, **options)
 
 
-def test_a_name_has_to_be_a_string():
+def test_wrong_types():
     with pytest.raises(TypeError, match="`name`"):
         load_clip(3)
+    with pytest.raises(TypeError, match="`pretrained`"):
+        load_clip("ViT-B-32", 3)
+
+
+def test_bad_folders(tmp_path, weights):
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    weights.rename(tmp_path / "weights.txt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_clip(str(tmp_path))
+    (tmp_path / "weights.txt").rename(tmp_path / "open_clip_model.safetensors")
+    for text in ("nonsense", '["dog"]', "3"):
+        (tmp_path / "vocabulary.json").write_text(text)
+        with pytest.raises(ValueError, match=r"vocabulary.json has to be a JSON list"):
+            load_clip(str(tmp_path))
+    (tmp_path / "vocabulary.json").write_text("[320, 60000]")
+    assert load_clip(str(tmp_path), device="cpu").vocabulary.tolist() == [320]

@@ -57,7 +57,7 @@ class Traced(TokenSpace):
 
 
 @pytest.mark.parametrize("name", ["tiny", "emoji-clip"])
-def test_ids_of_every_step_equal_a_plain_implementation(name, tiny_clip, emoji_clip, pictures):
+def test_ids_of_every_step_equal_a_plain_implementation(name, tiny_clip, emoji_clip):
     clip = {"tiny": tiny_clip, "emoji-clip": emoji_clip}[name]
     ids = torch.randint(49408, (3, 8), generator=torch.Generator().manual_seed(5))
     targets = torch.randn(3, clip.model.text_projection.shape[1], generator=torch.Generator())
@@ -117,7 +117,7 @@ def test_the_initial_prompt_counts(grid):
     assert found.ids.tolist() == [[5]]
 
 
-def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip, pictures):
+def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip):
     generator = torch.Generator().manual_seed(1)
     space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
     ids = space.random(5, 6, generator)
@@ -209,6 +209,29 @@ def test_nan_is_an_error_that_says_what_to_try(grid):
 
     with pytest.raises(FloatingPointError, match=r"step 4.*float32"):
         search(grid, objective, torch.tensor([[9]]), Settings(steps=9))
+    with pytest.raises(FloatingPointError, match=r"step 5"):  # remembered until the next report
+        search(grid, objective, torch.tensor([[9]]), Settings(steps=9, report_every=5))
+
+
+def test_a_nan_gradient_behind_a_finite_loss_is_an_error(grid):
+    def objective(embeddings, step):
+        length = (embeddings * 0).norm(dim=-1).sum(-1)  # the slope of a norm at 0
+        return length.sqrt(), length.detach()
+
+    with pytest.raises(FloatingPointError):
+        search(grid, objective, torch.tensor([[9]]), Settings(steps=3))
+
+
+@pytest.mark.parametrize("every, patience, ends", [(1, 1, 60), (3, 3, 60), (3, 2, 3)])
+def test_patience_counts_the_steps_without_improvement(grid, every, patience, ends):
+    """The score rises on every `every`-th step and on no other."""
+
+    def objective(embeddings, step):
+        loss = embeddings.sum((-1, -2))
+        return loss, loss.detach() * 0 + step // every
+
+    found = search(grid, objective, torch.tensor([[9]]), Settings(steps=60, patience=patience))
+    assert found.step == ends
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from PIL import Image
 
 from pez_core import Result, invert, load_clip
 from pez_core.clip.images import load_image
+from pez_core.tasks import _readable
 
 STEPS = 40
 
@@ -100,15 +101,24 @@ def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_vocabulary_returns_only_surviving_prompts(seed):
-    """On random weights and one step most prompts would not survive being printed."""
+    """On random weights most prompts on the way do not survive being printed."""
     clip = make_clip()
     for result in invert(
-        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=1, seed=seed, whole_vocabulary=True
+        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=30, seed=seed, whole_vocabulary=True
     ):
         assert clip.tokenizer.encode(result.prompt) == result.token_ids
         assert 0 < len(result.token_ids) <= 12
         text = clip.encode_texts([result.prompt])
         assert text.isfinite().all()
+
+
+def test_a_prompt_that_does_not_survive_is_repaired(emoji_clip):
+    """What no search should end with: pieces that fuse, special tokens, nothing at all."""
+    encoder = emoji_clip.tokenizer.encoder
+    for ids in ([encoder["app"], encoder["le</w>"], encoder["red</w>"]], [49407, 736], [49407]):
+        found = _readable(emoji_clip, ids)
+        assert found and emoji_clip.tokenizer.encode(emoji_clip.tokenizer.decode(found)) == found
+    assert _readable(emoji_clip, [736, 3055]) == [736, 3055]
 
 
 def test_whole_vocabulary_uses_tokens_that_the_default_leaves_out(emoji_clip, images):

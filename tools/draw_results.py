@@ -2,7 +2,7 @@
 
     python tools/draw_results.py
 
-Takes the first two examples of every style in the order of the table, hits and misses alike.
+Takes the first four examples of every style in the order of the table, hits and misses alike.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ of the text tower, so it is trained to be honest about lists of words.
 
 * Half of the captions are bags of the drawing's own words in random order, up to the full context.
 * Corrupted captions, half of whose words are random, are extra negatives.
-* Adversarial prompts are extra negatives: a pool keeps one 16-token prompt per drawing, and each
-  time the drawing is seen, its prompt is improved by one step of gradient-ranked token swaps
-  (HotFlip) against the current weights, with the drawing's true words excluded.
+* In the second half, prompts that PEZ itself finds are extra negatives: a pool keeps one 16-token
+  prompt per drawing, and for a quarter of each batch it is improved by a few steps of the search
+  against the current weights, with the drawing's true words excluded. (Gradient-ranked token swaps
+  were tried in its place: 0.00 to 0.47 similarity where five steps of PEZ reach 0.6.)
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from emoji_data import SIZE, STYLES, Drawing, prepare, words_of
 from open_clip.model import CLIP
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from pez_core import Settings, TokenSpace, search
 
 log = logging.getLogger("train_emoji_clip")
 
@@ -88,7 +91,8 @@ TEMPLATES = [
 BLACK_STYLES = {"emojione-monotone", "fluent-emoji-high-contrast"}
 SOT, EOT, CONTENT = 49406, 49407, 18
 ADVERSARIAL_LEN = 16
-ADVERSARIAL_FROM = 0.4  # share of the training after which adversarial prompts take part
+ADVERSARIAL_FROM = 0.5  # share of the training after which adversarial prompts take part
+ADVERSARIAL_STEPS = 5  # of PEZ, each time an adversarial prompt is improved
 
 
 class Lexicon:
@@ -265,8 +269,23 @@ def contrastive_loss(
     return (F.cross_entropy(with_negatives, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+class FalseWords(TokenSpace):
+    """A space in which each problem has tokens of its own that it must not use."""
+
+    def __init__(self, table: torch.Tensor, true_ids: list[list[int]]) -> None:
+        super().__init__(table)
+        self.directions = F.normalize(self.table, dim=-1)
+        self.forbidden = torch.zeros(len(true_ids), len(table))
+        self.forbidden[:, :3] = float("-inf")  # padding, start and end
+        for row, ids in zip(self.forbidden, true_ids, strict=True):
+            row[ids] = float("-inf")
+
+    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return (embeddings @ self.directions.T + self.forbidden[:, None]).argmax(-1)
+
+
 def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
-    """Improve the pooled prompts of the `chosen` drawings by one HotFlip step.
+    """Improve the pooled prompts of the `chosen` drawings by a few steps of PEZ.
 
     Args:
         pool: (drawings, 16) compact ids, updated in place.
@@ -276,26 +295,24 @@ def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
     Returns:
         (len(chosen), 16) prompts of false words that the model finds similar to the images.
     """
-    table = model.token_embedding.weight.detach()
-    forbidden = torch.zeros(len(chosen), len(table))
-    forbidden[:, :3] = float("-inf")
-    for row, ids in zip(forbidden, true_ids, strict=True):
-        row[ids] = float("-inf")
+    space = FalseWords(model.token_embedding.weight, true_ids)
     prompts = pool[chosen]
-    fresh = torch.randint(3, len(table), prompts.shape, generator=generator)
-    restart = torch.rand(len(prompts), 1, generator=generator) < 0.05
-    prompts = torch.where(restart | (forbidden.gather(1, prompts) < 0), fresh, prompts)
+    fresh = torch.randint(3, len(space.table), prompts.shape, generator=generator)
+    restart = torch.rand(len(prompts), 1, generator=generator) < 0.1
+    prompts = torch.where(restart | (space.forbidden.gather(1, prompts) < 0), fresh, prompts)
+    edges = space.embed(torch.tensor([1, 2])).expand(len(prompts), -1, -1)
+    ends = torch.full((len(prompts),), ADVERSARIAL_LEN + 1)
+    image = image.detach()
 
-    ids, ends = pack(prompts.tolist(), ADVERSARIAL_LEN)
-    embeddings = table[ids].requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        features = encode_text(model, embeddings, ends)
-        (gradient,) = torch.autograd.grad((features * image.detach()).sum(), embeddings)
-        scores = (gradient[:, 1:-1] @ table.T).float() + forbidden[:, None]
-    swapped = torch.rand(prompts.shape, generator=generator) < 0.35
-    prompts = torch.where(swapped, scores.argmax(-1), prompts)
-    pool[chosen] = prompts
-    return prompts
+    def similarity(embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = torch.cat([edges[:, :1], embeddings, edges[:, 1:]], dim=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encode_text(model, embeddings, ends)
+        cosine = (features * image).sum(-1)
+        return 1 - cosine, cosine
+
+    pool[chosen] = search(space, similarity, prompts, Settings(steps=ADVERSARIAL_STEPS)).ids
+    return pool[chosen]
 
 
 @torch.no_grad()
@@ -360,7 +377,16 @@ def evaluate_exported(folder: Path, out: Path) -> dict:
     )
 
 
-def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int, threads: int):
+def train(
+    folder: Path,
+    out: Path,
+    epochs: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    threads: int,
+    resume: bool,
+) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -379,6 +405,12 @@ def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int
         full_table[lexicon.tokens].clone(), freeze=False
     )
     vocabulary_size = len(lexicon.tokens)
+    first_epoch = 0
+    if resume:
+        state = load_file(out / "open_clip_model.safetensors")
+        state["token_embedding.weight"] = state["token_embedding.weight"][lexicon.tokens]
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+        first_epoch = json.loads((out / "metrics.json").read_text())["epochs"]
     model.visual = model.visual.to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
@@ -392,13 +424,16 @@ def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int
     pool = torch.randint(3, vocabulary_size, (len(drawings), ADVERSARIAL_LEN), generator=generator)
     log.info("%d drawings, %d tokens, %d steps", len(index), vocabulary_size, total)
 
-    step, began = 0, time.monotonic()
-    for epoch in range(epochs):
+    first_step = step = first_epoch * steps_per_epoch
+    began = time.monotonic()
+    for epoch in range(first_epoch, epochs):
         rng.shuffle(index)
         running = 0.0
         for k in range(steps_per_epoch):
             share = step / total
-            rate = lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * share))
+            rate = (
+                lr * min(1, (step + 1 - first_step) / 200) * 0.5 * (1 + math.cos(math.pi * share))
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
@@ -438,7 +473,7 @@ def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int
                 image = encode_image(model, x)
 
             if share >= ADVERSARIAL_FROM:
-                attacked = range(batch // 2, batch)
+                attacked = range(batch - batch // 4, batch)
                 true_ids = [
                     lexicon.ids(" ".join(captions.true_words(shown[k], backgrounds[k])))
                     for k in attacked
@@ -465,7 +500,7 @@ def train(folder: Path, out: Path, epochs: int, batch: int, lr: float, seed: int
             running += loss.item()
             if step % 50 == 0:
                 with torch.no_grad():
-                    shown_of = [image[:quarter], image[batch // 2 :]]
+                    shown_of = [image[:quarter], image[-quarter:]]
                     levels = [
                         f"{(i * n).sum(1).mean():.3f}"
                         for i, n in zip(shown_of, negatives, strict=False)
@@ -514,6 +549,11 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last export in --out; the optimiser starts anew",
+    )
     parser.add_argument("--evaluate", action="store_true", help="measure what is in --out, as JSON")
     arguments = vars(parser.parse_args())
     if arguments.pop("evaluate"):

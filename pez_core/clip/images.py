@@ -62,47 +62,71 @@ def load_images(
         )
     if not len(images):
         raise ValueError("`images` is empty; give at least one image.")
-    return [load_image(image) for image in images], False
+    loaded = []
+    for k, image in enumerate(images, start=1):
+        try:
+            loaded.append(load_image(image))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (image {k} of {len(images)})") from error
+    return loaded, False
 
 
 def _from_path(path: Path) -> Image.Image:
-    if not path.exists():
-        raise ValueError(f"`images`: {path} does not exist; check the path.")
-    if path.is_dir():
-        raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"`images`: {path} is an empty file; save the image again.")
     try:
+        if path.is_dir():
+            raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"`images`: {path} is an empty file; save the image again.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _to_rgb(image, str(path))
+            image = Image.open(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"`images`: {path} does not exist; check the path.") from error
     except UnidentifiedImageError as error:
         raise ValueError(
             f"`images`: {path} is not an image that can be read; save it as PNG or JPEG."
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images`: {path} is too large ({error}); scale it down.") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"`images`: {path} is damaged ({error}); save the image again.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"`images`: {path} cannot be opened ({error}); check it.") from error
+    with image:
+        return _to_rgb(image, str(path))
+
+
+def _first_frame(image: Image.Image, what: str) -> Image.Image:
+    """The decoded picture, or the first of an animation, whose position is left as it was."""
+    try:
+        if getattr(image, "n_frames", 1) == 1:
+            image.load()
+            return image
+        position = image.tell()
+        image.seek(0)
+        first = image.copy()
+        image.seek(position)
+        return first
+    except Exception as error:  # decoders of damaged data raise whatever they happen to meet
+        raise ValueError(f"`images`: {what} is damaged ({error}); save the image again.") from error
 
 
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"`images`: {what} has size {image.width}x{image.height}; it is empty.")
-    if getattr(image, "n_frames", 1) > 1:
-        image.seek(0)
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    image = _first_frame(image, what)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError(f"`images`: {what} holds NaN or infinite values.")
         # Greys without a stated range: [0, 1], 8 or 16 bits, the least of these that holds them.
-        # A dark 16-bit picture (mode I;16) is known to be one and keeps its darkness.
-        top = 65535 if image.mode.startswith("I;16") else _white_level(values.max())
+        # A dark 16-bit picture that is known to be one keeps its darkness.
+        top = 65535 if sixteen_bits else _white_level(values.max())
         grey = (values / top * 255).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
+        if image.mode in ("La", "RGBa"):  # premultiplied; each converts to its plain kind only
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
@@ -114,6 +138,8 @@ def _white_level(maximum: float) -> float:
 
 
 def _from_array(array: torch.Tensor | np.ndarray) -> Image.Image:
+    if isinstance(array, np.ndarray):
+        array = np.ascontiguousarray(array)  # torch takes no negative strides
     tensor = torch.as_tensor(array).detach().cpu()
     shape = tuple(tensor.shape)
     if tensor.ndim != 3 or not ({shape[0], shape[2]} & {1, 3, 4}):

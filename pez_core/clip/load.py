@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 BUNDLED = {"emoji-clip": Path(__file__).parent.parent / "models" / "emoji-clip"}
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt")
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,19 @@ def models_folder() -> Path:
 
 def find_on_disk(name: str, pretrained: str) -> Path | None:
     """The weights of an open_clip tag if they are on this disk, without asking the network."""
-    placed = models_folder() / f"{name}.{pretrained}.safetensors"
-    if placed.is_file():
-        return placed
+    for suffix in _SUFFIXES:
+        placed = models_folder() / f"{name}.{pretrained}{suffix}"
+        if placed.is_file():
+            return placed
+    repository, files = _source(name, pretrained)
+    return next(filter(None, (_cached(repository, file) for file in files)), None)
+
+
+def _cached(repository: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    repository, files = _source(name, pretrained)
-    for file in files:
-        cached = try_to_load_from_cache(repository, file) if repository else None
-        if isinstance(cached, str):
-            return Path(cached)
-    return None
+    cached = try_to_load_from_cache(repository, file)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def load_clip(
@@ -90,6 +96,10 @@ def load_clip(
     """
     if not isinstance(name, str):
         raise TypeError(f"`name` has to be a string but is {type(name).__name__}.")
+    if not isinstance(pretrained, (str, os.PathLike, type(None))):
+        raise TypeError(
+            f"`pretrained` has to be a tag or a path but is {type(pretrained).__name__}."
+        )
     if pretrained is None and ":" in name and not Path(name).is_dir():
         name, pretrained = name.split(":", 1)
     device = _pick_device(device)
@@ -121,12 +131,9 @@ def load_clip(
                 f"`pretrained` is missing: {name} needs weights, a file or one of the tags "
                 f"{', '.join(list_pretrained_tags_by_model(name)) or '(none known)'}."
             )
-        preprocess, quick_gelu = None, False
         tag = get_pretrained_cfg(name, str(pretrained))
         if tag:
             path = find_on_disk(name, str(pretrained)) or _fetch(name, str(pretrained), download)
-            preprocess = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode")}
-            quick_gelu = tag.get("quick_gelu", False)
         else:
             path = Path(pretrained).expanduser()
             if not path.is_file():
@@ -134,25 +141,59 @@ def load_clip(
                     f"`pretrained` is {str(pretrained)!r}, which is neither a file nor a tag of "
                     f"{name}. Tags: {', '.join(list_pretrained_tags_by_model(name)) or 'none'}."
                 )
+        tokenizer = _tokenizer(name, config, download)
         model = _create(
             name,
             path,
             pretrained=str(path),
             precision=precision,
             device=device,
-            force_quick_gelu=quick_gelu,
-            force_preprocess_cfg=preprocess,
+            force_quick_gelu=tag.get("quick_gelu", False),
+            force_preprocess_cfg=_preprocess(name, tag),
         )
-        return Clip(model, open_clip.get_tokenizer(name), f"{name}:{pretrained}")
+        return Clip(model, tokenizer, f"{name}:{pretrained}")
 
 
 def _load_folder(folder: Path, name: str, precision: str, device: torch.device) -> Clip:
     """A folder with open_clip config, weights and, optionally, the tokens it was trained on."""
     source = f"local-dir:{folder}"
+    if not any(path.suffix in (*_SUFFIXES, ".pth") for path in folder.iterdir()):
+        raise ValueError(f"`name`: the folder {folder} holds no weights; add {_WEIGHTS[0]}.")
     model = _create(source, folder, precision=precision, device=device)
-    tokens = folder / "vocabulary.json"
-    vocabulary = json.loads(tokens.read_text()) if tokens.is_file() else None
+    tokens, vocabulary = folder / "vocabulary.json", None
+    if tokens.is_file():
+        try:
+            vocabulary = [operator.index(i) for i in json.loads(tokens.read_text())]
+        except (ValueError, TypeError) as error:
+            message = f"`name`: {tokens} has to be a JSON list of token ids ({error})."
+            raise ValueError(message) from error
     return Clip(model, open_clip.get_tokenizer(source), name, vocabulary)
+
+
+def _preprocess(name: str, tag: dict) -> dict | None:
+    """How images are prepared: as the tag says; for a file, as all tags of its architecture say."""
+    tags = (
+        [tag] if tag else [get_pretrained_cfg(name, t) for t in list_pretrained_tags_by_model(name)]
+    )
+    known = [{key: t[key] for key in _PREPROCESS} for t in tags]
+    return known[0] if known and all(k == known[0] for k in known) else None
+
+
+def _tokenizer(name: str, config: dict, download: bool):
+    """The public tokenizer; those of some architectures lie on the Hugging Face Hub."""
+    repository = config["text_cfg"].get("hf_tokenizer_name")
+    if repository and not download and not _cached(repository, "tokenizer_config.json"):
+        raise ValueError(
+            f"`name` is {name!r}, whose tokenizer {repository} is not on this disk; fetch it with "
+            "download=True (`--download` for the command)."
+        )
+    try:
+        return open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise ValueError(
+            f"`name` is {name!r}, whose tokenizer needs the package transformers; "
+            "pip install transformers."
+        ) from error
 
 
 def _create(name: str, path: Path, **options) -> torch.nn.Module:
@@ -161,6 +202,8 @@ def _create(name: str, path: Path, **options) -> torch.nn.Module:
         if path.is_file():
             _check_header(path)
         return open_clip.create_model(name, require_pretrained=True, weights_only=True, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise  # a RuntimeError like those below, but not the file's fault
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
             f"`pretrained`: {path} is damaged or not a weights file; fetch it again or convert it "
@@ -179,8 +222,14 @@ def _check_header(path: Path) -> None:
         start = file.read(2)
     if not start:
         raise EOFError("the file is empty")
-    if path.suffix != ".safetensors" and start not in (b"PK", b"\x80\x02"):
+    if path.suffix == ".safetensors":
+        return
+    if start not in (b"PK", b"\x80\x02"):
         raise pickle.UnpicklingError("not a PyTorch file")
+    if start == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise pickle.UnpicklingError("a TorchScript archive, which holds code")
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,7 +256,8 @@ def _precision(device: torch.device, dtype: torch.dtype | None) -> str:
     if dtype is None:
         if device.type != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # asked of the card, since torch's own check counts emulation, too
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     if dtype not in names:
         raise ValueError(
@@ -217,7 +267,7 @@ def _precision(device: torch.device, dtype: torch.dtype | None) -> str:
 
 
 def _source(name: str, pretrained: str) -> tuple[str, list[str]]:
-    """Repository and candidate files of a tag, safetensors first; ("", []) when it has none."""
+    """Repository and candidate files of a tag, safetensors first."""
     hub = get_pretrained_cfg(name, pretrained).get("hf_hub", "")
     repository, _, file = hub.rpartition("/")
     if not file:
@@ -240,14 +290,14 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
     repository, files = _source(name, pretrained)
     placed = models_folder() / f"{name}.{pretrained}.safetensors"
     if not download:
+        size = download_size(name, pretrained)
         raise ValueError(
             f"{name}:{pretrained} is not on this disk and nothing is downloaded unless asked. "
-            f"Fetch {download_size(name, pretrained):.2f} GB with download=True (command line: "
-            f"--download), or place {files[0]} of the Hugging Face repository {repository} by "
-            f"hand as {placed}, or give the file as `pretrained`."
+            f"Fetch about {size:.2f} GB with download=True (`--download` for the command), or place {' or '.join(files)} of the Hugging Face repository "
+            f"{repository} by hand as {placed} (or .bin), or give the file as `pretrained`."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in files:
         try:
@@ -256,15 +306,16 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
             raise OSError(_download_failed(repository, file, error)) from error
         except EntryNotFoundError:
             continue  # not every repository has safetensors
-        except HfHubHTTPError as error:
+        except Exception as error:  # of whichever HTTP library the hub's client is built on
             raise OSError(_download_failed(repository, file, error)) from error
     raise OSError(_download_failed(repository, " or ".join(files), "no such file"))
 
 
 def _download_failed(repository: str, file: str, why: object) -> str:
+    reason = (str(why) or type(why).__name__).splitlines()[0]
     return (
-        f"Could not download {file} of {repository} ({str(why).splitlines()[0]}); check the "
-        "connection and run it again, a partial download is resumed."
+        f"Could not download {file} of {repository} ({reason}); check the connection and run it "
+        "again, a partial download is resumed."
     )
 
 

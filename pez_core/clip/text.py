@@ -17,12 +17,21 @@ from torch import nn
 
 
 class Words:
-    """One face for open_clip's two kinds of tokenizer: text to ids, ids to text, nothing added."""
+    """One face for open_clip's two kinds of tokenizer: text to ids, ids to text, nothing added.
+
+    Attributes:
+        special_ids: start, end and padding tokens; they never survive.
+        size: ids from 0 to `size - 1` are known.
+        separable: tokens that survive alone survive side by side too, as CLIP's own do.
+    """
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self._hf = getattr(tokenizer, "tokenizer", None)
-        self.special_ids = set((self._hf or tokenizer).all_special_ids)
+        inner = tokenizer if self._hf is None else self._hf
+        self.special_ids = set(inner.all_special_ids)
+        self.size = tokenizer.vocab_size if self._hf is None else len(inner)
+        self.separable = self._hf is None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without start, end and padding tokens."""
@@ -38,7 +47,9 @@ class Words:
 
     def survives(self, ids: Sequence[int]) -> bool:
         """Whether the printed text means these very tokens, none of them a special one."""
-        return not self.special_ids & set(ids) and self.encode(self.decode(ids)) == list(ids)
+        if self.special_ids & set(ids) or not all(0 <= i < self.size for i in ids):
+            return False
+        return self.encode(self.decode(ids)) == list(ids)
 
 
 class TextTower:
@@ -136,13 +147,13 @@ def _causal_block(
 ) -> torch.Tensor:
     """One pre-norm transformer block; with `only_last` just the output at the last position.
 
-    The same sums as the block's own forward, but told that the mask is causal and that the weights
-    need no gradient. Nothing but the last position of the last block is ever read.
+    The same sums as the block's own forward, but told that the mask is causal. Nothing but the last
+    position of the last block is ever read.
     """
     attn = block.attn
     heads, width = attn.num_heads, attn.embed_dim
     normed = block.ln_1(x)
-    weight, bias = attn.in_proj_weight.detach(), attn.in_proj_bias.detach()
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
     if only_last:
         query = F.linear(normed[:, -1:], weight[:width], bias[:width])
         keys_values = F.linear(normed, weight[width:], bias[width:])
@@ -152,7 +163,7 @@ def _causal_block(
         q, k, v = _heads(F.linear(normed, weight, bias), heads, 3)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not only_last)
     mixed = mixed.transpose(1, 2).reshape(x.shape)
-    x = x + block.ls_1(F.linear(mixed, attn.out_proj.weight.detach(), attn.out_proj.bias.detach()))
+    x = x + block.ls_1(attn.out_proj(mixed))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
