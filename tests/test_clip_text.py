@@ -6,6 +6,7 @@ import torch
 from conftest import CLIP, CustomTextCLIP, make_clip, make_model
 from open_clip.coca_model import CoCa
 
+from pez_core import Clip, invert
 from pez_core.clip.text import TextTower, Words
 
 TOWERS = {
@@ -109,6 +110,39 @@ def test_hugging_face_text_tower_is_refused():
 
     with pytest.raises(ValueError, match="Hugging Face text tower"):
         TextTower(Fake(), open_clip.SimpleTokenizer())
+
+
+@pytest.fixture
+def hugging_face_tokenizer(tmp_path):
+    """A real one, of words, in the manner of SigLIP: an end token, padding, no start token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "apple", "on", "table", "green", "dog"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    return open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=16, clean="canonicalize")
+
+
+def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_tokenizer):
+    text = {"no_causal_mask": True, "pool_type": "last", "context_length": 16, "vocab_size": 10}
+    clip = Clip(make_model(CustomTextCLIP, text), hugging_face_tokenizer)
+    assert clip.vocabulary.tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert clip.text.max_prompt_len == 15 and not clip.text.causal
+    ids = torch.tensor([[4, 5, 6, 3, 7], [9, 9, 9, 9, 9]])
+    embeddings = clip.text.token_embedding.detach()[ids]
+    ours = torch.nn.functional.normalize(clip.text(embeddings), dim=-1)
+    theirs = clip.encode_texts(["red apple on a table", "dog dog dog dog dog"])
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+    result = invert(clip, torch.rand(8, 8, 3), prompt_len=15, steps=20)
+    assert clip.text.words.encode(result.prompt) == result.token_ids
 
 
 def test_words_print_and_read():

@@ -293,8 +293,9 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
         size = download_size(name, pretrained)
         raise ValueError(
             f"{name}:{pretrained} is not on this disk and nothing is downloaded unless asked. "
-            f"Fetch about {size:.2f} GB with download=True (`--download` for the command), or place {' or '.join(files)} of the Hugging Face repository "
-            f"{repository} by hand as {placed} (or .bin), or give the file as `pretrained`."
+            f"Fetch about {size:.2f} GB with download=True (command line: --download), or place "
+            f"{' or '.join(files)} of the Hugging Face repository {repository} by hand as {placed} "
+            "(or .bin), or give the file as `pretrained`."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -84,8 +84,8 @@ class TextTower:
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
         device = tower.token_embedding.weight.device
-        self._before = torch.tensor(row[:start], device=device)
-        self._after = torch.tensor(row[start + len(word) :], device=device)
+        self._before = torch.tensor(row[:start], dtype=torch.long, device=device)
+        self._after = torch.tensor(row[start + len(word) :], dtype=torch.long, device=device)
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
 
     @property
