@@ -126,6 +126,24 @@ def test_whole_vocabulary_uses_tokens_that_the_default_leaves_out(emoji_clip, im
     assert set(result.token_ids) - set(emoji_clip.vocabulary.tolist())
 
 
+@pytest.mark.parametrize("prompt_len", [4, 16])
+def test_one_text_forward_and_backward_over_two_more_positions_per_step(
+    emoji_clip, images, prompt_len
+):
+    forwards, backwards = [], []
+    first = emoji_clip.model.transformer.resblocks[0].ln_1
+    hooks = [
+        first.register_forward_pre_hook(lambda module, inputs: forwards.append(inputs[0].shape)),
+        first.register_full_backward_hook(lambda module, *grads: backwards.append(1)),
+    ]
+    invert(emoji_clip, images[:2], prompt_len=prompt_len, steps=6)
+    for hook in hooks:
+        hook.remove()
+    *steps, verification = forwards
+    assert [shape[:2] for shape in steps] == [(2, prompt_len + 2)] * 6 and len(backwards) == 6
+    assert verification[:2] == (2, 77)  # the printed strings, the public way
+
+
 def test_callback_gets_one_dict_and_can_stop(emoji_clip, images):
     reports = []
 
