@@ -4,7 +4,7 @@
 
 Downloads and renders the drawings (`emoji_data.py`), trains an ordinary open_clip model with the
 ordinary CLIP tokenizer on them and writes weights, config, vocabulary and metrics to
-`pez_core/models/emoji-clip`. About 70 minutes on two cores with AVX-512 bf16; the seed is fixed.
+`pez_core/models/emoji-clip`. About 75 minutes on two cores with AVX-512 bf16; the seed is fixed.
 
 What differs from plain CLIP training, and why: prompts that are *searched* for find every weakness
 of the text tower, so it is trained to be honest about lists of words.
