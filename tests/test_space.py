@@ -9,12 +9,23 @@ def table():
     return torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("chunk", [2**26, 500 * 2])
-def test_nearest_is_the_highest_cosine(table, chunk, monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("chunk, block", [(2**26, 2**14), (1000, 500), (1, 7)])
+def test_nearest_is_the_highest_cosine(table, chunk, block, packed, monkeypatch):
     monkeypatch.setattr(space, "_CHUNK", chunk)
+    monkeypatch.setattr(space, "_CPU_BLOCK", block)
+    if not packed:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     queries = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
     cosines = torch.nn.functional.cosine_similarity(queries[..., None, :], table, dim=-1)
     assert torch.equal(TokenSpace(table).nearest(queries), cosines.argmax(-1))
+
+
+def test_the_first_of_equal_tokens_is_taken(table, monkeypatch):
+    monkeypatch.setattr(space, "_CPU_BLOCK", 100)
+    twice = torch.cat([table, table])
+    ids = torch.arange(500)
+    assert torch.equal(TokenSpace(twice).nearest(twice[:500]), ids)
 
 
 def test_only_allowed_tokens_are_nearest(table):
