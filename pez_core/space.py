@@ -37,7 +37,8 @@ class TokenSpace:
         self.table = table.detach()
         self.allowed = allowed.to(table.device)
         # rows of zero norm (never trained) stay zero and can only win against negative similarities
-        directions = F.normalize(self.table[self.allowed].float(), dim=-1)
+        directions = self.table[self.allowed].float()
+        F.normalize(directions, dim=-1, out=directions)
         self._block = _CPU_BLOCK if directions.device.type == "cpu" else len(directions)
         self._similarities = [_similarity_to(block) for block in directions.split(self._block)]
 

@@ -142,7 +142,7 @@ def _learn(
     )
     n = len(targets)
     ids = starts.repeat(n, 1)  # problem k belongs to target k // restarts
-    objective = Similarity(clip.text, targets.repeat_interleave(restarts, dim=0))
+    objective = Similarity(clip.text.encoder(), targets.repeat_interleave(restarts, dim=0))
     words = clip.text.words
 
     def survive(ids: torch.Tensor) -> torch.Tensor:

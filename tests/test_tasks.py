@@ -139,8 +139,9 @@ def test_one_text_forward_and_backward_over_two_more_positions_per_step(
     invert(emoji_clip, images[:2], prompt_len=prompt_len, steps=6)
     for hook in hooks:
         hook.remove()
-    *steps, verification = forwards
-    assert [shape[:2] for shape in steps] == [(2, prompt_len + 2)] * 6 and len(backwards) == 6
+    start, *steps, verification = forwards
+    assert start[:2] == (1, 1)  # the start token's position, once
+    assert [shape[:2] for shape in steps] == [(2, prompt_len + 1)] * 6 and len(backwards) == 6
     assert verification[:2] == (2, 77)  # the printed strings, the public way
 
 

@@ -2,12 +2,12 @@
 
 open_clip's `encode_text` starts from ids. Here it starts from the embeddings of the learned tokens,
 and where the tower is causal it runs over `prompt_len + 2` positions instead of the whole context:
-what follows the end token cannot reach it.
+what follows the end token cannot reach it. The start token's position is computed once per search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,9 @@ class TextTower:
         self.causal = (
             tower.attn_mask is not None and self._cls is None and self._pool in ("argmax", "eos")
         )
+        self._plain_blocks = self.causal and all(
+            type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks
+        )
         # Positions around the prompt, from the row the public tokenizer makes of a known word.
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
@@ -93,38 +96,67 @@ class TextTower:
         """(vocab_size, width) embedding table."""
         return self.tower.token_embedding.weight
 
-    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(problems, prompt_len, width) token embeddings -> (problems, features), unnormalised."""
+    def encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The tower as a function that does the work for what stands before the prompt only once.
+
+        Where the tower is causal, keys and values of these positions do not depend on the prompt.
+        The function is good for as long as the weights stay as they are.
+        """
+        if not self._plain_blocks:
+            return self
+        with torch.no_grad():
+            x = self._embed(self._before)[None] + self._positions(0, len(self._before))
+            past = []
+            for block in self.tower.transformer.resblocks:
+                x, keys_values = _causal_block(block, x)
+                past.append(keys_values)
+        return lambda embeddings: self._project(self._after_past(embeddings, past))
+
+    def _after_past(self, embeddings: torch.Tensor, past: list) -> torch.Tensor:
+        """(problems, prompt_len, width) embeddings -> (problems, width), by causal blocks alone."""
         problems, prompt_len, _ = embeddings.shape
-        dtype = self.tower.transformer.get_cast_dtype()
-        # without a causal mask the padding takes part, and the context has to be filled up
-        rest = 1 if self.causal else self.context_length - len(self._before) - prompt_len
+        end = self._embed(self._after[:1]).expand(problems, -1, -1)
+        x = torch.cat([embeddings.to(end.dtype), end], dim=1)
+        x = x + self._positions(len(self._before), prompt_len + 1)
+        *blocks, last = zip(self.tower.transformer.resblocks, past, strict=True)
+        for block, keys_values in blocks:
+            x, _ = _causal_block(block, x, keys_values)
+        x, _ = _causal_block(last[0], x, last[1], only_last=True)
+        return self.tower.ln_final(x)[:, 0]
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         table = self.token_embedding.detach()
-        before, after = (
-            F.embedding(ids.to(table.device), table).to(dtype).expand(problems, -1, -1)
-            for ids in (self._before, self._after[:rest])
-        )
-        x = torch.cat([before, embeddings.to(dtype), after], dim=1)
-        x = self._transform(x, prompt_len)
+        dtype = self.tower.transformer.get_cast_dtype()
+        return F.embedding(ids.to(table.device), table).to(dtype)
+
+    def _positions(self, start: int, length: int) -> torch.Tensor:
+        positions = self.tower.positional_embedding[start : start + length].detach()
+        return positions.to(self.tower.transformer.get_cast_dtype())
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
         projection = self.tower.text_projection
         if projection is None:
             return x
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection.detach()
 
-    def _transform(self, x: torch.Tensor, prompt_len: int) -> torch.Tensor:
-        """(problems, length, width) input embeddings -> (problems, width) pooled and normalised."""
-        tower, end = self.tower, len(self._before) + prompt_len
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len, width) token embeddings -> (problems, features), unnormalised."""
+        if self._plain_blocks:
+            return self.encoder()(embeddings)
+        problems, prompt_len, _ = embeddings.shape
+        # without a causal mask the padding takes part, and the context has to be filled up
+        end = len(self._before) + prompt_len
+        rest = 1 if self.causal else self.context_length - end
+        before, after = (
+            self._embed(ids).expand(problems, -1, -1) for ids in (self._before, self._after[:rest])
+        )
+        x = torch.cat([before, embeddings.to(before.dtype), after], dim=1)
         if self._cls is not None:
-            x = torch.cat([x, self._cls.detach().to(x.dtype).expand(len(x), 1, -1)], dim=1)
-        x = x + tower.positional_embedding[: x.shape[1]].detach().to(x.dtype)
-        blocks = tower.transformer.resblocks
-        if self.causal and all(type(b) is ResidualAttentionBlock for b in blocks):
-            for block in blocks[:-1]:
-                x = _causal_block(block, x)
-            return tower.ln_final(_causal_block(blocks[-1], x, only_last=True))[:, 0]
-        x = tower.transformer(x, attn_mask=self._mask(x, prompt_len))
+            x = torch.cat([x, self._cls.detach().to(x.dtype).expand(problems, 1, -1)], dim=1)
+        x = x + self._positions(0, x.shape[1])
+        x = self.tower.transformer(x, attn_mask=self._mask(x, prompt_len))
         position = {"first": 0, "last": -1}.get(self._pool, end)
-        return tower.ln_final(x[:, -1 if self._cls is not None else position])
+        return self._project(self.tower.ln_final(x[:, -1 if self._cls is not None else position]))
 
     def _mask(self, x: torch.Tensor, prompt_len: int) -> torch.Tensor | None:
         """The additive attention mask that the tower's own forward would use for this layout."""
@@ -143,28 +175,36 @@ class TextTower:
 
 
 def _causal_block(
-    block: ResidualAttentionBlock, x: torch.Tensor, only_last: bool = False
-) -> torch.Tensor:
+    block: ResidualAttentionBlock,
+    x: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
+    only_last: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """One pre-norm transformer block; with `only_last` just the output at the last position.
 
-    The same sums as the block's own forward, but told that the mask is causal. Nothing but the last
-    position of the last block is ever read.
+    The same sums as the block's own forward, but told that the mask is causal and what keys and
+    values precede. Nothing but the last position of the last block is ever read. Returns the output
+    (problems, length, width) and keys and values (problems, heads, length, width / heads).
     """
-    attn = block.attn
-    heads, width = attn.num_heads, attn.embed_dim
+    attn, width = block.attn, block.attn.embed_dim
     normed = block.ln_1(x)
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     if only_last:
-        query = F.linear(normed[:, -1:], weight[:width], bias[:width])
-        keys_values = F.linear(normed, weight[width:], bias[width:])
-        q, (k, v) = _heads(query, heads, 1)[0], _heads(keys_values, heads, 2)
+        keys, values = _heads(F.linear(normed, weight[width:], bias[width:]), attn.num_heads, 2)
         x = x[:, -1:]
+        (query,) = _heads(F.linear(normed[:, -1:], weight[:width], bias[:width]), attn.num_heads, 1)
     else:
-        q, k, v = _heads(F.linear(normed, weight, bias), heads, 3)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not only_last)
-    mixed = mixed.transpose(1, 2).reshape(x.shape)
-    x = x + block.ls_1(attn.out_proj(mixed))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+        query, keys, values = _heads(F.linear(normed, weight, bias), attn.num_heads, 3)
+    if past is not None:
+        keys, values = (
+            torch.cat([before.expand(len(x), -1, -1, -1), now], dim=2)
+            for before, now in zip(past, (keys, values), strict=True)
+        )
+    lengths = query.shape[2], keys.shape[2]
+    mask = torch.ones(lengths, dtype=torch.bool, device=x.device).tril(lengths[1] - lengths[0])
+    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    x = x + block.ls_1(attn.out_proj(mixed.transpose(1, 2).reshape(x.shape)))
+    return x + block.ls_2(block.mlp(block.ln_2(x))), (keys, values)
 
 
 def _heads(x: torch.Tensor, heads: int, parts: int) -> torch.Tensor:
