@@ -19,6 +19,7 @@ import json
 import random
 import re
 import subprocess
+import sys
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -94,6 +95,7 @@ def download(folder: Path) -> Path:
             ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages],
             cwd=folder,
             check=True,
+            stdout=sys.stderr,  # stdout belongs to the figures of the tools
         )
     return modules
 
