@@ -76,8 +76,8 @@ class TokenSpace:
 def _similarity_to(directions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from (n, dim) rows to their (n, len(directions)) dot products.
 
-    The product is the longest part of a step on the CPU, where oneDNN's with packed weights takes
-    about half the time of torch's plain one (`benchmarks/results/step_time.md`).
+    The product is the longest single part of a step on the CPU, and oneDNN's with packed weights is
+    faster there than torch's plain one.
     """
     if directions.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return lambda rows: rows @ directions.T

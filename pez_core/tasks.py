@@ -133,13 +133,9 @@ def _learn(
     # The same initial prompts for every target, so that a result does not depend on its neighbours;
     # of tokens that survive, so that the first step finds an acceptable prompt even where the whole
     # vocabulary is searched.
-    readable = TokenSpace(clip.text.token_embedding, clip.vocabulary)
-    starts = torch.cat(
-        [
-            readable.random(1, prompt_len, torch.Generator().manual_seed((seed + r) % 2**63))
-            for r in range(restarts)
-        ]
-    )
+    generators = [torch.Generator().manual_seed((seed + r) % 2**63) for r in range(restarts)]
+    picks = [torch.randint(len(clip.vocabulary), (1, prompt_len), generator=g) for g in generators]
+    starts = clip.vocabulary[torch.cat(picks).to(clip.vocabulary.device)]
     n = len(targets)
     ids = starts.repeat(n, 1)  # problem k belongs to target k // restarts
     objective = Similarity(clip.text.encoder(), targets.repeat_interleave(restarts, dim=0))

@@ -131,11 +131,14 @@ def hugging_face_tokenizer(tmp_path):
     return open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=16, clean="canonicalize")
 
 
-def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_tokenizer):
-    text = {"no_causal_mask": True, "pool_type": "last", "context_length": 16, "vocab_size": 10}
+@pytest.mark.parametrize(
+    "kind", [{"no_causal_mask": True, "pool_type": "last"}, {"pool_type": "eos", "eos_id": 1}]
+)
+def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_tokenizer, kind):
+    text = kind | {"context_length": 16, "vocab_size": 10}
     clip = Clip(make_model(CustomTextCLIP, text), hugging_face_tokenizer)
     assert clip.vocabulary.tolist() == [3, 4, 5, 6, 7, 8, 9]
-    assert clip.text.max_prompt_len == 15 and not clip.text.causal
+    assert clip.text.max_prompt_len == 15 and clip.text.causal == ("eos_id" in kind)
     ids = torch.tensor([[4, 5, 6, 3, 7], [9, 9, 9, 9, 9]])
     embeddings = clip.text.token_embedding.detach()[ids]
     ours = torch.nn.functional.normalize(clip.text(embeddings), dim=-1)

@@ -248,8 +248,11 @@ def test_a_file_is_prepared_as_all_tags_of_its_architecture_say():
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (os.mkdir, ("/tmp/pez-was-here",))
+        return (os.mkdir, (self.path,))
 
 
 def test_bad_weights(architecture, weights, tmp_path):
@@ -264,7 +267,7 @@ def test_bad_weights(architecture, weights, tmp_path):
         (file("text.safetensors", b"hello, world"), "damaged"),
         (file("text.pt", b"hello, world"), "damaged"),
         (file("list.pt", pickle.dumps([1, 2, 3])), "damaged"),
-        (file("evil.pt", pickle.dumps(Evil())), "damaged"),
+        (file("evil.pt", pickle.dumps(Evil(str(tmp_path / "was-here")))), "damaged"),
     ]
     script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     script.save(str(tmp_path / "script.pt"))
@@ -275,7 +278,7 @@ def test_bad_weights(architecture, weights, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             load_clip(architecture, path)
         assert str(path) in str(caught.value) and "`pretrained`" in str(caught.value)
-    assert not os.path.exists("/tmp/pez-was-here")
+    assert not (tmp_path / "was-here").exists()
     with pytest.raises(ValueError, match=r"does not hold weights of pez-wide"):
         load_clip("pez-wide", weights)
 

@@ -108,7 +108,8 @@ class TextTower:
             x = self._embed(self._before)[None] + self._positions(0, len(self._before))
             past = []
             for block in self.tower.transformer.resblocks:
-                x, keys_values = _causal_block(block, x)
+                # tokenizers without a start token leave nothing to compute
+                x, keys_values = _causal_block(block, x) if len(self._before) else (x, None)
                 past.append(keys_values)
         return lambda embeddings: self._project(self._after_past(embeddings, past))
 
