@@ -47,6 +47,26 @@ def test_features_equal_open_clips_own(kind, prompt_len):
     torch.testing.assert_close(ours, clip.encode_texts(texts), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize(
+    "templates", [["a photo of {} on a beach"], ["{}, oil", "low light {}", "{}"]]
+)
+def test_fixed_text_around_the_learned_tokens(kind, templates):
+    model_class, options, _ = TOWERS[kind]
+    clip = make_clip(model_class, **options)
+    words = clip.text.words
+    ids = clip.vocabulary[torch.tensor([[5, 80, 900], [7, 7, 1200], [9, 10, 11]])]
+    encode = clip.text.encoder(
+        [tuple(words.encode(part) for part in template.split("{}")) for template in templates]
+    )
+    ours = torch.nn.functional.normalize(encode(clip.text.token_embedding.detach()[ids]), dim=-1)
+    texts = [
+        templates[k % len(templates)].format(words.decode(row))
+        for k, row in enumerate(ids.tolist())
+    ]
+    torch.testing.assert_close(ours, clip.encode_texts(texts), atol=2e-6, rtol=1e-5)
+
+
 def test_longest_prompt_fills_the_context(tiny_clip):
     assert tiny_clip.text.max_prompt_len == 75
     ids = tiny_clip.vocabulary[:75]

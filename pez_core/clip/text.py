@@ -87,6 +87,7 @@ class TextTower:
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
         device = tower.token_embedding.weight.device
+        self._known = word[0]
         self._before = torch.tensor(row[:start], dtype=torch.long, device=device)
         self._after = torch.tensor(row[start + len(word) :], dtype=torch.long, device=device)
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
@@ -96,34 +97,61 @@ class TextTower:
         """(vocab_size, width) embedding table."""
         return self.tower.token_embedding.weight
 
-    def encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The tower as a function that does the work for what stands before the prompt only once.
+    def encoder(
+        self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The tower as a function of the learned tokens alone.
 
-        Where the tower is causal, keys and values of these positions do not depend on the prompt.
-        The function is good for as long as the weights stay as they are.
+        Where the tower is causal and the fixed text is the same for all rows, keys and values of
+        what stands before the learned tokens do not depend on them and are computed here, once. The
+        function is good for as long as the weights stay as they are.
+
+        Args:
+            fixed: ids before and behind the learned tokens, without start and end token; one pair
+                for all rows, or one pair per row.
+
+        Returns:
+            (rows, prompt_len, width) token embeddings -> (rows, features), unnormalised.
         """
-        if not self._plain_blocks:
-            return self
+        if len(fixed) > 1 or not self._plain_blocks:
+            return _Whole(self, fixed)
+        before, after = (self._before.new_tensor(ids) for ids in fixed[0])
+        before = torch.cat([self._before, before])
+        after = self._embed(torch.cat([after, self._after[:1]]))
         with torch.no_grad():
-            x = self._embed(self._before)[None] + self._positions(0, len(self._before))
+            x = self._embed(before)[None] + self._positions(0, len(before))
             past = []
             for block in self.tower.transformer.resblocks:
-                # tokenizers without a start token leave nothing to compute
-                x, keys_values = _causal_block(block, x) if len(self._before) else (x, None)
+                # tokenizers without a start token may leave nothing to compute
+                x, keys_values = _causal_block(block, x) if len(before) else (x, None)
                 past.append(keys_values)
-        return lambda embeddings: self._project(self._after_past(embeddings, past))
+        return lambda embeddings: self._project(
+            self._after_past(embeddings, after, len(before), past)
+        )
 
-    def _after_past(self, embeddings: torch.Tensor, past: list) -> torch.Tensor:
-        """(problems, prompt_len, width) embeddings -> (problems, width), by causal blocks alone."""
-        problems, prompt_len, _ = embeddings.shape
-        end = self._embed(self._after[:1]).expand(problems, -1, -1)
-        x = torch.cat([embeddings.to(end.dtype), end], dim=1)
-        x = x + self._positions(len(self._before), prompt_len + 1)
+    def _after_past(
+        self, embeddings: torch.Tensor, after: torch.Tensor, start: int, past: list
+    ) -> torch.Tensor:
+        """(rows, prompt_len, width) embeddings -> (rows, width), by causal blocks alone."""
+        after = after.expand(len(embeddings), -1, -1)
+        x = torch.cat([embeddings.to(after.dtype), after], dim=1)
+        x = x + self._positions(start, x.shape[1])
         *blocks, last = zip(self.tower.transformer.resblocks, past, strict=True)
         for block, keys_values in blocks:
             x, _ = _causal_block(block, x, keys_values)
         x, _ = _causal_block(last[0], x, last[1], only_last=True)
         return self.tower.ln_final(x)[:, 0]
+
+    def _mask(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
+        """The additive attention mask that the tower's own forward would use for these ids."""
+        tower, length = self.tower, x.shape[1]
+        mask = tower.attn_mask
+        if mask is not None:
+            mask = mask[:length, :length].to(x.dtype)
+        if self._cls is not None:
+            padding = tower._build_additive_mask(ids, length, x.dtype)
+            mask = padding if mask is None else mask + padding
+        return mask
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         table = self.token_embedding.detach()
@@ -141,38 +169,51 @@ class TextTower:
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection.detach()
 
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(problems, prompt_len, width) token embeddings -> (problems, features), unnormalised."""
-        if self._plain_blocks:
-            return self.encoder()(embeddings)
-        problems, prompt_len, _ = embeddings.shape
-        # without a causal mask the padding takes part, and the context has to be filled up
-        end = len(self._before) + prompt_len
-        rest = 1 if self.causal else self.context_length - end
-        before, after = (
-            self._embed(ids).expand(problems, -1, -1) for ids in (self._before, self._after[:rest])
-        )
-        x = torch.cat([before, embeddings.to(before.dtype), after], dim=1)
-        if self._cls is not None:
-            x = torch.cat([x, self._cls.detach().to(x.dtype).expand(problems, 1, -1)], dim=1)
-        x = x + self._positions(0, x.shape[1])
-        x = self.tower.transformer(x, attn_mask=self._mask(x, prompt_len))
-        position = {"first": 0, "last": -1}.get(self._pool, end)
-        return self._project(self.tower.ln_final(x[:, -1 if self._cls is not None else position]))
+        """(rows, prompt_len, width) token embeddings -> (rows, features), unnormalised."""
+        return self.encoder()(embeddings)
 
-    def _mask(self, x: torch.Tensor, prompt_len: int) -> torch.Tensor | None:
-        """The additive attention mask that the tower's own forward would use for this layout."""
-        tower, length = self.tower, x.shape[1]
-        mask = tower.attn_mask
-        if mask is not None:
-            mask = mask[:length, :length].to(x.dtype)
-        if self._cls is not None:
-            # any id that is not padding stands for the learned ones: only padding is looked at
-            prompt = self._before[:1].expand(prompt_len)
-            after = self._after[: self.context_length - len(self._before) - prompt_len]
-            ids = torch.cat([self._before, prompt, after]).to(x.device).expand(len(x), -1)
-            padding = tower._build_additive_mask(ids, length, x.dtype)
-            mask = padding if mask is None else mask + padding
-        return mask
+
+class _Whole:
+    """The tower over every position, for any mask and for rows of different fixed text."""
+
+    def __init__(
+        self, text: TextTower, fixed: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> None:
+        self.text, self.fixed = text, fixed
+        self._layout: tuple[int, tuple[torch.Tensor, ...]] | None = None
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        text, tower, (rows, prompt_len, _) = self.text, self.text.tower, embeddings.shape
+        if self._layout is None or self._layout[0] != prompt_len:  # the same in every step
+            self._layout = prompt_len, self._lay_out(prompt_len)
+        ids, firsts, ends = (part.expand(rows, *part.shape[1:]) for part in self._layout[1])
+        every = torch.arange(rows, device=ids.device)
+        places = firsts[:, None] + torch.arange(prompt_len, device=ids.device)
+
+        x = text._embed(ids)
+        x = x.index_put((every[:, None], places), embeddings.to(x.dtype))
+        if text._cls is not None:
+            x = torch.cat([x, text._cls.detach().to(x.dtype).expand(rows, 1, -1)], dim=1)
+        x = x + text._positions(0, x.shape[1])
+        x = tower.ln_final(tower.transformer(x, attn_mask=text._mask(x, ids)))
+        if text._cls is not None or text._pool == "last":
+            return text._project(x[:, -1])
+        return text._project(x[:, 0] if text._pool == "first" else x[every, ends])
+
+    def _lay_out(self, prompt_len: int) -> tuple[torch.Tensor, ...]:
+        """(rows, length) ids, (rows,) first learned positions and (rows,) end positions."""
+        text, start = self.text, len(self.text._before)
+        # any id that is not padding stands for the learned ones: only padding is looked at
+        texts = [[*b, *[text._known] * prompt_len, *a] for b, a in self.fixed]
+        # without a causal mask the padding takes part, and the context has to be filled up
+        length = max(map(len, texts)) + 1 if text.causal else text.context_length - start
+        tail = text._after.tolist()
+        ids = text._after.new_tensor([(row + tail)[:length] for row in texts])
+        return (
+            torch.cat([text._before.expand(len(ids), -1), ids], dim=1),
+            ids.new_tensor([start + len(before) for before, _ in self.fixed]),
+            ids.new_tensor([start + len(row) for row in texts]),
+        )
 
 
 def _causal_block(
