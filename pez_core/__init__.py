@@ -1,21 +1,40 @@
 """PEZ: images and long prompts into short text prompts that work."""
 
-from .clip import PRESETS, Clip, load_clip
+from .clip import PRESETS, Clip, JointClip, load_clip
+from .judge import Pruned, Scores, WordContribution, explain, prune, score
+from .learn import Candidate, Result
 from .search import Progress, Settings, search
-from .space import TokenSpace
-from .tasks import Candidate, Result, invert
+from .space import PhraseSpace, TokenSpace
+from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract_style, invert
+from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "UNSAFE_WORDS",
     "Candidate",
     "Clip",
+    "Concatenated",
+    "Distilled",
+    "JointClip",
+    "PhraseSpace",
     "Progress",
+    "Pruned",
     "Result",
+    "Scores",
     "Settings",
+    "Style",
     "TokenSpace",
+    "Vocabulary",
+    "WordContribution",
+    "concatenate",
+    "distill",
+    "explain",
+    "extract_style",
     "invert",
     "load_clip",
+    "prune",
+    "score",
     "search",
 ]

@@ -1,8 +1,8 @@
-"""The discrete space that prompts live in: an embedding table and the tokens that may be used."""
+"""The discrete space that prompts live in: an embedding table and what may be made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,24 @@ _CPU_BLOCK = 2**14
 class TokenSpace:
     """One embedding table with a set of allowed tokens.
 
+    The tables of several encoders that share their tokens lie side by side in one, as `parts` of
+    its columns; nearest is then the token of the highest weighted mean of their cosines.
+
     Args:
         table: (vocab_size, dim) token embeddings; used in fp32 whatever their dtype.
         allowed: ids that prompts may be made of, in rising order; None allows every row.
+        parts: (columns, weight) of each encoder, from left to right; None: one encoder.
 
     Raises:
         ValueError: `allowed` is empty or holds ids outside the table.
     """
 
-    def __init__(self, table: torch.Tensor, allowed: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        table: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+        parts: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
         if allowed is None:
             allowed = torch.arange(len(table))
         if allowed.numel() == 0:
@@ -36,22 +45,30 @@ class TokenSpace:
             )
         self.table = table.detach()
         self.allowed = allowed.to(table.device)
+        self.parts = [(table.shape[1], 1.0)] if parts is None else list(parts)
         # rows of zero norm (never trained) stay zero and can only win against negative similarities
         directions = self.table[self.allowed].float()
-        F.normalize(directions, dim=-1, out=directions)
+        for part, (_, weight) in zip(self._split(directions), self.parts, strict=True):
+            F.normalize(part, dim=-1, out=part).mul_(weight)
         self._block = _CPU_BLOCK if directions.device.type == "cpu" else len(directions)
         self._similarities = [_similarity_to(block) for block in directions.split(self._block)]
+
+    def _split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return embeddings.split([columns for columns, _ in self.parts], dim=-1)
+
+    def _directions(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(..., dim) with the embedding of each encoder at unit length."""
+        return torch.cat([F.normalize(part, dim=-1) for part in self._split(embeddings)], dim=-1)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(..., prompt_len) ids -> (..., prompt_len, dim) fp32 embeddings, not normalised."""
         return F.embedding(ids, self.table).float()
 
     def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (...) ids of the allowed tokens of the highest cosine similarity.
-
-        The embeddings themselves need no normalising: a positive factor does not move the maximum.
-        """
-        rows = embeddings.reshape(-1, embeddings.shape[-1])
+        """(..., dim) -> (...) ids of the allowed tokens of the highest cosine similarity."""
+        # with one encoder no length needs taking out: a positive factor moves no maximum
+        rows = embeddings if len(self.parts) == 1 else self._directions(embeddings)
+        rows = rows.reshape(-1, embeddings.shape[-1])
         size = max(1, _CHUNK // self._block)
         best = torch.cat([self._best(chunk) for chunk in rows.split(size)])
         return self.allowed[best].reshape(embeddings.shape[:-1])
@@ -71,6 +88,115 @@ class TokenSpace:
         """(problems, prompt_len) allowed ids drawn uniformly with a CPU `generator`."""
         picks = torch.randint(len(self.allowed), (problems, prompt_len), generator=generator)
         return self.allowed[picks.to(self.allowed.device)]
+
+
+class PhraseSpace(TokenSpace):
+    """Prompts that are made of whole phrases, such as the entries of a keyword bank.
+
+    Nearest is the sequence of phrases with the highest sum of cosines over all positions, exactly:
+    by dynamic programming over where phrases begin. With phrases of one token each it is what
+    `TokenSpace` has.
+
+    Args:
+        table, parts: as in `TokenSpace`.
+        phrases: token ids of each phrase.
+        prompt_len: tokens of a prompt; phrases that are longer are left out.
+
+    Raises:
+        ValueError: no combination of `phrases` has `prompt_len` tokens; says which lengths there
+            are near it.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        phrases: Sequence[Sequence[int]],
+        prompt_len: int,
+        parts: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
+        lengths = sorted({len(phrase) for phrase in phrases})
+        reachable = _sums(lengths, prompt_len + max(lengths))
+        if prompt_len not in reachable:
+            near = sorted(sorted(reachable - {0}, key=lambda n: abs(n - prompt_len))[:3])
+            raise ValueError(
+                f"`prompt_len` is {prompt_len}, but the phrases have "
+                f"{', '.join(map(str, lengths[:6]))} tokens, which do not add up to it; "
+                f"{' or '.join(map(str, near))} would do."
+            )
+        phrases = [phrase for phrase in phrases if len(phrase) <= prompt_len]
+        tokens = sorted({token for phrase in phrases for token in phrase})
+        super().__init__(table, torch.tensor(tokens), parts)
+        place = {token: k for k, token in enumerate(tokens)}
+        # (count, length) positions in `allowed`, by length
+        self._phrases = {
+            length: torch.tensor(
+                sorted([place[t] for t in phrase] for phrase in phrases if len(phrase) == length),
+                device=table.device,
+            )
+            for length in lengths
+            if length <= prompt_len
+        }
+        self._reachable = reachable
+
+    @torch.no_grad()
+    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len, dim) -> (problems, prompt_len) ids of the best phrases."""
+        # what the longest of the gathers below holds for one problem
+        size = embeddings.shape[1] * max(map(len, self._phrases.values()))
+        chunks = embeddings.split(max(1, _CHUNK // size))
+        return torch.cat([self._nearest(chunk) for chunk in chunks])
+
+    def _nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        rows = self._directions(embeddings).flatten(0, 1)
+        cosines = torch.cat([similarity(rows) for similarity in self._similarities], dim=-1)
+        cosines = cosines.view(*embeddings.shape[:2], -1)
+        problems, prompt_len, _ = cosines.shape
+        values, picks = {}, {}  # of the best phrase of each length that begins at each position
+        for length, phrases in self._phrases.items():
+            starts = prompt_len - length + 1
+            total = sum(cosines[:, j : j + starts][..., phrases[:, j]] for j in range(length))
+            values[length], best = total.max(dim=-1)
+            picks[length] = phrases[best]  # (problems, starts, length)
+
+        best_value = {0: cosines.new_zeros(problems)}
+        best_ids = {0: cosines.new_zeros(problems, 0, dtype=torch.long)}
+        for end in range(1, prompt_len + 1):
+            last = [k for k in self._phrases if end - k in best_value]
+            if not last:
+                continue
+            candidates = torch.stack([best_value[end - k] + values[k][:, end - k] for k in last])
+            ids = torch.stack(
+                [torch.cat([best_ids[end - k], picks[k][:, end - k]], dim=1) for k in last]
+            )
+            best_value[end], choice = candidates.max(dim=0)
+            best_ids[end] = ids[choice, torch.arange(problems, device=ids.device)]
+        return self.allowed[best_ids[prompt_len]]
+
+    def random(self, problems: int, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
+        """(problems, prompt_len) ids of random phrases that fill the prompt."""
+        lengths = torch.tensor([length for length, p in self._phrases.items() for _ in p])
+        phrases = [phrase for p in self._phrases.values() for phrase in p]
+        rows = []
+        for _ in range(problems):
+            row: list[torch.Tensor] = []
+            left = prompt_len
+            while left:
+                fits = [k for k in self._phrases if left - k in self._reachable]
+                choices = torch.isin(lengths, torch.tensor(fits)).nonzero()[:, 0]
+                pick = torch.randint(len(choices), (1,), generator=generator)
+                row.append(phrases[int(choices[pick])])
+                left -= len(row[-1])
+            rows.append(torch.cat(row))
+        return self.allowed[torch.stack(rows)]
+
+
+def _sums(lengths: Sequence[int], top: int) -> set[int]:
+    """Every number up to `top` that is a sum of `lengths`, and 0."""
+    sums = {0}
+    for total in range(1, top + 1):
+        if any(total - length in sums for length in lengths):
+            sums.add(total)
+    return sums
 
 
 def _similarity_to(directions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 
-from .objectives import Similarity
-from .search import Progress, Settings, check_integer, search
-from .space import TokenSpace
+from .clip.images import ImageInput, load_images
+from .learn import Callback, Goal, Learning, Result, learn
+from .prompt_text import SYNTAX, Piece, chunks, sections
+from .search import Settings, check_integer
+from .style import style_direction
+from .targets import Target, as_list, check_number, check_weights, encode_targets
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .clip import Clip
-    from .clip.images import ImageInput
-
-log = logging.getLogger(__name__)
-
-Callback = Callable[[dict], bool | None]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A prompt that one restart found.
-
-    Attributes:
-        prompt: the text.
-        similarity: cosine similarity of the text, encoded again by the public tokenizer and the
-            whole text tower, with its target image (their mean for several images).
-        token_ids: the tokens of the text, without start and end token.
-    """
-
-    prompt: str
-    similarity: float
-    token_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Result(Candidate):
-    """What a task returns: the best candidate and how it was found.
-
-    Attributes:
-        candidates: one per restart, best first; the first is this result's own prompt.
-        history: `(step, best similarity so far)`, one per report.
-        seconds: of the whole search that this result came from, shared by all of a batch.
-    """
-
-    candidates: list[Candidate] = field(repr=False)
-    history: list[tuple[int, float]] = field(repr=False)
-    seconds: float
+    from .clip import AnyClip
 
 
 def invert(
-    clip: Clip,
+    clip: AnyClip,
     images: ImageInput | Sequence[ImageInput] | torch.Tensor,
     prompt_len: int = 16,
     steps: int = 3000,
@@ -66,7 +33,13 @@ def invert(
     callback: Callback | None = None,
     *,
     shared: bool = False,
-    whole_vocabulary: bool = False,
+    weights: Sequence[float] | None = None,
+    negative: Target | Sequence[Target] = (),
+    negative_weights: float | Sequence[float] = 0.5,
+    learn_negative: bool = False,
+    template: str = "{}",
+    initial: str | None = None,
+    vocabulary: Vocabulary | None = None,
     patience: int | None = None,
 ) -> Result | list[Result]:
     """Find a short text prompt that CLIP finds similar to an image (paper, section 4).
@@ -78,7 +51,8 @@ def invert(
         clip: from `load_clip`.
         images: a PIL image, a path, or a (H, W, 3) / (3, H, W) tensor in [0, 1]; or a list of these
             or a (N, H, W, 3) / (N, 3, H, W) batch.
-        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP).
+        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside the
+            template.
         steps: optimisation steps, at least 1.
         restarts: independent searches per image from different random prompts, at least 1.
         lr: AdamW learning rate.
@@ -86,11 +60,22 @@ def invert(
         seed: of the initial prompts; restart r starts from `seed + r`. The same seed gives the same
             prompts on the CPU.
         callback: gets one dict per report: `step`, `steps`, `prompt` and `similarity` of the best
-            so far, `prompts` and `similarities` with the best of each result, `elapsed` seconds.
-            A true return value ends the search; the best so far is returned.
-        shared: learn one prompt for all images, by the mean of their similarities.
-        whole_vocabulary: search every row of the embedding table, as the paper does, instead of the
-            CLIP's default vocabulary. Only prompts that survive being printed count.
+            so far (the similarity less what `negative` costs), `prompts` and `similarities` with
+            the best of each result, `elapsed` seconds. A true return value ends the search; the
+            best so far is returned.
+        shared: learn one prompt for all images, by the weighted mean of their similarities.
+        weights: how much each image counts with `shared`, above 0; None: all the same.
+        negative: texts and images to stay away from. A string is a text; give an image as a path
+            object, a PIL image or a tensor.
+        negative_weights: what they count against the images, which count 1: one number for all of
+            them together, or one for each.
+        learn_negative: find a negative prompt instead: words for `negative` that stay away from the
+            images or, where `negative` is empty, just words that are far from the images.
+        template: fixed text with `{}` where the learned words go, such as a caption to which they
+            add what it missed: `"a photo of a dog {}"`.
+        initial: text to start from, of at most `prompt_len` tokens. The first restart begins with
+            it, filled up with random tokens; the others begin at random.
+        vocabulary: what may appear in the learned part; None: every word of the CLIP.
         patience: end a problem that has not improved for this many steps; None: never.
 
     Returns:
@@ -99,114 +84,425 @@ def invert(
     Raises:
         TypeError, ValueError: an argument is out of range or an image cannot be read.
     """
-    from .clip.images import load_images
-
     pictures, single = load_images(images)
-    check_integer("prompt_len", prompt_len, 1, clip.text.max_prompt_len)
-    check_integer("restarts", restarts, 1)
-    check_integer("seed", seed, 0)
-    settings = Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience)
+    if weights is not None and not shared:
+        raise ValueError("`weights` says how much images count for one prompt; add shared=True.")
+    weights = check_weights("weights", weights, len(pictures)) if shared else [1.0]
+    learning = Learning(
+        prompt_len,
+        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        restarts,
+        seed,
+        vocabulary,
+        initial,
+        template,
+    )
+    away = as_list(negative)
+    if isinstance(negative_weights, (list, tuple)):
+        negative_weights = check_weights(
+            "negative_weights", negative_weights, len(away), scale=False
+        )
+    else:
+        total = check_number("negative_weights", negative_weights, low=0)
+        negative_weights = [total / max(len(away), 1)] * len(away)
+    if learn_negative:
+        weights = [-w * (sum(negative_weights) if away else 1) for w in weights]
+        negative_weights = [w / sum(negative_weights) for w in negative_weights]
+    else:
+        negative_weights = [-w for w in negative_weights]
 
     with torch.inference_mode(False):
         features = clip.encode_images(pictures)
-        targets = features[None] if shared else features[:, None]
-        allowed = None if whole_vocabulary else clip.vocabulary
-        results = _learn(
-            clip, targets, prompt_len, settings, restarts, seed, callback, allowed=allowed
-        )
+        avoid = encode_targets("negative", clip, away)
+        signed = features.new_tensor([*weights, *negative_weights])
+        groups = [features] if shared else features.split(1)
+        goals = [Goal(torch.cat([group, avoid]), signed) for group in groups]
+        results = learn(clip, goals, learning, callback)
     return results[0] if single or shared else results
 
 
-def _learn(
-    clip: Clip,
-    targets: torch.Tensor,
-    prompt_len: int,
-    settings: Settings,
-    restarts: int,
-    seed: int,
-    callback: Callback | None,
-    allowed: torch.Tensor | None,
-) -> list[Result]:
-    """(n, m, features) unit targets -> n results, each the best of `restarts` searches."""
-    began = time.monotonic()
-    space = TokenSpace(clip.text.token_embedding, allowed)
-    # The same initial prompts for every target, so that a result does not depend on its neighbours;
-    # of tokens that survive, so that the first step finds an acceptable prompt even where the whole
-    # vocabulary is searched.
-    generators = [torch.Generator().manual_seed((seed + r) % 2**63) for r in range(restarts)]
-    picks = [torch.randint(len(clip.vocabulary), (1, prompt_len), generator=g) for g in generators]
-    starts = clip.vocabulary[torch.cat(picks).to(clip.vocabulary.device)]
-    n = len(targets)
-    ids = starts.repeat(n, 1)  # problem k belongs to target k // restarts
-    objective = Similarity(clip.text.encoder(), targets.repeat_interleave(restarts, dim=0))
-    words = clip.text.words
+@dataclass(frozen=True)
+class Style(Result):
+    """A style prompt: `prompt` describes it, `apply` gives it to subjects."""
 
-    def survive(ids: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([words.survives(row) for row in ids.tolist()], device=ids.device)
+    def apply(self, subject: str, template: str = "{subject}, {style}") -> str:
+        """A prompt for `subject` in this style.
 
-    def report(progress: Progress) -> bool | None:
-        scores, best = progress.scores.view(n, restarts).max(dim=1)
-        chosen = progress.ids.view(n, restarts, -1)[torch.arange(n, device=best.device), best]
-        prompts = [words.decode(row) for row in chosen.tolist()]
-        similarities = scores.tolist()
-        top = max(range(n), key=similarities.__getitem__)
-        return callback(
-            {
-                "step": progress.step,
-                "steps": progress.steps,
-                "prompt": prompts[top],
-                "similarity": similarities[top],
-                "prompts": prompts,
-                "similarities": similarities,
-                "elapsed": time.monotonic() - began,
-            }
-        )
-
-    # Asking costs a wait for the device, so it is left out where it cannot make a difference.
-    everything_survives = allowed is not None and words.separable
-    found = search(
-        space,
-        objective,
-        ids,
-        settings,
-        report if callback else None,
-        acceptable=None if everything_survives else survive,
-    )
-    candidates = _verify(clip, found.ids.tolist(), targets.repeat_interleave(restarts, dim=0))
-    seconds = time.monotonic() - began
-    results = []
-    for k in range(n):
-        rows = slice(k * restarts, (k + 1) * restarts)
-        ranked = sorted(candidates[rows], key=lambda c: -c.similarity)
-        results.append(
-            Result(
-                ranked[0].prompt,
-                ranked[0].similarity,
-                ranked[0].token_ids,
-                candidates=ranked,
-                history=[(step, max(scores[rows])) for step, scores in found.history],
-                seconds=seconds,
+        Raises:
+            ValueError: `template` lacks `{subject}` or `{style}`.
+        """
+        if "{subject}" not in template or "{style}" not in template:
+            raise ValueError(
+                f"`template` has to hold {{subject}} and {{style}} but is {template!r}."
             )
+        parts = template.replace("{style}", self.prompt).split("{subject}")
+        return subject.join(parts)
+
+
+def extract_style(
+    clip: AnyClip,
+    images: Sequence[ImageInput] | torch.Tensor,
+    prompt_len: int = 8,
+    steps: int = 1000,
+    restarts: int = 4,
+    lr: float = 0.1,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    callback: Callback | None = None,
+    *,
+    mode: str = "separate",
+    content: Sequence[str] = (),
+    batch_size: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    patience: int | None = None,
+) -> Style:
+    """Find one prompt for the style that several images share (paper, section 4.3).
+
+    Args:
+        clip, prompt_len, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience:
+            as in `invert`.
+        images: two or more of different things in the same style; six do well.
+        mode: `"separate"` goes for what the images have in common and turns away from what tells
+            them apart, their contents, and from what stays when the style is spoilt (see
+            `style_direction`). `"joint"` is the paper's: the mean similarity with the images,
+            contents and all.
+        content: what the images depict; none of these words, nor their spellings from pieces, will
+            be in the prompt.
+        batch_size: in the mode `"joint"`, images that each step looks at, drawn at random; None:
+            all of them. The best prompt is picked by all of them.
+
+    Returns:
+        A `Style`, whose `similarity` is the mean over the images.
+
+    Raises:
+        TypeError, ValueError: fewer than two images, an unknown mode, an argument out of range.
+    """
+    pictures, single = load_images(images)
+    if single or len(pictures) < 2:
+        raise ValueError(
+            "`images` has to hold at least two images of one style but holds one; for a single "
+            "image use `invert`."
         )
-    return results
+    if mode not in ("separate", "joint"):
+        raise ValueError(f"`mode` has to be 'separate' or 'joint' but is {mode!r}.")
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, 1, len(pictures))
+        if mode != "joint":
+            raise ValueError("`batch_size` belongs to mode='joint'; leave it out.")
+    if isinstance(content, str):
+        content = [content]
+    if content:
+        vocabulary = (vocabulary or Vocabulary()) & Vocabulary(blocked=_content_words(content))
+    learning = Learning(
+        prompt_len,
+        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        restarts,
+        seed,
+        vocabulary,
+    )
+    with torch.inference_mode(False):
+        features = clip.encode_images(pictures)
+        weights = features.new_full((len(features),), 1 / len(features))
+        direction = style_direction(clip, pictures, features) if mode == "separate" else None
+        goal = Goal(features, weights, direction, batch_size)
+        (result,) = learn(clip, [goal], learning, callback)
+    return Style(**vars(result))
 
 
-def _verify(clip: Clip, rows: list[list[int]], targets: torch.Tensor) -> list[Candidate]:
-    """Candidates as their printed text is read: (n) id rows and (n, m, features) unit targets."""
-    rows = [_readable(clip, row) for row in rows]
-    prompts = [clip.text.words.decode(row) for row in rows]
-    features = clip.encode_texts(prompts)
-    similarities = torch.einsum("nd,nmd->nm", features, targets).mean(dim=1).tolist()
-    return [Candidate(p, s, r) for p, s, r in zip(prompts, similarities, rows, strict=True)]
+@dataclass(frozen=True)
+class Distilled(Result):
+    """A shorter prompt.
+
+    Attributes:
+        tokens_before: tokens of the words that CLIP reads in the prompt that was given; weights and
+            tags are none.
+        tokens_after: those of this one.
+    """
+
+    tokens_before: int = 0
+    tokens_after: int = 0
+
+    @property
+    def tokens_saved(self) -> int:
+        return self.tokens_before - self.tokens_after
 
 
-def _readable(clip: Clip, ids: list[int]) -> list[int]:
-    """`ids` if they survive being printed, else those of the text that they print as."""
-    words, limit = clip.text.words, len(ids)
-    if words.survives(ids):
-        return ids
-    log.warning("The prompt found does not survive being printed; taking the tokens it prints as.")
-    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
-    while ids and not words.survives(ids):
-        ids.pop()
-    return ids or clip.vocabulary[:1].tolist()
+def distill(
+    clip: AnyClip,
+    prompt: str,
+    ratio: float = 0.3,
+    prompt_len: int | None = None,
+    steps: int = 1000,
+    restarts: int = 4,
+    lr: float = 0.1,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    callback: Callback | None = None,
+    *,
+    vocabulary: Vocabulary | None = None,
+    patience: int | None = None,
+) -> Distilled:
+    """Find a shorter prompt that means the same to CLIP (paper, section 4.5).
+
+    A prompt longer than the context is encoded in chunks as ComfyUI does, and its feature is the
+    mean of theirs by their tokens. Weights such as `(word:1.2)`, `embedding:name` and tags like
+    `<lora:name:0.8>` stay as they are, behind the learned words; sections between `BREAK`s are
+    shortened each for itself.
+
+    Args:
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience: as in
+            `invert`.
+        prompt: the text to shorten.
+        ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
+            0.5, 0.3 and 0.1).
+        prompt_len: tokens to learn for each section, in place of `ratio`.
+
+    Returns:
+        A `Distilled`. Its `similarity` is with the words of the whole prompt as CLIP reads them,
+        the mean over sections by their tokens. A prompt that is short enough comes back unchanged
+        with a `note`; one that would still not fit the context is shortened further, with a `note`.
+
+    Raises:
+        TypeError, ValueError: an empty prompt, a ratio out of range, another argument out of range.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"`prompt` has to be a string but is {prompt!r}.")
+    if not isinstance(ratio, Real) or isinstance(ratio, bool):
+        raise TypeError(f"`ratio` has to be a number but is {ratio!r}.")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"`ratio` has to be above 0 and at most 1 but is {ratio}.")
+    if prompt_len is not None:
+        check_integer("prompt_len", prompt_len, 1)
+    learning = Learning(
+        prompt_len or 1,
+        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        restarts,
+        seed,
+        vocabulary,
+    )
+    parts = [_Section(clip, pieces) for pieces in sections(prompt)]
+    if not any(part.ids for part in parts):
+        raise ValueError("`prompt` holds no words to distill; give a text.")
+    if any(part.kept for part in parts):
+        learning = replace(learning, vocabulary=_without_syntax(clip, vocabulary))
+    lengths = [part.learned_length(ratio, prompt_len) for part in parts]
+    searched = [k for k, length in enumerate(lengths) if length is not None]
+
+    results: list[Result] = []
+    with torch.inference_mode(False):
+        for turn, k in enumerate(searched):
+            shown = callback and _in_turn(callback, turn, len(searched), steps)
+            how = replace(
+                learning, prompt_len=lengths[k], template=parts[k].template, read=parts[k].read
+            )
+            goal = Goal(parts[k].feature(clip)[None], torch.ones(1, device=clip.device))
+            results += learn(clip, [goal], how, shown)
+    return _distilled(clip, parts, dict(zip(searched, results, strict=True)), ratio, prompt_len)
+
+
+class _Section:
+    """What is to be shortened between two `BREAK`s."""
+
+    def __init__(self, clip: AnyClip, pieces: list[Piece]) -> None:
+        self.printed = " ".join(piece.printed for piece in pieces)
+        words = clip.text.words
+        groups = [words.encode(piece.read) for piece in pieces]
+        self.kept = any(piece.kept for piece in pieces)
+        self.template = " ".join(["{}", *(piece.printed for piece in pieces if piece.kept)])
+        self.read = " ".join(["{}", *(p.read for p in pieces if p.kept and p.read)])
+        self.plain = sum(len(g) for g, p in zip(groups, pieces, strict=True) if not p.kept)
+        self.ids = [token for group in groups for token in group]
+        self.room = clip.text.max_prompt_len - (len(self.ids) - self.plain)
+        self._chunks = chunks(groups, clip.text.max_prompt_len)
+
+    def wanted(self, ratio: float, prompt_len: int | None) -> int:
+        return prompt_len or max(1, round(ratio * self.plain))
+
+    def learned_length(self, ratio: float, prompt_len: int | None) -> int | None:
+        """Tokens to learn, or None where the section stays as it is."""
+        wanted = self.wanted(ratio, prompt_len)
+        return None if wanted >= self.plain or self.room < 1 else min(wanted, self.room)
+
+    def feature(self, clip: AnyClip) -> torch.Tensor:
+        """(features,) of all its words, chunk by chunk."""
+        return clip.encode_chunks(self._chunks)
+
+
+def _distilled(
+    clip: AnyClip,
+    parts: list[_Section],
+    results: dict[int, Result],
+    ratio: float,
+    prompt_len: int | None,
+) -> Distilled:
+    """One result of those of the sections; sections without one stay as they are."""
+    before = sum(len(part.ids) for part in parts)
+    shares = [len(part.ids) / before for part in parts]
+    names = clip.split(parts[0].feature(clip)) if not results else results[min(results)].encoders
+
+    def mean(value: Callable[[Result], float]) -> float:
+        return sum(
+            share * (value(results[k]) if k in results else 1.0) for k, share in enumerate(shares)
+        )
+
+    notes = []
+    for k, part in enumerate(parts):
+        wanted, where = part.wanted(ratio, prompt_len), f"Section {k + 1}" * (len(parts) > 1)
+        if wanted >= part.plain:
+            notes.append(f"{where or 'The prompt'} is short enough already and is unchanged.")
+        elif part.room < 1:
+            notes.append(f"{where or 'The prompt'} keeps its weighted words, which fill a context.")
+        elif wanted > part.room:
+            notes.append(
+                f"{where or 'The prompt'} was shortened further, to what one context holds: "
+                f"{part.room} learned tokens, not {wanted}."
+            )
+    only = results[0] if len(parts) == 1 and results else None
+    ids = [
+        i for k, p in enumerate(parts) for i in (results[k].token_ids if k in results else p.ids)
+    ]
+    similarity = mean(lambda result: result.similarity)
+    return Distilled(
+        prompt=" BREAK ".join(
+            results[k].prompt if k in results else part.printed for k, part in enumerate(parts)
+        ),
+        similarity=similarity,
+        token_ids=ids,
+        learned=" ".join(result.learned for result in results.values()),
+        similarities=[similarity],
+        avoided=[],
+        encoders={name: mean(lambda result, name=name: result.encoders[name]) for name in names},
+        candidates=only.candidates if only else [],
+        history=only.history if only else [],
+        seconds=sum(result.seconds for result in results.values()),
+        note=" ".join(notes),
+        tokens_before=before,
+        tokens_after=len(ids),
+    )
+
+
+@dataclass(frozen=True)
+class Concatenated(Result):
+    """One prompt out of several sources.
+
+    Attributes:
+        fused: it was learned towards all sources; False: it is their plain join.
+        tokens: of the prompt.
+    """
+
+    fused: bool = field(default=False, kw_only=True)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def concatenate(
+    clip: AnyClip,
+    prompts: Sequence[Target],
+    weights: Sequence[float] | None = None,
+    max_tokens: int = 75,
+    prompt_len: int = 16,
+    steps: int = 1000,
+    restarts: int = 4,
+    lr: float = 0.1,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    callback: Callback | None = None,
+    *,
+    fuse: bool = False,
+    vocabulary: Vocabulary | None = None,
+    patience: int | None = None,
+) -> Concatenated:
+    """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
+
+    Args:
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience: as in
+            `invert`.
+        prompts: two or more sources. A string is a text; images (path objects, PIL images, tensors)
+            are sources too, and have to be fused.
+        weights: how much each source counts in what is learned and in the mean similarity, above 0;
+            None: all the same.
+        max_tokens: what the join may take, from 1 to the context (75 for CLIP). A longer join is
+            not cut: one prompt is learned instead, with a `note`.
+        prompt_len: tokens to learn when fusing, at most `max_tokens`.
+        fuse: learn one prompt even where the join fits.
+
+    Returns:
+        A `Concatenated`; `similarities` holds one similarity per source, in their order.
+
+    Raises:
+        TypeError, ValueError: fewer than two sources, an empty prompt, an argument out of range.
+    """
+    sources = as_list(prompts)
+    if len(sources) < 2:
+        raise ValueError(f"`prompts` has to hold at least two sources but holds {len(sources)}.")
+    check_integer("max_tokens", max_tokens, 1, clip.text.max_prompt_len)
+    shares = check_weights("weights", weights, len(sources))
+    with torch.inference_mode(False):
+        features = encode_targets("prompts", clip, sources)
+        goal = Goal(features, features.new_tensor(shares))
+        texts = [source.strip() for source in sources if isinstance(source, str)]
+        joined = " ".join(texts)
+        ids = clip.text.words.encode(joined)
+        fits = len(ids) <= max_tokens
+        if fits and not fuse and len(texts) == len(sources):
+            feature = clip.encode_chunks([ids])
+            similarities = (features @ feature).tolist()
+            parts, targets = clip.split(feature), clip.split(features)
+            return Concatenated(
+                prompt=joined,
+                similarity=sum(s * w for s, w in zip(similarities, shares, strict=True)),
+                token_ids=ids,
+                learned="",
+                similarities=similarities,
+                avoided=[],
+                encoders={
+                    name: float(targets[name] @ parts[name] @ goal.weights) for name in parts
+                },
+                candidates=[],
+                history=[],
+                seconds=0.0,
+            )
+        if prompt_len > max_tokens:
+            raise ValueError(
+                f"`prompt_len` is {prompt_len}, more than `max_tokens` {max_tokens}; lower it."
+            )
+        learning = Learning(
+            prompt_len,
+            Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+            restarts,
+            seed,
+            vocabulary,
+        )
+        (result,) = learn(clip, [goal], learning, callback)
+    note = ""
+    if not fits and not fuse:
+        note = (
+            f"The join has {len(ids)} tokens, more than max_tokens {max_tokens}; one prompt was "
+            "learned in its place."
+        )
+    return Concatenated(**(vars(result) | {"note": note}), fused=True)
+
+
+def _content_words(content: Sequence[str]) -> list[str]:
+    if not all(isinstance(text, str) for text in content):
+        raise TypeError(f"`content` has to hold strings but is {content!r}.")
+    return [word for text in content for word in text.split() if any(map(str.isalnum, word))]
+
+
+def _without_syntax(clip: AnyClip, vocabulary: Vocabulary | None) -> Vocabulary:
+    """Learned words between tags must not open or close one."""
+    tokens = [clip.text.words.decode([i]) for i in clip.vocabulary.tolist()]
+    marks = [text for text in tokens if SYNTAX & set(text)]
+    vocabulary = vocabulary or Vocabulary()
+    return vocabulary - Vocabulary(bank=marks) if marks else vocabulary
+
+
+def _in_turn(callback: Callback, turn: int, turns: int, steps: int) -> Callback:
+    """Reports of one of several searches as part of the whole."""
+
+    def report(one: dict) -> bool | None:
+        return callback(one | {"step": one["step"] + turn * steps, "steps": turns * steps})
+
+    return report

@@ -1,9 +1,22 @@
-"""Rules that say which tokens may appear in a prompt."""
+"""What may appear in a prompt: rules that people can name, combine and save."""
 
 from __future__ import annotations
 
+import difflib
+import json
+import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .clip import AnyClip
+
+UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
+"""A list of words that many people do not want to see; source and limits are in its head."""
 
 
 class Tokenizer(Protocol):
@@ -20,3 +33,256 @@ def round_trip_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
     without its word end would fuse with its neighbour when it is printed.
     """
     return [i for i in sorted(set(ids)) if tokenizer.survives([i])]
+
+
+class Blocklist:
+    """Finds blocked words in a text, from whatever pieces and with whatever marks they are spelled.
+
+    Case, accents, punctuation and spaces do not hide a word: `n-u d e` holds `nude`, `menu details`
+    does not. An entry that ends in `*` stands for every word that begins like it.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        spelled = {"".join(_words(entry)): entry for entry in entries}
+        self._begins = {word: e for word, e in spelled.items() if word and e.rstrip()[-1] == "*"}
+        self._whole = {w: e for w, e in spelled.items() if w and w not in self._begins}
+        self._longest = max(map(len, spelled), default=0)
+
+    def __bool__(self) -> bool:
+        return self._longest > 0
+
+    def find(self, text: str, first: int = 0, last: int | None = None) -> str | None:
+        """The first entry found that touches the words `first` to `last` of `text`, or None."""
+        words = _words(text)
+        last = len(words) if last is None else last
+        for start in range(last):
+            joined = ""
+            for end in range(start, len(words)):
+                joined += words[end]
+                if end >= first:
+                    if joined in self._whole:
+                        return self._whole[joined]
+                    for beginning, entry in self._begins.items():
+                        if joined.startswith(beginning):
+                            return entry
+                if len(joined) >= self._longest:
+                    break
+        return None
+
+
+def count_words(text: str) -> int:
+    """How many words `Blocklist.find` sees in `text`."""
+    return len(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    return re.findall(r"[^\W_]+", plain)
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """What a `Vocabulary` comes to in one CLIP.
+
+    Attributes:
+        phrases: token ids of everything that prompts may be made of.
+        blocked: words that must not be read in the prompt.
+        bank: its phrases as written, where the vocabulary is a list of phrases; else None.
+    """
+
+    phrases: frozenset[tuple[int, ...]]
+    blocked: frozenset[str] = frozenset()
+    bank: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Everything that may appear in the learned part of a prompt.
+
+    `a & b` allows what both allow and blocks what either blocks; `a | b` allows what either allows
+    and blocks what both block; `a - b` allows what `a` allows without what `b` allows, and where
+    `b` is a list of phrases, these are blocked words in the result.
+
+    Args:
+        bank: phrases that prompts are made of, of any number of tokens: a list, or a text file with
+            one phrase a line (`#` begins a comment line). None: every word of the CLIP.
+        blocked: words and phrases that must not be read in the decoded prompt, also when they are
+            spelled from pieces (see `Blocklist`): a list, or a file like that of `bank`.
+            `UNSAFE_WORDS` is such a file.
+        ascii_only: only what is written in ASCII; no emoji, no other scripts.
+        whole_words: only tokens that are words by themselves. False adds the pieces of words, which
+            fuse with what follows when they are printed; this is what the paper searches. Without
+            effect on a bank.
+        min_embedding_std: floor on the standard deviation of a token's embedding. Tokens that were
+            hardly trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
+
+    Raises:
+        ValueError: a file cannot be read or holds no phrase; `min_embedding_std` is negative.
+        TypeError: `bank` or `blocked` is neither a path nor a list of strings.
+    """
+
+    bank: tuple[str, ...] | Sequence[str] | str | os.PathLike | None = None
+    blocked: tuple[str, ...] | Iterable[str] | str | os.PathLike = ()
+    ascii_only: bool = False
+    whole_words: bool = True
+    min_embedding_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bank is not None:
+            object.__setattr__(self, "bank", _phrases("bank", self.bank))
+            if not self.bank:
+                raise ValueError("`bank` holds no phrase; write one phrase a line.")
+        object.__setattr__(self, "blocked", _phrases("blocked", self.blocked))
+        if not self.min_embedding_std >= 0:
+            raise ValueError(
+                f"`min_embedding_std` has to be 0 or more but is {self.min_embedding_std!r}."
+            )
+
+    def __and__(self, other: Vocabulary) -> Vocabulary:
+        return _Combination(operation="&", left=self, right=other)
+
+    def __or__(self, other: Vocabulary) -> Vocabulary:
+        return _Combination(operation="|", left=self, right=other)
+
+    def __sub__(self, other: Vocabulary) -> Vocabulary:
+        return _Combination(operation="-", left=self, right=other)
+
+    def lexicon(self, clip: AnyClip) -> Lexicon:
+        """What is left of the rules in one CLIP.
+
+        Raises:
+            ValueError: nothing of a bank is usable, or nothing is left at all.
+        """
+        lexicon = self._resolve(clip)
+        blocked = Blocklist(lexicon.blocked)
+        if blocked:
+            decode = clip.text.words.decode
+            phrases = frozenset(p for p in lexicon.phrases if not blocked.find(decode(p)))
+            lexicon = replace(lexicon, phrases=phrases)
+        if not lexicon.phrases:
+            raise ValueError(
+                "`vocabulary` leaves no word to make a prompt of in "
+                f"{clip.name}: everything is blocked or ruled out; take back one of its rules."
+            )
+        return lexicon
+
+    def _resolve(self, clip: AnyClip) -> Lexicon:
+        words, table = clip.text.words, clip.text.token_embedding
+        if self.bank is not None:
+            phrases = {text: tuple(words.encode(text)) for text in self.bank}
+            usable = {t: p for t, p in phrases.items() if p and _is_usable(clip, p)}
+            if not usable:
+                raise ValueError(_nothing_usable(clip, self.bank))
+            found = set(usable.values())
+        elif self.whole_words:
+            found = {(i,) for i in clip.vocabulary.tolist()}
+        else:
+            found = {(i,) for i in range(min(words.size, len(table))) if i not in words.special_ids}
+        if self.ascii_only:
+            found = {phrase for phrase in found if words.decode(phrase).isascii()}
+        if self.min_embedding_std:
+            parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
+            trained = sum((part.std(dim=1) < self.min_embedding_std).long() for part in parts) == 0
+            trained = trained.tolist()
+            found = {phrase for phrase in found if all(trained[i] for i in phrase)}
+        bank = frozenset(self.bank) if self.bank is not None else None
+        return Lexicon(frozenset(found), frozenset(self.blocked), bank)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the rules, banks and blocked words included, as a JSON file."""
+        Path(path).write_text(json.dumps(self._to_json(), indent=1, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Vocabulary:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read or is not a saved vocabulary.
+        """
+        try:
+            return _from_json(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a saved vocabulary ({error}).") from error
+
+    def _to_json(self) -> dict:
+        return {
+            "bank": None if self.bank is None else list(self.bank),
+            "blocked": list(self.blocked),
+            "ascii_only": self.ascii_only,
+            "whole_words": self.whole_words,
+            "min_embedding_std": self.min_embedding_std,
+        }
+
+
+@dataclass(frozen=True)
+class _Combination(Vocabulary):
+    """Two vocabularies and what joins them."""
+
+    operation: str = "&"
+    left: Vocabulary | None = None
+    right: Vocabulary | None = None
+
+    def _resolve(self, clip: AnyClip) -> Lexicon:
+        a, b = self.left._resolve(clip), self.right._resolve(clip)
+        if self.operation == "&":
+            bank = a.bank if b.bank is None else b.bank if a.bank is None else a.bank & b.bank
+            return Lexicon(a.phrases & b.phrases, a.blocked | b.blocked, bank)
+        if self.operation == "|":
+            bank = None if a.bank is None or b.bank is None else a.bank | b.bank
+            return Lexicon(a.phrases | b.phrases, a.blocked & b.blocked, bank)
+        bank = None if a.bank is None else a.bank - (b.bank or frozenset())
+        return Lexicon(a.phrases - b.phrases, a.blocked | (b.bank or frozenset()), bank)
+
+    def _to_json(self) -> dict:
+        return {
+            "operation": self.operation,
+            "left": self.left._to_json(),
+            "right": self.right._to_json(),
+        }
+
+
+def _from_json(rules: dict) -> Vocabulary:
+    if "operation" not in rules:
+        return Vocabulary(**rules)
+    if rules["operation"] not in ("&", "|", "-"):
+        raise ValueError(f"unknown operation {rules['operation']!r}")
+    return _Combination(
+        operation=rules["operation"],
+        left=_from_json(rules["left"]),
+        right=_from_json(rules["right"]),
+    )
+
+
+def _phrases(name: str, source: object) -> tuple[str, ...]:
+    """Phrases of a list or of a text file, in order and once each."""
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            lines = Path(source).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"`{name}`: the file {str(source)[:200]!r} cannot be read ({error}); "
+                "give a text file, or a list for single words."
+            ) from error
+        source = [line for line in lines if not line.lstrip().startswith("#")]
+    if not isinstance(source, Iterable):
+        raise TypeError(f"`{name}` has to be a path or a list of strings but is {source!r}.")
+    phrases = list(source)
+    for phrase in phrases:
+        if not isinstance(phrase, str):
+            raise TypeError(f"`{name}` has to hold strings but holds {phrase!r}.")
+    return tuple(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
+
+
+def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
+    known = clip.known is None or clip.known.issuperset(phrase)
+    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
+
+
+def _nothing_usable(clip: AnyClip, bank: Sequence[str]) -> str:
+    words = [clip.text.words.decode([i]) for i in clip.vocabulary.tolist()]
+    near = difflib.get_close_matches(bank[0].lower(), words, n=3, cutoff=0)
+    return (
+        f"`bank`: none of its {len(bank)} phrases can be used with {clip.name}, which does not "
+        f"know their tokens or cannot print them. Usable words near {bank[0]!r}: {', '.join(near)}."
+    )

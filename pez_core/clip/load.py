@@ -8,6 +8,7 @@ import operator
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 
+from .joint import JointClip
 from .model import Clip
 
 log = logging.getLogger(__name__)
@@ -68,18 +70,21 @@ def _cached(repository: str, file: str) -> Path | None:
 
 
 def load_clip(
-    name: str = "emoji-clip",
+    name: str | Sequence[str] = "emoji-clip",
     pretrained: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     download: bool = False,
-) -> Clip:
-    """Load a CLIP to search prompts on.
+    weights: Sequence[float] | None = None,
+) -> Clip | JointClip:
+    """Load a CLIP to search prompts on, or several to search as one.
 
     Args:
         name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
             `"ViT-H-14"`, or a folder with `open_clip_config.json` and weights.
-            `"NAME:PRETRAINED"` is `pretrained` in the same string.
+            `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
+            several CLIPs as one, for models that read a prompt with more than one: for SDXL
+            `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
         pretrained: an open_clip tag such as `"laion2b_s32b_b79k"`, or a weights file, safetensors
             or a PyTorch file that `weights_only` loading accepts. OpenAI's weights need the
             `-quickgelu` architecture when they come as a file; a tag knows by itself.
@@ -88,14 +93,31 @@ def load_clip(
             without it), float32 elsewhere. Prompts and similarities are float32 in any case.
         download: fetch the weights of a tag that are not on disk. Off: an error says what would be
             fetched and how to place it by hand.
+        weights: how much each of several CLIPs counts; None: all the same.
 
     Raises:
         ValueError: unknown architecture, tag, device or dtype; weights that are missing, damaged or
             of another architecture; a text tower that cannot be searched.
         OSError: the download failed; run it again to resume.
     """
+    if isinstance(name, (list, tuple)):
+        if pretrained is not None:
+            raise ValueError(
+                f"`pretrained` is {str(pretrained)!r}, but `name` is a list; write each as "
+                "NAME:PRETRAINED."
+            )
+        if len(name) > 1:
+            clips = [load_clip(one, None, device, dtype, download) for one in name]
+            return JointClip(clips, weights)
+        if not name:
+            raise ValueError("`name` is an empty list; give at least one CLIP.")
+        name = name[0]
+    if weights is not None:
+        raise ValueError(f"`weights` is {weights!r}, but there is one CLIP; leave it out.")
     if not isinstance(name, str):
-        raise TypeError(f"`name` has to be a string but is {type(name).__name__}.")
+        raise TypeError(
+            f"`name` has to be a string or a list of strings but is {type(name).__name__}."
+        )
     if not isinstance(pretrained, (str, os.PathLike, type(None))):
         raise TypeError(
             f"`pretrained` has to be a tag or a path but is {type(pretrained).__name__}."

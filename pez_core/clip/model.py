@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class Clip:
     Attributes:
         text: `TextTower`, from token embeddings to text features.
         vocabulary: (n,) sorted ids of the default vocabulary, on the model's device.
+        known: ids that the model was trained on; None: all of them.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Clip:
         )
         self._centre_crops = model.visual.preprocess_cfg.get("resize_mode") == "shortest"
         size = len(self.text.token_embedding)
+        self.known = None if vocabulary is None else frozenset(vocabulary)
         ids = round_trip_ids(self.text.words, range(size) if vocabulary is None else vocabulary)
         self.vocabulary = torch.tensor(ids, device=self.device)
 
@@ -59,6 +62,11 @@ class Clip:
     @property
     def device(self) -> torch.device:
         return self.text.token_embedding.device
+
+    @cached_property
+    def features(self) -> int:
+        """Length of a feature vector."""
+        return self.encode_texts(["a"]).shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,3 +94,22 @@ class Clip:
         """
         ids = self.tokenizer(list(texts)).to(self.device)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_chunks(self, chunks: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids of one text, cut to fit the context -> (features,) unit feature of all of it.
+
+        Each chunk is encoded by itself, between a start and an end token of its own, as ComfyUI
+        does; the features are averaged by their number of tokens.
+        """
+        text, length = self.text, self.text.context_length
+        rows = [[*text._before.tolist(), *chunk, *text._after.tolist()] for chunk in chunks]
+        # the row of one known word is as long as the context, so no row is too short
+        ids = torch.tensor([row[:length] for row in rows], device=self.device)
+        each = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        counts = torch.tensor([float(len(chunk)) for chunk in chunks], device=self.device)
+        return F.normalize((each * counts[:, None]).sum(0), dim=-1)
+
+    def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features by the name of their encoder, of which there is one."""
+        return {self.name: features}

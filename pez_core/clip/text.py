@@ -97,6 +97,11 @@ class TextTower:
         """(vocab_size, width) embedding table."""
         return self.tower.token_embedding.weight
 
+    @property
+    def parts(self) -> list[tuple[int, float]]:
+        """Columns and weight of each encoder in the table, of which there is one."""
+        return [(self.token_embedding.shape[1], 1.0)]
+
     def encoder(
         self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
     ) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,191 @@
+"""How good prompts are: similarity with images, what each word adds, and what can go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .clip.images import ImageInput, load_images
+from .prompt_text import chunks
+from .targets import Target, as_list, check_number, encode_targets
+
+if TYPE_CHECKING:
+    from .clip import AnyClip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Similarities of prompts with images.
+
+    Attributes:
+        similarity: (prompts, images) cosines.
+        encoders: the same by the name of each encoder.
+        held_out: (prompts, images) by a CLIP that took no part in the search; None: there was none.
+    """
+
+    similarity: torch.Tensor
+    encoders: dict[str, torch.Tensor] = field(repr=False)
+    held_out: torch.Tensor | None = None
+
+
+def score(
+    clip: AnyClip,
+    prompts: str | Sequence[str],
+    images: ImageInput | Sequence[ImageInput] | torch.Tensor,
+    held_out: AnyClip | None = None,
+) -> Scores:
+    """How similar prompts and images are.
+
+    A search overfits the CLIP that it runs on, so the similarity that it reports says little about
+    other models. A second CLIP that took no part does.
+
+    Args:
+        clip: as in `invert`.
+        prompts: one text or several; those longer than the context are encoded in chunks.
+        images: one image or several, as in `invert`.
+        held_out: a CLIP that the prompts were not learned on.
+
+    Raises:
+        TypeError, ValueError: no prompt, an empty prompt, no image, an image that cannot be read.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ValueError("`prompts` is empty; give at least one prompt.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"`prompts` has to hold strings but holds {text!r}.")
+    pictures, _ = load_images(images)
+
+    def pairs(one: AnyClip) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode_targets("prompts", one, texts), one.encode_images(pictures)
+
+    with torch.inference_mode(False):
+        a, b = pairs(clip)
+        parts_a, parts_b = clip.split(a), clip.split(b)
+        encoders = {name: parts_a[name] @ parts_b[name].T for name in parts_a}
+        other = None
+        if held_out is not None:
+            c, d = pairs(held_out)
+            other = c @ d.T
+        return Scores(a @ b.T, encoders, other)
+
+
+@dataclass(frozen=True)
+class WordContribution:
+    """What one word of a prompt adds.
+
+    Attributes:
+        word: as it is written.
+        contribution: similarity lost when the word is dropped; below 0 where it does harm.
+    """
+
+    word: str
+    contribution: float
+
+
+def explain(
+    clip: AnyClip, prompt: str, target: Target | Sequence[Target]
+) -> list[WordContribution]:
+    """What each word of a prompt contributes to its similarity with a target.
+
+    The words are dropped one at a time, so that two words that say the same both look idle.
+
+    Args:
+        clip: as in `invert`.
+        prompt: words separated by spaces.
+        target: a text, an image (path object, PIL image, tensor) or a list of these, whose mean
+            similarity counts.
+
+    Returns:
+        One entry per word, in the order of the prompt.
+
+    Raises:
+        TypeError, ValueError: an empty prompt, a target that cannot be read.
+    """
+    words = _split(prompt)
+    with torch.inference_mode(False):
+        similarity = _Towards(clip, target)
+        whole, *without = similarity([words, *_one_dropped(words)])
+    return [WordContribution(w, whole - s) for w, s in zip(words, without, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A prompt without the words that did not pay.
+
+    Attributes:
+        prompt: what is left.
+        similarity: its similarity with the target.
+        similarity_before: that of the whole prompt.
+        dropped: the words that went, in the order in which they went.
+    """
+
+    prompt: str
+    similarity: float
+    similarity_before: float
+    dropped: list[str]
+
+
+def prune(
+    clip: AnyClip, prompt: str, target: Target | Sequence[Target], max_loss: float = 0.0
+) -> Pruned:
+    """Drop the words of a prompt that do not pay, one at a time, the idlest first.
+
+    Args:
+        clip, prompt, target: as in `explain`.
+        max_loss: similarity that may be lost in all, 0 or more. At 0 what is left is at least as
+            good as the whole.
+
+    Raises:
+        TypeError, ValueError: as `explain`; `max_loss` is below 0.
+    """
+    max_loss = check_number("max_loss", max_loss, low=0)
+    words, dropped = _split(prompt), []
+    with torch.inference_mode(False):
+        similarity = _Towards(clip, target)
+        (before,) = similarity([words])
+        now = before
+        while len(words) > 1:
+            rest = similarity(_one_dropped(words))
+            best = max(range(len(rest)), key=rest.__getitem__)
+            if rest[best] < before - max_loss:
+                break
+            now = rest[best]
+            dropped.append(words.pop(best))
+    return Pruned(" ".join(words), now, before, dropped)
+
+
+def _split(prompt: str) -> list[str]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"`prompt` has to be a string but is {prompt!r}.")
+    words = prompt.split()
+    if not words:
+        raise ValueError("`prompt` is empty; give at least one word.")
+    return words
+
+
+def _one_dropped(words: list[str]) -> list[list[str]]:
+    return [words[:k] + words[k + 1 :] for k in range(len(words))]
+
+
+class _Towards:
+    """Mean similarity of texts, given as lists of words, with targets that are encoded once."""
+
+    def __init__(self, clip: AnyClip, target: Target | Sequence[Target]) -> None:
+        self.clip = clip
+        targets = as_list(target)
+        if not targets:
+            raise ValueError("`target` is empty; give a text or an image.")
+        self.target = encode_targets("target", clip, targets).mean(0)
+
+    def __call__(self, texts: list[list[str]]) -> list[float]:
+        encode, size = self.clip.text.words.encode, self.clip.text.max_prompt_len
+        ids = [encode(" ".join(words)) for words in texts]
+        if max(map(len, ids)) <= size:
+            features = self.clip.encode_texts([" ".join(words) for words in texts])
+        else:
+            features = torch.stack([self.clip.encode_chunks(chunks([i], size)) for i in ids])
+        return (features @ self.target).tolist()

@@ -1,0 +1,391 @@
+"""Goals in, prompts out: one search for several goals, and results as people would read them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .objectives import SampledSimilarity, Similarity
+from .search import Progress, Settings, check_integer, search
+from .space import PhraseSpace, TokenSpace
+from .vocabulary import Blocklist, Lexicon, Vocabulary, count_words
+
+if TYPE_CHECKING:
+    from .clip import AnyClip
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[[dict], bool | None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prompt that one restart found.
+
+    Attributes:
+        prompt: the text, with the fixed text of a template around the learned words.
+        similarity: cosine similarity of the text, encoded again by the public tokenizer and the
+            whole text tower, with its target; the weighted mean for several targets, and over the
+            encoders where there are several. What is to be avoided does not enter.
+        token_ids: the tokens of the text, without start and end token.
+        learned: the learned words alone.
+        similarities: with each target, in the order given.
+        avoided: with each thing to stay away from, in the order given.
+        encoders: `similarity` by the name of the encoder.
+    """
+
+    prompt: str
+    similarity: float
+    token_ids: list[int]
+    learned: str
+    similarities: list[float] = field(repr=False)
+    avoided: list[float] = field(repr=False)
+    encoders: dict[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Result(Candidate):
+    """What a task returns: the best candidate and how it was found.
+
+    Attributes:
+        candidates: one per restart, best first; the first is this result's own prompt.
+        history: `(step, best score so far)`, one per report; the score is the similarity, less what
+            is to be avoided by its weight.
+        seconds: of the whole search that this result came from, shared by all of a batch.
+        note: what a person should know about it, "" most of the time.
+    """
+
+    candidates: list[Candidate] = field(repr=False)
+    history: list[tuple[int, float]] = field(repr=False)
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one prompt is learned for.
+
+    Attributes:
+        features: (n, features) unit features of targets.
+        weights: (n,) how much each counts; below 0 for what is to be avoided.
+        direction: (features,) what the search goes towards where this is not their weighted sum.
+        batch_size: targets that the loss looks at per step; None: all of them.
+    """
+
+    features: torch.Tensor
+    weights: torch.Tensor
+    direction: torch.Tensor | None = None
+    batch_size: int | None = None
+
+
+class Frame:
+    """The fixed text around the learned part.
+
+    Args:
+        clip: whose tokens are meant.
+        template: text with one `{}`, where the learned words go.
+        read: what the text encoder reads of the template, where this is not the template itself.
+
+    Raises:
+        ValueError: not exactly one `{}`; the fixed text would fuse with the learned words.
+    """
+
+    def __init__(self, clip: AnyClip, template: str = "{}", read: str | None = None) -> None:
+        if not isinstance(template, str):
+            raise TypeError(f"`template` has to be a string but is {template!r}.")
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"`template` has to hold {{}} once, where the learned words go, but is "
+                f"{template!r}."
+            )
+        self.template = template
+        self.read = template if read is None else read
+        self._words = clip.text.words
+        before, after = self.read.split("{}")
+        self.before, self.after = self._words.encode(before), self._words.encode(after)
+        self._words_around = count_words(before), count_words(after)
+        self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
+        probe = clip.vocabulary[:1].tolist()
+        if self.room > 0 and not self.survives(probe):
+            raise ValueError(
+                f"`template` is {template!r}, whose text would fuse with the learned words; put a "
+                "space on both sides of {}."
+            )
+
+    def ids(self, learned: Sequence[int]) -> list[int]:
+        """The tokens of the whole prompt."""
+        return [*self.before, *learned, *self.after]
+
+    def print(self, learned: Sequence[int]) -> str:
+        """The whole prompt as people see it."""
+        return self.template.replace("{}", self._words.decode(learned))
+
+    def text(self, learned: Sequence[int]) -> str:
+        """The whole prompt as the text encoder reads it."""
+        return self.read.replace("{}", self._words.decode(learned))
+
+    def survives(self, learned: Sequence[int]) -> bool:
+        """Whether the printed prompt means these very tokens."""
+        if not self.before and not self.after:
+            return self._words.survives(learned)
+        special = self._words.special_ids & set(learned)
+        return not special and self._words.encode(self.text(learned)) == self.ids(learned)
+
+    def blocked_word(self, learned: Sequence[int], blocked: Blocklist) -> str | None:
+        """A blocked word that the learned part spells or helps to spell."""
+        text = self.text(learned)
+        before, after = self._words_around
+        return blocked.find(text, before, count_words(text) - after)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How prompts are learned: the settings of the search and what may appear.
+
+    Attributes:
+        prompt_len: tokens to learn, from 1 to what the context holds beside the template.
+        settings: of the search.
+        restarts: independent searches per goal, at least 1.
+        seed: of the initial prompts; restart r starts from `seed + r`.
+        vocabulary: None: the CLIP's default.
+        initial: text that the first restart begins with; random tokens fill it up.
+        template: text with `{}` for the learned part.
+        read: what the text encoder reads of the template; None: the template itself.
+    """
+
+    prompt_len: int
+    settings: Settings
+    restarts: int = 1
+    seed: int = 0
+    vocabulary: Vocabulary | None = None
+    initial: str | None = None
+    template: str = "{}"
+    read: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("prompt_len", self.prompt_len, 1)
+        check_integer("restarts", self.restarts, 1)
+        check_integer("seed", self.seed, 0)
+        if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
+            raise TypeError(f"`vocabulary` has to be a Vocabulary but is {self.vocabulary!r}.")
+        if self.initial is not None and not isinstance(self.initial, str):
+            raise TypeError(f"`initial` has to be a string but is {self.initial!r}.")
+
+
+def learn(
+    clip: AnyClip, goals: Sequence[Goal], learning: Learning, callback: Callback | None = None
+) -> list[Result]:
+    """Search a prompt for each goal, every restart of every goal a problem of its own in one batch.
+
+    A result does not depend on the goals beside it.
+
+    Raises:
+        ValueError: the prompt does not fit the context, nothing is left of the vocabulary, the
+            initial prompt does not fit or holds a blocked word.
+    """
+    began = time.monotonic()
+    restarts, words = learning.restarts, clip.text.words
+    frame = Frame(clip, learning.template, learning.read)
+    if learning.prompt_len > frame.room:
+        fixed = len(frame.before) + len(frame.after)
+        raise ValueError(
+            f"`prompt_len` has to be from 1 to {clip.text.max_prompt_len} but is "
+            f"{learning.prompt_len}."
+            if not fixed
+            else f"`prompt_len` is {learning.prompt_len}, but beside the template's {fixed} tokens "
+            f"there is room for {max(frame.room, 0)}; shorten the template or learn fewer."
+        )
+    lexicon = learning.vocabulary.lexicon(clip) if learning.vocabulary else None
+    blocked = Blocklist(lexicon.blocked if lexicon else ())
+    space = _space(clip, lexicon, learning.prompt_len)
+    alone = _surviving_tokens(clip, lexicon)
+    single = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
+    everything_survives = words.separable and single in (None, len(alone))
+
+    def acceptable(rows: torch.Tensor) -> torch.Tensor:
+        good = [
+            (everything_survives or frame.survives(row))
+            and not (blocked and frame.blocked_word(row, blocked))
+            for row in rows.tolist()
+        ]
+        return torch.tensor(good, device=rows.device)
+
+    n = len(goals)
+    # the same initial prompts for every goal, so that a result does not depend on its neighbours
+    ids = _starts(clip, space, alone, learning, acceptable).repeat(n, 1)
+
+    def report(progress: Progress) -> bool | None:
+        scores, best = progress.scores.view(n, restarts).max(dim=1)
+        chosen = progress.ids.view(n, restarts, -1)[torch.arange(n, device=best.device), best]
+        prompts = [frame.print(row) for row in chosen.tolist()]
+        similarities = scores.tolist()
+        top = max(range(n), key=similarities.__getitem__)
+        return callback(
+            {
+                "step": progress.step,
+                "steps": progress.steps,
+                "prompt": prompts[top],
+                "similarity": similarities[top],
+                "prompts": prompts,
+                "similarities": similarities,
+                "elapsed": time.monotonic() - began,
+            }
+        )
+
+    found = search(
+        space,
+        _objective(clip, goals, frame, learning),
+        ids,
+        learning.settings,
+        report if callback else None,
+        # asking costs a wait for the device, so it is left out where it can make no difference
+        acceptable=None if everything_survives and not blocked else acceptable,
+    )
+    rows = found.ids.tolist()
+    seconds = time.monotonic() - began
+    results = []
+    for k, goal in enumerate(goals):
+        span = slice(k * restarts, (k + 1) * restarts)
+        ranked = _verify(clip, frame, rows[span], goal)
+        best = ranked[0]
+        results.append(
+            Result(
+                **vars(best),
+                candidates=ranked,
+                history=[(step, max(scores[span])) for step, scores in found.history],
+                seconds=seconds,
+            )
+        )
+    return results
+
+
+def _space(clip: AnyClip, lexicon: Lexicon | None, prompt_len: int) -> TokenSpace:
+    table, parts = clip.text.token_embedding, clip.text.parts
+    if lexicon is None:
+        return TokenSpace(table, clip.vocabulary, parts)
+    if all(len(phrase) == 1 for phrase in lexicon.phrases):
+        allowed = sorted(token for (token,) in lexicon.phrases)
+        return TokenSpace(table, torch.tensor(allowed), parts)
+    return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+
+
+def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
+    """Sorted tokens of the lexicon that survive being printed alone."""
+    default = clip.vocabulary.tolist()
+    if lexicon is None:
+        return default
+    default, survives = set(default), clip.text.words.survives
+    single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
+    return [token for token in single if token in default or survives([token])]
+
+
+def _starts(
+    clip: AnyClip,
+    space: TokenSpace,
+    alone: list[int],
+    learning: Learning,
+    acceptable: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """(restarts, prompt_len) ids to begin from, so that the first step is acceptable."""
+    source = space
+    if not isinstance(space, PhraseSpace) and 0 < len(alone) < len(space.allowed):
+        # pieces of words are searched, but would not survive side by side
+        source = TokenSpace(space.table, torch.tensor(alone), space.parts)
+    rows = []
+    for restart in range(learning.restarts):
+        generator = torch.Generator().manual_seed((learning.seed + restart) % 2**63)
+        given = _initial(clip, learning) if restart == 0 else []
+        for _ in range(100):
+            row = source.random(1, learning.prompt_len, generator)
+            if given:
+                row[0, : len(given)] = row.new_tensor(given)
+                row = space.nearest(space.embed(row))
+            if acceptable(row).item():
+                break
+        else:
+            raise ValueError(
+                "`initial` begins with a blocked word; leave the word out."
+                if given
+                else "`vocabulary` gives no prompt without a blocked word; block fewer words."
+            )
+        rows.append(row)
+    return torch.cat(rows)
+
+
+def _initial(clip: AnyClip, learning: Learning) -> list[int]:
+    if learning.initial is None:
+        return []
+    ids = clip.text.words.encode(learning.initial)
+    if len(ids) > learning.prompt_len:
+        raise ValueError(
+            f"`initial` has {len(ids)} tokens, more than `prompt_len` {learning.prompt_len}; "
+            "shorten it or learn more."
+        )
+    return ids
+
+
+def _objective(
+    clip: AnyClip, goals: Sequence[Goal], frame: Frame, learning: Learning
+) -> Similarity:
+    encode = clip.text.encoder([(frame.before, frame.after)])
+    if goals[0].direction is not None:
+        targets = torch.stack([goal.direction for goal in goals])[:, None]
+        weights = None
+    else:
+        targets = torch.stack([goal.features for goal in goals])
+        weights = torch.stack([goal.weights for goal in goals])
+    targets = targets.repeat_interleave(learning.restarts, dim=0)
+    if weights is not None:
+        weights = weights.repeat_interleave(learning.restarts, dim=0)
+    if goals[0].batch_size is None:
+        return Similarity(encode, targets, weights)
+    generator = torch.Generator().manual_seed(learning.seed % 2**63)
+    return SampledSimilarity(encode, targets, weights, goals[0].batch_size, generator)
+
+
+def _verify(clip: AnyClip, frame: Frame, rows: list[list[int]], goal: Goal) -> list[Candidate]:
+    """Candidates as their printed text is read, best first."""
+    rows = [_readable(clip, frame, row) for row in rows]
+    features = clip.encode_texts([frame.text(row) for row in rows])
+    products = features @ goal.features.T
+    towards, away = goal.weights > 0, goal.weights < 0
+    shares = goal.weights.clamp(min=0) if towards.any() else goal.weights.abs()
+    shares = shares / shares.sum()
+    similarity = (products @ shares).tolist()
+    parts, targets = clip.split(features), clip.split(goal.features)
+    by_encoder = {name: (parts[name] @ targets[name].T @ shares).tolist() for name in parts}
+    if goal.direction is None:
+        scores = (products @ goal.weights).tolist()
+    else:
+        scores = (features @ goal.direction).tolist()
+    candidates = [
+        Candidate(
+            prompt=frame.print(row),
+            similarity=similarity[k],
+            token_ids=frame.ids(row),
+            learned=clip.text.words.decode(row),
+            similarities=products[k][towards].tolist(),
+            avoided=products[k][away].tolist(),
+            encoders={name: values[k] for name, values in by_encoder.items()},
+        )
+        for k, row in enumerate(rows)
+    ]
+    order = sorted(range(len(rows)), key=lambda k: -scores[k])
+    return [candidates[k] for k in order]
+
+
+def _readable(clip: AnyClip, frame: Frame, ids: list[int]) -> list[int]:
+    """`ids` if they survive being printed, else those of the text that they print as."""
+    words, limit = clip.text.words, len(ids)
+    if frame.survives(ids):
+        return ids
+    log.warning("The prompt found does not survive being printed; taking the tokens it prints as.")
+    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    while ids and not frame.survives(ids):
+        ids.pop()
+    return ids or clip.vocabulary[:1].tolist()
