@@ -8,18 +8,22 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import open_clip
 from tqdm import tqdm
 
-from .clip import PRESETS, load_clip
+from .clip import PRESETS, AnyClip, load_clip
 from .clip.images import load_image
 from .clip.load import BUNDLED, find_on_disk, models_folder
+from .judge import explain, prune, score
+from .learn import Result
 from .search import Settings
-from .tasks import invert
+from .tasks import concatenate, distill, extract_style, invert
+from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 # Images searched together; enough to share the cost of a step, little enough to see results early.
 BATCH = 16
@@ -44,50 +48,237 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pez",
-        description="Turn images into short text prompts that CLIP finds similar to them.",
+        description="Turn images and long prompts into short text prompts that CLIP finds similar.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    invert = commands.add_parser(
+    command = commands.add_parser(
         "invert",
         help="find a prompt for each image",
         description="Find a short text prompt for each image. Ctrl-C keeps the best found so far.",
     )
-    invert.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    invert.add_argument(
-        "--clip",
-        default="emoji-clip",
-        metavar="NAME[:PRETRAINED_OR_FILE]",
-        help="CLIP to search on, see `pez models` (default: emoji-clip, bundled)",
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    _add_search(command, prompt_len=16, steps=3000, restarts=1)
+    steering = command.add_argument_group("steering")
+    steering.add_argument("--shared", action="store_true", help="one prompt for all the images")
+    steering.add_argument("--template", default="{}", help="fixed text, {} for the learned words")
+    steering.add_argument("--initial", metavar="TEXT", help="text to start from")
+    steering.add_argument(
+        "--avoid", action="append", default=[], metavar="TEXT", help="text to stay away from"
     )
-    invert.add_argument("--prompt-len", type=int, default=16, metavar="N", help="tokens (16)")
-    invert.add_argument("--steps", type=int, default=3000, metavar="N", help="steps (3000)")
-    invert.add_argument(
-        "--restarts", type=int, default=1, metavar="N", help="searches per image, best kept (1)"
+    steering.add_argument(
+        "--avoid-image", action="append", default=[], metavar="FILE", help="image to stay away from"
     )
-    invert.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
-    invert.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    invert.add_argument(
-        "--download", action="store_true", help="fetch the CLIP's weights if they are not here"
+    steering.add_argument(
+        "--avoid-weight", type=float, default=0.5, metavar="X", help="what these count (0.5)"
     )
-    invert.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
-    invert.set_defaults(run=_invert)
+    steering.add_argument(
+        "--negative", action="store_true", help="find a negative prompt, far from the images"
+    )
+    _add_vocabulary(command)
+    _add_common(command)
+    command.set_defaults(run=_invert)
 
-    models = commands.add_parser("models", help="list the CLIPs that are here or can be fetched")
-    models.set_defaults(run=_models)
+    command = commands.add_parser(
+        "style",
+        help="find one prompt for the style of several images",
+        description="Find one prompt for what several images share in style, not in content.",
+    )
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files of one style")
+    command.add_argument(
+        "--subject", action="append", default=[], help="give the style to this; may be repeated"
+    )
+    command.add_argument(
+        "--template",
+        default="{subject}, {style}",
+        help="how a subject gets the style (default: '{subject}, {style}')",
+    )
+    command.add_argument(
+        "--content", action="append", default=[], metavar="TEXT", help="what an image depicts"
+    )
+    command.add_argument(
+        "--joint", action="store_true", help="the paper's mode, which keeps the contents"
+    )
+    command.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per step, with --joint"
+    )
+    _add_search(command, prompt_len=8, steps=1000, restarts=4)
+    _add_vocabulary(command)
+    _add_common(command)
+    command.set_defaults(run=_style)
+
+    command = commands.add_parser(
+        "distill",
+        help="shorten a prompt",
+        description="Find a shorter prompt that means the same. Weights and tags stay.",
+    )
+    command.add_argument("prompt", metavar="PROMPT", help="text to shorten; - reads it from stdin")
+    command.add_argument(
+        "--ratio", type=float, default=0.3, metavar="X", help="learned per given token (0.3)"
+    )
+    _add_search(command, prompt_len=None, steps=1000, restarts=4)
+    _add_vocabulary(command)
+    _add_common(command)
+    command.set_defaults(run=_distill)
+
+    command = commands.add_parser(
+        "concat",
+        help="join prompts and images into one prompt",
+        description="Join prompts, or learn one prompt towards all of them and images.",
+    )
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to join")
+    command.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image as a further source"
+    )
+    command.add_argument(
+        "--weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="what a source counts: one for each prompt, then one for each image",
+    )
+    command.add_argument("--max-tokens", type=int, default=75, metavar="N", help="of a join (75)")
+    command.add_argument("--fuse", action="store_true", help="learn one prompt in any case")
+    _add_search(command, prompt_len=16, steps=1000, restarts=4)
+    _add_vocabulary(command)
+    _add_common(command)
+    command.set_defaults(run=_concat)
+
+    command = commands.add_parser(
+        "score",
+        help="say how similar prompts and images are",
+        description="Say how similar prompts and images are, and which words carry a prompt.",
+    )
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="texts")
+    command.add_argument(
+        "--image", action="append", required=True, metavar="FILE", help="image; may be repeated"
+    )
+    command.add_argument(
+        "--held-out", metavar="NAME[:PRETRAINED_OR_FILE]", help="a CLIP that took no part, as judge"
+    )
+    command.add_argument("--explain", action="store_true", help="what each word contributes")
+    command.add_argument("--prune", action="store_true", help="drop the words that do not pay")
+    command.add_argument(
+        "--max-loss", type=float, default=0.0, metavar="X", help="similarity --prune may lose (0)"
+    )
+    _add_common(command)
+    command.set_defaults(run=_score)
+
+    command = commands.add_parser("models", help="list the CLIPs that are here or can be fetched")
+    command.set_defaults(run=_models)
     return parser
 
 
-def _invert(arguments: argparse.Namespace) -> int:
+def _add_search(command: argparse.ArgumentParser, prompt_len, steps: int, restarts: int) -> None:
+    group = command.add_argument_group("search")
+    default = "" if prompt_len is None else f" ({prompt_len})"
+    group.add_argument(
+        "--prompt-len", type=int, default=prompt_len, metavar="N", help=f"tokens to learn{default}"
+    )
+    group.add_argument("--steps", type=int, default=steps, metavar="N", help=f"steps ({steps})")
+    group.add_argument(
+        "--restarts",
+        type=int,
+        default=restarts,
+        metavar="N",
+        help=f"searches, of which the best is kept ({restarts})",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+
+
+def _add_vocabulary(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("words")
+    group.add_argument(
+        "--bank",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="use only phrases of this file, one a line; may be repeated",
+    )
+    group.add_argument(
+        "--block", action="append", default=[], metavar="WORD", help="word that must not appear"
+    )
+    group.add_argument(
+        "--block-list", action="append", default=[], metavar="FILE", help="file of such words"
+    )
+    group.add_argument("--safe", action="store_true", help="block the shipped list of unsafe words")
+    group.add_argument("--ascii", action="store_true", help="no emoji and other scripts")
+    group.add_argument(
+        "--vocabulary", metavar="FILE", help="rules saved from Python with Vocabulary.save"
+    )
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--clip",
+        action="append",
+        metavar="NAME[:PRETRAINED_OR_FILE]",
+        help="CLIP to search on, see `pez models` (default: emoji-clip, bundled); several are "
+        "searched as one",
+    )
+    command.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    command.add_argument(
+        "--download", action="store_true", help="fetch the CLIP's weights if they are not here"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def _load_clip(arguments: argparse.Namespace) -> AnyClip:
+    names = arguments.clip or ["emoji-clip"]
+    return load_clip(names, device=arguments.device, download=arguments.download)
+
+
+def _vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
+    files = [*arguments.block_list, *([UNSAFE_WORDS] if arguments.safe else [])]
+    rules = [Vocabulary(blocked=file) for file in files]
+    if arguments.vocabulary:
+        rules.append(Vocabulary.load(arguments.vocabulary))
+    if arguments.block or arguments.ascii:
+        rules.append(Vocabulary(blocked=arguments.block, ascii_only=arguments.ascii))
+    banks = [Vocabulary(bank=file) for file in arguments.bank]
+    for other in banks[1:]:
+        banks[0] |= other
+    rules = banks[:1] + rules
+    if not rules:
+        return None
+    vocabulary = rules[0]
+    for rule in rules[1:]:
+        vocabulary &= rule
+    return vocabulary
+
+
+def _search_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Settings(steps=arguments.steps)  # say what is wrong before a large model is loaded
-    clip = load_clip(arguments.clip, device=arguments.device, download=arguments.download)
+    return {
+        "prompt_len": arguments.prompt_len,
+        "steps": arguments.steps,
+        "restarts": arguments.restarts,
+        "seed": arguments.seed,
+        "vocabulary": _vocabulary(arguments),
+    }
+
+
+def _invert(arguments: argparse.Namespace) -> int:
+    options = _search_options(arguments) | {
+        "template": arguments.template,
+        "initial": arguments.initial,
+        "negative": [*arguments.avoid, *map(Path, arguments.avoid_image)],
+        "negative_weights": arguments.avoid_weight,
+        "learn_negative": arguments.negative,
+    }
+    clip = _load_clip(arguments)
+    if arguments.shared:
+        return _one(
+            arguments,
+            lambda show: invert(clip, arguments.images, shared=True, callback=show, **options),
+        )
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
     try:
         with _interruptible() as interrupted:
             for start in range(0, len(rows), BATCH):
                 if interrupted():
                     break
-                _invert_batch(clip, arguments, rows, start, interrupted)
+                _invert_batch(clip, arguments, options, rows, start, interrupted)
             was_interrupted = interrupted()
     finally:  # whatever happens, what was found is shown
         for row in rows:
@@ -102,7 +293,7 @@ def _invert(arguments: argparse.Namespace) -> int:
     return 1 if any("error" in row for row in rows) else 0
 
 
-def _invert_batch(clip, arguments, rows: list[dict], start: int, interrupted) -> None:
+def _invert_batch(clip, arguments, options, rows: list[dict], start: int, interrupted) -> None:
     """Search the images of `rows[start : start + BATCH]` together and fill in their rows."""
     batch, images = [], []
     for row in rows[start : start + BATCH]:
@@ -117,27 +308,183 @@ def _invert_batch(clip, arguments, rows: list[dict], start: int, interrupted) ->
     try:
         with _progress_bar(arguments.steps, label) as show:
             results = invert(
-                clip,
-                images,
-                prompt_len=arguments.prompt_len,
-                steps=arguments.steps,
-                restarts=arguments.restarts,
-                seed=arguments.seed,
-                callback=lambda report: show(report) or interrupted(),
+                clip, images, callback=lambda report: show(report) or interrupted(), **options
             )
     except (RuntimeError, FloatingPointError, MemoryError) as error:
         for row in batch:
             row["error"] = str(error) or type(error).__name__
         return
     for row, result in zip(batch, results, strict=True):
-        row |= {
-            "prompt": result.prompt,
-            "similarity": round(result.similarity, 6),
-            "token_ids": result.token_ids,
-            "seconds": round(result.seconds / len(batch), 3),
-        }
+        row |= _row(result) | {"seconds": round(result.seconds / len(batch), 3)}
         if not arguments.json:
             print(f"{row['image']}\n  {result.similarity:.4f}  {result.prompt}", flush=True)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    """What `--json` says of every result."""
+    row = {
+        "prompt": result.prompt,
+        "similarity": round(result.similarity, 6),
+        "token_ids": result.token_ids,
+        "seconds": round(result.seconds, 3),
+    }
+    if len(result.similarities) > 1:
+        row["similarities"] = [round(s, 6) for s in result.similarities]
+    if result.avoided:
+        row["avoided"] = [round(s, 6) for s in result.avoided]
+    if len(result.encoders) > 1:
+        row["encoders"] = {name: round(s, 6) for name, s in result.encoders.items()}
+    if result.note:
+        row["note"] = result.note
+    return row
+
+
+def _one(
+    arguments: argparse.Namespace,
+    task: Callable[[Callable[[dict], bool]], Result],
+    extra: Callable[[Result], dict[str, Any]] = lambda result: {},
+    lines: Callable[[Result], list[str]] = lambda result: [],
+) -> int:
+    """Run a task with one result, with a progress bar, and print it; Ctrl-C keeps the best."""
+    with _interruptible() as interrupted, _progress_bar(arguments.steps, "") as show:
+        result = task(lambda report: show(report) or interrupted())
+        status = 130 if interrupted() else 0
+    if arguments.json:
+        print(json.dumps(_row(result) | extra(result), indent=2))
+        return status
+    print(f"{result.similarity:.4f}  {result.prompt}")
+    for line in lines(result):
+        print(line)
+    if result.note:
+        print(f"pez: {result.note}", file=sys.stderr)
+    return status
+
+
+def _style(arguments: argparse.Namespace) -> int:
+    options = _search_options(arguments)
+    clip = _load_clip(arguments)
+
+    def applied(style) -> list[str]:
+        return [style.apply(subject, arguments.template) for subject in arguments.subject]
+
+    return _one(
+        arguments,
+        lambda show: extract_style(
+            clip,
+            arguments.images,
+            mode="joint" if arguments.joint else "separate",
+            content=arguments.content,
+            batch_size=arguments.batch_size,
+            callback=show,
+            **options,
+        ),
+        lambda style: {"applied": applied(style)} if arguments.subject else {},
+        lambda style: [f"        {prompt}" for prompt in applied(style)],
+    )
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    options = _search_options(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    clip = _load_clip(arguments)
+    return _one(
+        arguments,
+        lambda show: distill(clip, prompt, ratio=arguments.ratio, callback=show, **options),
+        lambda result: {
+            "tokens_before": result.tokens_before,
+            "tokens_after": result.tokens_after,
+            "tokens_saved": result.tokens_saved,
+        },
+        lambda result: [
+            f"        {result.tokens_before} tokens before, {result.tokens_after} now, "
+            f"{result.tokens_saved} saved"
+        ],
+    )
+
+
+def _concat(arguments: argparse.Namespace) -> int:
+    options = _search_options(arguments)
+    sources = [*arguments.prompts, *map(Path, arguments.image)]
+    clip = _load_clip(arguments)
+    return _one(
+        arguments,
+        lambda show: concatenate(
+            clip,
+            sources,
+            weights=arguments.weight,
+            max_tokens=arguments.max_tokens,
+            fuse=arguments.fuse,
+            callback=show,
+            **options,
+        ),
+        lambda result: {"tokens": result.tokens, "fused": result.fused},
+        lambda result: [
+            f"        {result.tokens} tokens, {'learned' if result.fused else 'joined'}",
+            *(
+                f"  {similarity:.4f}  {source}"
+                for similarity, source in zip(result.similarities, sources, strict=True)
+            ),
+        ],
+    )
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    clip = _load_clip(arguments)
+    held_out = None
+    if arguments.held_out:
+        device, download = arguments.device, arguments.download
+        held_out = load_clip(arguments.held_out, device=device, download=download)
+    scores = score(clip, arguments.prompts, arguments.image, held_out)
+    rows = []
+    for k, prompt in enumerate(arguments.prompts):
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "similarities": [round(s, 6) for s in scores.similarity[k].tolist()],
+        }
+        if scores.held_out is not None:
+            row["held_out"] = [round(s, 6) for s in scores.held_out[k].tolist()]
+        if len(scores.encoders) > 1:
+            row["encoders"] = {
+                name: [round(s, 6) for s in values[k].tolist()]
+                for name, values in scores.encoders.items()
+            }
+        targets = [Path(path) for path in arguments.image]
+        if arguments.explain:
+            row["words"] = [
+                {"word": c.word, "contribution": round(c.contribution, 6)}
+                for c in explain(clip, prompt, targets)
+            ]
+        if arguments.prune:
+            pruned = prune(clip, prompt, targets, arguments.max_loss)
+            row["pruned"] = {
+                "prompt": pruned.prompt,
+                "similarity": round(pruned.similarity, 6),
+                "dropped": pruned.dropped,
+            }
+        rows.append(row)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            _print_score(row, arguments.image)
+    return 0
+
+
+def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:
+    print(row["prompt"])
+    judged = row.get("held_out", [None] * len(images))
+    for image, similarity, other in zip(images, row["similarities"], judged, strict=True):
+        beside = "" if other is None else f"  held out {other:.4f}"
+        print(f"  {similarity:.4f}{beside}  {image}")
+    words = row.get("words", [])
+    longest = max((len(entry["word"]) for entry in words), default=0)
+    most = max((abs(entry["contribution"]) for entry in words), default=0) or 1
+    for entry in words:
+        contribution = entry["contribution"]
+        bar = ("█" if contribution > 0 else "░") * round(24 * abs(contribution) / most)
+        print(f"    {entry['word']:{longest}s}  {contribution:+.4f}  {bar}".rstrip())
+    if "pruned" in row:
+        print(f"  pruned to {row['pruned']['similarity']:.4f}  {row['pruned']['prompt']}")
 
 
 @contextmanager
@@ -175,6 +522,7 @@ def _progress_bar(steps: int, label: str):
         now = time.monotonic()
         if now - shown_at > 0.1 or report["step"] == report["steps"]:
             shown_at = now
+            bar.total = report["steps"]
             bar.set_postfix_str(f"{report['similarity']:.3f} {report['prompt']}", refresh=False)
             bar.update(report["step"] - bar.n)
 

@@ -110,8 +110,9 @@ class Frame:
         self.before, self.after = self._words.encode(before), self._words.encode(after)
         self._words_around = count_words(before), count_words(after)
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
-        probe = clip.vocabulary[:1].tolist()
-        if self.room > 0 and not self.survives(probe):
+        # beside a space nothing fuses; beside a comma other punctuation does, but words do not
+        self.separate = before[-1:] in ("", " ") and after[:1] in ("", " ")
+        if self.room > 0 and not self.survives([clip.text.known_word]):
             raise ValueError(
                 f"`template` is {template!r}, whose text would fuse with the learned words; put a "
                 "space on both sides of {}."
@@ -205,7 +206,7 @@ def learn(
     space = _space(clip, lexicon, learning.prompt_len)
     alone = _surviving_tokens(clip, lexicon)
     single = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
-    everything_survives = words.separable and single in (None, len(alone))
+    everything_survives = words.separable and frame.separate and single in (None, len(alone))
 
     def acceptable(rows: torch.Tensor) -> torch.Tensor:
         good = [

@@ -113,7 +113,7 @@ def invert(
 
     with torch.inference_mode(False):
         features = clip.encode_images(pictures)
-        avoid = encode_targets("negative", clip, away)
+        avoid = encode_targets("negative", clip, away) if away else features[:0]
         signed = features.new_tensor([*weights, *negative_weights])
         groups = [features] if shared else features.split(1)
         goals = [Goal(torch.cat([group, avoid]), signed) for group in groups]
@@ -290,14 +290,17 @@ def distill(
 
     results: list[Result] = []
     with torch.inference_mode(False):
+        stopped: list[bool] = []
         for turn, k in enumerate(searched):
-            shown = callback and _in_turn(callback, turn, len(searched), steps)
+            if any(stopped):
+                break
+            shown = callback and _in_turn(callback, turn, len(searched), steps, stopped)
             how = replace(
                 learning, prompt_len=lengths[k], template=parts[k].template, read=parts[k].read
             )
             goal = Goal(parts[k].feature(clip)[None], torch.ones(1, device=clip.device))
             results += learn(clip, [goal], how, shown)
-    return _distilled(clip, parts, dict(zip(searched, results, strict=True)), ratio, prompt_len)
+    return _distilled(clip, parts, dict(zip(searched, results, strict=False)), ratio, prompt_len)
 
 
 class _Section:
@@ -350,6 +353,8 @@ def _distilled(
         wanted, where = part.wanted(ratio, prompt_len), f"Section {k + 1}" * (len(parts) > 1)
         if wanted >= part.plain:
             notes.append(f"{where or 'The prompt'} is short enough already and is unchanged.")
+        elif k not in results and part.room > 0:
+            notes.append(f"{where} was not reached and is unchanged.")
         elif part.room < 1:
             notes.append(f"{where or 'The prompt'} keeps its weighted words, which fill a context.")
         elif wanted > part.room:
@@ -445,8 +450,8 @@ def concatenate(
         texts = [source.strip() for source in sources if isinstance(source, str)]
         joined = " ".join(texts)
         ids = clip.text.words.encode(joined)
-        fits = len(ids) <= max_tokens
-        if fits and not fuse and len(texts) == len(sources):
+        join = not fuse and len(texts) == len(sources)
+        if join and len(ids) <= max_tokens:
             feature = clip.encode_chunks([ids])
             similarities = (features @ feature).tolist()
             parts, targets = clip.split(feature), clip.split(features)
@@ -476,13 +481,11 @@ def concatenate(
             vocabulary,
         )
         (result,) = learn(clip, [goal], learning, callback)
-    note = ""
-    if not fits and not fuse:
-        note = (
-            f"The join has {len(ids)} tokens, more than max_tokens {max_tokens}; one prompt was "
-            "learned in its place."
-        )
-    return Concatenated(**(vars(result) | {"note": note}), fused=True)
+    too_long = (
+        f"The join has {len(ids)} tokens, more than max_tokens {max_tokens}; one prompt was "
+        "learned in its place."
+    )
+    return Concatenated(**(vars(result) | {"note": too_long if join else ""}), fused=True)
 
 
 def _content_words(content: Sequence[str]) -> list[str]:
@@ -499,10 +502,14 @@ def _without_syntax(clip: AnyClip, vocabulary: Vocabulary | None) -> Vocabulary:
     return vocabulary - Vocabulary(bank=marks) if marks else vocabulary
 
 
-def _in_turn(callback: Callback, turn: int, turns: int, steps: int) -> Callback:
-    """Reports of one of several searches as part of the whole."""
+def _in_turn(
+    callback: Callback, turn: int, turns: int, steps: int, stopped: list[bool]
+) -> Callback:
+    """Reports of one of several searches as part of the whole; `stopped` gets the answers."""
 
     def report(one: dict) -> bool | None:
-        return callback(one | {"step": one["step"] + turn * steps, "steps": turns * steps})
+        whole = {"step": one["step"] + turn * steps, "steps": turns * steps}
+        stopped.append(bool(callback(one | whole)))
+        return stopped[-1]
 
     return report

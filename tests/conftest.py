@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import open_clip
@@ -6,6 +7,7 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
 from pez_core import Clip, load_clip
+from pez_core.clip.images import load_image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
@@ -39,6 +41,39 @@ def make_clip(kind=CLIP, text=None, seed=0, **options) -> Clip:
 @pytest.fixture(scope="session")
 def tiny_clip() -> Clip:
     return make_clip()
+
+
+@pytest.fixture(scope="session")
+def vit_clip() -> Clip:
+    """A second real CLIP of another build, trained here on the examples and their names."""
+    rows = json.loads((ROOT / "examples/index.json").read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIP(
+            embed_dim=32,
+            vision_cfg=VISION | {"image_size": 32, "width": 64, "layers": 2},
+            text_cfg=TEXT | {"width": 48, "layers": 2, "heads": 4},
+        )
+        open_clip.factory.set_model_preprocess_cfg(
+            model, {**open_clip.transform.PreprocessCfg().__dict__, "size": 32}
+        )
+        clip = Clip(model, open_clip.SimpleTokenizer(), "vit", load_clip().vocabulary.tolist())
+        images = [load_image(ROOT / "examples" / row["file"]) for row in rows]
+        pixels = torch.stack([clip._prepare(image) for image in images])
+        texts = clip.tokenizer([" ".join([row["name"], *row["words"]]) for row in rows])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model.train()
+        for _ in range(60):
+            a = model.encode_image(pixels, normalize=True)
+            b = model.encode_text(texts, normalize=True)
+            logits = 10 * a @ b.T
+            labels = torch.arange(len(rows))
+            loss = sum(torch.nn.functional.cross_entropy(x, labels) for x in (logits, logits.T))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+    return clip
 
 
 @pytest.fixture(scope="session")

@@ -55,3 +55,64 @@ def test_random_is_reproducible_and_leaves_the_global_generator_alone(table):
 def test_bad_vocabulary(table, allowed):
     with pytest.raises(ValueError, match="`allowed`"):
         TokenSpace(table, torch.tensor(allowed, dtype=torch.long))
+
+
+def test_nearest_of_several_encoders_is_the_highest_mean_cosine(table):
+    other = torch.randn(500, 5, generator=torch.Generator().manual_seed(2)) * 40
+    here = TokenSpace(torch.cat([table, other], dim=1), parts=[(12, 0.3), (5, 0.7)])
+    queries = torch.randn(40, 17, generator=torch.Generator().manual_seed(1))
+    cosine = torch.nn.functional.cosine_similarity
+    mean = 0.3 * cosine(queries[:, None, :12], table, dim=-1)
+    mean += 0.7 * cosine(queries[:, None, 12:], other, dim=-1)
+    assert torch.equal(here.nearest(queries), mean.argmax(-1))
+    assert not torch.equal(here.nearest(queries), TokenSpace(here.table).nearest(queries))
+
+
+PHRASES = [(3,), (4, 5), (3, 9, 11), (8, 8), (20, 21, 22, 23), (6,)]
+
+
+def every_prompt(prompt_len):
+    """All that PHRASES can make, as tuples of tokens."""
+    made = {0: {()}}
+    for length in range(1, prompt_len + 1):
+        made[length] = {
+            head + phrase for phrase in PHRASES for head in made.get(length - len(phrase), ())
+        }
+    return sorted(made[prompt_len])
+
+
+@pytest.mark.parametrize("chunk", [2**26, 1])
+@pytest.mark.parametrize("prompt_len", [1, 4, 6])
+def test_nearest_phrases_are_the_best_of_all_there_are(table, prompt_len, chunk, monkeypatch):
+    monkeypatch.setattr(space, "_CHUNK", chunk)
+    here = space.PhraseSpace(table, PHRASES, prompt_len)
+    queries = torch.randn(9, prompt_len, 12, generator=torch.Generator().manual_seed(3))
+    queries *= torch.rand(9, prompt_len, 1, generator=torch.Generator().manual_seed(4)) * 9 + 0.1
+    prompts = torch.tensor(every_prompt(prompt_len))
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], table[prompts], dim=-1)
+    assert torch.equal(here.nearest(queries), prompts[cosines.sum(-1).argmax(-1)])
+
+
+def test_phrases_of_one_token_are_a_token_space(table):
+    allowed = torch.tensor([3, 77, 400])
+    queries = torch.randn(5, 8, 12, generator=torch.Generator().manual_seed(1))
+    phrases = space.PhraseSpace(table, [(77,), (3,), (400,)], 8)
+    assert torch.equal(phrases.nearest(queries), TokenSpace(table, allowed).nearest(queries))
+
+
+def test_random_phrases_fill_the_prompt(table):
+    prompts = set(every_prompt(6))
+    rows = space.PhraseSpace(table, PHRASES, 6).random(50, 6, torch.Generator().manual_seed(0))
+    assert {tuple(row) for row in rows.tolist()} <= prompts
+    assert len({tuple(row) for row in rows.tolist()}) > 10
+
+
+def test_a_prompt_stays_where_it_is_while_nothing_moves_it(table):
+    here = space.PhraseSpace(table, PHRASES, 6)
+    rows = here.random(20, 6, torch.Generator().manual_seed(5))
+    assert torch.equal(here.nearest(here.embed(rows)), rows)
+
+
+def test_phrases_that_cannot_add_up(table):
+    with pytest.raises(ValueError, match=r"`prompt_len` is 7.*3, 5 tokens.*6 or 8"):
+        space.PhraseSpace(table, [(1, 2, 3), (1, 2, 3, 4, 5)], 7)

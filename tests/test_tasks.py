@@ -5,9 +5,9 @@ import torch
 from conftest import EXAMPLES, make_clip
 from PIL import Image
 
-from pez_core import Result, invert, load_clip
+from pez_core import Result, Vocabulary, invert, load_clip
 from pez_core.clip.images import load_image
-from pez_core.tasks import _readable
+from pez_core.learn import Frame, _readable
 
 STEPS = 40
 
@@ -100,11 +100,12 @@ def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whole_vocabulary_returns_only_surviving_prompts(seed):
+def test_pieces_of_words_give_only_surviving_prompts(seed):
     """On random weights most prompts on the way do not survive being printed."""
     clip = make_clip()
+    pieces = Vocabulary(whole_words=False)
     for result in invert(
-        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=30, seed=seed, whole_vocabulary=True
+        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=30, seed=seed, vocabulary=pieces
     ):
         assert clip.tokenizer.encode(result.prompt) == result.token_ids
         assert 0 < len(result.token_ids) <= 12
@@ -116,13 +117,13 @@ def test_a_prompt_that_does_not_survive_is_repaired(emoji_clip):
     """What no search should end with: pieces that fuse, special tokens, nothing at all."""
     encoder = emoji_clip.tokenizer.encoder
     for ids in ([encoder["app"], encoder["le</w>"], encoder["red</w>"]], [49407, 736], [49407]):
-        found = _readable(emoji_clip, ids)
+        found = _readable(emoji_clip, Frame(emoji_clip), ids)
         assert found and emoji_clip.tokenizer.encode(emoji_clip.tokenizer.decode(found)) == found
-    assert _readable(emoji_clip, [736, 3055]) == [736, 3055]
+    assert _readable(emoji_clip, Frame(emoji_clip), [736, 3055]) == [736, 3055]
 
 
-def test_whole_vocabulary_uses_tokens_that_the_default_leaves_out(emoji_clip, images):
-    result = invert(emoji_clip, images[0], steps=STEPS, whole_vocabulary=True)
+def test_pieces_of_words_are_tokens_that_the_default_leaves_out(emoji_clip, images):
+    result = invert(emoji_clip, images[0], steps=STEPS, vocabulary=Vocabulary(whole_words=False))
     assert set(result.token_ids) - set(emoji_clip.vocabulary.tolist())
 
 
@@ -191,7 +192,7 @@ def test_longest_prompt(emoji_clip, images):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"prompt_len": 0}, ValueError, "`prompt_len` has to be from 1 to 75 but is 0"),
+        ({"prompt_len": 0}, ValueError, "`prompt_len` has to be at least 1 but is 0"),
         ({"prompt_len": 76}, ValueError, "`prompt_len` has to be from 1 to 75 but is 76"),
         ({"prompt_len": "8"}, TypeError, "`prompt_len`"),
         ({"steps": 0}, ValueError, "`steps`"),

@@ -23,6 +23,7 @@ class JointText:
     def __init__(self, towers: Sequence[TextTower], weights: Sequence[float]) -> None:
         self.towers = towers
         self.words = towers[0].words
+        self.known_word = towers[0].known_word
         self.max_prompt_len = min(tower.max_prompt_len for tower in towers)
         self.token_embedding = torch.cat(
             [tower.token_embedding.detach().float() for tower in towers], dim=1

@@ -59,6 +59,12 @@ class TextTower:
         model: an open_clip model (`CLIP`, `CustomTextCLIP` or `CoCa`).
         tokenizer: its public tokenizer; it decides what stands around the learned tokens.
 
+    Attributes:
+        words: text to ids and back.
+        max_prompt_len: tokens that the context holds beside start and end token.
+        causal: what follows the end token cannot reach it.
+        known_word: id of an ordinary word.
+
     Raises:
         ValueError: the text tower is a Hugging Face model.
     """
@@ -87,7 +93,7 @@ class TextTower:
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
         device = tower.token_embedding.weight.device
-        self._known = word[0]
+        self.known_word = word[0]
         self._before = torch.tensor(row[:start], dtype=torch.long, device=device)
         self._after = torch.tensor(row[start + len(word) :], dtype=torch.long, device=device)
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
@@ -209,7 +215,7 @@ class _Whole:
         """(rows, length) ids, (rows,) first learned positions and (rows,) end positions."""
         text, start = self.text, len(self.text._before)
         # any id that is not padding stands for the learned ones: only padding is looked at
-        texts = [[*b, *[text._known] * prompt_len, *a] for b, a in self.fixed]
+        texts = [[*b, *[text.known_word] * prompt_len, *a] for b, a in self.fixed]
         # without a causal mask the padding takes part, and the context has to be filled up
         length = max(map(len, texts)) + 1 if text.causal else text.context_length - start
         tail = text._after.tolist()

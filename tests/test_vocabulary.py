@@ -1,0 +1,194 @@
+"""What may appear in a prompt, and what a prompt is never allowed to say."""
+
+import json
+
+import pytest
+import torch
+from conftest import EXAMPLES, make_clip
+
+from pez_core import UNSAFE_WORDS, Vocabulary, invert
+from pez_core.vocabulary import Blocklist
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("a nude man", "nude"),
+        ("NÜDE", "nude"),
+        ("n u d e", "nude"),
+        ("a nu de man", "nude"),
+        ("n-u_d.e", "nude"),
+        ("menu details", None),
+        ("denude", None),
+        ("nudes", None),
+        ("hot   dog", "hot dog"),
+        ("hotdog", "hot dog"),
+        ("shot dog", None),
+        ("decapitated", "decapit*"),
+        ("de capita tion", "decapit*"),
+        ("capital", None),
+        ("", None),
+    ],
+)
+def test_blocked_words_are_found_however_they_are_spelled(text, found):
+    assert Blocklist(["nude", "hot dog", "decapit*", "  ", "!?"]).find(text) == found
+
+
+def test_only_what_the_given_words_help_to_spell_counts():
+    blocked = Blocklist(["nude", "hot dog"])
+    assert blocked.find("nude a b", 1) is None
+    assert blocked.find("a nude b", 1, 2) == "nude"
+    assert blocked.find("a hot dog", 2, 3) == "hot dog"  # only its end was learned
+    assert blocked.find("a hot dog", 1, 2) == "hot dog"
+    assert blocked.find("a hot dog", 0, 1) is None
+
+
+def phrases(vocabulary, clip):
+    return {clip.text.words.decode(phrase) for phrase in vocabulary.lexicon(clip).phrases}
+
+
+def test_the_default_is_every_word_of_the_clip(emoji_clip):
+    found = {phrase for (phrase,) in Vocabulary().lexicon(emoji_clip).phrases}
+    assert found == set(emoji_clip.vocabulary.tolist())
+
+
+def test_pieces_and_ascii():
+    clip = make_clip()
+    pieces = Vocabulary(whole_words=False).lexicon(clip).phrases
+    assert len(pieces) == 49406  # all but start and end
+    ascii_only = phrases(Vocabulary(whole_words=False, ascii_only=True), clip)
+    assert len(ascii_only) < 49000 and all(text.isascii() for text in ascii_only)
+
+
+def test_floor_on_how_well_trained_a_token_is():
+    clip = make_clip(seed=3)
+    weak, strong = clip.vocabulary[:2].tolist()
+    with torch.no_grad():
+        clip.text.token_embedding[weak] *= 0.001
+    kept = Vocabulary(min_embedding_std=0.01).lexicon(clip).phrases
+    assert (weak,) not in kept and (strong,) in kept
+    assert len(kept) == len(clip.vocabulary) - 1
+
+
+def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
+    file = tmp_path / "bank.txt"
+    file.write_text("\ufeff# a comment\nred car\n\nhappy face with hat\ncat\ncat\nqzxj vvbk\n")
+    bank = Vocabulary(bank=file)
+    assert bank.bank == ("red car", "happy face with hat", "cat", "qzxj vvbk")
+    assert phrases(bank, emoji_clip) == {"red car", "happy face with hat", "cat"}
+    result = invert(emoji_clip, EXAMPLES[0], prompt_len=7, steps=30, vocabulary=bank)
+    left = result.prompt
+    for phrase in ("happy face with hat", "red car", "cat"):
+        left = left.replace(phrase, "")
+    assert not left.strip() and len(result.token_ids) == 7
+
+
+def test_a_word_of_several_pieces_from_a_bank():
+    clip = make_clip()
+    clip.known = None
+    bank = Vocabulary(bank=["rutkowski", "cat"])
+    assert sorted(map(len, bank.lexicon(clip).phrases))[-1] > 1
+    assert phrases(bank, clip) == {"rutkowski", "cat"}
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+@pytest.mark.parametrize("template", ["{}", "a ho {} cat"])
+def test_no_prompt_says_a_blocked_word(emoji_clip, whole_words, template):
+    """The best words for the image are forbidden one after the other."""
+    options = dict(prompt_len=4, steps=40, template=template)
+    free = Vocabulary(whole_words=whole_words)
+    blocked = []
+    for _ in range(3):
+        rules = free & Vocabulary(whole_words=whole_words, blocked=[*blocked, "ho t"])
+        result = invert(emoji_clip, EXAMPLES[5], vocabulary=rules, **options)
+        assert Blocklist([*blocked, "hot"]).find(result.prompt) is None
+        # a whole word of the prompt, whatever it was spelled from
+        blocked.append(max(result.learned.split(), key=len))
+    assert len(set(blocked)) == 3
+
+
+def test_a_word_is_blocked_when_the_template_spells_its_first_half(emoji_clip):
+    words = emoji_clip.text.words
+    house = Vocabulary(bank=["dog", "cat"])
+    options = dict(prompt_len=1, steps=3, template="hot {}")
+    result = invert(
+        emoji_clip, EXAMPLES[5], vocabulary=house & Vocabulary(blocked=["hot dog"]), **options
+    )
+    assert result.prompt == "hot cat"
+    assert words.encode(result.prompt) == result.token_ids
+
+
+def test_set_operations(emoji_clip):
+    pets, wild = Vocabulary(bank=["cat", "dog", "fish"]), Vocabulary(bank=["fish", "lion"])
+    assert phrases(pets & wild, emoji_clip) == {"fish"}
+    assert phrases(pets | wild, emoji_clip) == {"cat", "dog", "fish", "lion"}
+    assert phrases(pets - wild, emoji_clip) == {"cat", "dog"}
+    every = Vocabulary() - wild
+    assert "lion" not in phrases(every, emoji_clip) and "cat" in phrases(every, emoji_clip)
+    # a list that is taken away is blocked in the decoded prompt, and not only as a token
+    assert every.lexicon(emoji_clip).blocked == {"fish", "lion"}
+    one, two = Vocabulary(blocked=["cat", "red"]), Vocabulary(blocked=["cat"])
+    assert (one & two).lexicon(emoji_clip).blocked == {"cat", "red"}
+    assert (one | two).lexicon(emoji_clip).blocked == {"cat"}
+    assert "cat" not in phrases(one & pets, emoji_clip)
+
+
+def test_save_and_load(emoji_clip, tmp_path):
+    rules = (Vocabulary(bank=["cat", "red car"]) | Vocabulary(ascii_only=True)) - Vocabulary(
+        bank=["dog"], blocked=["x"], min_embedding_std=0.001
+    )
+    rules.save(tmp_path / "rules.json")
+    again = Vocabulary.load(tmp_path / "rules.json")
+    assert again == rules and again.lexicon(emoji_clip) == rules.lexicon(emoji_clip)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"bank": 3}', '{"operation": "^"}', "\x00"])
+def test_a_file_that_is_no_vocabulary(text, tmp_path):
+    (tmp_path / "rules.json").write_text(text)
+    with pytest.raises(ValueError, match="rules.json is not a saved vocabulary"):
+        Vocabulary.load(tmp_path / "rules.json")
+
+
+def test_the_shipped_list_says_where_it_is_from_and_what_it_cannot_do(emoji_clip):
+    head = UNSAFE_WORDS.read_text()
+    assert "Source:" in head and "Limits:" in head and "CC BY 4.0" in head
+    unsafe = Vocabulary(blocked=UNSAFE_WORDS)
+    assert len(unsafe.blocked) > 400 and not any("#" in word for word in unsafe.blocked)
+    left = phrases(unsafe, make_clip())
+    assert not {"nude", "sexy", "gore"} & left and {"dog", "class", "menu"} <= left | {"menu"}
+    # it leaves an ordinary vocabulary nearly whole
+    assert len(phrases(unsafe, emoji_clip)) > 0.99 * len(emoji_clip.vocabulary)
+
+
+def test_a_bank_of_which_nothing_is_usable_names_the_nearest_words(emoji_clip):
+    with pytest.raises(ValueError, match=r"`bank`: none of its 2 .* near 'dogz': .*dog"):
+        Vocabulary(bank=["dogz", "qzxj"]).lexicon(emoji_clip)
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        (lambda: Vocabulary(bank=["cat"], blocked=["cat"]), "leaves no word"),
+        (lambda: Vocabulary(bank=["cat"]) - Vocabulary(), "leaves no word"),
+        (lambda: Vocabulary(bank=[]), "`bank` holds no phrase"),
+        (lambda: Vocabulary(bank="no such file"), "`bank`: the file 'no such file'"),
+        (lambda: Vocabulary(blocked="nude"), "`blocked`: the file 'nude'.*a list for single words"),
+        (lambda: Vocabulary(min_embedding_std=-1), "`min_embedding_std`"),
+    ],
+)
+def test_bad_rules(rules, message, emoji_clip):
+    with pytest.raises(ValueError, match=message):
+        rules().lexicon(emoji_clip)
+
+
+def test_words_of_the_wrong_type():
+    with pytest.raises(TypeError, match="`blocked` has to hold strings but holds 3"):
+        Vocabulary(blocked=["a", 3])
+    with pytest.raises(TypeError, match="`bank` has to be a path"):
+        Vocabulary(bank=3)
+
+
+def test_a_saved_file_is_readable_json(tmp_path):
+    Vocabulary(bank=["émile"]).save(tmp_path / "rules.json")
+    assert json.loads((tmp_path / "rules.json").read_text())["bank"] == ["émile"]
+    assert "émile" in (tmp_path / "rules.json").read_text()
