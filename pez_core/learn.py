@@ -111,7 +111,7 @@ class Frame:
         self._words_around = count_words(before), count_words(after)
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
         # beside a space nothing fuses; beside a comma other punctuation does, but words do not
-        self.separate = before[-1:] in ("", " ") and after[:1] in ("", " ")
+        self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
         if self.room > 0 and not self.survives([clip.text.known_word]):
             raise ValueError(
                 f"`template` is {template!r}, whose text would fuse with the learned words; put a "

@@ -29,7 +29,7 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
 
 
 def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch.Tensor:
-    """(len(targets), features) unit features of one or more texts, which may be long, and images."""
+    """(len(targets), features) unit features of texts, which may be long, and images."""
     features = []
     for target in targets:
         if isinstance(target, str):

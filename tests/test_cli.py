@@ -17,6 +17,7 @@ import pytest
 from conftest import EXAMPLES
 
 import pez_core.cli
+from pez_core import Vocabulary
 
 PEZ = [sys.executable, "-m", "pez_core"]
 QUICK = ["--steps", "5"]
@@ -117,12 +118,12 @@ def test_models_lists_what_is_bundled_on_disk_and_to_fetch(tmp_path):
     assert "ViT-H-14:laion2b_s32b_b79k" in presets and "3.94 GB" in presets
 
 
-def interrupted(*arguments):
+def interrupted(*arguments, command="invert"):
     """Runs until the progress bar shows on a terminal, presses Ctrl-C, returns all of it."""
     terminal, child = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
-        [*PEZ, "invert", *arguments, "--steps", "1000000"],
+        [*PEZ, command, *arguments, "--steps", "1000000"],
         stdout=subprocess.PIPE,
         stderr=child,
         text=True,
@@ -159,3 +160,118 @@ def test_ctrl_c_with_json_accounts_for_every_image():
     rows = json.loads(output)
     assert code == 130 and len(rows) == len(images)
     assert all("prompt" in row for row in rows[:-1]) and "before its turn" in rows[-1]["error"]
+
+
+def as_json(*arguments):
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_style_of_several_images():
+    images = [str(path) for path in EXAMPLES[:3]]
+    done = run("style", *images, *QUICK, "--subject", "a cat", "--subject", "a dog")
+    style, cat, dog = done.stdout.splitlines()
+    prompt = style.split(maxsplit=1)[1]
+    assert done.returncode == 0 and done.stderr == ""
+    assert [cat.strip(), dog.strip()] == [f"a cat, {prompt}", f"a dog, {prompt}"]
+    row = as_json("style", *images, *QUICK, "--subject", "x", "--joint", "--batch-size", "2")
+    assert row["applied"] == [f"x, {row['prompt']}"] and len(row["similarities"]) == 3
+
+
+def test_distill_an_argument_or_stdin():
+    text = "a happy dog with a big hat and a red car <lora:x:1>"
+    row = as_json("distill", text, *QUICK, "--ratio", "0.5")
+    assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (12, 6, 6)
+    assert row["prompt"].endswith(" <lora:x:1>")
+    done = run("distill", "-", *QUICK, "--prompt-len", "4", input=text)
+    similarity, saved = done.stdout.splitlines()
+    assert similarity.endswith(" <lora:x:1>")
+    assert saved.strip() == "12 tokens before, 4 now, 8 saved"
+    short = run("distill", "a dog", "--prompt-len", "4")
+    assert short.returncode == 0 and "short enough already" in short.stderr
+    assert short.stdout.splitlines()[0] == "1.0000  a dog"
+
+
+def test_concat_texts_and_images():
+    row = as_json("concat", "a red dog", "happy face")
+    assert row["prompt"] == "a red dog happy face" and not row["fused"] and row["tokens"] == 5
+    image = str(EXAMPLES[0])
+    done = run("concat", "a red dog", "--image", image, *QUICK, "--weight", "1", "--weight", "3")
+    _, tokens, *sources = done.stdout.splitlines()
+    assert tokens.strip() == "16 tokens, learned"
+    assert [line.split(maxsplit=1)[1] for line in sources] == ["a red dog", image]
+
+
+def test_score_explains_and_prunes():
+    images = [str(path) for path in EXAMPLES[:2]]
+    flags = [part for image in images for part in ("--image", image)]
+    rows = as_json("score", "a happy face", "dog", *flags, "--explain", "--prune")
+    assert [len(row["similarities"]) for row in rows] == [2, 2]
+    assert [entry["word"] for entry in rows[0]["words"]] == ["a", "happy", "face"]
+    assert rows[1]["pruned"]["prompt"] == "dog"
+    done = run("score", "a happy face", *flags, "--explain", "--held-out", "emoji-clip")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "a happy face" and lines[1].endswith(images[0]) and "held out" in lines[1]
+    assert any("█" in line or "░" in line for line in lines[3:]) and len(lines) == 6
+
+
+def test_words_that_may_appear(tmp_path):
+    bank, more, blocked = (tmp_path / name for name in ("bank", "more", "blocked"))
+    bank.write_text("red car\ncat\n")
+    more.write_text("dog\nbird\n")
+    blocked.write_text("bird\n")
+    words = ["--bank", str(bank), "--bank", str(more), "--block-list", str(blocked)]
+    words += ["--block", "cat", "--safe", "--ascii"]
+    options = [*QUICK, "--prompt-len", "3", *words, "--json"]
+    row = json.loads(run("invert", str(EXAMPLES[0]), *options).stdout)[0]
+    assert set(row["prompt"].split()) <= {"red", "car", "dog"}
+    Vocabulary(bank=["fish", "tree"]).save(tmp_path / "rules.json")
+    saved = ["--vocabulary", str(tmp_path / "rules.json")]
+    row = as_json("concat", "a red dog", "b", "--fuse", "--prompt-len", "2", *QUICK, *saved)
+    assert set(row["prompt"].split()) <= {"fish", "tree"}
+
+
+def test_steering_from_the_command_line():
+    image, other = map(str, EXAMPLES[:2])
+    flags = ["--template", "a photo of {} today", "--avoid", "dog", "--avoid-image", other]
+    (row,) = as_json("invert", image, *QUICK, "--prompt-len", "2", *flags, "--avoid-weight", "1")
+    assert row["prompt"].startswith("a photo of ") and row["prompt"].endswith(" today")
+    assert len(row["avoided"]) == 2
+    row = as_json("invert", image, other, *QUICK, "--shared", "--initial", "a dog")
+    assert len(row["similarities"]) == 2
+    (row,) = as_json("invert", image, *QUICK, "--negative")
+    assert row["similarity"] < 0
+
+
+def test_two_clips_at_once(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(EXAMPLES[0].parent.parent / "pez_core/models/emoji-clip", other)
+    clips = ["--clip", "emoji-clip", "--clip", str(other)]
+    (row,) = as_json("invert", str(EXAMPLES[0]), *QUICK, *clips)
+    assert set(row["encoders"]) == {"emoji-clip", str(other)}
+
+
+def test_ctrl_c_keeps_the_best_of_one_result():
+    code, output, _ = interrupted(str(EXAMPLES[0]), str(EXAMPLES[1]), command="style")
+    assert code == 130 and len(output.splitlines()) == 1 and float(output.split()[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["style", str(EXAMPLES[0])], "at least two images"),
+        (["style", "missing.png", str(EXAMPLES[0])], "does not exist"),
+        (["distill", ""], "`prompt` holds no words"),
+        (["distill", "a dog", "--ratio", "2"], "`ratio` has to be above 0 and at most 1"),
+        (["concat", "one"], "at least two sources"),
+        (["score", "", "--image", str(EXAMPLES[0])], "empty text"),
+        (["score", "a"], "--image"),
+        (["invert", str(EXAMPLES[0]), "--bank", "none.txt"], "none.txt' cannot be read"),
+        (["invert", str(EXAMPLES[0]), "--template", "x"], "has to hold {} once"),
+    ],
+)
+def test_mistakes_in_the_other_commands(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+    assert "Traceback" not in done.stderr

@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 
 from pez_core.prompt_text import chunks, sections
@@ -59,4 +61,4 @@ def test_contexts(sizes, expected):
     groups = [[k] * size for k, size in enumerate(sizes)]
     found = chunks(groups, 75)
     assert list(map(len, found)) == expected
-    assert sum(found, []) == sum(groups, [])
+    assert list(chain(*found)) == list(chain(*groups))

@@ -145,7 +145,7 @@ def test_save_and_load(emoji_clip, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"bank": 3}', '{"operation": "^"}', "\x00"])
 def test_a_file_that_is_no_vocabulary(text, tmp_path):
     (tmp_path / "rules.json").write_text(text)
-    with pytest.raises(ValueError, match="rules.json is not a saved vocabulary"):
+    with pytest.raises(ValueError, match=r"rules\.json is not a saved vocabulary"):
         Vocabulary.load(tmp_path / "rules.json")
 
 
