@@ -88,25 +88,18 @@ class Frame:
 
     Args:
         clip: whose tokens are meant.
-        template: text with one `{}`, where the learned words go.
+        template: text with `{}` where the learned words go; the first one counts.
         read: what the text encoder reads of the template, where this is not the template itself.
 
     Raises:
-        ValueError: not exactly one `{}`; the fixed text would fuse with the learned words.
+        ValueError: the fixed text would fuse with the learned words.
     """
 
     def __init__(self, clip: AnyClip, template: str = "{}", read: str | None = None) -> None:
-        if not isinstance(template, str):
-            raise TypeError(f"`template` has to be a string but is {template!r}.")
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"`template` has to hold {{}} once, where the learned words go, but is "
-                f"{template!r}."
-            )
-        self.template = template
-        self.read = template if read is None else read
         self._words = clip.text.words
-        before, after = self.read.split("{}")
+        self._printed = template.split("{}", 1)
+        self._read = self._printed if read is None else read.split("{}", 1)
+        before, after = self._read
         self.before, self.after = self._words.encode(before), self._words.encode(after)
         self._words_around = count_words(before), count_words(after)
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
@@ -124,11 +117,11 @@ class Frame:
 
     def print(self, learned: Sequence[int]) -> str:
         """The whole prompt as people see it."""
-        return self.template.replace("{}", self._words.decode(learned))
+        return self._words.decode(learned).join(self._printed)
 
     def text(self, learned: Sequence[int]) -> str:
         """The whole prompt as the text encoder reads it."""
-        return self.read.replace("{}", self._words.decode(learned))
+        return self._words.decode(learned).join(self._read)
 
     def survives(self, learned: Sequence[int]) -> bool:
         """Whether the printed prompt means these very tokens."""

@@ -18,6 +18,8 @@ from .targets import Target, as_list, check_number, check_weights, encode_target
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .clip import AnyClip
 
 
@@ -88,6 +90,12 @@ def invert(
     if weights is not None and not shared:
         raise ValueError("`weights` says how much images count for one prompt; add shared=True.")
     weights = check_weights("weights", weights, len(pictures)) if shared else [1.0]
+    if not isinstance(template, str):
+        raise TypeError(f"`template` has to be a string but is {template!r}.")
+    if template.count("{}") != 1:
+        raise ValueError(
+            f"`template` has to hold {{}} once, where the learned words go, but is {template!r}."
+        )
     learning = Learning(
         prompt_len,
         Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
@@ -201,12 +209,19 @@ def extract_style(
         vocabulary,
     )
     with torch.inference_mode(False):
-        features = clip.encode_images(pictures)
-        weights = features.new_full((len(features),), 1 / len(features))
-        direction = style_direction(clip, pictures, features) if mode == "separate" else None
-        goal = Goal(features, weights, direction, batch_size)
+        goal = style_goal(clip, pictures, mode, batch_size)
         (result,) = learn(clip, [goal], learning, callback)
     return Style(**vars(result))
+
+
+def style_goal(
+    clip: AnyClip, pictures: Sequence[Image.Image], mode: str, batch_size: int | None = None
+) -> Goal:
+    """What `extract_style` learns a prompt for; several styles can be learned in one batch."""
+    features = clip.encode_images(pictures)
+    weights = features.new_full((len(features),), 1 / len(features))
+    direction = style_direction(clip, pictures, features) if mode == "separate" else None
+    return Goal(features, weights, direction, batch_size)
 
 
 @dataclass(frozen=True)
@@ -491,7 +506,8 @@ def concatenate(
 def _content_words(content: Sequence[str]) -> list[str]:
     if not all(isinstance(text, str) for text in content):
         raise TypeError(f"`content` has to hold strings but is {content!r}.")
-    return [word for text in content for word in text.split() if any(map(str.isalnum, word))]
+    # "a" and "of" name nothing
+    return [word for text in content for word in text.split() if sum(map(str.isalnum, word)) > 2]
 
 
 def _without_syntax(clip: AnyClip, vocabulary: Vocabulary | None) -> Vocabulary:

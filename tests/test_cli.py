@@ -182,12 +182,12 @@ def test_style_of_several_images():
 def test_distill_an_argument_or_stdin():
     text = "a happy dog with a big hat and a red car <lora:x:1>"
     row = as_json("distill", text, *QUICK, "--ratio", "0.5")
-    assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (12, 6, 6)
+    assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (11, 6, 5)
     assert row["prompt"].endswith(" <lora:x:1>")
     done = run("distill", "-", *QUICK, "--prompt-len", "4", input=text)
     similarity, saved = done.stdout.splitlines()
     assert similarity.endswith(" <lora:x:1>")
-    assert saved.strip() == "12 tokens before, 4 now, 8 saved"
+    assert saved.strip() == "11 tokens before, 4 now, 7 saved"
     short = run("distill", "a dog", "--prompt-len", "4")
     assert short.returncode == 0 and "short enough already" in short.stderr
     assert short.stdout.splitlines()[0] == "1.0000  a dog"
@@ -254,7 +254,7 @@ def test_two_clips_at_once(tmp_path):
 
 def test_ctrl_c_keeps_the_best_of_one_result():
     code, output, _ = interrupted(str(EXAMPLES[0]), str(EXAMPLES[1]), command="style")
-    assert code == 130 and len(output.splitlines()) == 1 and float(output.split()[0]) > 0
+    assert code == 130 and len(output.splitlines()) == 1 and len(output.split()) == 9
 
 
 @pytest.mark.parametrize(
