@@ -22,7 +22,7 @@ from .clip.load import BUNDLED, find_on_disk, models_folder
 from .judge import explain, prune, score
 from .learn import Result
 from .search import Settings
-from .tasks import concatenate, distill, extract_style, invert
+from .tasks import check_style_template, concatenate, distill, extract_style, invert
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 # Images searched together; enough to share the cost of a step, little enough to see results early.
@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_search(command, prompt_len=16, steps=3000, restarts=1)
     steering = command.add_argument_group("steering")
     steering.add_argument("--shared", action="store_true", help="one prompt for all the images")
+    steering.add_argument(
+        "--weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="what an image counts with --shared, one for each",
+    )
     steering.add_argument("--template", default="{}", help="fixed text, {} for the learned words")
     steering.add_argument("--initial", metavar="TEXT", help="text to start from")
     steering.add_argument(
@@ -139,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--max-tokens", type=int, default=75, metavar="N", help="of a join (75)")
     command.add_argument("--fuse", action="store_true", help="learn one prompt in any case")
-    _add_search(command, prompt_len=16, steps=1000, restarts=4)
+    _add_search(command, prompt_len=None, steps=1000, restarts=4)
     _add_vocabulary(command)
     _add_common(command)
     command.set_defaults(run=_concat)
@@ -216,6 +223,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         help="CLIP to search on, see `pez models` (default: emoji-clip, bundled); several are "
         "searched as one",
     )
+    command.add_argument(
+        "--clip-weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="what a CLIP counts, one for each --clip",
+    )
     command.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     command.add_argument(
         "--download", action="store_true", help="fetch the CLIP's weights if they are not here"
@@ -225,24 +239,30 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _load_clip(arguments: argparse.Namespace) -> AnyClip:
     names = arguments.clip or ["emoji-clip"]
-    return load_clip(names, device=arguments.device, download=arguments.download)
+    return load_clip(
+        names,
+        device=arguments.device,
+        download=arguments.download,
+        weights=arguments.clip_weight,
+    )
 
 
 def _vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
     files = [*arguments.block_list, *([UNSAFE_WORDS] if arguments.safe else [])]
-    rules = [Vocabulary(blocked=file) for file in files]
-    if arguments.vocabulary:
-        rules.append(Vocabulary.load(arguments.vocabulary))
-    if arguments.block or arguments.ascii:
-        rules.append(Vocabulary(blocked=arguments.block, ascii_only=arguments.ascii))
     banks = [Vocabulary(bank=file) for file in arguments.bank]
     for other in banks[1:]:
         banks[0] |= other
-    rules = banks[:1] + rules
-    if not rules:
+    bases = banks[:1] + ([Vocabulary.load(arguments.vocabulary)] if arguments.vocabulary else [])
+    # what only forbids leaves pieces of words where the rules beside it have them
+    limits = [Vocabulary(blocked=file, whole_words=False) for file in files]
+    if arguments.block or arguments.ascii:
+        limits.append(
+            Vocabulary(blocked=arguments.block, ascii_only=arguments.ascii, whole_words=False)
+        )
+    if not bases and not limits:
         return None
-    vocabulary = rules[0]
-    for rule in rules[1:]:
+    vocabulary, *rules = (bases or [Vocabulary()]) + limits
+    for rule in rules:
         vocabulary &= rule
     return vocabulary
 
@@ -270,7 +290,14 @@ def _invert(arguments: argparse.Namespace) -> int:
     if arguments.shared:
         return _one(
             arguments,
-            lambda show: invert(clip, arguments.images, shared=True, callback=show, **options),
+            lambda show: invert(
+                clip,
+                arguments.images,
+                shared=True,
+                weights=arguments.weight,
+                callback=show,
+                **options,
+            ),
         )
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
     try:
@@ -318,6 +345,7 @@ def _invert_batch(clip, arguments, options, rows: list[dict], start: int, interr
         row |= _row(result) | {"seconds": round(result.seconds / len(batch), 3)}
         if not arguments.json:
             print(f"{row['image']}\n  {result.similarity:.4f}  {result.prompt}", flush=True)
+            _print_encoders(result)
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -339,6 +367,13 @@ def _row(result: Result) -> dict[str, Any]:
     return row
 
 
+def _print_encoders(result: Result) -> None:
+    """The similarity by each of several encoders."""
+    if len(result.encoders) > 1:
+        for name, similarity in result.encoders.items():
+            print(f"  {similarity:.4f}  by {name}")
+
+
 def _one(
     arguments: argparse.Namespace,
     task: Callable[[Callable[[dict], bool]], Result],
@@ -353,6 +388,7 @@ def _one(
         print(json.dumps(_row(result) | extra(result), indent=2))
         return status
     print(f"{result.similarity:.4f}  {result.prompt}")
+    _print_encoders(result)
     for line in lines(result):
         print(line)
     if result.note:
@@ -362,6 +398,7 @@ def _one(
 
 def _style(arguments: argparse.Namespace) -> int:
     options = _search_options(arguments)
+    check_style_template(arguments.template)
     clip = _load_clip(arguments)
 
     def applied(style) -> list[str]:
@@ -475,6 +512,8 @@ def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:
     judged = row.get("held_out", [None] * len(images))
     for image, similarity, other in zip(images, row["similarities"], judged, strict=True):
         beside = "" if other is None else f"  held out {other:.4f}"
+        for name, values in row.get("encoders", {}).items():
+            beside += f"  {name} {values[images.index(image)]:.4f}"
         print(f"  {similarity:.4f}{beside}  {image}")
     words = row.get("words", [])
     longest = max((len(entry["word"]) for entry in words), default=0)

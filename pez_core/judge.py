@@ -187,5 +187,12 @@ class _Towards:
         if max(map(len, ids)) <= size:
             features = self.clip.encode_texts([" ".join(words) for words in texts])
         else:
-            features = torch.stack([self.clip.encode_chunks(chunks([i], size)) for i in ids])
+            features = torch.stack(
+                [
+                    self.clip.encode_chunks(chunks([i], size))
+                    if i
+                    else self.clip.encode_texts([""])[0]
+                    for i in ids
+                ]
+            )
         return (features @ self.target).tolist()

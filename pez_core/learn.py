@@ -31,7 +31,8 @@ class Candidate:
         prompt: the text, with the fixed text of a template around the learned words.
         similarity: cosine similarity of the text, encoded again by the public tokenizer and the
             whole text tower, with its target; the weighted mean for several targets, and over the
-            encoders where there are several. What is to be avoided does not enter.
+            encoders where there are several. What is to be avoided does not enter, unless there is
+            nothing else.
         token_ids: the tokens of the text, without start and end token.
         learned: the learned words alone.
         similarities: with each target, in the order given.
@@ -53,7 +54,8 @@ class Result(Candidate):
     """What a task returns: the best candidate and how it was found.
 
     Attributes:
-        candidates: one per restart, best first; the first is this result's own prompt.
+        candidates: one per restart, best first; the first is this result's own prompt. Empty where
+            the prompt was not learned, or in sections.
         history: `(step, best score so far)`, one per report; the score is the similarity, less what
             is to be avoided by its weight.
         seconds: of the whole search that this result came from, shared by all of a batch.
@@ -72,13 +74,15 @@ class Goal:
 
     Attributes:
         features: (n, features) unit features of targets.
-        weights: (n,) how much each counts; below 0 for what is to be avoided.
+        weights: (n,) how much each counts; not above 0 for what is to be avoided.
+        away: (n,) bool, what is to be avoided.
         direction: (features,) what the search goes towards where this is not their weighted sum.
         batch_size: targets that the loss looks at per step; None: all of them.
     """
 
     features: torch.Tensor
     weights: torch.Tensor
+    away: torch.Tensor
     direction: torch.Tensor | None = None
     batch_size: int | None = None
 
@@ -134,7 +138,8 @@ class Frame:
         """A blocked word that the learned part spells or helps to spell."""
         text = self.text(learned)
         before, after = self._words_around
-        return blocked.find(text, before, count_words(text) - after)
+        found = blocked.find(text, before, count_words(text) - after)
+        return found or blocked.find_mark(self._words.decode(learned))
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def learn(
 
     n = len(goals)
     # the same initial prompts for every goal, so that a result does not depend on its neighbours
-    ids = _starts(clip, space, alone, learning, acceptable).repeat(n, 1)
+    ids = _starts(clip, space, lexicon, alone, learning, acceptable).repeat(n, 1)
 
     def report(progress: Progress) -> bool | None:
         scores, best = progress.scores.view(n, restarts).max(dim=1)
@@ -281,15 +286,19 @@ def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
 def _starts(
     clip: AnyClip,
     space: TokenSpace,
+    lexicon: Lexicon | None,
     alone: list[int],
     learning: Learning,
     acceptable: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """(restarts, prompt_len) ids to begin from, so that the first step is acceptable."""
     source = space
-    if not isinstance(space, PhraseSpace) and 0 < len(alone) < len(space.allowed):
+    if lexicon is not None:
         # pieces of words are searched, but would not survive side by side
-        source = TokenSpace(space.table, torch.tensor(alone), space.parts)
+        single = set(alone)
+        good = frozenset(p for p in lexicon.phrases if len(p) > 1 or p[0] in single)
+        if 0 < len(good) < len(lexicon.phrases):
+            source = _space(clip, Lexicon(good), learning.prompt_len)
     rows = []
     for restart in range(learning.restarts):
         generator = torch.Generator().manual_seed((learning.seed + restart) % 2**63)
@@ -305,7 +314,8 @@ def _starts(
             raise ValueError(
                 "`initial` begins with a blocked word; leave the word out."
                 if given
-                else "`vocabulary` gives no prompt without a blocked word; block fewer words."
+                else "`vocabulary` gives no prompt that can be printed and holds no blocked word; "
+                "block fewer words."
             )
         rows.append(row)
     return torch.cat(rows)
@@ -347,7 +357,7 @@ def _verify(clip: AnyClip, frame: Frame, rows: list[list[int]], goal: Goal) -> l
     rows = [_readable(clip, frame, row) for row in rows]
     features = clip.encode_texts([frame.text(row) for row in rows])
     products = features @ goal.features.T
-    towards, away = goal.weights > 0, goal.weights < 0
+    towards = ~goal.away
     shares = goal.weights.clamp(min=0) if towards.any() else goal.weights.abs()
     shares = shares / shares.sum()
     similarity = (products @ shares).tolist()
@@ -364,7 +374,7 @@ def _verify(clip: AnyClip, frame: Frame, rows: list[list[int]], goal: Goal) -> l
             token_ids=frame.ids(row),
             learned=clip.text.words.decode(row),
             similarities=products[k][towards].tolist(),
-            avoided=products[k][away].tolist(),
+            avoided=products[k][goal.away].tolist(),
             encoders={name: values[k] for name, values in by_encoder.items()},
         )
         for k, row in enumerate(rows)

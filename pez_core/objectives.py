@@ -43,7 +43,8 @@ class SampledSimilarity(Similarity):
     The score that picks the best prompt still looks at all of them.
 
     Args:
-        encode, targets, weights: as in `Similarity`.
+        encode, targets, weights: as in `Similarity`; the loss of a step is the plain mean over its
+            targets.
         batch_size: targets per step, drawn without replacement.
         generator: on the CPU; draws the targets.
     """

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Marks that ComfyUI and others read as syntax; a learned prompt between tags has to do without.
-SYNTAX = frozenset("()<>[]\\")
+SYNTAX = ("(", ")", "<", ">", "[", "]", "\\")
 
-_TAG = re.compile(r"<[a-z_]+:[^<>]*>|(?:(?<=\s)|^|(?<=,))embedding:[^\s,()]+", re.IGNORECASE)
-_BREAK = re.compile(r"(?:^|\s)BREAK(?=\s|$)")
+_TAG = re.compile(r"<[a-z_]+:[^<>]*>|(?<![^\s,])embedding:[^\s,()]+", re.IGNORECASE)
+_BREAK = re.compile(r"\bBREAK\b")
 _WEIGHT = re.compile(r":\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*$")
 
 
@@ -29,13 +29,44 @@ class Piece:
     kept: bool
 
 
-def sections(prompt: str) -> list[list[Piece]]:
-    """The pieces of a prompt, one list for each section between `BREAK`s.
+def sections(prompt: str) -> list[str]:
+    """The parts of a prompt between `BREAK`s, which stand outside of parentheses."""
+    groups = list(_groups(prompt))
+    parts, start = [], 0
+    for found in _BREAK.finditer(prompt):
+        if not any(opened < found.start() < closed for opened, closed in groups):
+            parts.append(prompt[start : found.start()].strip())
+            start = found.end()
+    return [*parts, prompt[start:].strip()]
+
+
+def pieces(section: str) -> list[Piece]:
+    """A section in its pieces of text, weights and tags, in order.
 
     Kept are `(word:1.2)` and `(word)`, nested ones whole, `embedding:name`, and tags like
-    `<lora:name:0.8>`. Parentheses that are escaped as `\\(` and `\\)` are text.
+    `<lora:name:0.8>`. Parentheses that are escaped as `\\(` and `\\)` are text, and so are those
+    without a partner.
     """
-    return [_pieces(section.strip()) for section in _BREAK.split(prompt)]
+    found: list[Piece] = []
+    start = 0
+    for opened, closed in _groups(section):
+        found += _text_and_tags(section[start:opened])
+        weighted = section[opened:closed]
+        found.append(Piece(weighted, read(_WEIGHT.sub("", weighted[1:-1])), kept=True))
+        start = closed
+    return found + _text_and_tags(section[start:])
+
+
+def read(prompt: str) -> str:
+    """What a text encoder reads of a prompt: no weights, no tags, no `BREAK`."""
+    parts = [piece.read for section in sections(prompt) for piece in pieces(section)]
+    return " ".join(filter(None, parts))
+
+
+def tags(prompt: str) -> str:
+    """The tags of a prompt that no text encoder reads, separated by spaces."""
+    parts = [piece for section in sections(prompt) for piece in pieces(section)]
+    return " ".join(piece.printed for piece in parts if not piece.read)
 
 
 def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -59,52 +90,31 @@ def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [context for context in contexts if context]
 
 
-def _pieces(section: str) -> list[Piece]:
-    pieces: list[Piece] = []
-    start = depth = opened = i = 0
+def _groups(text: str) -> Iterator[tuple[int, int]]:
+    """Where the outermost parentheses that have a partner begin and end."""
+    opened: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    for found in re.finditer(r"\\[()]|[()]", text):
+        if found[0] == "(":
+            opened.append(found.start())
+        elif found[0] == ")" and opened:
+            pairs.append((opened.pop(), found.end()))
+    end = 0
+    for first, last in sorted(pairs):
+        if first >= end:
+            yield first, last
+            end = last
 
-    def add_text(text: str) -> None:
-        at = 0
-        for tag in _TAG.finditer(text):
-            _append(pieces, text[at : tag.start()])
-            pieces.append(Piece(tag[0], "", kept=True))
+
+def _text_and_tags(text: str) -> list[Piece]:
+    found: list[Piece] = []
+    at = 0
+    for tag in [*_TAG.finditer(text), None]:
+        plain = text[at : tag.start() if tag else None].strip()
+        if plain.strip(", "):
+            words = plain.replace("\\(", "(").replace("\\)", ")")
+            found.append(Piece(plain, words, kept=False))
+        if tag:
+            found.append(Piece(tag[0], "", kept=True))
             at = tag.end()
-        _append(pieces, text[at:])
-
-    while i < len(section):
-        character = section[i]
-        if character == "\\" and section[i + 1 : i + 2] in ("(", ")"):
-            i += 1
-        elif character == "(":
-            if depth == 0:
-                opened = i
-            depth += 1
-        elif character == ")" and depth:
-            depth -= 1
-            if depth == 0:
-                add_text(section[start:opened])
-                weighted = section[opened : i + 1]
-                pieces.append(Piece(weighted, _read(weighted), kept=True))
-                start = i + 1
-        i += 1
-    add_text(section[start:])
-    return pieces
-
-
-def _append(pieces: list[Piece], text: str) -> None:
-    text = text.strip(" ,\n\t")
-    if text:
-        pieces.append(Piece(text, _unescape(text), kept=False))
-
-
-def _read(weighted: str) -> str:
-    """The words of a weighted piece, without parentheses, weights and tags."""
-    parts: list[str] = []
-    inner = _WEIGHT.sub("", weighted[1:-1])
-    for piece in _pieces(inner):
-        parts.append(piece.read)
-    return " ".join(filter(None, parts))
-
-
-def _unescape(text: str) -> str:
-    return text.replace("\\(", "(").replace("\\)", ")")
+    return found

@@ -137,6 +137,11 @@ class PhraseSpace(TokenSpace):
             if length <= prompt_len
         }
         self._reachable = reachable
+        # flat, for drawing at random: all phrases one after the other
+        self._flat = torch.cat([p.flatten() for p in self._phrases.values()]).tolist()
+        counts = [(length, len(p)) for length, p in self._phrases.items()]
+        self._lengths = torch.tensor([length for length, count in counts for _ in range(count)])
+        self._ends = self._lengths.cumsum(0)
 
     @torch.no_grad()
     def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -174,20 +179,18 @@ class PhraseSpace(TokenSpace):
 
     def random(self, problems: int, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
         """(problems, prompt_len) ids of random phrases that fill the prompt."""
-        lengths = torch.tensor([length for length, p in self._phrases.items() for _ in p])
-        phrases = [phrase for p in self._phrases.values() for phrase in p]
         rows = []
         for _ in range(problems):
-            row: list[torch.Tensor] = []
-            left = prompt_len
-            while left:
-                fits = [k for k in self._phrases if left - k in self._reachable]
-                choices = torch.isin(lengths, torch.tensor(fits)).nonzero()[:, 0]
-                pick = torch.randint(len(choices), (1,), generator=generator)
-                row.append(phrases[int(choices[pick])])
-                left -= len(row[-1])
-            rows.append(torch.cat(row))
-        return self.allowed[torch.stack(rows)]
+            row: list[int] = []
+            while len(row) < prompt_len:
+                left = prompt_len - len(row)
+                fits = [length for length in self._phrases if left - length in self._reachable]
+                choices = torch.isin(self._lengths, torch.tensor(fits)).nonzero()[:, 0]
+                pick = choices[torch.randint(len(choices), (1,), generator=generator)].item()
+                end = int(self._ends[pick])
+                row += self._flat[end - int(self._lengths[pick]) : end]
+            rows.append(row)
+        return self.allowed[torch.tensor(rows, device=self.allowed.device)]
 
 
 def _sums(lengths: Sequence[int], top: int) -> set[int]:

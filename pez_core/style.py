@@ -43,7 +43,8 @@ def style_direction(
     differences = features - features.mean(0)
     # more images than a handful would leave too little; the first directions hold the contents
     count = min(len(images) - 1, features.shape[1] // 4)
-    basis = torch.linalg.svd(differences, full_matrices=False)[2][:count]
+    _, lengths, basis = torch.linalg.svd(differences, full_matrices=False)
+    basis = basis[:count][lengths[:count] > 1e-4]  # images that are the same differ in nothing
     return F.normalize(style - DIFFERENT * basis.T @ (basis @ style), dim=-1)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .clip.images import ImageInput, load_images
 from .learn import Callback, Goal, Learning, Result, learn
-from .prompt_text import SYNTAX, Piece, chunks, sections
+from .prompt_text import SYNTAX, chunks, pieces, read, sections, tags
 from .search import Settings, check_integer
 from .style import style_direction
 from .targets import Target, as_list, check_number, check_weights, encode_targets
@@ -76,7 +76,8 @@ def invert(
         template: fixed text with `{}` where the learned words go, such as a caption to which they
             add what it missed: `"a photo of a dog {}"`.
         initial: text to start from, of at most `prompt_len` tokens. The first restart begins with
-            it, filled up with random tokens; the others begin at random.
+            it, filled up with random tokens; the others begin at random. Words that the vocabulary
+            lacks become the nearest that it has.
         vocabulary: what may appear in the learned part; None: every word of the CLIP.
         patience: end a problem that has not improved for this many steps; None: never.
 
@@ -113,6 +114,8 @@ def invert(
     else:
         total = check_number("negative_weights", negative_weights, low=0)
         negative_weights = [total / max(len(away), 1)] * len(away)
+    if learn_negative and away and not sum(negative_weights):
+        raise ValueError("`negative_weights` is 0, but a negative prompt is learned for them.")
     if learn_negative:
         weights = [-w * (sum(negative_weights) if away else 1) for w in weights]
         negative_weights = [w / sum(negative_weights) for w in negative_weights]
@@ -123,8 +126,11 @@ def invert(
         features = clip.encode_images(pictures)
         avoid = encode_targets("negative", clip, away) if away else features[:0]
         signed = features.new_tensor([*weights, *negative_weights])
+        role = torch.tensor(
+            [learn_negative] * len(weights) + [not learn_negative] * len(away), device=signed.device
+        )
         groups = [features] if shared else features.split(1)
-        goals = [Goal(torch.cat([group, avoid]), signed) for group in groups]
+        goals = [Goal(torch.cat([group, avoid]), signed, role) for group in groups]
         results = learn(clip, goals, learning, callback)
     return results[0] if single or shared else results
 
@@ -139,12 +145,15 @@ class Style(Result):
         Raises:
             ValueError: `template` lacks `{subject}` or `{style}`.
         """
-        if "{subject}" not in template or "{style}" not in template:
-            raise ValueError(
-                f"`template` has to hold {{subject}} and {{style}} but is {template!r}."
-            )
+        check_style_template(template)
         parts = template.replace("{style}", self.prompt).split("{subject}")
         return subject.join(parts)
+
+
+def check_style_template(template: str) -> None:
+    """Raise unless `template` says where subject and style go."""
+    if "{subject}" not in template or "{style}" not in template:
+        raise ValueError(f"`template` has to hold {{subject}} and {{style}} but is {template!r}.")
 
 
 def extract_style(
@@ -174,8 +183,9 @@ def extract_style(
             them apart, their contents, and from what stays when the style is spoilt (see
             `style_direction`). `"joint"` is the paper's: the mean similarity with the images,
             contents and all.
-        content: what the images depict; none of these words, nor their spellings from pieces, will
-            be in the prompt.
+        content: what the images depict; none of these words of three letters or more, nor their
+            spellings from pieces, will be in the prompt. (Taking the directions of these texts out
+            of the target as well was tried and made the prompts worse.)
         batch_size: in the mode `"joint"`, images that each step looks at, drawn at random; None:
             all of them. The best prompt is picked by all of them.
 
@@ -200,7 +210,7 @@ def extract_style(
     if isinstance(content, str):
         content = [content]
     if content:
-        vocabulary = (vocabulary or Vocabulary()) & Vocabulary(blocked=_content_words(content))
+        vocabulary = _without(vocabulary, _content_words(content))
     learning = Learning(
         prompt_len,
         Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
@@ -221,7 +231,7 @@ def style_goal(
     features = clip.encode_images(pictures)
     weights = features.new_full((len(features),), 1 / len(features))
     direction = style_direction(clip, pictures, features) if mode == "separate" else None
-    return Goal(features, weights, direction, batch_size)
+    return Goal(features, weights, weights < 0, direction, batch_size)
 
 
 @dataclass(frozen=True)
@@ -295,11 +305,11 @@ def distill(
         seed,
         vocabulary,
     )
-    parts = [_Section(clip, pieces) for pieces in sections(prompt)]
-    if not any(part.ids for part in parts):
+    parts = [_Section(clip, section) for section in sections(prompt)]
+    if not any(part.plain for part in parts) and not any(map(str.isalnum, read(prompt))):
         raise ValueError("`prompt` holds no words to distill; give a text.")
     if any(part.kept for part in parts):
-        learning = replace(learning, vocabulary=_without_syntax(clip, vocabulary))
+        learning = replace(learning, vocabulary=_without(vocabulary, SYNTAX))
     lengths = [part.learned_length(ratio, prompt_len) for part in parts]
     searched = [k for k, length in enumerate(lengths) if length is not None]
 
@@ -313,22 +323,25 @@ def distill(
             how = replace(
                 learning, prompt_len=lengths[k], template=parts[k].template, read=parts[k].read
             )
-            goal = Goal(parts[k].feature(clip)[None], torch.ones(1, device=clip.device))
+            one = torch.ones(1, device=clip.device)
+            goal = Goal(parts[k].feature(clip)[None], one, one < 0)
             results += learn(clip, [goal], how, shown)
-    return _distilled(clip, parts, dict(zip(searched, results, strict=False)), ratio, prompt_len)
+    return _distilled(
+        clip, prompt, parts, dict(zip(searched, results, strict=False)), ratio, prompt_len
+    )
 
 
 class _Section:
     """What is to be shortened between two `BREAK`s."""
 
-    def __init__(self, clip: AnyClip, pieces: list[Piece]) -> None:
-        self.printed = " ".join(piece.printed for piece in pieces)
-        words = clip.text.words
-        groups = [words.encode(piece.read) for piece in pieces]
-        self.kept = any(piece.kept for piece in pieces)
-        self.template = " ".join(["{}", *(piece.printed for piece in pieces if piece.kept)])
-        self.read = " ".join(["{}", *(p.read for p in pieces if p.kept and p.read)])
-        self.plain = sum(len(g) for g, p in zip(groups, pieces, strict=True) if not p.kept)
+    def __init__(self, clip: AnyClip, section: str) -> None:
+        self.printed = section
+        parts = pieces(section)
+        groups = [clip.text.words.encode(piece.read) for piece in parts]
+        self.kept = any(piece.kept for piece in parts)
+        self.template = " ".join(["{}", *(piece.printed for piece in parts if piece.kept)])
+        self.read = " ".join(["{}", *(p.read for p in parts if p.kept and p.read)])
+        self.plain = sum(len(g) for g, p in zip(groups, parts, strict=True) if not p.kept)
         self.ids = [token for group in groups for token in group]
         self.room = clip.text.max_prompt_len - (len(self.ids) - self.plain)
         self._chunks = chunks(groups, clip.text.max_prompt_len)
@@ -348,6 +361,7 @@ class _Section:
 
 def _distilled(
     clip: AnyClip,
+    prompt: str,
     parts: list[_Section],
     results: dict[int, Result],
     ratio: float,
@@ -356,7 +370,8 @@ def _distilled(
     """One result of those of the sections; sections without one stay as they are."""
     before = sum(len(part.ids) for part in parts)
     shares = [len(part.ids) / before for part in parts]
-    names = clip.split(parts[0].feature(clip)) if not results else results[min(results)].encoders
+    worded = next(part for part in parts if part.ids)
+    names = clip.split(worded.feature(clip)) if not results else results[min(results)].encoders
 
     def mean(value: Callable[[Result], float]) -> float:
         return sum(
@@ -383,7 +398,9 @@ def _distilled(
     ]
     similarity = mean(lambda result: result.similarity)
     return Distilled(
-        prompt=" BREAK ".join(
+        prompt=prompt
+        if not results
+        else " BREAK ".join(
             results[k].prompt if k in results else part.printed for k, part in enumerate(parts)
         ),
         similarity=similarity,
@@ -422,7 +439,7 @@ def concatenate(
     prompts: Sequence[Target],
     weights: Sequence[float] | None = None,
     max_tokens: int = 75,
-    prompt_len: int = 16,
+    prompt_len: int | None = None,
     steps: int = 1000,
     restarts: int = 4,
     lr: float = 0.1,
@@ -440,12 +457,15 @@ def concatenate(
         clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience: as in
             `invert`.
         prompts: two or more sources. A string is a text; images (path objects, PIL images, tensors)
-            are sources too, and have to be fused.
+            are sources too, and have to be fused. Of weights such as `(word:1.2)` the words count
+            and are fused; `embedding:name` and tags like `<lora:name:0.8>` count nothing and stand
+            behind the result.
         weights: how much each source counts in what is learned and in the mean similarity, above 0;
             None: all the same.
         max_tokens: what the join may take, from 1 to the context (75 for CLIP). A longer join is
             not cut: one prompt is learned instead, with a `note`.
-        prompt_len: tokens to learn when fusing, at most `max_tokens`.
+        prompt_len: tokens to learn when fusing, at most `max_tokens`; None: 16, or `max_tokens`
+            where it is less.
         fuse: learn one prompt even where the join fits.
 
     Returns:
@@ -458,13 +478,31 @@ def concatenate(
     if len(sources) < 2:
         raise ValueError(f"`prompts` has to hold at least two sources but holds {len(sources)}.")
     check_integer("max_tokens", max_tokens, 1, clip.text.max_prompt_len)
+    prompt_len = min(16, max_tokens) if prompt_len is None else prompt_len
+    check_integer("prompt_len", prompt_len, 1)
+    if prompt_len > max_tokens:
+        raise ValueError(
+            f"`prompt_len` is {prompt_len}, more than `max_tokens` {max_tokens}; lower it."
+        )
     shares = check_weights("weights", weights, len(sources))
+    texts = [source.strip() for source in sources if isinstance(source, str)]
+    joined = " ".join(texts)
+    kept = " ".join(filter(None, map(tags, texts)))
+    learning = Learning(
+        prompt_len,
+        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        restarts,
+        seed,
+        _without(vocabulary, SYNTAX) if kept else vocabulary,
+        template=f"{{}} {kept}".strip(),
+        read="{}",
+    )
     with torch.inference_mode(False):
-        features = encode_targets("prompts", clip, sources)
-        goal = Goal(features, features.new_tensor(shares))
-        texts = [source.strip() for source in sources if isinstance(source, str)]
-        joined = " ".join(texts)
-        ids = clip.text.words.encode(joined)
+        features = encode_targets(
+            "prompts", clip, [read(s) if isinstance(s, str) else s for s in sources]
+        )
+        goal = Goal(features, features.new_tensor(shares), torch.zeros(len(sources)).bool())
+        ids = clip.text.words.encode(" ".join(map(read, texts)))
         join = not fuse and len(texts) == len(sources)
         if join and len(ids) <= max_tokens:
             feature = clip.encode_chunks([ids])
@@ -484,17 +522,6 @@ def concatenate(
                 history=[],
                 seconds=0.0,
             )
-        if prompt_len > max_tokens:
-            raise ValueError(
-                f"`prompt_len` is {prompt_len}, more than `max_tokens` {max_tokens}; lower it."
-            )
-        learning = Learning(
-            prompt_len,
-            Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
-            restarts,
-            seed,
-            vocabulary,
-        )
         (result,) = learn(clip, [goal], learning, callback)
     too_long = (
         f"The join has {len(ids)} tokens, more than max_tokens {max_tokens}; one prompt was "
@@ -510,12 +537,9 @@ def _content_words(content: Sequence[str]) -> list[str]:
     return [word for text in content for word in text.split() if sum(map(str.isalnum, word)) > 2]
 
 
-def _without_syntax(clip: AnyClip, vocabulary: Vocabulary | None) -> Vocabulary:
-    """Learned words between tags must not open or close one."""
-    tokens = [clip.text.words.decode([i]) for i in clip.vocabulary.tolist()]
-    marks = [text for text in tokens if SYNTAX & set(text)]
-    vocabulary = vocabulary or Vocabulary()
-    return vocabulary - Vocabulary(bank=marks) if marks else vocabulary
+def _without(vocabulary: Vocabulary | None, blocked: Sequence[str]) -> Vocabulary:
+    """`vocabulary`, pieces of words included where it has them, and these words blocked."""
+    return (vocabulary or Vocabulary()) & Vocabulary(blocked=blocked, whole_words=False)
 
 
 def _in_turn(

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,22 +39,31 @@ class Blocklist:
     """Finds blocked words in a text, from whatever pieces and with whatever marks they are spelled.
 
     Case, accents, punctuation and spaces do not hide a word: `n-u d e` holds `nude`, `menu details`
-    does not. An entry that ends in `*` stands for every word that begins like it.
+    does not. An entry that ends in `*` stands for every word that begins like it. Where pieces
+    could spell a word, it counts as spelled. Entries without letters and digits are searched as
+    they are.
     """
 
     def __init__(self, entries: Iterable[str]) -> None:
+        entries = [entry.strip() for entry in entries if entry.strip()]
+        self._marks = [entry for entry in entries if not _words(entry)]
         spelled = {"".join(_words(entry)): entry for entry in entries}
-        self._begins = {word: e for word, e in spelled.items() if word and e.rstrip()[-1] == "*"}
+        self._begins = {word: e for word, e in spelled.items() if word and e[-1] == "*"}
         self._whole = {w: e for w, e in spelled.items() if w and w not in self._begins}
         self._longest = max(map(len, spelled), default=0)
 
     def __bool__(self) -> bool:
-        return self._longest > 0
+        return self._longest > 0 or bool(self._marks)
+
+    def find_mark(self, text: str) -> str | None:
+        """The first entry without letters and digits that is in `text`, or None."""
+        return next((mark for mark in self._marks if mark in text), None)
 
     def find(self, text: str, first: int = 0, last: int | None = None) -> str | None:
         """The first entry found that touches the words `first` to `last` of `text`, or None."""
         words = _words(text)
-        last = len(words) if last is None else last
+        if last is None:
+            last = len(words)
         for start in range(last):
             joined = ""
             for end in range(start, len(words)):
@@ -88,12 +97,20 @@ class Lexicon:
     Attributes:
         phrases: token ids of everything that prompts may be made of.
         blocked: words that must not be read in the prompt.
-        bank: its phrases as written, where the vocabulary is a list of phrases; else None.
     """
 
     phrases: frozenset[tuple[int, ...]]
     blocked: frozenset[str] = frozenset()
-    bank: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """A vocabulary on its way to a lexicon: what it offers, and what of others' it admits."""
+
+    phrases: set[tuple[int, ...]]
+    admits: Callable[[tuple[int, ...]], bool]
+    blocked: frozenset[str]
+    bank: frozenset[str] | None  # its phrases as written, where it is a list of phrases
 
 
 @dataclass(frozen=True)
@@ -102,18 +119,21 @@ class Vocabulary:
 
     `a & b` allows what both allow and blocks what either blocks; `a | b` allows what either allows
     and blocks what both block; `a - b` allows what `a` allows without what `b` allows, and where
-    `b` is a list of phrases, these are blocked words in the result.
+    `b` is a list of phrases, these are blocked words in the result. Rules without a bank take the
+    phrases of a bank as a whole: `Vocabulary(bank=["red car"]) & Vocabulary(ascii_only=True)` has
+    the phrase.
 
     Args:
         bank: phrases that prompts are made of, of any number of tokens: a list, or a text file with
-            one phrase a line (`#` begins a comment line). None: every word of the CLIP.
+            one phrase a line (`# ` begins a comment line). None: every word of the CLIP.
         blocked: words and phrases that must not be read in the decoded prompt, also when they are
             spelled from pieces (see `Blocklist`): a list, or a file like that of `bank`.
             `UNSAFE_WORDS` is such a file.
         ascii_only: only what is written in ASCII; no emoji, no other scripts.
-        whole_words: only tokens that are words by themselves. False adds the pieces of words, which
-            fuse with what follows when they are printed; this is what the paper searches. Without
-            effect on a bank.
+        whole_words: only tokens that are words by themselves, and that the CLIP is known to have
+            been trained on. False adds every other token, pieces of words among them, which fuse
+            with what follows when they are printed; this is what the paper searches. Without effect
+            on a bank.
         min_embedding_std: floor on the standard deviation of a token's embedding. Tokens that were
             hardly trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
 
@@ -152,46 +172,63 @@ class Vocabulary:
         """What is left of the rules in one CLIP.
 
         Raises:
-            ValueError: nothing of a bank is usable, or nothing is left at all.
+            ValueError: nothing is left; where there is a bank, with the usable words near it.
         """
-        lexicon = self._resolve(clip)
-        blocked = Blocklist(lexicon.blocked)
-        if blocked:
-            decode = clip.text.words.decode
-            phrases = frozenset(p for p in lexicon.phrases if not blocked.find(decode(p)))
-            lexicon = replace(lexicon, phrases=phrases)
-        if not lexicon.phrases:
+        rules = self._resolve(clip)
+        if not rules.phrases and rules.bank:
+            raise ValueError(_nothing_usable(clip, sorted(rules.bank), Blocklist(rules.blocked)))
+        if not rules.phrases:
             raise ValueError(
                 "`vocabulary` leaves no word to make a prompt of in "
                 f"{clip.name}: everything is blocked or ruled out; take back one of its rules."
             )
-        return lexicon
+        return Lexicon(frozenset(rules.phrases), rules.blocked)
 
-    def _resolve(self, clip: AnyClip) -> Lexicon:
+    def _resolve(self, clip: AnyClip) -> _Rules:
         words, table = clip.text.words, clip.text.token_embedding
-        if self.bank is not None:
-            phrases = {text: tuple(words.encode(text)) for text in self.bank}
-            usable = {t: p for t, p in phrases.items() if p and _is_usable(clip, p)}
-            if not usable:
-                raise ValueError(_nothing_usable(clip, self.bank))
-            found = set(usable.values())
-        elif self.whole_words:
-            found = {(i,) for i in clip.vocabulary.tolist()}
-        else:
-            found = {(i,) for i in range(min(words.size, len(table))) if i not in words.special_ids}
-        if self.ascii_only:
-            found = {phrase for phrase in found if words.decode(phrase).isascii()}
+        blocked, default = Blocklist(self.blocked), set(clip.vocabulary.tolist())
+        trained = None
         if self.min_embedding_std:
             parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
-            trained = sum((part.std(dim=1) < self.min_embedding_std).long() for part in parts) == 0
-            trained = trained.tolist()
-            found = {phrase for phrase in found if all(trained[i] for i in phrase)}
+            weak = sum((part.std(dim=1) < self.min_embedding_std).long() for part in parts)
+            trained = (weak == 0).tolist()
+        known = None
+        if self.bank is not None:
+            encoded = {tuple(words.encode(text)) for text in self.bank}
+            known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
+
+        def is_piece(phrase: tuple[int, ...]) -> bool:
+            return len(phrase) == 1 and phrase[0] not in default and not words.survives(phrase)
+
+        def admits(phrase: tuple[int, ...]) -> bool:
+            if known is not None and phrase not in known:
+                return False
+            if known is None and self.whole_words and is_piece(phrase):
+                return False
+            if trained is not None and not all(trained[i] for i in phrase):
+                return False
+            if not self.ascii_only and not blocked:
+                return True
+            text = words.decode(phrase)
+            if self.ascii_only and not text.isascii():
+                return False
+            return not (blocked.find(text) or blocked.find_mark(text))
+
+        if known is not None:
+            offers = known
+        elif self.whole_words:
+            offers = {(i,) for i in default}
+        else:
+            size = min(words.size, len(table))
+            offers = {(i,) for i in range(size) if i not in words.special_ids}
         bank = frozenset(self.bank) if self.bank is not None else None
-        return Lexicon(frozenset(found), frozenset(self.blocked), bank)
+        found = {phrase for phrase in offers if admits(phrase)}
+        return _Rules(found, admits, frozenset(self.blocked), bank)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
-        Path(path).write_text(json.dumps(self._to_json(), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(self._to_json(), indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: str | os.PathLike) -> Vocabulary:
@@ -201,7 +238,7 @@ class Vocabulary:
             ValueError: the file cannot be read or is not a saved vocabulary.
         """
         try:
-            return _from_json(json.loads(Path(path).read_text()))
+            return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved vocabulary ({error}).") from error
 
@@ -223,16 +260,30 @@ class _Combination(Vocabulary):
     left: Vocabulary | None = None
     right: Vocabulary | None = None
 
-    def _resolve(self, clip: AnyClip) -> Lexicon:
+    def _resolve(self, clip: AnyClip) -> _Rules:
         a, b = self.left._resolve(clip), self.right._resolve(clip)
         if self.operation == "&":
-            bank = a.bank if b.bank is None else b.bank if a.bank is None else a.bank & b.bank
-            return Lexicon(a.phrases & b.phrases, a.blocked | b.blocked, bank)
+            found = set(filter(b.admits, a.phrases)) | set(filter(a.admits, b.phrases))
+            bank = a.bank if b.bank is None else b.bank if a.bank is None else a.bank | b.bank
+            return _Rules(found, lambda p: a.admits(p) and b.admits(p), a.blocked | b.blocked, bank)
         if self.operation == "|":
             bank = None if a.bank is None or b.bank is None else a.bank | b.bank
-            return Lexicon(a.phrases | b.phrases, a.blocked & b.blocked, bank)
-        bank = None if a.bank is None else a.bank - (b.bank or frozenset())
-        return Lexicon(a.phrases - b.phrases, a.blocked | (b.bank or frozenset()), bank)
+            return _Rules(
+                a.phrases | b.phrases,
+                lambda p: a.admits(p) or b.admits(p),
+                a.blocked & b.blocked,
+                bank,
+            )
+        gone = b.bank or frozenset()
+        blocked = Blocklist(gone)
+
+        def admits(phrase: tuple[int, ...]) -> bool:
+            if not a.admits(phrase) or b.admits(phrase):
+                return False
+            text = clip.text.words.decode(phrase) if blocked else ""
+            return not (blocked.find(text) or blocked.find_mark(text))
+
+        return _Rules(set(filter(admits, a.phrases)), admits, a.blocked | gone, a.bank)
 
     def _to_json(self) -> dict:
         return {
@@ -264,7 +315,8 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
                 f"`{name}`: the file {str(source)[:200]!r} cannot be read ({error}); "
                 "give a text file, or a list for single words."
             ) from error
-        source = [line for line in lines if not line.lstrip().startswith("#")]
+        # hashtags are phrases
+        source = [line for line in lines if line.strip() != "#" and not line.startswith("# ")]
     if not isinstance(source, Iterable):
         raise TypeError(f"`{name}` has to be a path or a list of strings but is {source!r}.")
     phrases = list(source)
@@ -279,10 +331,12 @@ def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
     return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
 
 
-def _nothing_usable(clip: AnyClip, bank: Sequence[str]) -> str:
+def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> str:
     words = [clip.text.words.decode([i]) for i in clip.vocabulary.tolist()]
+    words = [word for word in words if not blocked.find(word)]
     near = difflib.get_close_matches(bank[0].lower(), words, n=3, cutoff=0)
     return (
-        f"`bank`: none of its {len(bank)} phrases can be used with {clip.name}, which does not "
-        f"know their tokens or cannot print them. Usable words near {bank[0]!r}: {', '.join(near)}."
+        f"`bank`: none of its {len(bank)} phrases can be used with {clip.name}: it does not know "
+        f"their tokens or cannot print them, or another rule forbids them. "
+        f"Usable words near {bank[0]!r}: {', '.join(near)}."
     )

@@ -162,15 +162,34 @@ def test_ctrl_c_with_json_accounts_for_every_image():
     assert all("prompt" in row for row in rows[:-1]) and "before its turn" in rows[-1]["error"]
 
 
-def as_json(*arguments):
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def call(capsys):
+    """The command in this process, where it starts in no time; returns what `run` does."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            code = pez_core.cli.main([*arguments])
+        except SystemExit as ended:
+            code = ended.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return call
 
 
-def test_style_of_several_images():
+@pytest.fixture
+def as_json(call):
+    def as_json(*arguments):
+        done = call(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return as_json
+
+
+def test_style_of_several_images(call, as_json):
     images = [str(path) for path in EXAMPLES[:3]]
-    done = run("style", *images, *QUICK, "--subject", "a cat", "--subject", "a dog")
+    done = call("style", *images, *QUICK, "--subject", "a cat", "--subject", "a dog")
     style, cat, dog = done.stdout.splitlines()
     prompt = style.split(maxsplit=1)[1]
     assert done.returncode == 0 and done.stderr == ""
@@ -179,44 +198,44 @@ def test_style_of_several_images():
     assert row["applied"] == [f"x, {row['prompt']}"] and len(row["similarities"]) == 3
 
 
-def test_distill_an_argument_or_stdin():
+def test_distill_an_argument_or_stdin(call, as_json):
     text = "a happy dog with a big hat and a red car <lora:x:1>"
     row = as_json("distill", text, *QUICK, "--ratio", "0.5")
     assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (11, 6, 5)
     assert row["prompt"].endswith(" <lora:x:1>")
-    done = run("distill", "-", *QUICK, "--prompt-len", "4", input=text)
+    done = run("distill", "-", *QUICK, "--prompt-len", "4", input=text)  # a process of its own
     similarity, saved = done.stdout.splitlines()
     assert similarity.endswith(" <lora:x:1>")
     assert saved.strip() == "11 tokens before, 4 now, 7 saved"
-    short = run("distill", "a dog", "--prompt-len", "4")
+    short = call("distill", "a dog", "--prompt-len", "4")
     assert short.returncode == 0 and "short enough already" in short.stderr
     assert short.stdout.splitlines()[0] == "1.0000  a dog"
 
 
-def test_concat_texts_and_images():
+def test_concat_texts_and_images(call, as_json):
     row = as_json("concat", "a red dog", "happy face")
     assert row["prompt"] == "a red dog happy face" and not row["fused"] and row["tokens"] == 5
     image = str(EXAMPLES[0])
-    done = run("concat", "a red dog", "--image", image, *QUICK, "--weight", "1", "--weight", "3")
+    done = call("concat", "a red dog", "--image", image, *QUICK, "--weight", "1", "--weight", "3")
     _, tokens, *sources = done.stdout.splitlines()
     assert tokens.strip() == "16 tokens, learned"
     assert [line.split(maxsplit=1)[1] for line in sources] == ["a red dog", image]
 
 
-def test_score_explains_and_prunes():
+def test_score_explains_and_prunes(call, as_json):
     images = [str(path) for path in EXAMPLES[:2]]
     flags = [part for image in images for part in ("--image", image)]
     rows = as_json("score", "a happy face", "dog", *flags, "--explain", "--prune")
     assert [len(row["similarities"]) for row in rows] == [2, 2]
     assert [entry["word"] for entry in rows[0]["words"]] == ["a", "happy", "face"]
     assert rows[1]["pruned"]["prompt"] == "dog"
-    done = run("score", "a happy face", *flags, "--explain", "--held-out", "emoji-clip")
+    done = call("score", "a happy face", *flags, "--explain", "--held-out", "emoji-clip")
     lines = done.stdout.splitlines()
     assert lines[0] == "a happy face" and lines[1].endswith(images[0]) and "held out" in lines[1]
     assert any("█" in line or "░" in line for line in lines[3:]) and len(lines) == 6
 
 
-def test_words_that_may_appear(tmp_path):
+def test_words_that_may_appear(call, as_json, tmp_path):
     bank, more, blocked = (tmp_path / name for name in ("bank", "more", "blocked"))
     bank.write_text("red car\ncat\n")
     more.write_text("dog\nbird\n")
@@ -224,7 +243,7 @@ def test_words_that_may_appear(tmp_path):
     words = ["--bank", str(bank), "--bank", str(more), "--block-list", str(blocked)]
     words += ["--block", "cat", "--safe", "--ascii"]
     options = [*QUICK, "--prompt-len", "3", *words, "--json"]
-    row = json.loads(run("invert", str(EXAMPLES[0]), *options).stdout)[0]
+    row = json.loads(call("invert", str(EXAMPLES[0]), *options).stdout)[0]
     assert set(row["prompt"].split()) <= {"red", "car", "dog"}
     Vocabulary(bank=["fish", "tree"]).save(tmp_path / "rules.json")
     saved = ["--vocabulary", str(tmp_path / "rules.json")]
@@ -232,7 +251,7 @@ def test_words_that_may_appear(tmp_path):
     assert set(row["prompt"].split()) <= {"fish", "tree"}
 
 
-def test_steering_from_the_command_line():
+def test_steering_from_the_command_line(as_json):
     image, other = map(str, EXAMPLES[:2])
     flags = ["--template", "a photo of {} today", "--avoid", "dog", "--avoid-image", other]
     (row,) = as_json("invert", image, *QUICK, "--prompt-len", "2", *flags, "--avoid-weight", "1")
@@ -244,7 +263,7 @@ def test_steering_from_the_command_line():
     assert row["similarity"] < 0
 
 
-def test_two_clips_at_once(tmp_path):
+def test_two_clips_at_once(as_json, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(EXAMPLES[0].parent.parent / "pez_core/models/emoji-clip", other)
     clips = ["--clip", "emoji-clip", "--clip", str(other)]
@@ -271,7 +290,7 @@ def test_ctrl_c_keeps_the_best_of_one_result():
         (["invert", str(EXAMPLES[0]), "--template", "x"], "has to hold {} once"),
     ],
 )
-def test_mistakes_in_the_other_commands(arguments, message):
-    done = run(*arguments)
+def test_mistakes_in_the_other_commands(call, arguments, message):
+    done = call(*arguments)
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
     assert "Traceback" not in done.stderr

@@ -132,6 +132,10 @@ def test_bad_lists(emoji_clip, vit_clip):
             JointClip([emoji_clip, vit_clip], weights)
     with pytest.raises(ValueError, match="`name` is an empty list"):
         load_clip([])
+    with pytest.raises(ValueError, match="`name` holds one CLIP twice"):
+        load_clip(["emoji-clip", "emoji-clip"])
+    with pytest.raises(ValueError, match="one number for each of 2 CLIPs"):
+        load_clip(["emoji-clip", "x"], weights=[1])
     with pytest.raises(ValueError, match="but there is one CLIP"):
         load_clip("emoji-clip", weights=[1])
     with pytest.raises(ValueError, match="but `name` is a list"):

@@ -58,6 +58,7 @@ def test_a_long_prompt_is_explained_word_by_word(emoji_clip):
     found = explain(emoji_clip, "red car " * 38 + "fish", FISH)
     assert len(found) == 77
     assert all(-1 < entry.contribution < 1 for entry in found)
+    assert len(explain(emoji_clip, "語" * 90, FISH)) == 1
 
 
 def test_words_that_do_not_pay_go(emoji_clip):

@@ -2,11 +2,11 @@ from itertools import chain
 
 import pytest
 
-from pez_core.prompt_text import chunks, sections
+from pez_core.prompt_text import chunks, pieces, read, sections, tags
 
 
-def pieces(prompt):
-    return [[(p.printed, p.read, p.kept) for p in section] for section in sections(prompt)]
+def parts(prompt):
+    return [[(p.printed, p.read, p.kept) for p in pieces(s)] for s in sections(prompt)]
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,10 @@ def pieces(prompt):
             "x, <lora:foo:0.8> embedding:bad-hands, y",
             [
                 [
-                    ("x", "x", False),
+                    ("x,", "x,", False),
                     ("<lora:foo:0.8>", "", True),
                     ("embedding:bad-hands", "", True),
-                    ("y", "y", False),
+                    (", y", ", y", False),
                 ]
             ],
         ),
@@ -34,6 +34,12 @@ def pieces(prompt):
         ("a \\(b\\) c", [[("a \\(b\\) c", "a (b) c", False)]]),
         ("(a \\(b\\):1.1)", [[("(a \\(b\\):1.1)", "a (b)", True)]]),
         ("a BREAK b", [[("a", "a", False)], [("b", "b", False)]]),
+        (
+            "a BREAK, b,BREAK c",
+            [[("a",) * 2 + (False,)], [(", b,",) * 2 + (False,)], [("c",) * 2 + (False,)]],
+        ),
+        ("(a BREAK b:1.2)", [[("(a BREAK b:1.2)", "a b", True)]]),
+        (":( (a:1.2)", [[(":(", ":(", False), ("(a:1.2)", "a", True)]]),
         ("BREAKFAST break", [[("BREAKFAST break", "BREAKFAST break", False)]]),
         ("left ( open", [[("left ( open", "left ( open", False)]]),
         ("right ) open", [[("right ) open", "right ) open", False)]]),
@@ -41,7 +47,13 @@ def pieces(prompt):
     ],
 )
 def test_what_is_text_and_what_is_kept(prompt, expected):
-    assert pieces(prompt) == expected
+    assert parts(prompt) == expected
+
+
+def test_what_is_read_and_what_is_not():
+    prompt = "a (red:1.3) car <lora:x:1> BREAK embedding:y, \\(big\\)"
+    assert read(prompt) == "a red car , (big)"
+    assert tags(prompt) == "<lora:x:1> embedding:y"
 
 
 @pytest.mark.parametrize(

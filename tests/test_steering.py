@@ -152,6 +152,11 @@ def test_weights_of_shared_images(emoji_clip):
         ({"weights": ["a"], "shared": True}, TypeError, "`weights` has to hold numbers"),
         ({"negative": "x", "negative_weights": -1}, ValueError, "`negative_weights`"),
         ({"negative": "x", "negative_weights": [1, 2]}, ValueError, "has to hold 1 numbers"),
+        (
+            {"negative": "x", "negative_weights": 0, "learn_negative": True},
+            ValueError,
+            "`negative_weights` is 0",
+        ),
         ({"negative": ""}, ValueError, "`negative` holds an empty text"),
         ({"negative": Path("missing.png")}, ValueError, "`negative`: missing.png does not exist"),
         ({"negative": [3]}, TypeError, "`negative` has to hold"),

@@ -115,10 +115,22 @@ def test_a_stop_keeps_what_was_found(emoji_clip):
 
 @pytest.mark.parametrize("options", [{"ratio": 1}, {"prompt_len": 60}])
 def test_a_prompt_that_is_short_enough_comes_back(emoji_clip, options):
-    result = distill(emoji_clip, "A Dog, (red:1.2)", **options)
-    assert result.prompt == "A Dog (red:1.2)" or result.prompt == "A Dog, (red:1.2)"
+    result = distill(emoji_clip, "A Dog,  (red:1.2), <lora:x:1>", **options)
+    assert result.prompt == "A Dog,  (red:1.2), <lora:x:1>"
     assert result.similarity == 1 and result.tokens_saved == 0
     assert "short enough" in result.note
+
+
+@pytest.mark.parametrize("prompt", ["BREAK a dog", "<lora:x:1> BREAK a cat", "(a dog:1.2)"])
+def test_sections_without_plain_words(emoji_clip, prompt):
+    result = distill(emoji_clip, prompt)
+    assert "unchanged" in result.note and result.tokens_after >= 1
+    assert result.prompt.endswith(prompt.split()[-1])
+
+
+def test_braces_in_a_tag_are_no_template(emoji_clip):
+    result = distill(emoji_clip, LONG + " (a {} b:1.2)", prompt_len=3, **QUICK)
+    assert result.prompt == f"{result.learned} (a {{}} b:1.2)"
 
 
 def test_distilling_within_a_vocabulary(emoji_clip):
@@ -184,10 +196,22 @@ def test_prompts_and_images_fuse(emoji_clip):
         ({"prompts": ["one", ""]}, "`prompts` holds an empty text"),
         ({"prompts": ["one", Path("missing.png")]}, "`prompts`: missing.png does not exist"),
         ({"max_tokens": 76}, "`max_tokens` has to be from 1 to 75"),
-        ({"max_tokens": 3}, "`prompt_len` is 16, more than `max_tokens` 3"),
+        ({"max_tokens": 3, "prompt_len": 16}, "`prompt_len` is 16, more than `max_tokens` 3"),
         ({"weights": [1]}, "`weights` has to hold 2 numbers"),
     ],
 )
 def test_bad_joins(emoji_clip, options, message):
     with pytest.raises(ValueError, match=message):
         concatenate(emoji_clip, **({"prompts": ["a dog", "a red cat"]} | options))
+
+
+def test_tags_of_the_sources_stay_and_weights_are_read(emoji_clip):
+    sources = ["a (red:1.3) dog <lora:x:1>", "a blue fish embedding:y"]
+    joined = concatenate(emoji_clip, sources)
+    assert joined.prompt == " ".join(sources) and joined.tokens == 6
+    assert joined.similarities == concatenate(emoji_clip, ["a red dog", "a blue fish"]).similarities
+    fused = concatenate(emoji_clip, sources, fuse=True, max_tokens=5, **QUICK)
+    assert fused.prompt == f"{fused.learned} <lora:x:1> embedding:y" and fused.tokens == 5
+    text = emoji_clip.encode_texts([fused.learned])[0]
+    close = (emoji_clip.encode_texts(["a red dog", "a blue fish"]) @ text).tolist()
+    assert fused.similarities == pytest.approx(close, abs=1e-5)

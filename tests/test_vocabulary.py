@@ -168,8 +168,10 @@ def test_a_bank_of_which_nothing_is_usable_names_the_nearest_words(emoji_clip):
 @pytest.mark.parametrize(
     "rules, message",
     [
-        (lambda: Vocabulary(bank=["cat"], blocked=["cat"]), "leaves no word"),
-        (lambda: Vocabulary(bank=["cat"]) - Vocabulary(), "leaves no word"),
+        (lambda: Vocabulary(bank=["cat"], blocked=["cat"]), "another rule forbids them.*coat, "),
+        (lambda: Vocabulary(bank=["cat"]) - Vocabulary(), "none of its 1 phrases"),
+        (lambda: Vocabulary(min_embedding_std=1e6), "leaves no word"),
+        (lambda: Vocabulary() - Vocabulary(whole_words=False), "leaves no word"),
         (lambda: Vocabulary(bank=[]), "`bank` holds no phrase"),
         (lambda: Vocabulary(bank="no such file"), "`bank`: the file 'no such file'"),
         (lambda: Vocabulary(blocked="nude"), "`blocked`: the file 'nude'.*a list for single words"),
@@ -192,3 +194,37 @@ def test_a_saved_file_is_readable_json(tmp_path):
     Vocabulary(bank=["émile"]).save(tmp_path / "rules.json")
     assert json.loads((tmp_path / "rules.json").read_text())["bank"] == ["émile"]
     assert "émile" in (tmp_path / "rules.json").read_text()
+
+
+def test_rules_without_a_bank_take_phrases_as_a_whole(emoji_clip):
+    bank = Vocabulary(bank=["red car", "happy dog", "naïve"])
+    assert phrases(bank & Vocabulary(blocked=["dog"], ascii_only=True), emoji_clip) == {"red car"}
+    assert "red car" in phrases(Vocabulary(blocked=["dog"]) & bank, emoji_clip)
+    assert phrases(bank - Vocabulary(bank=["car"]), emoji_clip) == {"happy dog"}
+    pieces = Vocabulary(whole_words=False)
+    both = (pieces & Vocabulary(blocked=["dog"], whole_words=False)).lexicon(emoji_clip)
+    assert len(both.phrases) > 49000
+    assert len((pieces & Vocabulary(blocked=["dog"])).lexicon(emoji_clip).phrases) < 40000
+
+
+def test_taking_away_what_is_not_there_changes_nothing(emoji_clip):
+    pets = Vocabulary(bank=["cat", "dog"])
+    assert phrases(pets - Vocabulary(bank=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
+    assert phrases(pets | Vocabulary(bank=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
+    assert phrases(Vocabulary() - Vocabulary(blocked=["cat"]), emoji_clip) == {"cat"}
+
+
+def test_marks_can_be_blocked(emoji_clip):
+    left = phrases(Vocabulary(blocked=[",", "("], whole_words=False), emoji_clip)
+    assert not any("," in text or "(" in text for text in left)
+
+
+def test_hashtags_are_phrases_and_comments_are_not(tmp_path):
+    (tmp_path / "bank.txt").write_text("# a comment\n#\n#portrait\ncat\n")
+    assert Vocabulary(bank=tmp_path / "bank.txt").bank == ("#portrait", "cat")
+
+
+def test_pieces_of_words_beside_a_bank(emoji_clip):
+    rules = Vocabulary(bank=["red car"]) | Vocabulary(whole_words=False)
+    result = invert(emoji_clip, EXAMPLES[0], 6, 10, vocabulary=rules)
+    assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids

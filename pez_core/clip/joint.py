@@ -75,9 +75,12 @@ class JointClip:
     def __init__(self, clips: Sequence[Clip], weights: Sequence[float] | None = None) -> None:
         if len(clips) < 2:
             raise ValueError(f"`clips` has to hold at least two CLIPs but holds {len(clips)}.")
-        names = [clip.name for clip in clips]
-        if len(set(names)) < len(names):
-            raise ValueError(f"`clips` holds one CLIP twice: {', '.join(names)}.")
+        if len(set(map(id, clips))) < len(clips):
+            raise ValueError(f"`clips` holds one CLIP twice: {', '.join(c.name for c in clips)}.")
+        names = []
+        for clip in clips:
+            taken = names.count(clip.name)
+            names.append(f"{clip.name} ({taken + 1})" if taken else clip.name)
         weights = [1.0] * len(clips) if weights is None else [float(w) for w in weights]
         if len(weights) != len(clips) or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(
@@ -87,9 +90,12 @@ class JointClip:
         for clip in clips[1:]:
             _check_same_tokens(clips[0], clip)
         self.clips = list(clips)
+        self.names = names
         self.name = " + ".join(names)
         self.text = JointText([c.text for c in clips], [w / sum(weights) for w in weights])
         shared = set.intersection(*(set(clip.vocabulary.tolist()) for clip in clips))
+        if not shared:
+            raise ValueError(f"`clips`: {self.name} have no word in common to make prompts of.")
         self.vocabulary = torch.tensor(sorted(shared), device=self.device)
         known = [clip.known for clip in clips if clip.known is not None]
         self.known = frozenset.intersection(*known) if known else None
@@ -118,8 +124,7 @@ class JointClip:
         sizes = [clip.features for clip in self.clips]
         parts = features.split(sizes, dim=-1)
         return {
-            clip.name: F.normalize(part, dim=-1)
-            for clip, part in zip(self.clips, parts, strict=True)
+            name: F.normalize(part, dim=-1) for name, part in zip(self.names, parts, strict=True)
         }
 
 

@@ -106,12 +106,19 @@ def load_clip(
                 f"`pretrained` is {str(pretrained)!r}, but `name` is a list; write each as "
                 "NAME:PRETRAINED."
             )
+        if weights is not None and len(weights) != len(name):
+            raise ValueError(
+                f"`weights` has to hold one number for each of {len(name)} CLIPs but is {weights}."
+            )
+        if len(set(name)) < len(name):
+            raise ValueError(f"`name` holds one CLIP twice: {', '.join(name)}.")
         if len(name) > 1:
             clips = [load_clip(one, None, device, dtype, download) for one in name]
-            return JointClip(clips, weights)
+            with torch.inference_mode(False):
+                return JointClip(clips, weights)
         if not name:
             raise ValueError("`name` is an empty list; give at least one CLIP.")
-        name = name[0]
+        name, weights = name[0], None
     if weights is not None:
         raise ValueError(f"`weights` is {weights!r}, but there is one CLIP; leave it out.")
     if not isinstance(name, str):
