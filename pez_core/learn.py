@@ -245,12 +245,13 @@ def learn(
         # asking costs a wait for the device, so it is left out where it can make no difference
         acceptable=None if everything_survives and not blocked else acceptable,
     )
-    rows = found.ids.tolist()
+    rows = [_readable(clip, frame, row) for row in found.ids.tolist()]
+    features = clip.encode_texts([frame.text(row) for row in rows])
     seconds = time.monotonic() - began
     results = []
     for k, goal in enumerate(goals):
         span = slice(k * restarts, (k + 1) * restarts)
-        ranked = _verify(clip, frame, rows[span], goal)
+        ranked = _ranked(clip, frame, rows[span], features[span], goal)
         best = ranked[0]
         results.append(
             Result(
@@ -352,10 +353,10 @@ def _objective(
     return SampledSimilarity(encode, targets, weights, goals[0].batch_size, generator)
 
 
-def _verify(clip: AnyClip, frame: Frame, rows: list[list[int]], goal: Goal) -> list[Candidate]:
-    """Candidates as their printed text is read, best first."""
-    rows = [_readable(clip, frame, row) for row in rows]
-    features = clip.encode_texts([frame.text(row) for row in rows])
+def _ranked(
+    clip: AnyClip, frame: Frame, rows: list[list[int]], features: torch.Tensor, goal: Goal
+) -> list[Candidate]:
+    """Learned ids and the (n, features) of their printed text -> candidates, best first."""
     products = features @ goal.features.T
     towards = ~goal.away
     shares = goal.weights.clamp(min=0) if towards.any() else goal.weights.abs()

@@ -501,7 +501,7 @@ def concatenate(
         features = encode_targets(
             "prompts", clip, [read(s) if isinstance(s, str) else s for s in sources]
         )
-        goal = Goal(features, features.new_tensor(shares), torch.zeros(len(sources)).bool())
+        goal = Goal(features, features.new_tensor(shares), features.new_zeros(len(sources)).bool())
         ids = clip.text.words.encode(" ".join(map(read, texts)))
         join = not fuse and len(texts) == len(sources)
         if join and len(ids) <= max_tokens:
