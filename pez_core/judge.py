@@ -105,10 +105,16 @@ def explain(
     Raises:
         TypeError, ValueError: an empty prompt, a target that cannot be read.
     """
+    _split(prompt)
+    with torch.inference_mode(False):
+        return contributions(clip, prompt, _mean_feature(clip, target))
+
+
+def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[WordContribution]:
+    """`explain` for a target that is a (features,) vector, whose dot product counts."""
     words = _split(prompt)
     with torch.inference_mode(False):
-        similarity = _Towards(clip, target)
-        whole, *without = similarity([words, *_one_dropped(words)])
+        whole, *without = _towards(clip, [words, *_one_dropped(words)], feature)
     return [WordContribution(w, whole - s) for w, s in zip(words, without, strict=True)]
 
 
@@ -145,11 +151,11 @@ def prune(
     max_loss = check_number("max_loss", max_loss, low=0)
     words, dropped = _split(prompt), []
     with torch.inference_mode(False):
-        similarity = _Towards(clip, target)
-        (before,) = similarity([words])
+        feature = _mean_feature(clip, target)
+        (before,) = _towards(clip, [words], feature)
         now = before
         while len(words) > 1:
-            rest = similarity(_one_dropped(words))
+            rest = _towards(clip, _one_dropped(words), feature)
             best = max(range(len(rest)), key=rest.__getitem__)
             if rest[best] < before - max_loss:
                 break
@@ -171,28 +177,24 @@ def _one_dropped(words: list[str]) -> list[list[str]]:
     return [words[:k] + words[k + 1 :] for k in range(len(words))]
 
 
-class _Towards:
-    """Mean similarity of texts, given as lists of words, with targets that are encoded once."""
+def _mean_feature(clip: AnyClip, target: Target | Sequence[Target]) -> torch.Tensor:
+    targets = as_list(target)
+    if not targets:
+        raise ValueError("`target` is empty; give a text or an image.")
+    return encode_targets("target", clip, targets).mean(0)
 
-    def __init__(self, clip: AnyClip, target: Target | Sequence[Target]) -> None:
-        self.clip = clip
-        targets = as_list(target)
-        if not targets:
-            raise ValueError("`target` is empty; give a text or an image.")
-        self.target = encode_targets("target", clip, targets).mean(0)
 
-    def __call__(self, texts: list[list[str]]) -> list[float]:
-        encode, size = self.clip.text.words.encode, self.clip.text.max_prompt_len
-        ids = [encode(" ".join(words)) for words in texts]
-        if max(map(len, ids)) <= size:
-            features = self.clip.encode_texts([" ".join(words) for words in texts])
-        else:
-            features = torch.stack(
-                [
-                    self.clip.encode_chunks(chunks([i], size))
-                    if i
-                    else self.clip.encode_texts([""])[0]
-                    for i in ids
-                ]
-            )
-        return (features @ self.target).tolist()
+def _towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> list[float]:
+    """Dot products of texts, given as lists of words, with a feature."""
+    encode, size = clip.text.words.encode, clip.text.max_prompt_len
+    ids = [encode(" ".join(words)) for words in texts]
+    if max(map(len, ids)) <= size:
+        features = clip.encode_texts([" ".join(words) for words in texts])
+    else:
+        features = torch.stack(
+            [
+                clip.encode_chunks(chunks([i], size)) if i else clip.encode_texts([""])[0]
+                for i in ids
+            ]
+        )
+    return (features @ feature).tolist()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .judge import WordContribution, contributions
 from .objectives import SampledSimilarity, Similarity
 from .search import Progress, Settings, check_integer, search
 from .space import PhraseSpace, TokenSpace
@@ -86,6 +87,11 @@ class Goal:
     direction: torch.Tensor | None = None
     batch_size: int | None = None
 
+    @property
+    def towards(self) -> torch.Tensor:
+        """(features,) whose dot product with a prompt's features is its score."""
+        return self.weights @ self.features if self.direction is None else self.direction
+
 
 class Frame:
     """The fixed text around the learned part.
@@ -155,6 +161,8 @@ class Learning:
         initial: text that the first restart begins with; random tokens fill it up.
         template: text with `{}` for the learned part.
         read: what the text encoder reads of the template; None: the template itself.
+        at_once: searches that run side by side; None: all of them. Fewer take less memory and more
+            time, and find the same.
     """
 
     prompt_len: int
@@ -165,9 +173,12 @@ class Learning:
     initial: str | None = None
     template: str = "{}"
     read: str | None = None
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("prompt_len", self.prompt_len, 1)
+        if self.at_once is not None:
+            check_integer("at_once", self.at_once, 1)
         check_integer("restarts", self.restarts, 1)
         check_integer("seed", self.seed, 0)
         if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
@@ -214,50 +225,36 @@ def learn(
         ]
         return torch.tensor(good, device=rows.device)
 
-    n = len(goals)
     # the same initial prompts for every goal, so that a result does not depend on its neighbours
-    ids = _starts(clip, space, lexicon, alone, learning, acceptable).repeat(n, 1)
-
-    def report(progress: Progress) -> bool | None:
-        scores, best = progress.scores.view(n, restarts).max(dim=1)
-        chosen = progress.ids.view(n, restarts, -1)[torch.arange(n, device=best.device), best]
-        prompts = [frame.print(row) for row in chosen.tolist()]
-        similarities = scores.tolist()
-        top = max(range(n), key=similarities.__getitem__)
-        return callback(
-            {
-                "step": progress.step,
-                "steps": progress.steps,
-                "prompt": prompts[top],
-                "similarity": similarities[top],
-                "prompts": prompts,
-                "similarities": similarities,
-                "elapsed": time.monotonic() - began,
-            }
+    ids = _starts(clip, space, lexicon, alone, learning, acceptable).repeat(len(goals), 1)
+    best = _Best(clip, goals, frame, ids, learning, began)
+    for span in best.spans:
+        found = search(
+            space,
+            _objective(clip, goals, frame, learning, span),
+            ids[span],
+            learning.settings,
+            (lambda progress, span=span: callback(best.report(span, progress)))
+            if callback
+            else None,
+            # asking costs a wait for the device, so it is left out where it makes no difference
+            acceptable=None if everything_survives and not blocked else acceptable,
         )
-
-    found = search(
-        space,
-        _objective(clip, goals, frame, learning),
-        ids,
-        learning.settings,
-        report if callback else None,
-        # asking costs a wait for the device, so it is left out where it can make no difference
-        acceptable=None if everything_survives and not blocked else acceptable,
-    )
-    rows = [_readable(clip, frame, row) for row in found.ids.tolist()]
+        best.take(span, found)
+        if found.stopped:
+            break
+    rows = [_readable(clip, frame, row) for row in best.ids.tolist()]
     features = clip.encode_texts([frame.text(row) for row in rows])
     seconds = time.monotonic() - began
     results = []
     for k, goal in enumerate(goals):
         span = slice(k * restarts, (k + 1) * restarts)
         ranked = _ranked(clip, frame, rows[span], features[span], goal)
-        best = ranked[0]
         results.append(
             Result(
-                **vars(best),
+                **vars(ranked[0]),
                 candidates=ranked,
-                history=[(step, max(scores[span])) for step, scores in found.history],
+                history=best.history[k],
                 seconds=seconds,
             )
         )
@@ -334,19 +331,76 @@ def _initial(clip: AnyClip, learning: Learning) -> list[int]:
     return ids
 
 
+class _Best:
+    """The best prompts so far of every search, of which some may not have had their turn."""
+
+    def __init__(
+        self,
+        clip: AnyClip,
+        goals: Sequence[Goal],
+        frame: Frame,
+        ids: torch.Tensor,
+        learning: Learning,
+        began: float,
+    ) -> None:
+        self.clip, self.goals, self.frame, self.began = clip, goals, frame, began
+        self.restarts, self.steps = learning.restarts, learning.settings.steps
+        at_once = learning.at_once or len(ids)
+        self.spans = [slice(k, k + at_once) for k in range(0, len(ids), at_once)]
+        self.ids = ids.clone()
+        self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
+        self.history: list[list[tuple[int, float]]] = [[] for _ in goals]
+
+    def take(self, span: slice, progress: Progress) -> None:
+        """Remember what the searches of `span` have found."""
+        self.ids[span], self.scores[span] = progress.ids, progress.scores
+        done = self.spans.index(span) * self.steps
+        first = span.start // self.restarts
+        for step, scores in progress.history:
+            for k in range(first, min(len(self.goals), -(-span.stop // self.restarts))):
+                rows = range(max(k * self.restarts, span.start), (k + 1) * self.restarts)
+                top = max(scores[row - span.start] for row in rows if row < span.stop)
+                before = self.history[k][-1][1] if self.history[k] else -torch.inf
+                self.history[k].append((done + step, max(top, before)))
+
+    def report(self, span: slice, progress: Progress) -> dict:
+        """What a callback gets."""
+        ids, scores = self.ids.clone(), self.scores.clone()
+        ids[span], scores[span] = progress.ids, progress.scores
+        scores, best = scores.view(-1, self.restarts).max(dim=1)
+        rows = ids.view(len(self.goals), self.restarts, -1)
+        chosen = rows[torch.arange(len(rows), device=best.device), best].tolist()
+        prompts = [self.frame.print(row) for row in chosen]
+        similarities = scores.tolist()
+        top = max(range(len(rows)), key=similarities.__getitem__)
+
+        def explain(k: int) -> list[WordContribution]:
+            return contributions(self.clip, self.frame.text(chosen[k]), self.goals[k].towards)
+
+        return {
+            "step": self.spans.index(span) * self.steps + progress.step,
+            "steps": len(self.spans) * self.steps,
+            "prompt": prompts[top],
+            "similarity": similarities[top],
+            "prompts": prompts,
+            "similarities": similarities,
+            "elapsed": time.monotonic() - self.began,
+            "explain": explain,
+        }
+
+
 def _objective(
-    clip: AnyClip, goals: Sequence[Goal], frame: Frame, learning: Learning
+    clip: AnyClip, goals: Sequence[Goal], frame: Frame, learning: Learning, span: slice
 ) -> Similarity:
+    """The objective of the searches in `span`, of which each goal has `restarts` in a row."""
     encode = clip.text.encoder([(frame.before, frame.after)])
+    rows = [goal for goal in goals for _ in range(learning.restarts)][span]
     if goals[0].direction is not None:
-        targets = torch.stack([goal.direction for goal in goals])[:, None]
+        targets = torch.stack([goal.direction for goal in rows])[:, None]
         weights = None
     else:
-        targets = torch.stack([goal.features for goal in goals])
-        weights = torch.stack([goal.weights for goal in goals])
-    targets = targets.repeat_interleave(learning.restarts, dim=0)
-    if weights is not None:
-        weights = weights.repeat_interleave(learning.restarts, dim=0)
+        targets = torch.stack([goal.features for goal in rows])
+        weights = torch.stack([goal.weights for goal in rows])
     if goals[0].batch_size is None:
         return Similarity(encode, targets, weights)
     generator = torch.Generator().manual_seed(learning.seed % 2**63)

@@ -43,6 +43,7 @@ def invert(
     initial: str | None = None,
     vocabulary: Vocabulary | None = None,
     patience: int | None = None,
+    at_once: int | None = None,
 ) -> Result | list[Result]:
     """Find a short text prompt that CLIP finds similar to an image (paper, section 4).
 
@@ -63,7 +64,8 @@ def invert(
             prompts on the CPU.
         callback: gets one dict per report: `step`, `steps`, `prompt` and `similarity` of the best
             so far (the similarity less what `negative` costs), `prompts` and `similarities` with
-            the best of each result, `elapsed` seconds. A true return value ends the search; the
+            the best of each result, `elapsed` seconds, and `explain`, a function from the number of
+            a result to what each word of its prompt adds. A true return value ends the search; the
             best so far is returned.
         shared: learn one prompt for all images, by the weighted mean of their similarities.
         weights: how much each image counts with `shared`, above 0; None: all the same.
@@ -80,6 +82,8 @@ def invert(
             lacks become the nearest that it has.
         vocabulary: what may appear in the learned part; None: every word of the CLIP.
         patience: end a problem that has not improved for this many steps; None: never.
+        at_once: searches (one per image and restart) that run side by side; None: all of them.
+            Fewer take less memory and more time, and find the same.
 
     Returns:
         One `Result` for a single image or with `shared`, else a list in the order of the images.
@@ -105,6 +109,7 @@ def invert(
         vocabulary,
         initial,
         template,
+        at_once=at_once,
     )
     away = as_list(negative)
     if isinstance(negative_weights, (list, tuple)):
@@ -172,12 +177,13 @@ def extract_style(
     batch_size: int | None = None,
     vocabulary: Vocabulary | None = None,
     patience: int | None = None,
+    at_once: int | None = None,
 ) -> Style:
     """Find one prompt for the style that several images share (paper, section 4.3).
 
     Args:
-        clip, prompt_len, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience:
-            as in `invert`.
+        clip, prompt_len, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience,
+            at_once: as in `invert`.
         images: two or more of different things in the same style; six do well.
         mode: `"separate"` goes for what the images have in common and turns away from what tells
             them apart, their contents, and from what stays when the style is spoilt (see
@@ -217,6 +223,7 @@ def extract_style(
         restarts,
         seed,
         vocabulary,
+        at_once=at_once,
     )
     with torch.inference_mode(False):
         goal = style_goal(clip, pictures, mode, batch_size)
@@ -266,6 +273,7 @@ def distill(
     *,
     vocabulary: Vocabulary | None = None,
     patience: int | None = None,
+    at_once: int | None = None,
 ) -> Distilled:
     """Find a shorter prompt that means the same to CLIP (paper, section 4.5).
 
@@ -275,8 +283,8 @@ def distill(
     shortened each for itself.
 
     Args:
-        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience: as in
-            `invert`.
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience, at_once: as
+            in `invert`.
         prompt: the text to shorten.
         ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
             0.5, 0.3 and 0.1).
@@ -304,6 +312,7 @@ def distill(
         restarts,
         seed,
         vocabulary,
+        at_once=at_once,
     )
     parts = [_Section(clip, section) for section in sections(prompt)]
     if not any(part.plain for part in parts) and not any(map(str.isalnum, read(prompt))):
@@ -319,7 +328,7 @@ def distill(
         for turn, k in enumerate(searched):
             if any(stopped):
                 break
-            shown = callback and _in_turn(callback, turn, len(searched), steps, stopped)
+            shown = callback and _in_turn(callback, turn, len(searched), stopped)
             how = replace(
                 learning, prompt_len=lengths[k], template=parts[k].template, read=parts[k].read
             )
@@ -450,12 +459,13 @@ def concatenate(
     fuse: bool = False,
     vocabulary: Vocabulary | None = None,
     patience: int | None = None,
+    at_once: int | None = None,
 ) -> Concatenated:
     """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
 
     Args:
-        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience: as in
-            `invert`.
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience, at_once: as
+            in `invert`.
         prompts: two or more sources. A string is a text; images (path objects, PIL images, tensors)
             are sources too, and have to be fused. Of weights such as `(word:1.2)` the words count
             and are fused; `embedding:name` and tags like `<lora:name:0.8>` count nothing and stand
@@ -496,6 +506,7 @@ def concatenate(
         _without(vocabulary, SYNTAX) if kept else vocabulary,
         template=f"{{}} {kept}".strip(),
         read="{}",
+        at_once=at_once,
     )
     with torch.inference_mode(False):
         features = encode_targets(
@@ -542,12 +553,11 @@ def _without(vocabulary: Vocabulary | None, blocked: Sequence[str]) -> Vocabular
     return (vocabulary or Vocabulary()) & Vocabulary(blocked=blocked, whole_words=False)
 
 
-def _in_turn(
-    callback: Callback, turn: int, turns: int, steps: int, stopped: list[bool]
-) -> Callback:
+def _in_turn(callback: Callback, turn: int, turns: int, stopped: list[bool]) -> Callback:
     """Reports of one of several searches as part of the whole; `stopped` gets the answers."""
 
     def report(one: dict) -> bool | None:
+        steps = one["steps"]
         whole = {"step": one["step"] + turn * steps, "steps": turns * steps}
         stopped.append(bool(callback(one | whole)))
         return stopped[-1]

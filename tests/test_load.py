@@ -3,16 +3,21 @@
 import json
 import os
 import pickle
+import re
+import struct
 import threading
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import open_clip
 import pytest
 import torch
 from conftest import EXAMPLES, TEXT, VISION, make_model
+from PIL import Image
 from safetensors.torch import save_file
 
 from pez_core import invert, load_clip
+from pez_core.clip import files
 from pez_core.clip import load as loading
 from pez_core.clip.images import load_image
 from pez_core.clip.load import PRESETS, download_size
@@ -320,3 +325,146 @@ def test_bad_folders(tmp_path, weights):
             load_clip(str(tmp_path))
     (tmp_path / "vocabulary.json").write_text("[320, 60000]")
     assert load_clip(str(tmp_path), device="cpu").vocabulary.tolist() == [320]
+
+
+def small_model(quick_gelu=False):
+    """The smallest plain CLIP that open_clip knows, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_clip.create_model("ViT-S-32-alt", force_quick_gelu=quick_gelu).eval()
+
+
+def as_transformers(model) -> dict:
+    """The weights as transformers' CLIPModel names them, by splitting what open_clip joins."""
+    from transformers import CLIPConfig, CLIPModel
+
+    ours = model.state_dict()
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
+    image = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12}
+    config = CLIPConfig(
+        text_config=text | {"num_attention_heads": 4, "eos_token_id": 49407},
+        vision_config=image | {"num_attention_heads": 6, "patch_size": 32},
+        projection_dim=256,
+    )
+    theirs = CLIPModel(config).eval()
+    for key, tensor in theirs.state_dict().items():
+        name = files._rename(key)
+        if match := re.search(r"\.attn\.([qkv])_proj\.(weight|bias)$", name):
+            joined = ours[name[: match.start()] + f".attn.in_proj_{match[2]}"]
+            tensor.copy_(joined.chunk(3)["qkv".index(match[1])])
+        elif name in ("visual.proj", "text_projection"):
+            tensor.copy_(ours[name].T)
+        elif not name.endswith("position_ids"):
+            tensor.copy_(ours[name])
+    return theirs
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_a_file_says_by_itself_what_it_holds(layout, tmp_path):
+    """Both layouts give the features that the libraries that wrote them give."""
+    ours = small_model(quick_gelu=layout == "transformers")
+    ids = open_clip.get_tokenizer("ViT-S-32-alt")(["a red car", "snow"])
+    pixels = torch.rand(2, 3, 224, 224)
+    path = tmp_path / "some-clip.safetensors"
+    with torch.no_grad():
+        if layout == "open_clip":
+            tensors = ours.state_dict()
+            text, image = ours.encode_text(ids), ours.encode_image(pixels)
+        else:
+            theirs = as_transformers(ours)
+            theirs.config.save_pretrained(tmp_path)  # tells the activation
+            tensors = theirs.state_dict()
+            read = theirs(input_ids=ids, pixel_values=pixels)
+            text, image = read.text_embeds, read.image_embeds
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+    transformers = layout == "transformers"
+    found = files.find_clip(path)
+    assert found == files.FoundClip("ViT-S-32-alt", None, transformers, transformers)
+    clip = load_clip(str(path), device="cpu")
+    assert clip.name == "some-clip"
+    with torch.no_grad():
+        for a, b in ((clip.model.encode_text(ids), text), (clip.model.encode_image(pixels), image)):
+            a, b = torch.nn.functional.normalize(a), torch.nn.functional.normalize(b)
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_activation_is_told_by_the_name_of_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "_known", lambda: {None: "ViT-L-14"})
+    for name, tag, quick in (
+        ("clip-vit-large-patch14-openai", "openai", True),
+        ("ViT-L-14.laion2b_s32b_b82k", "laion2b_s32b_b82k", False),
+        ("DFN2B-CLIP-ViT-L-14", "dfn2b", True),
+        ("model", None, True),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(struct.pack("<Q", 2) + b"{}")
+        found = files.find_clip(path)
+        assert (found.tag, found.quick_gelu) == (tag, quick), name
+
+
+def test_files_that_hold_no_whole_clip_are_told_apart(tmp_path):
+    text = {k: t for k, t in small_model().state_dict().items() if not k.startswith("visual.")}
+    save_file(text, tmp_path / "text.safetensors")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
+    for path in tmp_path.iterdir():
+        assert files.find_clip(path) is None
+        with pytest.raises(ValueError, match=r"does not hold both towers"):
+            load_clip(str(path))
+    with pytest.raises(ValueError, match=r"missing.safetensors does not exist"):
+        load_clip(str(tmp_path / "missing.safetensors"))
+
+
+class Ended(BaseException):
+    """What a person's cancel is in some programs."""
+
+
+def test_weights_are_fetched_to_a_place_and_resumed(hub, tmp_path):
+    """A download that is ended midway goes on where it was, and appears only when it is whole."""
+    path, reports = tmp_path / "ViT-H-14.safetensors", []
+    Hub.content = os.urandom(30_000_000)
+    hub(Hub)
+
+    def cancel(done, total):
+        reports.append((done, total))
+        if done > 0:
+            raise Ended
+
+    with pytest.raises(Ended):
+        loading.fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path, cancel)
+    assert not path.exists() and reports[-1][1] == len(Hub.content)
+    here = reports[-1][0]
+    reports.clear()
+    loading.fetch_weights(
+        "ViT-H-14", "laion2b_s32b_b79k", path, lambda *report: reports.append(report)
+    )
+    assert path.read_bytes() == Hub.content and list(tmp_path.iterdir()) == [path]
+    assert reports[0][0] > here and reports[-1] == (len(Hub.content), len(Hub.content))
+
+
+def test_nothing_of_a_clip_stays_behind_when_its_module_moves(emoji_clip, tiny_clip):
+    """Whoever moves the model to another device moves everything that is used in a step."""
+    for clip in (emoji_clip, tiny_clip):
+        for part in (clip, clip.text):
+            tensors = {k for k, v in vars(part).items() if isinstance(v, torch.Tensor)}
+            assert tensors <= {"vocabulary", "_cls"}, tensors
+        assert clip.text._cls is None and clip.vocabulary.device.type == "cpu"
+
+
+def test_the_image_tower_is_lent_for_as_long_as_it_is_used(tiny_clip):
+    events = []
+
+    @contextmanager
+    def lend():
+        events.append("lent")
+        yield
+        events.append("back")
+
+    tiny_clip.image_tower = lend
+    try:
+        tiny_clip.encode_images([Image.new("RGB", (20, 20))] * 2)
+        tiny_clip.encode_texts(["a"])
+    finally:
+        tiny_clip.image_tower = nullcontext
+    assert events == ["lent", "back"]

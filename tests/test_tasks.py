@@ -5,7 +5,7 @@ import torch
 from conftest import EXAMPLES, make_clip
 from PIL import Image
 
-from pez_core import Result, Vocabulary, invert, load_clip
+from pez_core import Result, Vocabulary, explain, invert, load_clip
 from pez_core.clip.images import load_image
 from pez_core.learn import Frame, _readable
 
@@ -164,11 +164,39 @@ def test_callback_gets_one_dict_and_can_stop(emoji_clip, images):
         "prompts",
         "similarities",
         "elapsed",
+        "explain",
     }
     assert last["steps"] == 500 and last["elapsed"] > 0
     assert last["prompts"] == [r.prompt for r in results]
     assert last["similarity"] == max(last["similarities"])
     assert last["similarities"] == pytest.approx([r.similarity for r in results], abs=1e-5)
+    expected = explain(emoji_clip, results[1].prompt, images[1])
+    assert [c.word for c in last["explain"](1)] == results[1].prompt.split()
+    assert [c.contribution for c in last["explain"](1)] == pytest.approx(
+        [c.contribution for c in expected], abs=1e-5
+    )
+
+
+def test_searches_can_run_a_few_at_once(emoji_clip, images):
+    """Less memory, the same prompts; what was not reached when stopped is not lost."""
+    whole = invert(emoji_clip, images[:2], steps=20, restarts=3)
+    reports = []
+    parts = invert(emoji_clip, images[:2], steps=20, restarts=3, at_once=2, callback=reports.append)
+    for a, b in zip(whole, parts, strict=True):
+        assert sorted(c.prompt for c in a.candidates) == sorted(c.prompt for c in b.candidates)
+        assert b.similarity == pytest.approx(a.similarity, abs=1e-5)
+        assert [score for _, score in b.history] == sorted(score for _, score in b.history)
+        assert b.history[-1][1] == pytest.approx(b.similarity, abs=1e-5)
+    assert [report["step"] for report in reports] == list(range(1, 61))
+    assert {report["steps"] for report in reports} == {60}
+    assert reports[-1]["prompts"] == [r.prompt for r in parts]
+
+    stopped = invert(
+        emoji_clip, images[:2], steps=20, restarts=3, at_once=2, callback=lambda r: r["step"] >= 25
+    )
+    assert stopped[0].prompt == whole[0].prompt and all(len(r.candidates) == 3 for r in stopped)
+    with pytest.raises(ValueError, match=r"`at_once` has to be at least 1 but is 0"):
+        invert(emoji_clip, images[0], at_once=0)
 
 
 def test_patience_ends_early(emoji_clip, images):

@@ -25,13 +25,15 @@ class JointText:
         self.words = towers[0].words
         self.known_word = towers[0].known_word
         self.max_prompt_len = min(tower.max_prompt_len for tower in towers)
-        self.token_embedding = torch.cat(
-            [tower.token_embedding.detach().float() for tower in towers], dim=1
-        )
         self.parts = [
             (tower.token_embedding.shape[1], weight)
             for tower, weight in zip(towers, weights, strict=True)
         ]
+
+    @property
+    def token_embedding(self) -> torch.Tensor:
+        """(vocab_size, sum of widths) tables side by side, where the towers are now."""
+        return torch.cat([tower.token_embedding.detach().float() for tower in self.towers], dim=1)
 
     def encoder(
         self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
@@ -96,7 +98,7 @@ class JointClip:
         shared = set.intersection(*(set(clip.vocabulary.tolist()) for clip in clips))
         if not shared:
             raise ValueError(f"`clips`: {self.name} have no word in common to make prompts of.")
-        self.vocabulary = torch.tensor(sorted(shared), device=self.device)
+        self.vocabulary = torch.tensor(sorted(shared))
         known = [clip.known for clip in clips if clip.known is not None]
         self.known = frozenset.intersection(*known) if known else None
 

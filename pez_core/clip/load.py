@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import logging
 import operator
 import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
+from tqdm import tqdm
 
+from .files import find_clip, read_transformers
 from .joint import JointClip
 from .model import Clip
 
@@ -81,7 +87,9 @@ def load_clip(
 
     Args:
         name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
-            `"ViT-H-14"`, or a folder with `open_clip_config.json` and weights.
+            `"ViT-H-14"`, a folder with `open_clip_config.json` and weights, or a safetensors file
+            that holds both towers of a CLIP, as open_clip or transformers write it (see
+            `find_clip`).
             `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
             several CLIPs as one, for models that read a prompt with more than one: for SDXL
             `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
@@ -144,6 +152,8 @@ def load_clip(
                     "leave it out."
                 )
             return _load_folder(folder, name, precision, device)
+        if folder.suffix == ".safetensors" and pretrained is None:
+            return _load_file(folder, precision, device)
         config = get_model_config(name)
         if config is None:
             raise ValueError(
@@ -199,6 +209,31 @@ def _load_folder(folder: Path, name: str, precision: str, device: torch.device) 
     return Clip(model, open_clip.get_tokenizer(source), name, vocabulary)
 
 
+def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
+    """A file that says by itself what it holds."""
+    if not path.is_file():
+        raise ValueError(f"`name`: the file {path} does not exist; check the path.")
+    found = find_clip(path)
+    if found is None:
+        raise ValueError(
+            f"`name`: {path} does not hold both towers of a CLIP that open_clip knows; files with "
+            "an image tower or a text encoder alone cannot be searched."
+        )
+    log.info("%s holds %s%s", path, found.name, ", QuickGELU" * found.quick_gelu)
+    tag = get_pretrained_cfg(found.name, found.tag) if found.tag else {}
+    model = _create(
+        found.name,
+        path,
+        pretrained=None if found.transformers else str(path),
+        tensors=read_transformers if found.transformers else None,
+        precision=precision,
+        device=device,
+        force_quick_gelu=found.quick_gelu,
+        force_preprocess_cfg=_preprocess(found.name, tag),
+    )
+    return Clip(model, open_clip.get_tokenizer(found.name), path.stem)
+
+
 def _preprocess(name: str, tag: dict) -> dict | None:
     """How images are prepared: as the tag says; for a file, as all tags of its architecture say."""
     tags = (
@@ -225,12 +260,26 @@ def _tokenizer(name: str, config: dict, download: bool):
         ) from error
 
 
-def _create(name: str, path: Path, **options) -> torch.nn.Module:
-    """open_clip's `create_model`, with errors that say what is wrong with the weights in `path`."""
+def _create(
+    name: str,
+    path: Path,
+    tensors: Callable[[Path], dict[str, torch.Tensor]] | None = None,
+    **options,
+) -> torch.nn.Module:
+    """open_clip's `create_model`, with errors that say what is wrong with the weights in `path`.
+
+    `tensors` reads files that open_clip itself does not understand.
+    """
     try:
         if path.is_file():
             _check_header(path)
-        return open_clip.create_model(name, require_pretrained=True, weights_only=True, **options)
+        if tensors is None:
+            return open_clip.create_model(
+                name, require_pretrained=True, weights_only=True, **options
+            )
+        model = open_clip.create_model(name, **options)
+        model.load_state_dict(tensors(path))
+        return model
     except torch.cuda.OutOfMemoryError:
         raise  # a RuntimeError like those below, but not the file's fault
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
@@ -326,12 +375,17 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
             f"{' or '.join(files)} of the Hugging Face repository {repository} by hand as {placed} "
             "(or .bin), or give the file as `pretrained`."
         )
+    return _download(repository, files)
+
+
+def _download(repository: str, files: Sequence[str], **options) -> Path:
+    """The first of `files` that the repository has."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in files:
         try:
-            return Path(hf_hub_download(repository, file))
+            return Path(hf_hub_download(repository, file, **options))
         except LocalEntryNotFoundError as error:
             raise OSError(_download_failed(repository, file, error)) from error
         except EntryNotFoundError:
@@ -339,6 +393,53 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
         except Exception as error:  # of whichever HTTP library the hub's client is built on
             raise OSError(_download_failed(repository, file, error)) from error
     raise OSError(_download_failed(repository, " or ".join(files), "no such file"))
+
+
+def fetch_weights(
+    name: str,
+    pretrained: str,
+    path: str | os.PathLike,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Download the safetensors weights of an open_clip tag to `path`, which appears whole or not.
+
+    Args:
+        name, pretrained: architecture and tag.
+        path: where the file goes; an unfinished download is kept in the same folder, and running it
+            again resumes it.
+        progress: called with the bytes that are here and all bytes. What it raises ends the
+            download. Not called by versions of huggingface_hub before 1.0.
+
+    Raises:
+        OSError: the download failed, or the tag has no safetensors weights.
+    """
+    from huggingface_hub import hf_hub_download
+
+    path = Path(path)
+    repository, files = _source(name, pretrained)
+    options: dict[str, Any] = {"local_dir": path.parent / f".{path.stem}"}
+    if progress and "tqdm_class" in inspect.signature(hf_hub_download).parameters:
+        options["tqdm_class"] = _reporting_to(progress)
+    safe = [file for file in files if file.endswith(".safetensors")]
+    fetched = _download(repository, safe, **options)
+    os.replace(fetched, path)
+    shutil.rmtree(options["local_dir"])
+
+
+def _reporting_to(progress: Callable[[int, int], None]) -> type[tqdm]:
+    class Report(tqdm):
+        """A progress bar that prints nothing and tells `progress`."""
+
+        def __init__(self, *args, **options) -> None:
+            options.pop("name", None)  # the hub's own bars have one
+            super().__init__(*args, **(options | {"disable": False, "file": io.StringIO()}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            progress(int(self.n), int(self.total or 0))
+            return shown
+
+    return Report
 
 
 def _download_failed(repository: str, file: str, why: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
@@ -32,8 +33,10 @@ class Clip:
 
     Attributes:
         text: `TextTower`, from token embeddings to text features.
-        vocabulary: (n,) sorted ids of the default vocabulary, on the model's device.
+        vocabulary: (n,) sorted ids of the default vocabulary, on the CPU.
         known: ids that the model was trained on; None: all of them.
+        image_tower: what every use of the image tower is wrapped in. Nothing by default; whoever
+            manages memory puts a context manager here that brings the tower to the device.
     """
 
     def __init__(
@@ -54,7 +57,8 @@ class Clip:
         size = len(self.text.token_embedding)
         self.known = None if vocabulary is None else frozenset(vocabulary)
         ids = round_trip_ids(self.text.words, range(size) if vocabulary is None else vocabulary)
-        self.vocabulary = torch.tensor(ids, device=self.device)
+        self.vocabulary = torch.tensor(ids)
+        self.image_tower: Callable[[], AbstractContextManager] = nullcontext
 
     def __repr__(self) -> str:
         return f"Clip({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
@@ -79,11 +83,13 @@ class Clip:
         if self._centre_crops:
             images = [trim_to_centre(image) for image in images]
         features = []
-        for start in range(0, len(images), _IMAGE_BATCH):
-            batch = torch.stack([self._prepare(i) for i in images[start : start + _IMAGE_BATCH]])
-            batch = batch.to(self.device, self.dtype)
-            features.append(self.model.encode_image(batch).float())
-        return F.normalize(torch.cat(features), dim=-1)
+        with self.image_tower():
+            device = next(self.model.visual.parameters()).device
+            for start in range(0, len(images), _IMAGE_BATCH):
+                few = images[start : start + _IMAGE_BATCH]
+                batch = torch.stack([self._prepare(image) for image in few])
+                features.append(self.model.encode_image(batch.to(device, self.dtype)).float())
+        return F.normalize(torch.cat(features), dim=-1).to(self.device)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -103,7 +109,7 @@ class Clip:
         does; the features are averaged by their number of tokens.
         """
         text, length = self.text, self.text.context_length
-        rows = [[*text._before.tolist(), *chunk, *text._after.tolist()] for chunk in chunks]
+        rows = [[*text._before, *chunk, *text._after] for chunk in chunks]
         # the row of one known word is as long as the context, so no row is too short
         ids = torch.tensor([row[:length] for row in rows], device=self.device)
         each = F.normalize(self.model.encode_text(ids).float(), dim=-1)

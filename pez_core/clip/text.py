@@ -92,10 +92,9 @@ class TextTower:
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
-        device = tower.token_embedding.weight.device
         self.known_word = word[0]
-        self._before = torch.tensor(row[:start], dtype=torch.long, device=device)
-        self._after = torch.tensor(row[start + len(word) :], dtype=torch.long, device=device)
+        # lists, so that nothing is left behind when the model moves to another device
+        self._before, self._after = row[:start], row[start + len(word) :]
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
 
     @property
@@ -126,11 +125,10 @@ class TextTower:
         """
         if len(fixed) > 1 or not self._plain_blocks:
             return _Whole(self, fixed)
-        before, after = (self._before.new_tensor(ids) for ids in fixed[0])
-        before = torch.cat([self._before, before])
-        after = self._embed(torch.cat([after, self._after[:1]]))
+        before = [*self._before, *fixed[0][0]]
+        after = self._embed(self._ids([*fixed[0][1], *self._after[:1]]))
         with torch.no_grad():
-            x = self._embed(before)[None] + self._positions(0, len(before))
+            x = self._embed(self._ids(before))[None] + self._positions(0, len(before))
             past = []
             for block in self.tower.transformer.resblocks:
                 # tokenizers without a start token may leave nothing to compute
@@ -163,6 +161,9 @@ class TextTower:
             padding = tower._build_additive_mask(ids, length, x.dtype)
             mask = padding if mask is None else mask + padding
         return mask
+
+    def _ids(self, ids: Sequence) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.token_embedding.device)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         table = self.token_embedding.detach()
@@ -218,12 +219,10 @@ class _Whole:
         texts = [[*b, *[text.known_word] * prompt_len, *a] for b, a in self.fixed]
         # without a causal mask the padding takes part, and the context has to be filled up
         length = max(map(len, texts)) + 1 if text.causal else text.context_length - start
-        tail = text._after.tolist()
-        ids = text._after.new_tensor([(row + tail)[:length] for row in texts])
         return (
-            torch.cat([text._before.expand(len(ids), -1), ids], dim=1),
-            ids.new_tensor([start + len(before) for before, _ in self.fixed]),
-            ids.new_tensor([start + len(row) for row in texts]),
+            text._ids([text._before + (row + text._after)[:length] for row in texts]),
+            text._ids([start + len(before) for before, _ in self.fixed]),
+            text._ids([start + len(row) for row in texts]),
         )
 
 
