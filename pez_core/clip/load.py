@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-import io
+import hashlib
 import json
 import logging
 import operator
 import os
 import pickle
-import shutil
+import re
+import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from .files import find_clip, read_transformers
 from .joint import JointClip
@@ -32,6 +30,7 @@ log = logging.getLogger(__name__)
 BUNDLED = {"emoji-clip": Path(__file__).parent.parent / "models" / "emoji-clip"}
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt")
+_CHUNK = 1 << 20  # bytes read at a time, small enough to notice a cancel at once
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -375,24 +374,7 @@ def _fetch(name: str, pretrained: str, download: bool) -> Path:
             f"{' or '.join(files)} of the Hugging Face repository {repository} by hand as {placed} "
             "(or .bin), or give the file as `pretrained`."
         )
-    return _download(repository, files)
-
-
-def _download(repository: str, files: Sequence[str], **options) -> Path:
-    """The first of `files` that the repository has."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    for file in files:
-        try:
-            return Path(hf_hub_download(repository, file, **options))
-        except LocalEntryNotFoundError as error:
-            raise OSError(_download_failed(repository, file, error)) from error
-        except EntryNotFoundError:
-            continue  # not every repository has safetensors
-        except Exception as error:  # of whichever HTTP library the hub's client is built on
-            raise OSError(_download_failed(repository, file, error)) from error
-    raise OSError(_download_failed(repository, " or ".join(files), "no such file"))
+    return fetch_weights(name, pretrained, placed)
 
 
 def fetch_weights(
@@ -400,46 +382,71 @@ def fetch_weights(
     pretrained: str,
     path: str | os.PathLike,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Download the safetensors weights of an open_clip tag to `path`, which appears whole or not.
+    only_safetensors: bool = False,
+) -> Path:
+    """Download the weights of an open_clip tag; the file appears whole or not at all.
 
     Args:
         name, pretrained: architecture and tag.
-        path: where the file goes; an unfinished download is kept in the same folder, and running it
-            again resumes it.
+        path: where the file goes, `.safetensors`; PyTorch files get the suffix `.bin`. What a
+            broken download has brought lies beside it, and running it again goes on from there.
         progress: called with the bytes that are here and all bytes. What it raises ends the
-            download. Not called by versions of huggingface_hub before 1.0.
+            download.
+        only_safetensors: take nothing else.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        OSError: the download failed, or the tag has no safetensors weights.
+        OSError: the download failed, or the repository has no such file.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
 
-    path = Path(path)
     repository, files = _source(name, pretrained)
-    options: dict[str, Any] = {"local_dir": path.parent / f".{path.stem}"}
-    if progress and "tqdm_class" in inspect.signature(hf_hub_download).parameters:
-        options["tqdm_class"] = _reporting_to(progress)
-    safe = [file for file in files if file.endswith(".safetensors")]
-    fetched = _download(repository, safe, **options)
-    os.replace(fetched, path)
-    shutil.rmtree(options["local_dir"])
+    if only_safetensors:
+        files = [file for file in files if file.endswith(".safetensors")]
+    for file in files:
+        place = Path(path)
+        if not file.endswith(".safetensors"):
+            place = place.with_suffix(".bin")
+        try:
+            found = get_hf_file_metadata(hf_hub_url(repository, file), timeout=30)
+            _download(found, place, progress)
+        except EntryNotFoundError:
+            continue  # not every repository has safetensors
+        except Exception as error:  # of whichever HTTP library the hub's client is built on
+            raise OSError(_download_failed(repository, file, error)) from error
+        return place
+    raise OSError(_download_failed(repository, " or ".join(files) or "weights", "no such file"))
 
 
-def _reporting_to(progress: Callable[[int, int], None]) -> type[tqdm]:
-    class Report(tqdm):
-        """A progress bar that prints nothing and tells `progress`."""
-
-        def __init__(self, *args, **options) -> None:
-            options.pop("name", None)  # the hub's own bars have one
-            super().__init__(*args, **(options | {"disable": False, "file": io.StringIO()}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            progress(int(self.n), int(self.total or 0))
-            return shown
-
-    return Report
+def _download(found, path: Path, progress: Callable[[int, int], None] | None) -> None:
+    """Bring the file of which `found` is the hub's metadata to `path`, from where it broke off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the tag of the content is in the name: the rest of another version must not be added to it
+    part = path.with_name(f".{path.name}.{re.sub(r'[^0-9a-zA-Z]', '', found.etag)[:16]}.part")
+    with part.open("ab") as file:
+        while (here := file.tell()) < found.size:
+            request = urllib.request.Request(found.location, headers={"Range": f"bytes={here}-"})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                if here and response.status != 206:
+                    file.truncate(0)  # the server begins anew
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    if progress:
+                        progress(file.tell(), found.size)
+            if file.tell() <= here:
+                raise OSError("the connection was closed")
+    if re.fullmatch(r"[0-9a-f]{64}", found.etag):  # large files have their SHA-256 as a tag
+        digest = hashlib.sha256()
+        with part.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != found.etag:
+            part.unlink()
+            raise OSError("the file arrived damaged and was deleted")
+    os.replace(part, path)
 
 
 def _download_failed(repository: str, file: str, why: object) -> str:
