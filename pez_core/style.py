@@ -38,7 +38,9 @@ def style_direction(
     Returns:
         (features,) unit vector.
     """
-    spoilt = torch.stack([clip.encode_images(spoil(image)).mean(0) for image in images])
+    # in one call, since the image tower may have to be fetched for each
+    spoilt = clip.encode_images([picture for image in images for picture in spoil(image)])
+    spoilt = spoilt.view(len(images), -1, spoilt.shape[1]).mean(1)
     style = (features - SPOILT * spoilt).mean(0)
     differences = features - features.mean(0)
     # more images than a handful would leave too little; the first directions hold the contents

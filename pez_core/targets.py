@@ -30,20 +30,24 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
 
 def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch.Tensor:
     """(len(targets), features) unit features of texts, which may be long, and images."""
-    features = []
-    for target in targets:
+    features: dict[int, torch.Tensor] = {}
+    pictures = {}
+    for k, target in enumerate(targets):
         if isinstance(target, str):
             ids = clip.text.words.encode(target)
             if not ids:
                 raise ValueError(f"`{name}` holds an empty text; leave it out.")
-            features.append(clip.encode_chunks(chunks([ids], clip.text.max_prompt_len)))
+            features[k] = clip.encode_chunks(chunks([ids], clip.text.max_prompt_len))
         else:
             try:
-                features.append(clip.encode_images([load_image(target)])[0])
+                pictures[k] = load_image(target)
             except (TypeError, ValueError) as error:
                 message = str(error).replace("`images`", f"`{name}`")
                 raise type(error)(message) from error
-    return torch.stack(features)
+    if pictures:
+        encoded = clip.encode_images(list(pictures.values()))
+        features |= dict(zip(pictures, encoded, strict=True))
+    return torch.stack([features[k] for k in range(len(targets))])
 
 
 def check_weights(

@@ -329,12 +329,17 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What towers compute in on a device unless something else is asked for."""
+    if device.type != "cuda":
+        return torch.float32
+    # asked of the card, since torch's own check counts emulation, too
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16
+
+
 def _precision(device: torch.device, dtype: torch.dtype | None) -> str:
-    if dtype is None:
-        if device.type != "cuda":
-            return "fp32"
-        # asked of the card, since torch's own check counts emulation, too
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    dtype = default_dtype(device) if dtype is None else dtype
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     if dtype not in names:
         raise ValueError(
