@@ -1,6 +1,6 @@
 """PEZ: images and long prompts into short text prompts that work."""
 
-from .clip import PRESETS, Clip, JointClip, load_clip
+from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
 from .judge import Pruned, Scores, WordContribution, explain, prune, score
 from .learn import Candidate, Result
 from .search import Progress, Settings, search
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "UNSAFE_WORDS",
+    "AnyClip",
     "Candidate",
     "Clip",
     "Concatenated",

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -107,10 +108,15 @@ class Lexicon:
 class _Rules:
     """A vocabulary on its way to a lexicon: what it offers, and what of others' it admits."""
 
-    phrases: set[tuple[int, ...]]
+    offers: set[tuple[int, ...]]
     admits: Callable[[tuple[int, ...]], bool]
     blocked: frozenset[str]
     bank: frozenset[str] | None  # its phrases as written, where it is a list of phrases
+
+    @cached_property
+    def phrases(self) -> set[tuple[int, ...]]:
+        """What it offers and admits itself."""
+        return set(filter(self.admits, self.offers))
 
 
 @dataclass(frozen=True)
@@ -197,13 +203,12 @@ class Vocabulary:
             encoded = {tuple(words.encode(text)) for text in self.bank}
             known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
 
-        def is_piece(phrase: tuple[int, ...]) -> bool:
-            return len(phrase) == 1 and phrase[0] not in default and not words.survives(phrase)
-
         def admits(phrase: tuple[int, ...]) -> bool:
             if known is not None and phrase not in known:
                 return False
-            if known is None and self.whole_words and is_piece(phrase):
+            # a single token of another's bank that can be used is in the default, too
+            single = len(phrase) == 1 and known is None
+            if single and self.whole_words and phrase[0] not in default:
                 return False
             if trained is not None and not all(trained[i] for i in phrase):
                 return False
@@ -222,8 +227,7 @@ class Vocabulary:
             size = min(words.size, len(table))
             offers = {(i,) for i in range(size) if i not in words.special_ids}
         bank = frozenset(self.bank) if self.bank is not None else None
-        found = {phrase for phrase in offers if admits(phrase)}
-        return _Rules(found, admits, frozenset(self.blocked), bank)
+        return _Rules(offers, admits, frozenset(self.blocked), bank)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
@@ -263,9 +267,13 @@ class _Combination(Vocabulary):
     def _resolve(self, clip: AnyClip) -> _Rules:
         a, b = self.left._resolve(clip), self.right._resolve(clip)
         if self.operation == "&":
-            found = set(filter(b.admits, a.phrases)) | set(filter(a.admits, b.phrases))
             bank = a.bank if b.bank is None else b.bank if a.bank is None else a.bank | b.bank
-            return _Rules(found, lambda p: a.admits(p) and b.admits(p), a.blocked | b.blocked, bank)
+            return _Rules(
+                a.offers | b.offers,
+                lambda p: a.admits(p) and b.admits(p),
+                a.blocked | b.blocked,
+                bank,
+            )
         if self.operation == "|":
             bank = None if a.bank is None or b.bank is None else a.bank | b.bank
             return _Rules(
@@ -283,7 +291,7 @@ class _Combination(Vocabulary):
             text = clip.text.words.decode(phrase) if blocked else ""
             return not (blocked.find(text) or blocked.find_mark(text))
 
-        return _Rules(set(filter(admits, a.phrases)), admits, a.blocked | gone, a.bank)
+        return _Rules(a.phrases, admits, a.blocked | gone, a.bank)
 
     def _to_json(self) -> dict:
         return {

@@ -228,3 +228,11 @@ def test_pieces_of_words_beside_a_bank(emoji_clip):
     rules = Vocabulary(bank=["red car"]) | Vocabulary(whole_words=False)
     result = invert(emoji_clip, EXAMPLES[0], 6, 10, vocabulary=rules)
     assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
+
+
+def test_blocking_alone_adds_no_word(emoji_clip):
+    """A rule that only blocks does not bring in words that the CLIP was not trained on."""
+    rule = Vocabulary(blocked=["fish"], whole_words=False)
+    expected = phrases(Vocabulary(blocked=["fish"]), emoji_clip)
+    assert phrases(Vocabulary() & rule, emoji_clip) == expected
+    assert phrases(rule & Vocabulary(), emoji_clip) == expected

@@ -1,0 +1,171 @@
+"""Sockets and widgets that several nodes share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..pez_core import UNSAFE_WORDS, Vocabulary
+from ..pez_core.prompt_text import SYNTAX
+
+PezClip = io.Custom("PEZ_CLIP")
+PezVocabulary = io.Custom("PEZ_VOCABULARY")
+
+CATEGORY = "PEZ"
+
+
+def clip(**options: Any) -> io.Input:
+    return PezClip.Input(
+        "clip",
+        tooltip="From PEZ Load CLIP: the CLIP of the model that will read the prompt.",
+        **options,
+    )
+
+
+def search(steps: int, restarts: int, prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
+    """The settings of a search, the usual ones first."""
+    return [
+        io.Int.Input(
+            "prompt_len",
+            default=prompt_len,
+            min=0 if prompt_len == 0 else 1,
+            max=75,
+            tooltip=prompt_len_tooltip,
+        ),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=20000,
+            tooltip="How long to search. More steps find better prompts, with less and less gain.",
+        ),
+        io.Int.Input(
+            "restarts",
+            default=restarts,
+            min=1,
+            max=64,
+            tooltip="Searches from different random prompts, run side by side. The best becomes "
+            "the prompt; all of them come out as candidates.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate="fixed",
+            tooltip="Where the search starts. Another seed finds another prompt.",
+        ),
+    ]
+
+
+def words() -> list[io.Input]:
+    """What may appear in a prompt."""
+    return [
+        io.String.Input(
+            "blocked",
+            default="",
+            optional=True,
+            tooltip="Words that must not appear, with commas between. A click on a word in the "
+            "live view adds it here.",
+        ),
+        PezVocabulary.Input(
+            "vocabulary",
+            optional=True,
+            lazy=True,
+            tooltip="From PEZ Vocabulary: what may appear. Without it, every word that the CLIP "
+            "knows but unsafe ones.",
+        ),
+    ]
+
+
+def rarely_used() -> list[io.Input]:
+    """Settings of the optimiser."""
+    return [
+        io.Float.Input(
+            "lr",
+            default=0.1,
+            min=0.001,
+            max=10.0,
+            step=0.001,
+            optional=True,
+            advanced=True,
+            tooltip="Learning rate. Higher jumps further between words.",
+        ),
+        io.Float.Input(
+            "weight_decay",
+            default=0.1,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="Weight decay of AdamW, as in the paper.",
+        ),
+        io.Int.Input(
+            "patience",
+            default=0,
+            min=0,
+            max=20000,
+            optional=True,
+            advanced=True,
+            tooltip="Stop a search that has not improved for this many steps. 0: never.",
+        ),
+    ]
+
+
+def keep() -> list[io.Input]:
+    """The kept prompt; `kept` has to be the last widget of its node."""
+    return [
+        io.Boolean.Input(
+            "keep",
+            default=False,
+            optional=True,
+            label_on="kept prompt",
+            label_off="learn",
+            tooltip="On: give the prompt that was learned before, at once and without the CLIP or "
+            "the images. It is stored in the workflow, so it works for whoever you share it with.",
+        ),
+        io.String.Input(
+            "kept",
+            default="",
+            optional=True,
+            advanced=True,
+            socketless=True,
+            tooltip="The learned prompt. The node fills this in.",
+        ),
+    ]
+
+
+def one(values: Any) -> Any:
+    """The value of an input of a node that gets all its inputs as lists."""
+    return values[0] if isinstance(values, (list, tuple)) and values else values or None
+
+
+def pictures(batches: Sequence[torch.Tensor | None] | None) -> list[torch.Tensor]:
+    """Image batches, which may differ in size, -> (height, width, channels) images."""
+    return [image for batch in batches or () if batch is not None for image in batch]
+
+
+def texts(values: Sequence[str | None] | None) -> list[str]:
+    """Texts that are not empty."""
+    return [text.strip() for text in values or () if text and text.strip()]
+
+
+def lines(text: str | None) -> list[str]:
+    """The lines of a text box that are not empty."""
+    return texts((text or "").splitlines())
+
+
+def phrases(text: str | None) -> list[str]:
+    """What stands between commas or on lines of its own."""
+    return texts((text or "").replace("\n", ",").split(","))
+
+
+def allowed(vocabulary: Vocabulary | None, blocked: str | None) -> Vocabulary:
+    """The vocabulary of a search: safe by default, and without what CLIPTextEncode would parse."""
+    vocabulary = Vocabulary(blocked=UNSAFE_WORDS) if vocabulary is None else vocabulary
+    forbidden = [*SYNTAX, *phrases(blocked)]
+    return vocabulary & Vocabulary(blocked=forbidden, whole_words=False)

@@ -1,0 +1,100 @@
+"""PEZ Load CLIP."""
+
+from __future__ import annotations
+
+import comfy.model_management as mm
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+
+from ..pez_core.clip.load import default_dtype
+from . import models
+from .inputs import CATEGORY, PezClip
+from .live import tell
+from .memory import LoadedClip
+
+_PRECISIONS = {
+    "automatic": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class LoadCLIP(io.ComfyNode):
+    """A CLIP with both towers, under ComfyUI's model manager."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PEZ_LoadCLIP",
+            display_name="PEZ Load CLIP",
+            category=CATEGORY,
+            description="Loads a CLIP that sees images and reads prompts. Choose the one of the "
+            "image model that will get the prompts.",
+            search_aliases=["clip", "load clip for prompts", "image encoder", "pez model"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=models.choices(),
+                    default=next(iter(models.PRESETS)),
+                    tooltip="The model that you make images with. Files in models/pez, "
+                    "models/clip_vision and models/text_encoders that hold a whole CLIP are listed "
+                    "too.",
+                ),
+                io.Boolean.Input(
+                    "download",
+                    default=False,
+                    tooltip="Fetch the model into models/pez if it is not there. Nothing is "
+                    "downloaded while this is off.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(_PRECISIONS),
+                    default="automatic",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Automatic takes bfloat16 on graphics cards that have it.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip="CPU leaves the graphics card to other models, and is slow.",
+                ),
+            ],
+            outputs=[PezClip.Output("clip", tooltip="For the other PEZ nodes.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool:
+        # A file that is missing may never be needed: a kept prompt works without it.
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> tuple[int, int] | None:
+        path = models.file_of(model)
+        return (path.stat().st_mtime_ns, path.stat().st_size) if path else None
+
+    @classmethod
+    def execute(
+        cls, model: str, download: bool, precision: str = "automatic", device: str = "default"
+    ) -> io.NodeOutput:
+        cpu = torch.device("cpu")
+        load_device = cpu if device == "cpu" else mm.get_torch_device()
+        offload_device = cpu if device == "cpu" else mm.text_encoder_offload_device()
+        dtype = _PRECISIONS[precision] or default_dtype(load_device)
+        bar = ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            # megabytes: some hooks keep the numbers in 32 bits
+            bar.update_absolute(done >> 20, max(total >> 20, 1))
+            if done == total:
+                tell(cls.hidden, f"downloaded {total / 1e9:.2f} GB")
+
+        clip = models.load(model, download, progress, device=offload_device, dtype=dtype)
+        return io.NodeOutput(LoadedClip(clip, load_device, offload_device))

@@ -1,0 +1,143 @@
+"""A CLIP under ComfyUI's model manager, which loads, evicts and offloads it with all else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ..pez_core import AnyClip, JointClip
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+
+class PezTextEncoder(nn.Module):
+    """All of an open_clip model but its image tower, to be moved by itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, child in model.named_children():
+            if name != "visual":
+                self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self._model = [model]  # in a list, so that it is no part of this one
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        # parameters change in place when they move, but buffers are replaced
+        super()._apply(fn, recurse)
+        (model,) = self._model
+        for name, buffer in model.named_buffers(recurse=False):
+            setattr(model, name, fn(buffer))
+        return self
+
+
+class LoadedClip:
+    """What travels along a PEZ_CLIP wire.
+
+    Args:
+        clip: on the offload device.
+        load_device: where it works.
+        offload_device: where it waits.
+
+    Attributes:
+        clip: the CLIP; its image tower comes and goes by itself, its text towers are on the device
+            inside of `in_use`.
+    """
+
+    def __init__(
+        self, clip: AnyClip, load_device: torch.device, offload_device: torch.device
+    ) -> None:
+        self.clip = clip
+        parts = clip.clips if isinstance(clip, JointClip) else [clip]
+        self._texts = [
+            ModelPatcher(PezTextEncoder(part.model), load_device, offload_device) for part in parts
+        ]
+        for part in parts:
+            images = ModelPatcher(part.model.visual, load_device, offload_device)
+            part.image_tower = partial(self._lend, images)
+
+    @contextmanager
+    def in_use(self, searches: int = 1, prompt_len: int = 75) -> Iterator[AnyClip]:
+        """The CLIP, ready for gradients, inside of what ComfyUI runs without them.
+
+        Args:
+            searches: how many run side by side.
+            prompt_len: tokens of each.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            _load(self._texts, _needed(self.clip, searches, prompt_len))
+            yield self.clip
+
+    def search(
+        self, run: Callable[[AnyClip, int | None], Found], searches: int, prompt_len: int
+    ) -> Found:
+        """Run a task; where memory runs out, once more with half of the searches side by side.
+
+        Args:
+            run: gets the CLIP and `at_once` of the tasks of `pez_core`.
+            searches: how many there are, one for each image and restart.
+            prompt_len: tokens of each.
+
+        Raises:
+            torch.OutOfMemoryError: again, so that ComfyUI frees what it can and says so.
+        """
+        try:
+            with self.in_use(searches, prompt_len) as clip:
+                return run(clip, None)
+        except mm.OOM_EXCEPTION:
+            if searches < 2:
+                raise
+            log.warning("Out of memory with %d searches side by side; trying half.", searches)
+        # outside of the handler, whose traceback holds what has to be freed
+        mm.soft_empty_cache()
+        at_once = -(-searches // 2)
+        with self.in_use(at_once, prompt_len) as clip:
+            return run(clip, at_once)
+
+    @contextmanager
+    def _lend(self, images: ModelPatcher) -> Iterator[None]:
+        """An image tower on the device for as long as targets are encoded."""
+        _load([images], 0)
+        try:
+            yield
+        finally:
+            _unload(images)
+            # loading the one may have driven out the others
+            _load(self._texts, 0)
+
+
+def _load(patchers: list[ModelPatcher], memory_required: int) -> None:
+    with torch.inference_mode(False):
+        mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
+        for patcher in patchers:
+            # a model that was moved by another node has weights that gradients cannot pass
+            if any(weight.is_inference() for weight in patcher.model.parameters()):
+                patcher.model._apply(torch.Tensor.clone)
+
+
+def _unload(patcher: ModelPatcher) -> None:
+    for loaded in [one for one in mm.current_loaded_models if one.model is patcher]:
+        loaded.model_unload()
+        mm.current_loaded_models.remove(loaded)
+    mm.soft_empty_cache()
+
+
+def _needed(clip: AnyClip, searches: int, prompt_len: int) -> int:
+    """Bytes that a search holds beside the weights; Korthikanti et al. 2022 count 34 per value."""
+    needed = 0
+    for part in clip.clips if isinstance(clip, JointClip) else [clip]:
+        tower = part.text.tower.transformer
+        values = searches * (prompt_len + 2) * tower.width * tower.layers
+        table = len(clip.vocabulary) * tower.width * 4
+        needed += 34 * values + table + searches * prompt_len * len(clip.vocabulary) * 4
+    return needed

@@ -1,0 +1,139 @@
+"""Which CLIPs an artist can choose, and where their files are in ComfyUI's own folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+
+from ..pez_core import AnyClip, JointClip, load_clip
+from ..pez_core.clip.files import find_clip
+from ..pez_core.clip.load import download_size, fetch_weights
+
+FOLDER = "pez"
+FOLDERS = (FOLDER, "clip_vision", "text_encoders")
+"""Folders of ComfyUI that may hold files with both towers of a CLIP."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that open_clip publishes."""
+
+    name: str
+    pretrained: str
+
+    @property
+    def file(self) -> str:
+        """What the file is called in `models/pez`."""
+        return f"{self.name}.{self.pretrained}.safetensors"
+
+
+VIT_L = Weights("ViT-L-14", "openai")
+VIT_H = Weights("ViT-H-14", "laion2b_s32b_b79k")
+VIT_BIGG = Weights("ViT-bigG-14", "laion2b_s39b_b160k")
+
+BUNDLED = "bundled emoji CLIP (no download)"
+PRESETS = {
+    "SD 1.5 (ViT-L/14)": [VIT_L],
+    "SD 2.x (ViT-H/14)": [VIT_H],
+    "SDXL (L + bigG)": [VIT_L, VIT_BIGG],
+}
+
+
+def register_folder() -> None:
+    """Make `models/pez` known, so that `extra_model_paths.yaml` can move it."""
+    path = os.path.join(folder_paths.models_dir, FOLDER)
+    os.makedirs(path, exist_ok=True)
+    folder_paths.add_model_folder_path(FOLDER, path)
+
+
+def choices() -> list[str]:
+    """What the model list offers: presets, the bundled CLIP, and files that hold a whole CLIP."""
+    found = []
+    for folder in FOLDERS:
+        for file in folder_paths.get_filename_list(folder):
+            path = folder_paths.get_full_path(folder, file)
+            if path and path.endswith(".safetensors") and _holds_clip(path):
+                found.append(f"{folder}/{file}".replace("\\", "/"))
+    return [*PRESETS, BUNDLED, *found]
+
+
+def file_of(choice: str) -> Path | None:
+    """The file that a choice like `pez/my-clip.safetensors` names, inside ComfyUI's folders."""
+    folder, _, file = choice.partition("/")
+    path = folder_paths.get_full_path(folder, file) if folder in FOLDERS else None
+    return Path(path) if path else None
+
+
+def load(
+    choice: str,
+    download: bool,
+    progress: Callable[[int, int], None] | None = None,
+    **options,
+) -> AnyClip:
+    """Load what was chosen.
+
+    Args:
+        choice: one of `choices()`.
+        download: fetch weights that are missing into `models/pez`.
+        progress: called with bytes that are here and all bytes of the file that is being fetched.
+        options: `device` and `dtype` of `load_clip`.
+
+    Raises:
+        ValueError: an unknown choice, or weights that are missing; with folder, name and size.
+        OSError: the download failed.
+    """
+    if choice == BUNDLED:
+        return load_clip("emoji-clip", **options)
+    if choice not in PRESETS:
+        path = file_of(choice)
+        if path is None:
+            raise ValueError(
+                f"`model` is {choice!r}, which is not on this disk: put the file into "
+                f"{_places()} and press R, or choose another."
+            )
+        return load_clip(str(path), **options)
+    wanted = PRESETS[choice]
+    missing = [weights for weights in wanted if _path(weights) is None]
+    if missing and not download:
+        raise ValueError(_how_to_get(choice, missing))
+    for weights in missing:
+        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        path = folder / weights.file
+        fetch_weights(weights.name, weights.pretrained, path, progress, only_safetensors=True)
+    # the name of the file says which activation the weights were trained with
+    clips = [load_clip(str(_path(weights)), **options) for weights in wanted]
+    return clips[0] if len(clips) == 1 else JointClip(clips)
+
+
+def _path(weights: Weights) -> Path | None:
+    path = folder_paths.get_full_path(FOLDER, weights.file)
+    return Path(path) if path else None
+
+
+def _how_to_get(choice: str, missing: list[Weights]) -> str:
+    total = sum(download_size(w.name, w.pretrained) for w in missing)
+    files = ", ".join(f"{w.file} ({download_size(w.name, w.pretrained):.2f} GB)" for w in missing)
+    return (
+        f"{choice} is not on this disk yet. Turn on `download` to fetch {total:.2f} GB into "
+        f"{folder_paths.get_folder_paths(FOLDER)[0]}, or put there by hand: {files}. The README "
+        f"has the links. To try PEZ without a download choose {BUNDLED!r}."
+    )
+
+
+def _places() -> str:
+    return " or ".join(f"models/{folder}" for folder in FOLDERS)
+
+
+def _holds_clip(path: str) -> bool:
+    status = os.stat(path)
+    return _header_holds_clip(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _header_holds_clip(path: str, modified: int, size: int) -> bool:
+    return find_clip(Path(path)) is not None
