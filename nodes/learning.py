@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from comfy_api.latest import io
@@ -242,14 +243,15 @@ class ImageToPrompt(_Learns):
         def run(clip: Any, at_once: int | None) -> list[Found]:
             found = []
             for turn, (group, caption) in enumerate(groups):
-                results = invert(
-                    clip,
-                    group,
-                    template=_template(caption),
-                    callback=live.turn(turn, len(groups)),
-                    at_once=at_once,
-                    **options,
-                )
+                with _speaking_of_captions():
+                    results = invert(
+                        clip,
+                        group,
+                        template=_template(caption),
+                        callback=live.turn(turn, len(groups)),
+                        at_once=at_once,
+                        **options,
+                    )
                 found += live.found([results] if shared else results)
             return found
 
@@ -269,6 +271,15 @@ def _template(caption: str) -> str:
     if caption.count("{}") > 1:
         raise ValueError("`caption` has to hold {} once at most, where the learned words go.")
     return caption if "{}" in caption else f"{caption} {{}}".strip()
+
+
+@contextmanager
+def _speaking_of_captions() -> Iterator[None]:
+    """Errors about the template of a search name the widget that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("template", "caption")) from error
 
 
 def _searched(

@@ -33,9 +33,12 @@ class PezTextEncoder(nn.Module):
         self._model = [model]  # in a list, so that it is no part of this one
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # parameters change in place when they move, but buffers are replaced
+        # what lies in the model itself would stay behind: buffers are replaced when they move, and
+        # parameters where the two devices have little in common
         super()._apply(fn, recurse)
         (model,) = self._model
+        for name, parameter in self.named_parameters(recurse=False):
+            setattr(model, name, parameter)
         for name, buffer in model.named_buffers(recurse=False):
             setattr(model, name, fn(buffer))
         return self

@@ -1,0 +1,134 @@
+"""What cannot be seen from outside: the model manager, and ComfyUI's own tokenizer."""
+
+from __future__ import annotations
+
+from pez_core import load_clip
+from pez_core.prompt_text import chunks, pieces
+
+from .inside import inside
+
+LOADED = """
+from pez_pack.nodes.memory import LoadedClip
+from pez_pack.pez_core import load_clip, invert
+cpu = torch.device("cpu")
+clip = load_clip("emoji-clip", device="cpu")
+loaded = LoadedClip(clip, cpu, cpu)
+image = torch.rand(64, 64, 3)
+def find(clip, at_once):
+    return invert(clip, image, prompt_len=3, steps=5, restarts=3, at_once=at_once).prompt
+"""
+
+
+def test_out_of_memory_is_tried_once_more_with_half_of_the_searches():
+    tries, reraised = inside(
+        LOADED
+        + """
+tries = []
+def once(clip, at_once):
+    tries.append(at_once)
+    if at_once is None:
+        raise torch.OutOfMemoryError("full")
+    return find(clip, at_once)
+found = loaded.search(once, 3, 3)
+assert found == loaded.search(find, 3, 3)
+
+def always(clip, at_once):
+    tries.append(at_once)
+    raise torch.OutOfMemoryError("full")
+try:
+    loaded.search(always, 3, 3)
+except torch.OutOfMemoryError as error:
+    answer([tries, mm.is_oom(error)])
+"""
+    )
+    assert tries == [None, 2, None, 2] and reraised
+
+
+def test_a_model_that_was_moved_in_inference_mode_can_be_searched_again():
+    moved, healed, prompts = inside(
+        LOADED
+        + """
+before = loaded.search(find, 3, 3)
+with torch.inference_mode():  # what evicts a model while a sampler runs
+    clip.model.to(torch.float64)
+    clip.model.to(torch.float32)
+moved = any(weight.is_inference() for weight in clip.model.parameters())
+after = loaded.search(find, 3, 3)
+healed = not any(weight.is_inference() for weight in clip.text.tower.parameters())
+answer([moved, healed, [before, after]])
+"""
+    )
+    assert moved and healed and prompts[0] == prompts[1]
+
+
+def test_the_model_manager_knows_both_towers_and_the_image_tower_leaves():
+    during, after, sizes = inside(
+        LOADED
+        + """
+names = lambda: sorted(type(m.model.model).__name__ for m in mm.current_loaded_models)
+during = []
+encode = clip.model.encode_image
+def watched(batch):
+    during.extend(names())
+    return encode(batch)
+clip.model.encode_image = watched
+loaded.search(find, 3, 3)
+text, = loaded._texts
+everything = sum(p.numel() * p.element_size() for p in clip.model.parameters())
+images = sum(p.numel() * p.element_size() for p in clip.model.visual.parameters())
+answer([during, names(), [text.model_size(), everything - images]])
+"""
+    )
+    assert during == ["ModifiedResNet", "PezTextEncoder"] and after == ["PezTextEncoder"]
+    # the manager counts buffers such as the attention mask, too
+    assert sizes[1] <= sizes[0] <= sizes[1] + 77 * 77 * 4 + 64
+
+
+def test_the_text_tower_moves_with_its_buffers():
+    """What the manager moves is all that a search uses: parameters, and the mask."""
+    places = inside(
+        LOADED
+        + """
+text, = loaded._texts
+text.model.to("meta")
+model = clip.model
+left = {n for n, p in model.named_parameters() if p.device.type != "meta"}
+answer([
+    sorted({n.split(".")[0] for n in left}),
+    model.attn_mask.device.type,
+    clip.device.type,
+    next(model.visual.parameters()).device.type,
+])
+"""
+    )
+    assert places == [["visual"], "meta", "meta", "cpu"]
+
+
+LONG = [
+    "a red car",
+    "word " * 200,
+    "a (very long:1.3) " * 40,
+    "one two three, " * 30 + "(a weighted phrase of several words:1.2) " + "four " * 60,
+    r"a \(quoted\) phrase and (nested (weights:1.1) here)",
+]
+
+
+def test_long_prompts_are_chunked_as_comfyui_chunks_them():
+    """The very tokens of each chunk, by ComfyUI's own tokenizer."""
+    theirs = inside(
+        f"""
+from comfy.sd1_clip import SDTokenizer
+tokenizer = SDTokenizer()
+answer([
+    [[int(token) for token, *_ in row] for row in tokenizer.tokenize_with_weights(prompt)]
+    for prompt in {LONG!r}
+])
+"""
+    )
+    clip = load_clip("emoji-clip", device="cpu")
+    start, end = 49406, 49407
+    for prompt, rows in zip(LONG, theirs, strict=True):
+        groups = [clip.text.words.encode(piece.read) for piece in pieces(prompt)]
+        ours = chunks(groups, clip.text.max_prompt_len)
+        assert [row[1 : row.index(end)] for row in rows] == ours, prompt
+        assert all(row[0] == start for row in rows)
