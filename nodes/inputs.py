@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -169,3 +170,28 @@ def allowed(vocabulary: Vocabulary | None, blocked: str | None) -> Vocabulary:
     vocabulary = Vocabulary(blocked=UNSAFE_WORDS) if vocabulary is None else vocabulary
     forbidden = [*SYNTAX, *phrases(blocked)]
     return vocabulary & Vocabulary(blocked=forbidden, whole_words=False)
+
+
+# What `pez_core` says to people who write code -> what is on the screen.
+_ON_SCREEN = {
+    "`bank`": "`only`",
+    "load the model with dtype=torch.float32, or with torch.bfloat16 if it was float16": (
+        "choose another `precision` in PEZ Load CLIP, such as float32"
+    ),
+}
+
+
+@contextmanager
+def naming_widgets(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name arguments of `pez_core` name the widgets that they came from.
+
+    Args:
+        names: what stands in the message -> what people see on the node.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, FloatingPointError) as error:
+        message = str(error)
+        for name, widget in {**_ON_SCREEN, **names}.items():
+            message = message.replace(name, widget)
+        raise type(error)(message) from error

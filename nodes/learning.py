@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from comfy_api.latest import io
@@ -12,7 +11,7 @@ from ..pez_core import concatenate, distill, extract_style, invert
 from ..pez_core.tasks import check_style_template
 from . import inputs
 from .found import Found
-from .inputs import CATEGORY, allowed, lines, one, pictures, texts
+from .inputs import CATEGORY, allowed, lines, naming_widgets, one, pictures, texts
 from .kept import Kept, digests, store_in_workflow
 from .live import Live, tell
 from .memory import LoadedClip
@@ -27,6 +26,8 @@ class _Learns(io.ComfyNode):
     """
 
     NEEDED_TO_LEARN: ClassVar[tuple[str, ...]] = ()
+    WIDGETS: ClassVar[dict[str, str]] = {}
+    """What `pez_core` calls an argument in its errors -> the widget that it came from."""
 
     @classmethod
     def learn(cls, live: Live, **values: Any) -> list[Found]:
@@ -53,7 +54,7 @@ class _Learns(io.ComfyNode):
             changed = before.changed(now)
             outputs = cls.outputs(before.found, **values)
             return _output(cls.hidden, outputs, before, "kept", changed)
-        with Live(cls.hidden) as live:
+        with Live(cls.hidden) as live, naming_widgets(cls.WIDGETS):
             learned = Kept(cls.learn(live, **values), now)
             outputs = cls.outputs(learned.found, **values)
         store_in_workflow(cls.hidden.extra_pnginfo, node, learned.to_text())
@@ -113,6 +114,11 @@ class ImageToPrompt(_Learns):
     """A prompt for each image, or one for all."""
 
     NEEDED_TO_LEARN = ("clip", "images", "vocabulary", "avoid_images")
+    WIDGETS: ClassVar[dict[str, str]] = {
+        "template": "caption",
+        "`negative_weights`": "`avoid_weight`",
+        "`negative`": "`avoid`",
+    }
     _EACH, _ALL = "one prompt per image", "one prompt for all images"
 
     @classmethod
@@ -210,7 +216,8 @@ class ImageToPrompt(_Learns):
                 io.Float.Output(
                     "similarity",
                     is_output_list=True,
-                    tooltip="How similar CLIP finds prompt and image, at most 1.",
+                    tooltip="How similar CLIP finds prompt and image, at most 1. For a negative "
+                    "prompt: prompt and what is to be avoided.",
                 ),
                 *_candidates(),
             ],
@@ -243,15 +250,14 @@ class ImageToPrompt(_Learns):
         def run(clip: Any, at_once: int | None) -> list[Found]:
             found = []
             for turn, (group, caption) in enumerate(groups):
-                with _speaking_of_captions():
-                    results = invert(
-                        clip,
-                        group,
-                        template=_template(caption),
-                        callback=live.turn(turn, len(groups)),
-                        at_once=at_once,
-                        **options,
-                    )
+                results = invert(
+                    clip,
+                    group,
+                    template=_template(caption),
+                    callback=live.turn(turn, len(groups)),
+                    at_once=at_once,
+                    **options,
+                )
                 found += live.found([results] if shared else results)
             return found
 
@@ -273,15 +279,6 @@ def _template(caption: str) -> str:
     return caption if "{}" in caption else f"{caption} {{}}".strip()
 
 
-@contextmanager
-def _speaking_of_captions() -> Iterator[None]:
-    """Errors about the template of a search name the widget that it came from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("template", "caption")) from error
-
-
 def _searched(
     values: dict[str, Any], run: Callable[[Any, int | None], list[Found]], goals: int, length: int
 ) -> list[Found]:
@@ -293,6 +290,10 @@ class ExtractStyle(_Learns):
     """What several images have in common, as words."""
 
     NEEDED_TO_LEARN = ("clip", "images", "vocabulary")
+    WIDGETS: ClassVar[dict[str, str]] = {
+        "`template`": "`style_template`",
+        "`invert`": "PEZ Image to Prompt",
+    }
     _MODES: ClassVar[dict[str, str]] = {
         "style without content": "separate",
         "all that they share": "joint",
@@ -321,8 +322,8 @@ class ExtractStyle(_Learns):
                     default="a cat",
                     multiline=True,
                     placeholder="subjects, one a line",
-                    tooltip="What is to be made in the style, one a line. Changing it needs no new "
-                    "search.",
+                    tooltip="What is to be made in the style, one a line. With `keep` on, changing "
+                    "it needs no new search.",
                 ),
                 *inputs.search(
                     1000, 4, 8, "Length of the style prompt in tokens, which are about words."
@@ -413,6 +414,7 @@ class DistillPrompt(_Learns):
     """A shorter prompt that means the same."""
 
     NEEDED_TO_LEARN = ("clip", "vocabulary")
+    WIDGETS: ClassVar[dict[str, str]] = {"`prompt`": "`text`"}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -502,6 +504,7 @@ class ConcatPrompts(_Learns):
     _PROMPTS = ("prompt_1", "prompt_2", "prompt_3", "prompt_4")
     _IMAGES = ("images_1", "images_2")
     NEEDED_TO_LEARN = ("clip", "vocabulary", *_IMAGES)
+    WIDGETS: ClassVar[dict[str, str]] = {"`prompts`": "one of `prompt_1` to `prompt_4`"}
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..pez_core.clip.load import default_dtype
 from . import models
-from .inputs import CATEGORY, PezClip
+from .inputs import CATEGORY, PezClip, naming_widgets
 from .live import tell
 from .memory import LoadedClip
 
@@ -54,7 +54,8 @@ class LoadCLIP(io.ComfyNode):
                     default="automatic",
                     optional=True,
                     advanced=True,
-                    tooltip="Automatic takes bfloat16 on graphics cards that have it.",
+                    tooltip="Automatic takes bfloat16 on NVIDIA cards that have it, float16 on "
+                    "older ones, float32 elsewhere.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -96,5 +97,6 @@ class LoadCLIP(io.ComfyNode):
             if done == total:
                 tell(cls.hidden, f"downloaded {total / 1e9:.2f} GB")
 
-        clip = models.load(model, download, progress, device=offload_device, dtype=dtype)
+        with naming_widgets({"`name`": "`model`", "`pretrained`": "`model`"}):
+            clip = models.load(model, download, progress, device=offload_device, dtype=dtype)
         return io.NodeOutput(LoadedClip(clip, load_device, offload_device))

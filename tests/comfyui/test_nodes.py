@@ -285,7 +285,7 @@ FAILS = {
     "two places": (one_image(caption="{} and {}"), ["caption", "once"]),
     "one image": (
         SOURCES | {"pez": pez("PEZ_ExtractStyle", images=["fish", 0], subject="")},
-        ["at least two images"],
+        ["at least two images", "PEZ Image to Prompt"],
     ),
     "nothing to shorten": (
         {"clip": load(), "pez": pez("PEZ_DistillPrompt", text=" ", ratio=0.5)}, ["`text` is empty"],
@@ -300,7 +300,7 @@ FAILS = {
         one_image(vocabulary=["words", 0])
         | {"words": {"class_type": "PEZ_Vocabulary", "inputs": {
             "only": "qqxyzzy", "blocked": "", "block_unsafe": True, "ascii_only": False}}},
-        ["none of its 1 phrases"],
+        ["`only`", "none of its 1 phrases"],
     ),
 }  # fmt: skip
 

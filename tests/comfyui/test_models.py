@@ -1,0 +1,142 @@
+"""Models from ComfyUI's own folders, and downloads into them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from .inside import inside
+from .server import Client, ComfyServer
+
+NODES = {
+    "fish": {"class_type": "LoadImage", "inputs": {"image": "noto-fish.png"}},
+    "pez": {
+        "class_type": "PEZ_ImageToPrompt",
+        "inputs": {"clip": ["clip", 0], "images": ["fish", 0], "prompt_len": 3, "steps": 3,
+                   "restarts": 1, "seed": 0},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of the smallest plain CLIP that open_clip knows, in half precision."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.create_model("ViT-S-32-alt")
+    return {name: tensor.half() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def files(server: ComfyServer, small: dict[str, torch.Tensor]) -> Iterator[Path]:
+    """A whole CLIP beside an image tower alone, as artists have them in `models/clip_vision`."""
+    folder = server.folder / "models/clip_vision"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, half = folder / "whole-clip.safetensors", folder / "image-tower.safetensors"
+    save_file(small, whole)
+    save_file({k: t for k, t in small.items() if k.startswith("visual.")}, half)
+    yield whole
+    whole.unlink()
+    half.unlink()
+
+
+def options(client: Client) -> list[str]:
+    return client.object_info("PEZ_LoadCLIP")["input"]["required"]["model"][1]["options"]
+
+
+def test_a_file_with_both_towers_is_offered_and_works(client: Client, files: Path):
+    assert [o for o in options(client) if "/" in o and ".safetensors" in o] == [
+        "clip_vision/whole-clip.safetensors"
+    ]
+    clip = {"model": "clip_vision/whole-clip.safetensors", "download": False}
+    run = client.run(NODES | {"clip": {"class_type": "PEZ_LoadCLIP", "inputs": clip}})
+    assert run.status == "success", run.error
+
+    clip["model"] = "clip_vision/image-tower.safetensors"
+    run = client.run(NODES | {"clip": {"class_type": "PEZ_LoadCLIP", "inputs": clip}})
+    assert "does not hold both towers" in run.error["exception_message"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face Hub that serves a file, which breaks off once."""
+
+    content, breaks = b"", 1
+
+    def _head(self, length: int, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self._head(len(self.content))
+
+    def do_GET(self) -> None:
+        if "/resolve/" not in self.path:  # what the hub's own client asks about itself
+            self.send_error(404)
+            return
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self._head(len(self.content) - start, 206)
+        stop = len(self.content)
+        if Hub.breaks:
+            Hub.breaks -= 1
+            stop //= 2
+            self.close_connection = True
+        self.wfile.write(self.content[start:stop])
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_preset_is_downloaded_only_when_asked(
+    small: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Into models/pez, with progress, going on where the connection broke, then found there."""
+    save_file(small, tmp_path / "served.safetensors")
+    Hub.content = (tmp_path / "served.safetensors").read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    try:
+        refused, reports, files, name = inside(
+            f"""
+import folder_paths, open_clip
+folder_paths.models_dir = {str(folder)!r}
+from pez_pack.nodes import models
+models.register_folder()
+models.PRESETS["small"] = [models.Weights("ViT-S-32-alt", "a_tag")]
+open_clip.pretrained._PRETRAINED["ViT-S-32-alt"] = {{
+    "a_tag": open_clip.pretrained._pcfg(hf_hub="someone/small/")
+}}
+try:
+    models.load("small", False, device="cpu")
+except ValueError as error:
+    refused = str(error)
+reports = []
+progress = lambda done, total: reports.append([done, total])
+models.load("small", True, progress, device="cpu")
+count = len(reports)
+clip = models.load("small", False, progress, device="cpu")
+assert len(reports) == count
+import os
+answer([refused, reports[-1], os.listdir({str(folder / "pez")!r}), clip.name])
+"""
+        )
+    finally:
+        server.shutdown()
+    assert "Turn on `download`" in refused and "ViT-S-32-alt.a_tag.safetensors" in refused
+    assert reports == [len(Hub.content)] * 2 and Hub.breaks == 0
+    assert files == ["ViT-S-32-alt.a_tag.safetensors"] and name == "ViT-S-32-alt.a_tag"
+    assert os.path.getsize(folder / "pez" / files[0]) == len(Hub.content)
