@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
-    index = json.loads((EXAMPLES / "index.json").read_text())
+    index = list(map(json.loads, (EXAMPLES / "index.jsonl").open()))
     clip = load_clip(arguments.clip, device="cpu")
     images = [load_image(EXAMPLES / row["file"]) for row in index]
     found = []

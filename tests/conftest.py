@@ -46,7 +46,7 @@ def tiny_clip() -> Clip:
 @pytest.fixture(scope="session")
 def vit_clip() -> Clip:
     """A second real CLIP of another build, trained here on the examples and their names."""
-    rows = json.loads((ROOT / "examples/index.json").read_text())
+    rows = list(map(json.loads, (ROOT / "examples/index.jsonl").open()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLIP(

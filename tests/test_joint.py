@@ -19,7 +19,7 @@ def joint(emoji_clip, vit_clip):
 
 
 def test_the_second_clip_has_really_learned(vit_clip):
-    rows = json.loads((ROOT / "examples/index.json").read_text())
+    rows = list(map(json.loads, (ROOT / "examples/index.jsonl").open()))
     images = vit_clip.encode_images([load_image(ROOT / "examples" / r["file"]) for r in rows])
     texts = vit_clip.encode_texts([" ".join([row["name"], *row["words"]]) for row in rows])
     hits = (images @ texts.T).argmax(1) == torch.arange(len(rows))

@@ -54,7 +54,7 @@ def test_open_clip_alone_can_load_the_bundled_model():
 
 
 def test_there_are_enough_examples():
-    index = json.loads((ROOT / "examples/index.json").read_text())
+    index = list(map(json.loads, (ROOT / "examples/index.jsonl").open()))
     assert len(EXAMPLES) >= 24
     assert sorted(row["file"] for row in index) == [path.name for path in EXAMPLES]
 
@@ -63,7 +63,7 @@ def test_the_bundled_model_recognises_the_examples(emoji_clip):
     """Names of all the examples against their images, none of which it saw in training."""
     from pez_core.clip.images import load_image
 
-    index = json.loads((ROOT / "examples/index.json").read_text())
+    index = list(map(json.loads, (ROOT / "examples/index.jsonl").open()))
     images = emoji_clip.encode_images([load_image(ROOT / "examples" / r["file"]) for r in index])
     names = emoji_clip.encode_texts([row["name"] for row in index])
     best = (images @ names.T).argmax(1).tolist()

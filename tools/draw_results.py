@@ -28,7 +28,8 @@ def wrapped(words: list[str], font, width: float) -> list[list[str]]:
 
 def main() -> None:
     rows = json.loads((ROOT / "benchmarks/results/examples.json").read_text())
-    index = {row["file"]: row for row in json.loads((ROOT / "examples/index.json").read_text())}
+    rows = map(json.loads, (ROOT / "examples/index.jsonl").open())
+    index = {row["file"]: row for row in rows}
     shown, counts = [], {}
     for row in rows:
         style = index[row["file"]]["style"]

@@ -4,7 +4,7 @@
 
 Ten drawings each of the two styles whose names were held out and of the style that was held out
 whole, among smileys, animals, food, places, activities and objects (no people, signs or flags).
-Writes 256-pixel PNGs and `index.json` with each drawing's name and keywords.
+Writes 256-pixel PNGs and `index.jsonl` with each drawing's name and keywords.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main(folder: Path = Path("build/emoji"), out: Path = Path("examples")) -> No
                     "unseen": drawing.split.removeprefix("held-out "),
                 }
             )
-    (out / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    # not .json: ComfyUI takes every such file in a folder of this name for a workflow
+    (out / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in index))
 
 
 if __name__ == "__main__":
