@@ -1,0 +1,355 @@
+"""The live view in a browser, in both of ComfyUI's renderers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from .browser import SETTINGS, Editor, chromium
+from .server import Client, ComfyServer
+
+IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
+EMOJI_CLIP = "bundled emoji CLIP (no download)"
+
+expect.set_options(timeout=60_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes2"])
+def renderer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def open_editor(browser: Browser, server: ComfyServer, client: Client, renderer: str) -> Editor:
+    nodes2 = renderer == "nodes2"
+    client.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2}).raise_for_status()
+    editor = Editor(browser, server.url)
+    yield editor
+    editor.close()
+
+
+@pytest.fixture
+def editor(open_editor: Editor, client: Client) -> Iterator[Editor]:
+    yield open_editor
+    client.interrupt()
+    complaints, open_editor.complaints = open_editor.complaints, []
+    assert complaints == []
+
+
+@pytest.fixture
+def snap(open_editor: Editor, renderer: str, tmp_path: Path):
+    """Save what the browser shows, for a person to look at."""
+    folder = Path(os.environ.get("PEZ_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: open_editor.page.screenshot(path=folder / f"{renderer}-{name}.png")
+
+
+def workflow(images: int = 1, kept: str = "", keep: bool = False, **values: Any) -> dict:
+    """LoadImage and PEZ Load CLIP -> PEZ Image to Prompt -> PreviewAny and PEZ Score Prompt."""
+    settings = {"prompt_len": 8, "steps": 600, "restarts": 2, "seed": 0, **values}
+    learner = [
+        *(settings[name] for name in ("prompt_len", "steps", "restarts", "seed")),
+        *("fixed", "one prompt per image", "", "", 0.5, False, "", settings.get("blocked", "")),
+        *(0.1, 0.1, 0, keep, kept),
+    ]
+    nodes = [
+        node(IMAGE, "LoadImage", (40, 40), [], [("IMAGE", "IMAGE")], ["noto-parrot.png", "image"]),
+        node(CLIP, "PEZ_LoadCLIP", (40, 460), [], [("clip", "PEZ_CLIP")], [EMOJI_CLIP, False]),
+        node(
+            LEARNER,
+            "PEZ_ImageToPrompt",
+            (420, 40),
+            [("clip", "PEZ_CLIP"), ("images", "IMAGE")],
+            [("prompt", "STRING")],
+            learner,
+            size=(420, 720),
+        ),
+        node(PREVIEW, "PreviewAny", (940, 40), [("source", "*")], [], []),
+    ]
+    links = [(CLIP, LEARNER, 0), (IMAGE, LEARNER, 1), (LEARNER, PREVIEW, 0)]
+    if images > 1:
+        batch = {"id": 6, "type": "ImageBatch", "pos": [40, 640], "size": [200, 60]}
+        batch["inputs"] = [slot("image1", "IMAGE"), slot("image2", "IMAGE")]
+        batch["outputs"] = [slot("IMAGE", "IMAGE")]
+        nodes.append(batch)
+        links = [(CLIP, LEARNER, 0), (IMAGE, "6", 0), (IMAGE, "6", 1), ("6", LEARNER, 1)]
+    return wired(nodes, links)
+
+
+def node(
+    node_id: str,
+    kind: str,
+    pos: tuple[int, int],
+    inputs: list[tuple[str, str]],
+    outputs: list[tuple[str, str]],
+    values: list[Any],
+    size: tuple[int, int] = (280, 320),
+) -> dict[str, Any]:
+    return {
+        "id": int(node_id),
+        "type": kind,
+        "pos": list(pos),
+        "size": list(size),
+        "inputs": [slot(*one) for one in inputs],
+        "outputs": [slot(*one) for one in outputs],
+        "widgets_values": values,
+    }
+
+
+def slot(name: str, kind: str) -> dict[str, Any]:
+    return {"name": name, "type": kind}
+
+
+def wired(nodes: list[dict], links: list[tuple[str, str, int]]) -> dict[str, Any]:
+    """A workflow of these nodes, with links from first outputs to inputs by their numbers."""
+    by_id = {str(one["id"]): one for one in nodes}
+    table = []
+    for k, (source, target, place) in enumerate(links, start=1):
+        out, into = by_id[source]["outputs"][0], by_id[target]["inputs"][place]
+        out.setdefault("links", []).append(k)
+        into["link"] = k
+        table.append([k, int(source), 0, int(target), place, out["type"]])
+    return {
+        "id": str(uuid.uuid4()),
+        "last_node_id": max(map(int, by_id)),
+        "last_link_id": len(table),
+        "nodes": nodes,
+        "links": table,
+        "version": 0.4,
+    }
+
+
+def kept_text(*prompts: str, inputs: dict[str, str] | None = None) -> str:
+    items = [
+        {
+            "prompt": prompt,
+            "similarity": 0.5,
+            "words": [[word, 0.1 - 0.06 * k] for k, word in enumerate(prompt.split())],
+            "curve": [[1, 0.1], [20, 0.4], [50, 0.5]],
+        }
+        for prompt in prompts
+    ]
+    return json.dumps({"version": 1, "items": items, "inputs": inputs or {}})
+
+
+def kept_in(saved: dict[str, Any], node_id: str = LEARNER) -> str:
+    (one,) = [one for one in saved["nodes"] if str(one["id"]) == node_id]
+    return one["widgets_values"][-1]
+
+
+def state(editor: Editor, *states: str) -> None:
+    """Wait until the live view says one of these."""
+    expect(editor.live()).to_have_attribute("data-state", re.compile(f"^({'|'.join(states)})$"))
+
+
+def words(editor: Editor) -> list[str]:
+    return editor.live().locator(".pez-word").all_inner_texts()
+
+
+def queue_and_wait(editor: Editor, client: Client) -> dict[str, Any]:
+    """Queue the open workflow; returns what the server's history says of the run."""
+    before = set(client.get("/history").json())
+    editor.queue()
+    for _ in range(300):
+        after = client.get("/history").json()
+        if new := after.keys() - before:
+            return after[new.pop()]
+        editor.page.wait_for_timeout(100)
+    raise TimeoutError("The prompt does not end")
+
+
+def cached(run: dict[str, Any]) -> set[str]:
+    messages = dict(run["status"]["messages"])
+    return set(messages["execution_cached"]["nodes"])
+
+
+def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Client, snap):
+    editor.load(workflow(steps=150))
+    state(editor, "idle")
+    snap("idle")
+
+    editor.queue()
+    state(editor, "running")
+    expect(editor.live().locator(".pez-word").first).to_be_visible()
+    step = editor.live().locator(".pez-status")
+    first = step.inner_text()
+    assert re.fullmatch(r"Step \d+ of 150", first)
+    snap("running")
+    expect(step).not_to_have_text(first)
+    state(editor, "done")
+    assert words(editor)
+    snap("done")
+
+    saved = kept_in(editor.serialized())
+    assert json.loads(saved)["items"][0]["prompt"].split() == words(editor)
+    assert not editor.page.locator(".lg-node-widget", has_text="version").count()
+
+    again = queue_and_wait(editor, client)
+    assert cached(again) >= {IMAGE, CLIP, LEARNER, PREVIEW}
+
+    # before the switch, for the next prompt has to be the kept one
+    editor.set_widget(LEARNER, "keep", True)
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    kept = queue_and_wait(editor, client)
+    start, *_, end = (data["timestamp"] for _, data in kept["status"]["messages"])
+    assert end - start < 1000
+    assert kept["outputs"][LEARNER]["pez"][0]["state"] == "kept"
+    assert kept["outputs"][LEARNER]["text"] == [" ".join(words(editor))]
+
+    changed = editor.live().locator(".pez-changed")
+    expect(changed).to_be_empty()
+    editor.set_widget(LEARNER, "steps", 151)
+    expect(changed).to_have_text("Learned with other settings: steps")
+    snap("out-of-date")
+    editor.set_widget(LEARNER, "steps", 150)
+    expect(changed).to_be_empty()
+
+
+def test_a_click_on_a_word_blocks_it(editor: Editor, client: Client, snap):
+    editor.load(workflow(kept=kept_text("red, (parrot) sea"), blocked="blue"))
+    state(editor, "stored")
+    assert words(editor) == ["red,", "(parrot)", "sea"]
+    word = editor.live().get_by_role("button", name="(parrot)")
+    word.click()
+    expect(word).to_have_attribute("aria-pressed", "true")
+    assert editor.widget(LEARNER, "blocked") == "blue, parrot"
+    expect(editor.live().locator(".pez-blocked")).to_be_visible()
+    snap("blocked")
+    word.click()
+    expect(word).to_have_attribute("aria-pressed", "false")
+    assert editor.widget(LEARNER, "blocked") == "blue"
+    expect(editor.live().locator(".pez-blocked")).to_be_hidden()
+
+
+def test_what_a_strangers_workflow_keeps_is_text(editor: Editor):
+    evil = "<img src=x onerror=alert(1)> <b>bold</b>"
+    editor.load(workflow(kept=kept_text(evil), keep=True))
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert words(editor) == evil.split()
+    assert not editor.live().locator("img, b").count()
+    for broken in ("{", "[]", '{"items": [{"prompt": 3}]}', '{"items": {"a": 1}}'):
+        editor.load(workflow(kept=broken))
+        state(editor, "idle")
+        assert kept_in(editor.serialized()) == broken
+
+
+def test_several_prompts_are_rows(editor: Editor, snap):
+    editor.load(workflow(kept=kept_text("red parrot", "blue fish in the sea", "old dog")))
+    rows = editor.live().locator(".pez-row")
+    expect(rows).to_have_count(3)
+    snap("rows")
+    rows.nth(1).click()
+    assert words(editor) == "blue fish in the sea".split()
+    editor.live().get_by_role("button", name="Copy", exact=True).click()
+    assert editor.page.evaluate("navigator.clipboard.readText()") == "blue fish in the sea"
+    snap("row-opened")
+    rows.nth(1).click()
+    editor.live().get_by_role("button", name="Copy all").click()
+    copied = editor.page.evaluate("navigator.clipboard.readText()")
+    assert copied.split("\n") == ["red parrot", "blue fish in the sea", "old dog"]
+
+
+def test_two_images_are_learned_side_by_side(editor: Editor):
+    editor.load(workflow(images=2, steps=30))
+    editor.queue()
+    expect(editor.live().locator(".pez-row")).to_have_count(2)
+    state(editor, "done")
+    assert len(json.loads(kept_in(editor.serialized()))["items"]) == 2
+
+
+def test_a_reload_finds_the_run_again_and_finish_ends_it(editor: Editor, client: Client, snap):
+    editor.load(workflow(steps=20_000, seed=1))
+    editor.queue()
+    state(editor, "running")
+    editor.reload()
+    state(editor, "running")
+    expect(editor.live().locator(".pez-word").first).to_be_visible()
+    editor.live().get_by_role("button", name="Finish now").click()
+    state(editor, "finished")
+    assert client.get("/pez/live").json() == []
+    assert json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split() == words(editor)
+    snap("finished")
+
+
+def test_a_cancelled_run_still_shows_its_best(editor: Editor, client: Client, snap):
+    editor.load(workflow(steps=20_000, seed=2))
+    editor.queue()
+    expect(editor.live().locator(".pez-word").first).to_be_visible()
+    client.interrupt()
+    state(editor, "cancelled")
+    assert words(editor)
+    assert kept_in(editor.serialized()) == ""
+    snap("cancelled")
+
+
+def test_a_result_waits_for_its_workflow(editor: Editor, client: Client):
+    first, second = workflow(steps=100, seed=3), workflow(steps=100, seed=3)
+    editor.load(first)
+    run = editor.page.evaluate("() => app.queuePrompt(0)")
+    assert run
+    state(editor, "running")
+    editor.load(second)
+    state(editor, "idle")
+    for _ in range(300):
+        if client.get("/queue").json()["queue_running"] == []:
+            break
+        editor.page.wait_for_timeout(100)
+    state(editor, "idle")
+    assert kept_in(editor.serialized()) == ""
+    editor.open_previous()
+    state(editor, "done")
+    assert editor.serialized()["id"] == first["id"]
+    assert json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split() == words(editor)
+
+
+def test_a_node_in_a_subgraph_has_its_live_view(editor: Editor, snap):
+    editor.load(workflow(steps=30, seed=4))
+    editor.page.evaluate(
+        "id => app.rootGraph.convertToSubgraph(new Set([app.rootGraph.getNodeById(id)]))", LEARNER
+    )
+    editor.queue()
+    editor.page.evaluate("() => app.canvas.setGraph([...app.rootGraph.subgraphs.values()][0])")
+    state(editor, "done")
+    assert words(editor)
+    snap("subgraph")
+    (subgraph,) = editor.serialized()["definitions"]["subgraphs"]
+    (learner,) = [one for one in subgraph["nodes"] if one["type"] == "PEZ_ImageToPrompt"]
+    assert json.loads(learner["widgets_values"][-1])["items"][0]["prompt"].split() == words(editor)
+    editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+
+
+def test_scores_are_shown(editor: Editor, snap):
+    text = "a green parrot with a red head"
+    score = node(
+        SCORE,
+        "PEZ_ScorePrompt",
+        (420, 40),
+        [("clip", "PEZ_CLIP"), ("images", "IMAGE")],
+        [],
+        [text, 0.0],
+        size=(420, 500),
+    )
+    nodes = [one for one in workflow()["nodes"] if str(one["id"]) in (IMAGE, CLIP)]
+    for one in nodes:
+        one["outputs"] = [slot(out["name"], out["type"]) for out in one["outputs"]]
+    editor.load(wired([*nodes, score], [(CLIP, SCORE, 0), (IMAGE, SCORE, 1)]))
+    state(editor, "idle")
+    editor.queue()
+    state(editor, "done")
+    assert words(editor) == text.split()
+    assert not editor.live().locator("button.pez-word").count()
+    snap("score")

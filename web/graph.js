@@ -1,0 +1,86 @@
+import { app } from "../../scripts/app.js";
+
+/** The graph of the open workflow, whichever of its subgraphs is on the screen. */
+export const rootGraph = () => app.rootGraph ?? app.graph;
+
+/**
+ * All nodes of the open workflow with their execution ids, which are paths such as `12:5`.
+ * @returns {Generator<[string, object]>}
+ */
+export function* allNodes(graph = rootGraph(), path = "") {
+  for (const node of graph?.nodes ?? []) {
+    const id = path + node.id;
+    yield [id, node];
+    if (node.isSubgraphNode?.()) yield* allNodes(node.subgraph, `${id}:`);
+  }
+}
+
+/**
+ * A node of the open workflow.
+ * @param {string} executionId
+ */
+export function findNode(executionId) {
+  let graph = rootGraph();
+  let node;
+  for (const id of executionId.split(":")) {
+    node = graph?.nodes.find((one) => String(one.id) === id);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/**
+ * A widget of a node by its name.
+ * @param {object} node
+ * @param {string} name
+ */
+export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+
+/**
+ * Whether a widget gets its value through a link, so that the one it shows does not count.
+ * @param {object} node
+ * @param {string} name
+ */
+export const isLinked = (node, name) =>
+  node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
+
+/**
+ * What the page calls an input of a node.
+ * @param {object} node
+ * @param {string} name
+ * @returns {string}
+ */
+export function labelOf(node, name) {
+  const input = node.inputs?.find((one) => one.name === name);
+  return input?.label ?? input?.localized_name ?? widgetOf(node, name)?.label ?? name;
+}
+
+/**
+ * Set a widget as a person would: the workflow counts as modified, and it can be undone.
+ * @param {object} node
+ * @param {string} name
+ * @param {string} value
+ */
+export function setWidget(node, name, value) {
+  const widget = widgetOf(node, name);
+  if (!widget || widget.value === value) return;
+  app.canvas?.emitBeforeChange?.();
+  widget.value = value;
+  widget.callback?.(value);
+  app.canvas?.emitAfterChange?.();
+}
+
+/**
+ * Do something after a method of one object, whatever the method was.
+ * @param {object} object
+ * @param {string} name
+ * @param {Function} after
+ */
+export function chain(object, name, after) {
+  const before = object[name];
+  object[name] = function (...values) {
+    const result = before?.apply(this, values);
+    after.apply(this, values);
+    return result;
+  };
+}

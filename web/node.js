@@ -1,0 +1,154 @@
+import { app } from "../../scripts/app.js";
+import { readKept } from "./found.js";
+import { chain, isLinked, labelOf, setWidget, widgetOf } from "./graph.js";
+import { createPanel } from "./panel.js";
+import { finish, isRunning } from "./runs.js";
+import { phrases, toggled } from "./words.js";
+
+const HEIGHT = 190;
+const MARGIN = 8;
+const WIDTH = 360;
+const SCORES = "PEZ_ScorePrompt";
+
+/** The live views by node. */
+const views = new WeakMap();
+
+/**
+ * The live view of a node, if it has one.
+ * @param {object} node
+ * @returns {NodeView | undefined}
+ */
+export const viewOf = (node) => views.get(node);
+
+/** Joins a node, its live view and its kept prompt. */
+export class NodeView {
+  #node;
+  #panel;
+  #run = null;
+  #changed = [];
+
+  /** @param {object} node a new node, before it gets its values from a workflow */
+  constructor(node) {
+    this.#node = node;
+    this.#panel = createPanel({
+      onFinish: () => finish(this.#run),
+      onToggle: (word) => this.#toggle(word),
+    });
+    this.#addWidget();
+    this.#hideKept();
+    for (const name of ["keep", "blocked"]) {
+      const widget = widgetOf(node, name);
+      if (widget) chain(widget, "callback", () => this.refresh());
+    }
+    chain(node, "onConfigure", () => this.refresh());
+    chain(node, "onRemoved", () => views.delete(node));
+    views.set(node, this);
+    this.refresh();
+  }
+
+  /**
+   * Show a run, and keep what it brought.
+   * @param {import("./runs.js").Run} run
+   */
+  show(run) {
+    this.#run = run;
+    if (run.kept !== null) {
+      // opening the workflow again must not undo what happened to the node since
+      setWidget(this.#node, "kept", run.kept);
+      run.kept = null;
+      this.#changed = run.changed;
+    }
+    this.refresh();
+  }
+
+  /**
+   * Tell which inputs changed since the kept prompt was learned.
+   * @param {string[]} names
+   */
+  setChanged(names) {
+    this.#changed = names;
+    this.refresh();
+  }
+
+  /** Show what holds now. */
+  refresh() {
+    const { items, ...base } = this.#base();
+    this.#panel.update({
+      step: 0,
+      steps: 0,
+      secondsLeft: null,
+      ...base,
+      items,
+      changed: this.#changed.map((name) => labelOf(this.#node, name)),
+      blocked: this.#blocked(),
+      keep: this.#keeps() && this.#kept() !== null,
+      scores: this.#node.comfyClass === SCORES,
+    });
+  }
+
+  #kept() {
+    return readKept(widgetOf(this.#node, "kept")?.value);
+  }
+
+  #keeps() {
+    return widgetOf(this.#node, "keep")?.value === true;
+  }
+
+  /** What runs or was broken off comes first, then what the workflow holds. */
+  #base() {
+    const run = this.#run;
+    const ended = run?.state === "done" || run?.state === "finished" || run?.state === "kept";
+    if (run && !ended && (isRunning(run) || run.items.length)) return run;
+    const kept = this.#kept();
+    if (!kept) return ended ? run : { state: "idle", items: [] };
+    const same = ended && run.items[0]?.prompt === kept.items[0].prompt;
+    return same ? { ...run, items: kept.items } : { state: "stored", items: kept.items };
+  }
+
+  /** Blocked words in lower case, if this node can block any. */
+  #blocked() {
+    const widget = widgetOf(this.#node, "blocked");
+    if (!widget || isLinked(this.#node, "blocked")) return null;
+    return new Set(phrases(String(widget.value ?? "")).map((word) => word.toLowerCase()));
+  }
+
+  #toggle(word) {
+    const { value } = widgetOf(this.#node, "blocked");
+    setWidget(this.#node, "blocked", toggled(String(value ?? ""), word));
+  }
+
+  #addWidget() {
+    const widget = this.#node.addDOMWidget("pez_live", "pez_live", this.#panel.element, {
+      serialize: false, // not into the prompt that is queued
+      hideOnZoom: false,
+      margin: MARGIN,
+      getMinHeight: () => HEIGHT + 2 * MARGIN,
+    });
+    widget.serialize = false; // not into the workflow either, whose last value has to be `kept`
+    const [width, height] = this.#node.size;
+    this.#node.setSize([Math.max(width, WIDTH), height + HEIGHT + 2 * MARGIN]);
+    this.#panel.scroll.addEventListener("wheel", forwardWheel, { passive: false });
+  }
+
+  #hideKept() {
+    const widget = widgetOf(this.#node, "kept");
+    if (!widget) return;
+    widget.hidden = true; // for the canvas
+    widget.options.hidden = true; // for Nodes 2.0
+    // a prompt that is stored but not given must not change what is queued, or nothing is cached
+    widget.serializeValue = () =>
+      this.#keeps() || isLinked(this.#node, "keep") ? widget.value : "";
+  }
+}
+
+/** The wheel zooms the canvas over a view that has nothing to scroll. */
+function forwardWheel(event) {
+  const { scrollHeight, clientHeight } = event.currentTarget;
+  if (scrollHeight > clientHeight && !event.ctrlKey) {
+    event.stopPropagation();
+    return;
+  }
+  event.preventDefault();
+  event.stopPropagation();
+  app.canvas.processMouseWheel(event);
+}

@@ -1,0 +1,64 @@
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { changedInputs } from "./fresh.js";
+import { findNode } from "./graph.js";
+import { NodeView, viewOf } from "./node.js";
+import { belongsToOpenWorkflow, followRuns, runsOfOpenWorkflow } from "./runs.js";
+
+const NODES = new Set([
+  "PEZ_ImageToPrompt",
+  "PEZ_ExtractStyle",
+  "PEZ_DistillPrompt",
+  "PEZ_ConcatPrompts",
+  "PEZ_ScorePrompt",
+]);
+const QUIET = 600; // milliseconds without a change, before the server is asked what changed
+
+let waiting;
+let asked = 0;
+
+app.registerExtension({
+  name: "PEZ.LiveView",
+
+  init() {
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = new URL("./pez.css", import.meta.url).href;
+    document.head.append(link);
+  },
+
+  nodeCreated(node) {
+    if (NODES.has(node.comfyClass)) new NodeView(node);
+  },
+
+  afterConfigureGraph() {
+    runsOfOpenWorkflow().forEach(show);
+    compareSoon();
+  },
+
+  async setup() {
+    api.addEventListener("graphChanged", compareSoon);
+    await followRuns((run) => {
+      if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened
+      show(run);
+      if (run.state === "done" || run.state === "finished") compareSoon();
+    });
+  },
+});
+
+/** @param {import("./runs.js").Run} run */
+function show(run) {
+  viewOf(findNode(run.node) ?? {})?.show(run);
+}
+
+function compareSoon() {
+  clearTimeout(waiting);
+  waiting = setTimeout(compare, QUIET);
+}
+
+async function compare() {
+  const question = ++asked;
+  const changed = await changedInputs();
+  if (question !== asked) return; // another answer is on its way
+  for (const [node, names] of changed) viewOf(node)?.setChanged(names);
+}

@@ -1,0 +1,83 @@
+import { app } from "../../scripts/app.js";
+
+const ENGLISH = {
+  idle: "Queue the workflow and watch the prompt grow here, word by word.",
+  idleScore: "Queue the workflow to see what each word of the prompt is worth.",
+  starting: "Getting ready…",
+  running: "Step {step} of {steps}",
+  left: "{time} left",
+  finishing: "Finishing…",
+  done: "Learned",
+  scored: "Scored",
+  finished: "Finished early",
+  kept: "Kept",
+  stored: "Learned before",
+  cancelled: "Cancelled · the best so far",
+  failed: "Failed · the best so far",
+  several: "{count} prompts",
+  mean: "mean",
+  changed: "Learned with other settings: {names}",
+  candidates: "{count} candidates",
+  copy: "Copy",
+  copyAll: "Copy all",
+  copied: "Copied",
+  notCopied: "Cannot copy",
+  finish: "Finish now",
+  finishHint: "End the search and go on with the best prompt so far",
+  similarity: "Similarity with the target, by CLIP",
+  blockedHint: "Struck words are blocked in the next run",
+  blockedWhileKept: "Struck words are blocked once “keep” is off",
+  adds: "adds {value}",
+  takes: "takes {value} away",
+  block: "Click to block it in the next run",
+  unblock: "Click to allow it again",
+  curve: "Similarity over the steps, now {value}",
+  progress: "Progress of the search",
+};
+
+const CHINESE = {
+  idle: "运行工作流,提示词会在这里逐词显现。",
+  idleScore: "运行工作流,查看提示词中每个词的作用。",
+  starting: "准备中…",
+  running: "第 {step} / {steps} 步",
+  left: "剩余 {time}",
+  finishing: "正在收尾…",
+  done: "学习完成",
+  scored: "评分完成",
+  finished: "提前结束",
+  kept: "已保留",
+  stored: "此前学得",
+  cancelled: "已取消 · 目前最佳",
+  failed: "出错 · 目前最佳",
+  several: "{count} 条提示词",
+  mean: "平均",
+  changed: "学习时的设置不同:{names}",
+  candidates: "{count} 个候选",
+  copy: "复制",
+  copyAll: "全部复制",
+  copied: "已复制",
+  notCopied: "无法复制",
+  finish: "立即结束",
+  finishHint: "结束搜索,采用目前最佳的提示词",
+  similarity: "CLIP 评估的与目标的相似度",
+  blockedHint: "划掉的词在下次运行时会被屏蔽",
+  blockedWhileKept: "关闭“keep”后,划掉的词才会被屏蔽",
+  adds: "贡献 +{value}",
+  takes: "降低 {value}",
+  block: "点击后在下次运行时屏蔽",
+  unblock: "点击后重新允许",
+  curve: "相似度随步数的变化,当前 {value}",
+  progress: "搜索进度",
+};
+
+/**
+ * A text in the language of the page.
+ * @param {keyof typeof ENGLISH} key
+ * @param {Record<string, string | number>} [values] what stands in braces in the text
+ * @returns {string}
+ */
+export function text(key, values = {}) {
+  const locale = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+  const table = locale.startsWith("zh") ? CHINESE : ENGLISH;
+  return table[key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
