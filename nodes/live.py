@@ -241,8 +241,9 @@ def register_routes() -> None:
 
 def _thinned(curve: list, step: int, similarity: float) -> list:
     """`curve` with one more point where it rises, and half of its points when it gets long."""
+    similarity = round(similarity, 4)
     if not curve or similarity > curve[-1][1]:
-        curve.append((step, round(similarity, 4)))
+        curve.append((step, similarity))
         if len(curve) > CURVE_POINTS:
             del curve[1:-1:2]
     return curve

@@ -81,9 +81,9 @@ def picture(editor: Editor) -> Image.Image:
             const left = Math.min(...nodes.map(b => b[0])), top = Math.min(...nodes.map(b => b[1]));
             const right = Math.max(...nodes.map(b => b[0] + b[2]));
             const bottom = Math.max(...nodes.map(b => b[1] + b[3]));
-            const ds = app.canvas.ds, scale = Math.min(1200 / (right - left), 880 / (bottom - top));
+            const ds = app.canvas.ds, scale = Math.min(1200 / (right - left), 780 / (bottom - top));
             ds.scale = scale;
-            ds.offset = [70 / scale - left + 30, 70 / scale - top + 10];
+            ds.offset = [200 / scale - left, 140 / scale - top];
             app.canvas.setDirty(true, true);
         }"""
     )

@@ -30,10 +30,10 @@ HEIGHTS = {
     "SaveImage": 400,
     "PreviewAny": 140,
     "PEZ_LoadCLIP": 110,
-    "PEZ_ImageToPrompt": 640,
-    "PEZ_ExtractStyle": 640,
-    "PEZ_DistillPrompt": 640,
-    "PEZ_ConcatPrompts": 760,
+    "PEZ_ImageToPrompt": 620,
+    "PEZ_ExtractStyle": 620,
+    "PEZ_DistillPrompt": 620,
+    "PEZ_ConcatPrompts": 660,
     "PrimitiveStringMultiline": 160,
 }
 
@@ -91,7 +91,7 @@ class Graph:
         for kind in ("required", "optional"):
             for name, (what, *options) in info["input"].get(kind, {}).items():
                 self._fill(saved, node, name, what, options[0] if options else {})
-        unknown = node.inputs.keys() - self._names(info)
+        unknown = {name.partition(".")[0] for name in node.inputs} - self._names(info)
         if unknown:
             raise ValueError(f"{node.type} has no inputs {sorted(unknown)}")
         return node
@@ -120,6 +120,12 @@ class Graph:
         return {name for kind in info["input"].values() for name in kind}
 
     def _fill(self, saved: dict, node: Node, name: str, what: Any, options: dict) -> None:
+        if what == "COMFY_AUTOGROW_V3":  # as many sockets as there are wires
+            ((kind, *_),) = options["template"]["input"]["required"].values()
+            for grown in [grown for grown in node.inputs if grown.startswith(f"{name}.")]:
+                saved["inputs"].append({"name": grown, "type": kind, "link": None})
+                saved["inputs"][-1]["link"] = self._link(saved, *node.inputs[grown])
+            return
         value = node.inputs.get(name)
         is_widget = isinstance(what, list) or what in WIDGETS
         if isinstance(value, tuple) or not is_widget:
@@ -225,18 +231,21 @@ def style_onto_a_new_subject(graph: Graph) -> None:
         "2. Write subjects, one a line: each becomes a prompt and an image.\n3. Queue.\n\n"
         "With `keep` on you can change the subjects without a new search.\n" + FIRST,
     )
-    first, second, third = (_image(graph, f"Style image {k}") for k in (1, 2, 3))
-    two = graph.add(
-        Node("ImageBatch", 1, {"image1": (first, "IMAGE"), "image2": (second, "IMAGE")})
+    images = [_image(graph, f"Style image {k}") for k in (1, 2, 3)]
+    batch = graph.add(
+        Node(
+            "BatchImagesNode",
+            1,
+            {f"images.image{k}": (image, "IMAGE") for k, image in enumerate(images)},
+        )
     )
-    three = graph.add(Node("ImageBatch", 1, {"image1": (two, "IMAGE"), "image2": (third, "IMAGE")}))
     style = graph.add(
         Node(
             "PEZ_ExtractStyle",
             1,
             {
                 "clip": (clip, "clip"),
-                "images": (three, "IMAGE"),
+                "images": (batch, "IMAGE"),
                 "subject": "a lighthouse\na sleeping fox",
             },
         )

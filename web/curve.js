@@ -22,13 +22,14 @@ export function createCurve() {
 
   /**
    * @param {[number, number][]} points step and best similarity by then
-   * @param {number} steps where the axis ends
+   * @param {number} step how far the line goes
    * @param {string} label
    */
-  function update(points, steps, label) {
+  function update(points, step, label) {
     root.style.display = points.length > 1 ? "" : "none";
     if (points.length < 2) return;
-    const path = stairs(points, steps);
+    const [last, best] = points.at(-1);
+    const path = stairs([...points, [Math.max(step, last), best]]);
     const [x, y] = path.at(-1);
     const d = `M${path.map(([px, py]) => `${px.toFixed(1)} ${py.toFixed(1)}`).join("L")}`;
     line.setAttribute("d", d);
@@ -42,8 +43,8 @@ export function createCurve() {
 }
 
 /** The corners of a line that rises where a better prompt was found. */
-function stairs(points, steps) {
-  const end = Math.max(steps, points.at(-1)[0], 1);
+function stairs(points) {
+  const end = points.at(-1)[0] || 1;
   const values = points.map(([, value]) => value);
   const high = Math.max(...values);
   const span = high - Math.min(...values) || 1;

@@ -41,7 +41,6 @@ export class NodeView {
       if (widget) chain(widget, "callback", () => this.refresh());
     }
     chain(node, "onConfigure", () => this.refresh());
-    chain(node, "onRemoved", () => views.delete(node));
     views.set(node, this);
     this.refresh();
   }

@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
 import { NodeView, viewOf } from "./node.js";
-import { belongsToOpenWorkflow, followRuns, runsOfOpenWorkflow } from "./runs.js";
+import { belongsToOpenWorkflow, catchUp, followRuns, runsOfOpenWorkflow } from "./runs.js";
 
 const NODES = new Set([
   "PEZ_ImageToPrompt",
@@ -33,6 +33,7 @@ app.registerExtension({
 
   afterConfigureGraph() {
     runsOfOpenWorkflow().forEach(show);
+    catchUp();
     compareSoon();
   },
 

@@ -26,6 +26,7 @@ const REMEMBERED = "pez.running"; // in the tab's session storage
 /** @type {Map<string, Run>} */
 const runs = new Map();
 let changed = () => {};
+let introduced = null;
 
 /** @param {Run} run */
 export const isRunning = (run) => RUNNING.has(run.state);
@@ -45,10 +46,16 @@ export async function followRuns(onChange) {
   changed = onChange;
   api.addEventListener("pez.live", ({ detail }) => accept(fromEvent(detail)));
   api.addEventListener("executed", ({ detail }) => acceptResult(detail));
-  api.addEventListener("reconnected", meet);
+  api.addEventListener("status", introduce);
+  api.addEventListener("reconnected", () => {
+    introduced = null; // the server may have started anew
+    introduce();
+    catchUp();
+  });
   recall();
+  introduce();
   setInterval(listenAgain, SILENCE / 2);
-  await meet();
+  await catchUp();
 }
 
 /**
@@ -105,9 +112,11 @@ function fromEvent(event) {
 function fromResult(result, node, prompt, workflow) {
   const run = fromEvent({ ...result, node, prompt_id: prompt, workflow });
   const before = runs.get(keyOf(run));
+  const { step, steps } = before?.prompt === prompt ? before : run;
   return {
     ...run,
-    steps: before?.prompt === prompt ? before.steps : 0,
+    step,
+    steps,
     changed: result.changed ?? [],
     kept: typeof result.kept === "string" ? result.kept : null,
   };
@@ -139,10 +148,12 @@ async function endedPrompt(prompt) {
   return history?.[prompt];
 }
 
-/** Tell the server who shows its events, and ask it for those that went by. */
-async function meet() {
-  await post("/pez/live", { client_id: api.clientId }).catch(() => {});
-  await catchUp();
+/** Tell the server who shows its events, as soon as the page has a name. */
+async function introduce() {
+  const name = api.clientId;
+  if (!name || name === introduced) return;
+  introduced = name;
+  await post("/pez/live", { client_id: name }).catch(() => (introduced = null));
 }
 
 async function listenAgain() {
@@ -150,7 +161,8 @@ async function listenAgain() {
   if ([...runs.values()].some(silent)) await catchUp();
 }
 
-async function catchUp() {
+/** Ask the server for what went by unheard, such as runs that another page has started. */
+export async function catchUp() {
   const events = await json("/pez/live").catch(() => null);
   if (!events) return; // the server is away; `reconnected` comes back here
   const live = events.filter((event) => event.workflow).map(fromEvent);

@@ -52,13 +52,16 @@ class Editor:
         self.complaints: list[str] = []
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
-        self.page.goto(url)
-        self.wait_until_ready()
+        self.open()
+
+    def open(self) -> None:
+        self.page.goto(self._url)
+        self._wait_until_ready()
 
     def close(self) -> None:
         self._context.close()
 
-    def wait_until_ready(self) -> None:
+    def _wait_until_ready(self) -> None:
         self.page.wait_for_function(
             "() => window.app?.extensionManager && window.app.isGraphReady"
             " && LiteGraph.registered_node_types.PEZ_ImageToPrompt",
@@ -67,7 +70,7 @@ class Editor:
 
     def reload(self) -> None:
         self.page.reload()
-        self.wait_until_ready()
+        self._wait_until_ready()
 
     def load(self, workflow: Mapping[str, Any]) -> None:
         """Open a workflow in a tab of its own."""
@@ -112,7 +115,6 @@ class Editor:
     def _listen(self, message: ConsoleMessage) -> None:
         where = message.location.get("url", "")
         ours = "/extensions/pez/" in where or "/extensions/pez/" in message.text
-        if ours and message.type in ("warning", "error"):
-            self.complaints.append(f"{message.type}: {message.text} ({where})")
-        elif message.type == "error" and not _KNOWN.search(f"{message.text} {where}"):
+        known = _KNOWN.search(f"{message.text} {where}")
+        if (message.type == "error" and not known) or (message.type == "warning" and ours):
             self.complaints.append(f"{message.type}: {message.text} ({where})")
