@@ -29,6 +29,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
+    if (node.comfyClass?.startsWith("PEZ_")) foldAdvanced(node);
   },
 
   afterConfigureGraph() {
@@ -46,6 +47,20 @@ app.registerExtension({
     });
   },
 });
+
+/**
+ * Nodes 2.0 folds what the schema calls advanced. The classic renderer has "Show Advanced" in the
+ * node's menu for widgets with a mark of its own, but leaves their room empty unless they are hidden.
+ */
+function foldAdvanced(node) {
+  const advanced = node.widgets?.filter((one) => one.options?.advanced && !one.hidden) ?? [];
+  for (const widget of advanced) {
+    widget.advanced = true;
+    Object.defineProperty(widget, "hidden", { get: () => !node.showAdvanced, set() {} });
+  }
+  const [width, height] = node.computeSize();
+  if (advanced.length) node.setSize([Math.max(node.size[0], width), height]);
+}
 
 /** @param {import("./runs.js").Run} run */
 function show(run) {

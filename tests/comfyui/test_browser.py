@@ -407,3 +407,15 @@ def test_scores_are_shown(editor: Editor, snap):
     assert words(editor) == text.split()
     assert not editor.live().locator("button.pez-word").count()
     snap("score")
+
+
+def test_rarely_used_inputs_are_folded_away(editor: Editor):
+    editor.load(workflow())
+    shown = """() => app.rootGraph.nodes.flatMap(node => node.widgets ?? [])
+        .filter(widget => !widget.hidden && !widget.options.hidden).map(widget => widget.name)"""
+    few = editor.page.evaluate(shown)
+    assert {"steps", "seed", "blocked", "keep", "model"} <= {*few}
+    assert not {"lr", "patience", "initial", "precision", "kept"} & {*few}
+    editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => node.toggleAdvanced())")
+    every = editor.page.evaluate(shown)
+    assert {"lr", "patience", "initial", "precision"} <= {*every} and "kept" not in every
