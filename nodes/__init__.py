@@ -1,12 +1,16 @@
 """The ComfyUI nodes: thin, over `pez_core`. Only this folder knows ComfyUI."""
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from . import live, models
+from .kept import cut_wires
 from .learning import ConcatPrompts, DistillPrompt, ExtractStyle, ImageToPrompt
 from .loading import LoadCLIP
 from .scoring import ScorePrompt
 from .words import MakeVocabulary
+
+LEARNING = (ImageToPrompt, ExtractStyle, DistillPrompt, ConcatPrompts)
 
 
 class PezExtension(ComfyExtension):
@@ -15,14 +19,8 @@ class PezExtension(ComfyExtension):
     async def on_load(self) -> None:
         models.register_folder()
         live.register_routes()
+        needed = {node.define_schema().node_id: node.NEEDED_TO_LEARN for node in LEARNING}
+        PromptServer.instance.add_on_prompt_handler(lambda request: cut_wires(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            LoadCLIP,
-            ImageToPrompt,
-            ExtractStyle,
-            DistillPrompt,
-            ConcatPrompts,
-            MakeVocabulary,
-            ScorePrompt,
-        ]
+        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
@@ -75,11 +76,11 @@ class Found:
                 and isinstance(found.tokens_saved, int)
                 and all(isinstance(text, str) for text, _ in [*found.candidates, *found.words])
                 and all(
-                    isinstance(number, Real)
+                    isinstance(number, Real) and math.isfinite(number)
                     for number in [found.similarity, *found.similarities, *(n for _, n in points)]
                 )
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError("not a learned prompt") from error
         if not good:
             raise ValueError("not a learned prompt")

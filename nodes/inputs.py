@@ -142,7 +142,7 @@ def keep() -> list[io.Input]:
 
 def one(values: Any) -> Any:
     """The value of an input of a node that gets all its inputs as lists."""
-    return values[0] if isinstance(values, (list, tuple)) and values else values or None
+    return values[0] if isinstance(values, (list, tuple)) and values else None
 
 
 def pictures(batches: Sequence[torch.Tensor | None] | None) -> list[torch.Tensor]:
@@ -194,4 +194,5 @@ def naming_widgets(names: Mapping[str, str]) -> Iterator[None]:
         message = str(error)
         for name, widget in {**_ON_SCREEN, **names}.items():
             message = message.replace(name, widget)
-        raise type(error)(message) from error
+        kind = next(k for k in (ValueError, TypeError, FloatingPointError) if isinstance(error, k))
+        raise kind(message) from error

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 NOT_LEARNED_FROM = frozenset({"keep", "kept", "subject", "style_template"})
 """Inputs that a search does not look at."""
+_SAME_ELSEWHERE = frozenset({"keep", "kept", "download", "device"})
+"""Inputs of nodes upstream that change nothing in what comes out of them."""
 _LONGEST = 4_000_000  # characters of a kept text; a batch of hundreds of images stays below
 
 
@@ -33,6 +35,14 @@ class Kept:
     def to_text(self) -> str:
         """As it is stored in the node's `kept` widget."""
         items = [found.to_json() for found in self.found]
+        text = self._dumped(items)
+        if len(text) > _LONGEST:  # hundreds of images: the prompts matter, the pictures do not
+            text = self._dumped(
+                [item | {"candidates": [], "words": [], "curve": []} for item in items]
+            )
+        return text
+
+    def _dumped(self, items: list[dict[str, Any]]) -> str:
         kept = {"version": VERSION, "items": items, "inputs": self.inputs}
         return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
@@ -46,7 +56,7 @@ class Kept:
             if kept["version"] != VERSION or not isinstance(kept["inputs"], dict):
                 raise ValueError("another version")
             found = [Found.from_json(item) for item in kept["items"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.warning("The kept prompt cannot be read (%s) and is learned anew.", error)
             return None
         return cls(found, kept["inputs"]) if found else None
@@ -63,16 +73,22 @@ def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
     Args:
         prompt: nodes by id, as ComfyUI's server gets them.
         node_id: one of them.
+
+    Raises:
+        ValueError: the prompt is not one.
     """
     inputs = prompt.get(node_id, {}).get("inputs", {})
     if not isinstance(inputs, dict):
         return {}
     nodes: dict[str, str] = {}
-    return {
-        name: _digest(prompt, value, nodes)
-        for name, value in inputs.items()
-        if name not in NOT_LEARNED_FROM
-    }
+    try:
+        return {
+            name: _digest(prompt, value, nodes)
+            for name, value in inputs.items()
+            if name not in NOT_LEARNED_FROM
+        }
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"this is no prompt that can be followed ({error})") from error
 
 
 def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
@@ -87,7 +103,7 @@ def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
         within = [
             (name, _digest(prompt, inputs[name], nodes))
             for name in sorted(inputs)
-            if name not in ("keep", "kept")
+            if name not in _SAME_ELSEWHERE or not node.get("class_type", "").startswith("PEZ_")
         ]
         nodes[source] = _short(f"{node.get('class_type')}{within}")
     return _short(f"{nodes[source]}.{slot}")
@@ -95,6 +111,45 @@ def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+_CHANGED = "out_of_date"  # no input of any node, so that ComfyUI hands it on and looks no further
+
+
+def cut_wires(request: dict[str, Any], needed: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Take the wires off nodes that give a kept prompt, before ComfyUI looks at what it is to run.
+
+    It checks all that lies upstream, even of inputs that are never asked for: an image that is not
+    on this disk would stop a prompt that does not need it.
+
+    Args:
+        request: what was posted to the server, with the nodes as `prompt`; changed in place.
+        needed: inputs that only a search needs, by the type of the node.
+    """
+    prompt = request.get("prompt")
+    giving: list[tuple[dict[str, Any], tuple[str, ...], list[str]]] = []
+    for node_id, node in (prompt if isinstance(prompt, dict) else {}).items():
+        names = needed.get(node.get("class_type"))
+        text = node.get("inputs", {}).get("kept")
+        if not names or node["inputs"].get("keep") is not True or not isinstance(text, str):
+            continue
+        if kept := Kept.from_text(text):
+            changed = kept.changed(digests(prompt, node_id))
+            giving.append((node["inputs"], names, changed))
+    for inputs, names, changed in giving:
+        inputs[_CHANGED] = ",".join(changed)
+        for name in names:
+            if isinstance(inputs.get(name), list):
+                del inputs[name]
+    return request
+
+
+def out_of_date(kept: Kept, prompt: dict[str, Any], node_id: str) -> list[str]:
+    """Inputs that changed since a prompt was learned, also where the wires have been cut."""
+    known = prompt.get(node_id, {}).get("inputs", {}).get(_CHANGED)
+    if isinstance(known, str):
+        return [name for name in known.split(",") if name]
+    return kept.changed(digests(prompt, node_id))
 
 
 def store_in_workflow(extra_pnginfo: Any, node_id: str, text: str) -> None:
@@ -106,9 +161,14 @@ def store_in_workflow(extra_pnginfo: Any, node_id: str, text: str) -> None:
     workflow = (extra_pnginfo or {}).get("workflow")
     if not isinstance(workflow, dict):
         return
-    node = _find(workflow, str(node_id).split(":"))
-    values = node.get("widgets_values") if node else None
-    if isinstance(values, list) and values and isinstance(values[-1], str):
+    try:
+        node = _find(workflow, str(node_id).split(":")) or {}
+        ours = str(node.get("type")).startswith("PEZ_")  # a client may send any workflow along
+        values = node.get("widgets_values")
+    except (AttributeError, TypeError) as error:
+        log.warning("The workflow that images carry cannot be read (%s).", error)
+        return
+    if ours and isinstance(values, list) and values and isinstance(values[-1], str):
         values[-1] = text  # `kept` is the last widget of every learning node
 
 

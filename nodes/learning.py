@@ -12,7 +12,7 @@ from ..pez_core.tasks import check_style_template
 from . import inputs
 from .found import Found
 from .inputs import CATEGORY, allowed, lines, naming_widgets, one, pictures, texts
-from .kept import Kept, digests, store_in_workflow
+from .kept import Kept, digests, out_of_date, store_in_workflow
 from .live import Live, tell
 from .memory import LoadedClip
 
@@ -26,6 +26,8 @@ class _Learns(io.ComfyNode):
     """
 
     NEEDED_TO_LEARN: ClassVar[tuple[str, ...]] = ()
+    REQUIRED: ClassVar[tuple[str, ...]] = ("clip",)
+    """Wires without which nothing can be learned; a kept prompt does without them."""
     WIDGETS: ClassVar[dict[str, str]] = {}
     """What `pez_core` calls an argument in its errors -> the widget that it came from."""
 
@@ -47,15 +49,18 @@ class _Learns(io.ComfyNode):
 
     @classmethod
     def execute(cls, keep=(False,), kept=("",), **values: Any) -> io.NodeOutput:
-        node = str(cls.hidden.unique_id)
-        now = digests(cls.hidden.prompt or {}, node)
+        node, prompt = str(cls.hidden.unique_id), cls.hidden.prompt or {}
         before = Kept.from_text(one(kept) or "") if one(keep) else None
         if before:
-            changed = before.changed(now)
-            outputs = cls.outputs(before.found, **values)
+            changed = out_of_date(before, prompt, node)
+            with naming_widgets(cls.WIDGETS):
+                outputs = cls.outputs(before.found, **values)
             return _output(cls.hidden, outputs, before, "kept", changed)
+        for name in cls.REQUIRED:
+            if one(values.get(name)) is None:
+                raise ValueError(f"`{name}` is not connected, and there is no kept prompt to give.")
         with Live(cls.hidden) as live, naming_widgets(cls.WIDGETS):
-            learned = Kept(cls.learn(live, **values), now)
+            learned = Kept(cls.learn(live, **values), digests(prompt, node))
             outputs = cls.outputs(learned.found, **values)
         store_in_workflow(cls.hidden.extra_pnginfo, node, learned.to_text())
         return _output(cls.hidden, outputs, learned, "finished" if live.finished else "done")
@@ -114,6 +119,7 @@ class ImageToPrompt(_Learns):
     """A prompt for each image, or one for all."""
 
     NEEDED_TO_LEARN = ("clip", "images", "vocabulary", "avoid_images")
+    REQUIRED = ("clip", "images")
     WIDGETS: ClassVar[dict[str, str]] = {
         "template": "caption",
         "`negative_weights`": "`avoid_weight`",
@@ -140,9 +146,12 @@ class ImageToPrompt(_Learns):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True),
+                inputs.clip(lazy=True, optional=True),
                 io.Image.Input(
-                    "images", lazy=True, tooltip="One image or a batch; sizes may differ."
+                    "images",
+                    lazy=True,
+                    optional=True,
+                    tooltip="One image or a batch; sizes may differ.",
                 ),
                 *inputs.search(
                     1000, 4, 16, "Length of the prompt in tokens, which are about words."
@@ -227,7 +236,7 @@ class ImageToPrompt(_Learns):
     @classmethod
     def learn(cls, live: Live, **values: Any) -> list[Found]:
         images = pictures(values["images"])
-        captions = texts(values.get("caption")) or [""]
+        captions = [(caption or "").strip() for caption in values.get("caption") or [""]]
         shared = one(values.get("batch")) == cls._ALL
         options = _options(values) | {
             "prompt_len": one(values["prompt_len"]),
@@ -248,6 +257,7 @@ class ImageToPrompt(_Learns):
             groups = [([image], caption) for image, caption in zip(images, captions, strict=True)]
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
+            live.begin()
             found = []
             for turn, (group, caption) in enumerate(groups):
                 results = invert(
@@ -290,6 +300,7 @@ class ExtractStyle(_Learns):
     """What several images have in common, as words."""
 
     NEEDED_TO_LEARN = ("clip", "images", "vocabulary")
+    REQUIRED = ("clip", "images")
     WIDGETS: ClassVar[dict[str, str]] = {
         "`template`": "`style_template`",
         "`invert`": "PEZ Image to Prompt",
@@ -311,10 +322,11 @@ class ExtractStyle(_Learns):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True),
+                inputs.clip(lazy=True, optional=True),
                 io.Image.Input(
                     "images",
                     lazy=True,
+                    optional=True,
                     tooltip="Two or more images of different things in one style; six do well.",
                 ),
                 io.String.Input(
@@ -378,6 +390,7 @@ class ExtractStyle(_Learns):
         length = one(values["prompt_len"])
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
+            live.begin()
             style = extract_style(
                 clip,
                 images,
@@ -394,7 +407,7 @@ class ExtractStyle(_Learns):
 
     @classmethod
     def outputs(cls, found: list[Found], **values: Any) -> tuple:
-        (style,) = found[:1]
+        style = found[0]
         template = one(values.get("style_template", ["{subject}, {style}"]))
         check_style_template(template)
         subjects = [subject for text in values["subject"] for subject in lines(text)]
@@ -427,7 +440,7 @@ class DistillPrompt(_Learns):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True),
+                inputs.clip(lazy=True, optional=True),
                 io.String.Input(
                     "text",
                     default="",
@@ -465,13 +478,14 @@ class DistillPrompt(_Learns):
 
     @classmethod
     def learn(cls, live: Live, **values: Any) -> list[Found]:
-        prompts = texts(values["text"])
-        if not prompts:
+        prompts = [text or "" for text in values["text"]]
+        if not any(texts(prompts)):
             raise ValueError("`text` is empty; give a prompt to shorten.")
         length = one(values["prompt_len"]) or None
         ratio = one(values["ratio"])
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
+            live.begin()
             found = []
             for turn, prompt in enumerate(prompts):
                 result = distill(
@@ -545,7 +559,7 @@ class ConcatPrompts(_Learns):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True),
+                inputs.clip(lazy=True, optional=True),
                 *images,
                 *prompts,
                 io.Boolean.Input(
@@ -605,6 +619,7 @@ class ConcatPrompts(_Learns):
         length = one(values["prompt_len"])
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
+            live.begin()
             result = concatenate(
                 clip,
                 [*prompts, *images],
@@ -622,7 +637,7 @@ class ConcatPrompts(_Learns):
 
     @classmethod
     def outputs(cls, found: list[Found], **values: Any) -> tuple:
-        (only,) = found[:1]
+        only = found[0]
         return (
             only.prompt,
             float(only.similarity),

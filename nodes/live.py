@@ -16,6 +16,7 @@ from server import PromptServer
 
 from ..pez_core import Result
 from .found import Found
+from .kept import digests
 
 EVENT = "pez.live"
 SEND_SECONDS = 0.25
@@ -44,10 +45,11 @@ class Live:
         self.client = getattr(PromptServer.instance, "client_id", None)
         self._finish = threading.Event()
         self._bar: ProgressBar | None = None
-        self._began = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first report came, and its step
         self._sent = self._explained = 0.0
         self._last: dict[str, Any] | None = None
         self._results: list[Result] = []
+        self._too_late = False
         self._words: dict[int, tuple[str, list[tuple[str, float]]]] = {}
         self._curves: dict[int, list[tuple[int, float]]] = {}
         workflow = (getattr(hidden, "extra_pnginfo", None) or {}).get("workflow") or {}
@@ -83,6 +85,8 @@ class Live:
     def turn(self, turn: int, turns: int) -> Callable[[dict[str, Any]], bool]:
         """The callback of one of several searches, after those of which `found` has the results."""
 
+        self._too_late = self.finished
+
         def report(one: dict[str, Any]) -> bool:
             before = len(self._results)
             return self.report(
@@ -91,11 +95,19 @@ class Live:
                     "steps": turns * one["steps"],
                     "prompts": [r.prompt for r in self._results] + one["prompts"],
                     "similarities": [r.similarity for r in self._results] + one["similarities"],
-                    "explain": lambda k: one["explain"](k - before) if k >= before else [],
+                    "explain": lambda k, *prompt: (
+                        one["explain"](k - before, *prompt) if k >= before else []
+                    ),
                 }
             )
 
         return report
+
+    def begin(self) -> None:
+        """Forget a search that is tried again."""
+        self._results, self._last, self._first = [], None, None
+        self._words.clear()
+        self._curves.clear()
 
     def report(self, report: dict[str, Any]) -> bool:
         """The callback of a search; true ends it.
@@ -109,6 +121,7 @@ class Live:
         self._bar.update_absolute(report["step"], report["steps"])
         self._last = report
         now = time.monotonic()
+        self._first = self._first or (now, report["step"])
         if now - self._sent >= SEND_SECONDS or report["step"] == report["steps"]:
             self._show(report)
         return self.finished
@@ -117,21 +130,29 @@ class Live:
         """Results with what was seen of them on the way, while the CLIP is still in use."""
         found = []
         for k, result in enumerate(results, start=len(self._results)):
-            one = Found.of(result, self._words_of(k, result.prompt))
+            one = Found.of(result, self._words_of(k, result))
             one.curve = self._curves.get(k, [])
+            if self._too_late:
+                one.note = f"{one.note} Finished before its turn; a first guess.".strip()
             found.append(one)
         self._results += results
         return found
 
-    def _words_of(self, k: int, prompt: str) -> list[tuple[str, float]]:
-        if self._last and k < len(self._last["prompts"]) and self._last["prompts"][k] == prompt:
+    def _words_of(self, k: int, result: Result) -> list[tuple[str, float]]:
+        if not self._last or k >= len(self._last["prompts"]):
+            return []
+        if self._last["prompts"][k] == result.prompt:
             self._explain_one(self._last, k)
-        seen, words = self._words.get(k, ("", []))
-        return words if seen == prompt else []
+            return self._words[k][1]
+        if not result.candidates:  # in sections, which are explained each for itself
+            return []
+        # read again, candidates may change places in half precision
+        return [(one.word, one.contribution) for one in self._last["explain"](k, result.prompt)]
 
     def _show(self, report: dict[str, Any]) -> None:
         step, steps = report["step"], report["steps"]
-        elapsed = time.monotonic() - self._began
+        began, first = self._first or (time.monotonic(), step)
+        elapsed = time.monotonic() - began
         items = []
         for k, (prompt, similarity) in enumerate(
             zip(report["prompts"], report["similarities"], strict=True)
@@ -142,7 +163,7 @@ class Live:
             curve = _thinned(self._curves.setdefault(k, []), step, similarity)
             _, words = self._words.get(k, ("", []))
             items.append(
-                {"prompt": prompt, "similarity": similarity, "words": words, "curve": curve}
+                {"prompt": prompt, "similarity": similarity, "words": words, "curve": [*curve]}
             )
         self._explain(report)
         self.event |= {
@@ -150,7 +171,7 @@ class Live:
             "step": step,
             "steps": steps,
             "elapsed": elapsed,
-            "seconds_left": elapsed / step * (steps - step),
+            "seconds_left": elapsed / (step - first) * (steps - step) if step > first else None,
             "items": items,
         }
         self._send()
@@ -184,7 +205,8 @@ class Live:
         server = PromptServer.instance
         if self.client is None:
             return
-        server.send_sync(EVENT, self.event, self.client)
+        # a copy, since it is made into text later and by another thread
+        server.send_sync(EVENT, dict(self.event), self.client)
         if self.client not in _with_live_view and self.event["items"]:
             server.send_progress_text(_as_text(self.event), self.node, self.client)
 
@@ -208,7 +230,7 @@ def register_routes() -> None:
     @routes.post("/pez/live")
     async def has_live_view(request: web.Request) -> web.Response:
         """A page says that it shows events."""
-        client = (await request.json()).get("client_id")
+        client = (await _json(request)).get("client_id")
         if isinstance(client, str) and len(client) < 100:
             if len(_with_live_view) > 1000:
                 _with_live_view.clear()
@@ -218,25 +240,39 @@ def register_routes() -> None:
     @routes.post("/pez/finish")
     async def finish(request: web.Request) -> web.Response:
         """End the search of a node with the best so far."""
-        live = _running.get(str((await request.json()).get("node")))
-        if live is not None:
+        asked = await _json(request)
+        live = _running.get(str(asked.get("node")))
+        # a late click must not end another run of the same node
+        found = live is not None and asked.get("prompt_id") in (None, live.event["prompt_id"])
+        if found:
             live.finish()
-        return web.json_response({"finishing": live is not None})
+        return web.json_response({"finishing": found})
 
     @routes.post("/pez/inputs")
     async def inputs(request: web.Request) -> web.Response:
         """Digests of what the nodes in a prompt would learn from; tells what is out of date."""
-        from .kept import digests
-
-        prompt = (await request.json()).get("prompt")
+        prompt = (await _json(request)).get("prompt")
         if not isinstance(prompt, dict):
-            return web.json_response({"error": "`prompt` has to be an object"}, status=400)
-        found = {
-            node: digests(prompt, node)
-            for node, what in prompt.items()
-            if isinstance(what, dict) and str(what.get("class_type", "")).startswith("PEZ_")
-        }
+            raise web.HTTPBadRequest(text="`prompt` has to be an object")
+        try:
+            found = {
+                node: digests(prompt, node)
+                for node, what in prompt.items()
+                if isinstance(what, dict) and str(what.get("class_type", "")).startswith("PEZ_")
+            }
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
         return web.json_response(found)
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        asked = await request.json()
+    except ValueError as error:
+        raise web.HTTPBadRequest(text="this is no JSON") from error
+    if not isinstance(asked, dict):
+        raise web.HTTPBadRequest(text="this is no JSON object")
+    return asked
 
 
 def _thinned(curve: list, step: int, similarity: float) -> list:

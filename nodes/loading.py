@@ -77,7 +77,7 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_: object) -> tuple[int, int] | None:
-        path = models.file_of(model)
+        path = models.file_of(model) if model else None  # None where it comes through a wire
         return (path.stat().st_mtime_ns, path.stat().st_size) if path else None
 
     @classmethod
@@ -85,8 +85,10 @@ class LoadCLIP(io.ComfyNode):
         cls, model: str, download: bool, precision: str = "automatic", device: str = "default"
     ) -> io.NodeOutput:
         cpu = torch.device("cpu")
-        load_device = cpu if device == "cpu" else mm.get_torch_device()
-        offload_device = cpu if device == "cpu" else mm.text_encoder_offload_device()
+        # with --novram the manager leaves weights on the CPU, where half precision is slow
+        stays = device == "cpu" or mm.vram_state == mm.VRAMState.NO_VRAM
+        load_device = cpu if stays else mm.get_torch_device()
+        offload_device = cpu if stays else mm.text_encoder_offload_device()
         dtype = _PRECISIONS[precision] or default_dtype(load_device)
         bar = ProgressBar(1)
 

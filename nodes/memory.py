@@ -17,7 +17,7 @@ from ..pez_core import AnyClip, JointClip
 
 log = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 class PezTextEncoder(nn.Module):
@@ -67,7 +67,10 @@ class LoadedClip:
         ]
         for part in parts:
             images = ModelPatcher(part.model.visual, load_device, offload_device)
-            part.image_tower = partial(self._lend, images)
+            # of no method, or the CLIP and this would keep each other alive
+            part.image_tower = partial(_lend, images, self._texts)
+            part.model.requires_grad_(False)  # or activations are kept for gradients of weights
+        self.patcher = self._texts[0]  # by which ComfyUI's cache knows that models are large
 
     @contextmanager
     def in_use(self, searches: int = 1, prompt_len: int = 75) -> Iterator[AnyClip]:
@@ -81,9 +84,7 @@ class LoadedClip:
             _load(self._texts, _needed(self.clip, searches, prompt_len))
             yield self.clip
 
-    def search(
-        self, run: Callable[[AnyClip, int | None], Found], searches: int, prompt_len: int
-    ) -> Found:
+    def search(self, run: Callable[[AnyClip, int | None], T], searches: int, prompt_len: int) -> T:
         """Run a task; where memory runs out, once more with half of the searches side by side.
 
         Args:
@@ -97,8 +98,8 @@ class LoadedClip:
         try:
             with self.in_use(searches, prompt_len) as clip:
                 return run(clip, None)
-        except mm.OOM_EXCEPTION:
-            if searches < 2:
+        except Exception as error:
+            if searches < 2 or not mm.is_oom(error):
                 raise
             log.warning("Out of memory with %d searches side by side; trying half.", searches)
         # outside of the handler, whose traceback holds what has to be freed
@@ -107,16 +108,17 @@ class LoadedClip:
         with self.in_use(at_once, prompt_len) as clip:
             return run(clip, at_once)
 
-    @contextmanager
-    def _lend(self, images: ModelPatcher) -> Iterator[None]:
-        """An image tower on the device for as long as targets are encoded."""
-        _load([images], 0)
-        try:
-            yield
-        finally:
-            _unload(images)
-            # loading the one may have driven out the others
-            _load(self._texts, 0)
+
+@contextmanager
+def _lend(images: ModelPatcher, texts: list[ModelPatcher]) -> Iterator[None]:
+    """An image tower on the device for as long as targets are encoded."""
+    _load([images], 0)
+    try:
+        yield
+    finally:
+        _unload(images)
+    # loading the one may have driven out the others
+    _load(texts, 0)
 
 
 def _load(patchers: list[ModelPatcher], memory_required: int) -> None:
@@ -136,11 +138,18 @@ def _unload(patcher: ModelPatcher) -> None:
 
 
 def _needed(clip: AnyClip, searches: int, prompt_len: int) -> int:
-    """Bytes that a search holds beside the weights; Korthikanti et al. 2022 count 34 per value."""
+    """Bytes that a search holds beside the weights.
+
+    Korthikanti et al. 2022 count 34 for each value of a layer in half precision.
+    """
     needed = 0
     for part in clip.clips if isinstance(clip, JointClip) else [clip]:
         tower = part.text.tower.transformer
         values = searches * (prompt_len + 2) * tower.width * tower.layers
         table = len(clip.vocabulary) * tower.width * 4
-        needed += 34 * values + table + searches * prompt_len * len(clip.vocabulary) * 4
+        needed += (
+            17 * part.dtype.itemsize * values
+            + table
+            + searches * prompt_len * len(clip.vocabulary) * 4
+        )
     return needed

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..pez_core import explain, prune, score
+from ..pez_core.judge import contributions, prune_towards
+from ..pez_core.targets import encode_targets
 from . import inputs
-from .inputs import CATEGORY, PezClip, one, pictures, texts
+from .inputs import CATEGORY, PezClip, naming_widgets, one, pictures, texts
 from .live import tell
 from .memory import LoadedClip
 
@@ -90,15 +92,20 @@ class ScorePrompt(io.ComfyNode):
         prompts, all_images = texts(text), pictures(images)
         if not prompts:
             raise ValueError("`text` is empty; give a prompt to score.")
-        with one(clip).in_use() as model:
-            similarities = score(model, prompts, all_images).similarity.mean(1).tolist()
-            words = [explain(model, prompt, all_images) for prompt in prompts]
-            pruned = [prune(model, prompt, all_images, one(max_loss) or 0.0) for prompt in prompts]
         judged: list[float] = []
-        judge = one(held_out)
-        if judge is not None:
-            with judge.in_use() as model:
-                judged = score(model, prompts, all_images).similarity.mean(1).tolist()
+        with naming_widgets({"`prompts`": "`text`", "`target`": "`images`"}):
+            with one(clip).in_use() as model:
+                feature = encode_targets("images", model, all_images).mean(0)
+                similarities = (encode_targets("text", model, prompts) @ feature).tolist()
+                words, pruned = [], []
+                for prompt in prompts:
+                    mm.throw_exception_if_processing_interrupted()
+                    words.append(contributions(model, prompt, feature))
+                    pruned.append(prune_towards(model, prompt, feature, one(max_loss) or 0.0))
+            if judge := one(held_out):
+                with judge.in_use() as model:
+                    feature = encode_targets("images", model, all_images).mean(0)
+                    judged = (encode_targets("text", model, prompts) @ feature).tolist()
         ranked = judged or similarities
         best = max(range(len(prompts)), key=ranked.__getitem__)
         items = [

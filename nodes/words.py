@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..pez_core import UNSAFE_WORDS, Vocabulary
-from .inputs import CATEGORY, PezVocabulary, phrases
+from .inputs import CATEGORY, PezVocabulary, naming_widgets, phrases
 from .models import FOLDER
 
 _NO_LIST = "none"
@@ -95,6 +95,11 @@ class MakeVocabulary(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, word_list: str = _NO_LIST) -> bool:
+        # A list that is missing may never be needed: a kept prompt works without it.
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, word_list: str = _NO_LIST, **_: object) -> tuple[int, int] | None:
         path = _list_file(word_list)
         return (path.stat().st_mtime_ns, path.stat().st_size) if path else None
@@ -119,7 +124,8 @@ class MakeVocabulary(io.ComfyNode):
                     f"`word_list` is {word_list!r}, which is not in models/{FOLDER}; put the file "
                     "there and press R, or choose another."
                 )
-            bank += Vocabulary(bank=path).bank
+            with naming_widgets({"`bank`": "`word_list`"}):
+                bank += Vocabulary(bank=path).bank
         vocabulary = Vocabulary(
             bank=bank or None,
             blocked=phrases(blocked),
@@ -135,5 +141,5 @@ class MakeVocabulary(io.ComfyNode):
 
 
 def _list_file(name: str) -> Path | None:
-    path = folder_paths.get_full_path(FOLDER, name) if name != _NO_LIST else None
+    path = folder_paths.get_full_path(FOLDER, name) if name and name != _NO_LIST else None
     return Path(path) if path and path.endswith(".txt") else None

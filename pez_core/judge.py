@@ -149,9 +149,17 @@ def prune(
         TypeError, ValueError: as `explain`; `max_loss` is below 0.
     """
     max_loss = check_number("max_loss", max_loss, low=0)
+    _split(prompt)
+    with torch.inference_mode(False):
+        return prune_towards(clip, prompt, _mean_feature(clip, target), max_loss)
+
+
+def prune_towards(
+    clip: AnyClip, prompt: str, feature: torch.Tensor, max_loss: float = 0.0
+) -> Pruned:
+    """`prune` for a target that is a (features,) vector, whose dot product counts."""
     words, dropped = _split(prompt), []
     with torch.inference_mode(False):
-        feature = _mean_feature(clip, target)
         (before,) = _towards(clip, [words], feature)
         now = before
         while len(words) > 1:

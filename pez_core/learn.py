@@ -374,8 +374,9 @@ class _Best:
         similarities = scores.tolist()
         top = max(range(len(rows)), key=similarities.__getitem__)
 
-        def explain(k: int) -> list[WordContribution]:
-            return contributions(self.clip, self.frame.text(chosen[k]), self.goals[k].towards)
+        def explain(k: int, prompt: str | None = None) -> list[WordContribution]:
+            text = self.frame.text(chosen[k]) if prompt is None else prompt
+            return contributions(self.clip, text, self.goals[k].towards)
 
         return {
             "step": self.spans.index(span) * self.steps + progress.step,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,8 @@ class Node:
 class Graph:
     """Nodes and wires as the page saves them."""
 
-    def __init__(self, server: str, name: str) -> None:
+    def __init__(self, server: str) -> None:
         self.server = server
-        # the same id each time, so that nothing changes when nothing has changed
-        self.id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"pez/{name}"))
         self.nodes: list[dict[str, Any]] = []
         self.links: list[list[Any]] = []
         self.heights: dict[int, int] = {}
@@ -97,8 +94,8 @@ class Graph:
         return node
 
     def to_json(self) -> dict[str, Any]:
+        # no id: the page gives one to each copy that is opened
         return {
-            "id": self.id,
             "revision": 0,
             "last_node_id": len(self.nodes),
             "last_link_id": len(self.links),
@@ -342,7 +339,7 @@ def main() -> None:
     server = parser.parse_args().server.rstrip("/")
     FOLDER.mkdir(exist_ok=True)
     for name, build in WORKFLOWS.items():
-        graph = Graph(server, name)
+        graph = Graph(server)
         build(graph)
         text = json.dumps(graph.to_json(), indent=1, ensure_ascii=False)
         (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -10,7 +10,8 @@ import { post } from "./runs.js";
 export async function changedInputs() {
   const kept = [...allNodes()]
     .map(([id, node]) => [id, node, readKept(widgetOf(node, "kept")?.value)])
-    .filter(([, , text]) => text);
+    // asking makes the page read every widget, and some do more then than answer
+    .filter(([, node, text]) => text && widgetOf(node, "keep")?.value);
   if (!kept.length) return new Map();
   try {
     const { output } = await app.graphToPrompt();

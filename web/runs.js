@@ -64,7 +64,7 @@ export async function followRuns(onChange) {
  */
 export async function finish(run) {
   accept({ ...run, state: "finishing" });
-  await post("/pez/finish", { node: run.node }).catch(() => accept(run));
+  await post("/pez/finish", { node: run.node, prompt_id: run.prompt }).catch(() => accept(run));
 }
 
 /**

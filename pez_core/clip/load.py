@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import operator
@@ -417,10 +418,13 @@ def fetch_weights(
             place = place.with_suffix(".bin")
         try:
             found = get_hf_file_metadata(hf_hub_url(repository, file), timeout=30)
-            _download(found, place, progress)
         except EntryNotFoundError:
             continue  # not every repository has safetensors
         except Exception as error:  # of whichever HTTP library the hub's client is built on
+            raise OSError(_download_failed(repository, file, error)) from error
+        try:
+            _download(found, place, progress)
+        except (OSError, http.client.HTTPException) as error:  # and not what `progress` raises
             raise OSError(_download_failed(repository, file, error)) from error
         return place
     raise OSError(_download_failed(repository, " or ".join(files) or "weights", "no such file"))
@@ -437,7 +441,7 @@ def _download(found, path: Path, progress: Callable[[int, int], None] | None) ->
             with urllib.request.urlopen(request, timeout=30) as response:
                 if here and response.status != 206:
                     file.truncate(0)  # the server begins anew
-                while chunk := response.read(_CHUNK):
+                while chunk := response.read1(_CHUNK):
                     file.write(chunk)
                     if progress:
                         progress(file.tell(), found.size)
@@ -448,6 +452,8 @@ def _download(found, path: Path, progress: Callable[[int, int], None] | None) ->
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
+                if progress:  # a large file takes a while
+                    progress(found.size, found.size)
         if digest.hexdigest() != found.etag:
             part.unlink()
             raise OSError("the file arrived damaged and was deleted")

@@ -132,3 +132,21 @@ answer([
         ours = chunks(groups, clip.text.max_prompt_len)
         assert [row[1 : row.index(end)] for row in rows] == ours, prompt
         assert all(row[0] == start for row in rows)
+
+
+def test_a_clip_that_nobody_holds_is_gone_at_once():
+    """Not only when the garbage collector comes round: a model may be of many gigabytes."""
+    gone, left = inside(
+        LOADED
+        + """
+import gc, weakref
+loaded.search(find, 3, 3)
+seen = weakref.ref(clip.model)
+gc.collect()
+gc.disable()
+del loaded, clip
+mm.cleanup_models_gc()
+answer([seen() is None, len(mm.current_loaded_models)])
+"""
+    )
+    assert gone and left == 0
