@@ -30,6 +30,8 @@ SETTINGS = {
 _KNOWN = re.compile(
     r"404 \(Not Found\) \S+/(user\.css|api/userdata\S+)$|graph accessed before initialization"
 )
+# and what it says of itself at every start, without any pack
+_OWN_DEPRECATIONS = re.compile(r"legacy queue/history menu|ComfyApp\.open_maskeditor")
 
 
 @contextmanager
@@ -116,5 +118,7 @@ class Editor:
         where = message.location.get("url", "")
         ours = "/extensions/pez/" in where or "/extensions/pez/" in message.text
         known = _KNOWN.search(f"{message.text} {where}")
-        if (message.type == "error" and not known) or (message.type == "warning" and ours):
+        deprecated = "deprecat" in message.text.lower()
+        bad = ours or (deprecated and not _OWN_DEPRECATIONS.search(message.text))
+        if (message.type == "error" and not known) or (message.type == "warning" and bad):
             self.complaints.append(f"{message.type}: {message.text} ({where})")

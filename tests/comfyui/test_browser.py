@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from .browser import SETTINGS, Editor, chromium
-from .server import Client, ComfyServer
+from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
@@ -419,3 +420,50 @@ def test_rarely_used_inputs_are_folded_away(editor: Editor):
     editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => node.toggleAdvanced())")
     every = editor.page.evaluate(shown)
     assert {"lr", "patience", "initial", "precision"} <= {*every} and "kept" not in every
+
+
+def test_an_example_runs_in_the_page(
+    editor: Editor, server: ComfyServer, client: Client, sd15: str, snap
+):
+    """As it comes, but with models that are here and little to do."""
+    example = json.loads((ROOT / "example_workflows/Image to image via a prompt.json").read_text())
+    ours = {
+        "PEZ_LoadCLIP": {0: EMOJI_CLIP},
+        "PEZ_ImageToPrompt": {1: 300, 2: 2},
+        "LoadImage": {0: "noto-parrot.png"},
+        "CheckpointLoaderSimple": {0: sd15},
+        "EmptyLatentImage": {0: 64, 1: 64},
+        "KSampler": {2: 1},
+    }
+    for one in example["nodes"]:
+        for k, value in ours.get(one["type"], {}).items():
+            one["widgets_values"][k] = value
+        if one["type"] == "CheckpointLoaderSimple":
+            one |= {"type": "DiffusersLoader", "properties": {}}
+    before = set(client.get("/history").json())
+    editor.load(example)
+    editor.queue()
+    expect(editor.live().get_by_role("button", name="Finish now")).to_be_visible()
+    expect(editor.live()).to_contain_text("Learned", timeout=60_000)
+    snap("example")
+
+    def ended() -> list[dict[str, Any]]:
+        history = client.get("/history").json()
+        return [run for id, run in history.items() if id not in before]
+
+    for _ in range(120):
+        if ended():
+            break
+        editor.page.wait_for_timeout(500)
+    (run,) = ended()
+    assert run["status"]["status_str"] == "success"
+    images = [image for outputs in run["outputs"].values() for image in outputs.get("images", [])]
+    saved = [image for image in images if image["type"] == "output"]
+    with Image.open(server.folder / "output" / saved[0]["filename"]) as picture:
+        (learned,) = [
+            json.loads(node["widgets_values"][-1])["items"][0]["prompt"]
+            for node in json.loads(picture.info["workflow"])["nodes"]
+            if node["type"] == "PEZ_ImageToPrompt"
+        ]
+    shown = "".join(editor.live().locator(".pez-word").all_inner_texts())
+    assert shown.replace(" ", "") == learned.replace(" ", "")
