@@ -74,8 +74,8 @@ def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
         prompt: nodes by id, as ComfyUI's server gets them.
         node_id: one of them.
 
-    Raises:
-        ValueError: the prompt is not one.
+    Returns:
+        Digests by the name of the input; none where the prompt cannot be followed.
     """
     inputs = prompt.get(node_id, {}).get("inputs", {})
     if not isinstance(inputs, dict):
@@ -88,7 +88,8 @@ def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
             if name not in NOT_LEARNED_FROM
         }
     except (AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"this is no prompt that can be followed ({error})") from error
+        log.warning("What node %s learns from cannot be told (%s).", node_id, error)
+        return {}
 
 
 def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:

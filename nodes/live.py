@@ -52,11 +52,11 @@ class Live:
         self._too_late = False
         self._words: dict[int, tuple[str, list[tuple[str, float]]]] = {}
         self._curves: dict[int, list[tuple[int, float]]] = {}
-        workflow = (getattr(hidden, "extra_pnginfo", None) or {}).get("workflow") or {}
+        workflow = (getattr(hidden, "extra_pnginfo", None) or {}).get("workflow")
         self.event: dict[str, Any] = {
             "node": self.node,
             "prompt_id": context.prompt_id if context else None,
-            "workflow": workflow.get("id"),
+            "workflow": workflow.get("id") if isinstance(workflow, dict) else None,
             "state": "starting",
             "items": [],
         }
@@ -225,7 +225,7 @@ def register_routes() -> None:
     @routes.get("/pez/live")
     async def running(request: web.Request) -> web.Response:
         """The last event of every node that runs, for pages that were loaded meanwhile."""
-        return web.json_response([live.event for live in list(_running.values())])
+        return web.json_response([dict(live.event) for live in list(_running.values())])
 
     @routes.post("/pez/live")
     async def has_live_view(request: web.Request) -> web.Response:
@@ -254,14 +254,11 @@ def register_routes() -> None:
         prompt = (await _json(request)).get("prompt")
         if not isinstance(prompt, dict):
             raise web.HTTPBadRequest(text="`prompt` has to be an object")
-        try:
-            found = {
-                node: digests(prompt, node)
-                for node, what in prompt.items()
-                if isinstance(what, dict) and str(what.get("class_type", "")).startswith("PEZ_")
-            }
-        except ValueError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
+        found = {
+            node: digests(prompt, node)
+            for node, what in prompt.items()
+            if isinstance(what, dict) and str(what.get("class_type", "")).startswith("PEZ_")
+        }
         return web.json_response(found)
 
 

@@ -99,7 +99,7 @@ class LoadedClip:
             with self.in_use(searches, prompt_len) as clip:
                 return run(clip, None)
         except Exception as error:
-            if searches < 2 or not mm.is_oom(error):
+            if searches < 2 or not _is_oom(error):
                 raise
             log.warning("Out of memory with %d searches side by side; trying half.", searches)
         # outside of the handler, whose traceback holds what has to be freed
@@ -128,6 +128,12 @@ def _load(patchers: list[ModelPatcher], memory_required: int) -> None:
             # a model that was moved by another node has weights that gradients cannot pass
             if any(weight.is_inference() for weight in patcher.model.parameters()):
                 patcher.model._apply(torch.Tensor.clone)
+
+
+def _is_oom(error: Exception) -> bool:
+    if hasattr(mm, "is_oom"):  # newer than the oldest ComfyUI that the pack runs in
+        return mm.is_oom(error)
+    return isinstance(error, mm.OOM_EXCEPTION)
 
 
 def _unload(patcher: ModelPatcher) -> None:
