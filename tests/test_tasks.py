@@ -194,7 +194,10 @@ def test_searches_can_run_a_few_at_once(emoji_clip, images):
     stopped = invert(
         emoji_clip, images[:2], steps=20, restarts=3, at_once=2, callback=lambda r: r["step"] >= 25
     )
-    assert stopped[0].prompt == whole[0].prompt and all(len(r.candidates) == 3 for r in stopped)
+    assert all(len(result.candidates) == 3 for result in stopped)
+    # two of the first image's three searches had ended by then
+    both = {c.prompt for c in whole[0].candidates} & {c.prompt for c in stopped[0].candidates}
+    assert len(both) >= 2
     with pytest.raises(ValueError, match=r"`at_once` has to be at least 1 but is 0"):
         invert(emoji_clip, images[0], at_once=0)
 
