@@ -168,7 +168,7 @@ class ImageToPrompt(_Learns):
                     default="",
                     multiline=True,
                     optional=True,
-                    placeholder="text to keep in front (optional)",
+                    placeholder="your caption (optional)",
                     tooltip="Text that stays, for example of a captioner node. The learned words "
                     "add what it missed; they come behind it, or where it says {}.",
                 ),

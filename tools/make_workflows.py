@@ -22,7 +22,7 @@ CHECKPOINT_URL = (
 )
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 HEIGHTS = {
-    "MarkdownNote": 400,
+    "MarkdownNote": 460,
     "LoadImage": 320,
     "CLIPTextEncode": 140,
     "KSampler": 280,
@@ -154,9 +154,10 @@ class Graph:
         return number
 
 
-def _start(graph: Graph, text: str) -> Node:
+def _start(graph: Graph, title: str, text: str) -> Node:
     """The note and the CLIP that every example has."""
-    graph.add(Node("MarkdownNote", 0, {"": text}, title="Read me"))
+    note = f"# {title}\n\n{ONCE}\n{text}\n\n{ALWAYS}"
+    graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
     return graph.add(Node("PEZ_LoadCLIP", 0, {"model": "SD 1.5 (ViT-L/14)"}))
 
 
@@ -197,21 +198,34 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
     graph.add(Node("SaveImage", column + 1, {"images": (image, "IMAGE"), "filename_prefix": "PEZ"}))
 
 
-FIRST = """
-**First time:** turn on `download` in *PEZ Load CLIP* once (1.71 GB), or choose the bundled emoji
-CLIP to look around without a download.
+ONCE = """\
+**Once:** in *PEZ Load CLIP* turn on `download` (1.71 GB; it may stay on). In *Load Checkpoint*
+choose a model of the Stable Diffusion 1.5 family. To only watch a search, choose the bundled emoji
+CLIP and a drawing of the folder `examples` in this pack; it sees emoji even in photographs, so do
+not judge by it.
+"""
+ALWAYS = """\
+A learned prompt reads like word salad. That is normal: its words are chosen for what CLIP makes of
+them together. Judge it by the pictures. Not happy? Change `seed`; while nothing changes, nothing
+runs.
+
+Inputs that are rarely used: *Show advanced inputs* at the bottom of the node, or *Show Advanced* in
+its right-click menu.
 """
 
 
 def image_to_image_via_prompt(graph: Graph) -> None:
     clip = _start(
         graph,
-        "# An image becomes a prompt becomes images\n\n"
+        "An image becomes a prompt becomes images",
         "1. Pick your image.\n2. Queue. Watch the prompt emerge; *Finish now* takes the best so "
         "far.\n3. Click words that you do not want, and queue again.\n\n"
-        "Turn on `keep` to share the workflow: whoever opens it needs neither the CLIP nor your "
-        "image.\n\nWire `candidates` instead of `prompt` to make an image of every restart.\n"
-        + FIRST,
+        "The new image shares subject, mood and style; it does not copy layout, face or pose.\n\n"
+        "Every finished run is stored in the node. Turn on `keep` after a run that you like: the "
+        "node then repeats that prompt, whatever you change, and whoever opens the workflow needs "
+        "neither the CLIP nor your image.\n\n"
+        "Wire `candidates` instead of `prompt` to *CLIP Text Encode* to get an image of each of "
+        "the 4 restarts, the most similar first.",
     )
     image = _image(graph)
     learned = graph.add(
@@ -223,10 +237,11 @@ def image_to_image_via_prompt(graph: Graph) -> None:
 def style_onto_a_new_subject(graph: Graph) -> None:
     clip = _start(
         graph,
-        "# A style for new subjects\n\n"
-        "1. Load two or more images of *different things* in one style. Six do well.\n"
+        "A style for new subjects",
+        "1. Replace **all** the pictures: different subjects, one style. Six do well; add *Load "
+        "Image* nodes to *Batch Images*.\n"
         "2. Write subjects, one a line: each becomes a prompt and an image.\n3. Queue.\n\n"
-        "With `keep` on you can change the subjects without a new search.\n" + FIRST,
+        "With `keep` on you can change the subjects without a new search.",
     )
     images = [_image(graph, f"Style image {k}") for k in (1, 2, 3)]
     batch = graph.add(
@@ -253,9 +268,10 @@ def style_onto_a_new_subject(graph: Graph) -> None:
 def fuse_two_pictures(graph: Graph) -> None:
     clip = _start(
         graph,
-        "# Two pictures in one prompt\n\n"
-        "One prompt is learned that both pictures agree with. Add a text in `prompt_1` to steer "
-        "it, and say in `weights` what counts more: texts first, then images.\n" + FIRST,
+        "Two pictures in one prompt",
+        "Replace both pictures. One prompt is learned that both agree with. A text in `prompt_1` "
+        "is one more goal; it is not kept word for word. `weights` says what counts more: texts "
+        "first, then images.",
     )
     first, second = (_image(graph, f"Picture {k}") for k in (1, 2))
     fused = graph.add(
@@ -284,9 +300,9 @@ LONG = (
 def shorten_a_long_prompt(graph: Graph) -> None:
     clip = _start(
         graph,
-        "# A long prompt, shortened\n\n"
+        "A long prompt, shortened",
         "`ratio` says how much shorter. Weights such as `(word:1.2)`, LoRA tags, embeddings and "
-        "`BREAK` stay as they are.\n\n`tokens_saved` tells what room there is now.\n" + FIRST,
+        "`BREAK` stay as they are.\n\n`tokens_saved` tells what room there is now.",
     )
     short = graph.add(Node("PEZ_DistillPrompt", 1, {"clip": (clip, "clip"), "text": LONG}))
     graph.add(Node("PreviewAny", 1, {"source": (short, "tokens_saved")}, title="Tokens saved"))
@@ -296,9 +312,9 @@ def shorten_a_long_prompt(graph: Graph) -> None:
 def sharpen_a_caption(graph: Graph) -> None:
     clip = _start(
         graph,
-        "# A caption, and the words that it missed\n\n"
+        "A caption, and the words that it missed",
         "Put your captioner node (Florence, BLIP, JoyCaption, ...) in place of *Caption*. The "
-        "caption stays; a few learned words add what it left out.\n" + FIRST,
+        "caption stays; a few learned words add what it left out.",
     )
     image = _image(graph)
     caption = graph.add(
