@@ -150,3 +150,25 @@ answer([seen() is None, len(mm.current_loaded_models)])
 """
     )
     assert gone and left == 0
+
+
+def test_unsafe_words_and_syntax_are_blocked_without_a_vocabulary():
+    blocked, words, everything = inside(
+        LOADED
+        + """
+from pez_pack.nodes.inputs import allowed
+from pez_pack.pez_core import UNSAFE_WORDS, Vocabulary
+unsafe = set(Vocabulary(blocked=UNSAFE_WORDS).blocked)
+lexicon = allowed(None, "blue, red car").lexicon(clip)
+connected = allowed(Vocabulary(bank=["red", "blue", "("]), "blue").lexicon(clip)
+decode = clip.text.words.decode
+answer([
+    [unsafe <= lexicon.blocked, len(unsafe) > 100, {"(", "<", "red car"} <= lexicon.blocked],
+    sorted(decode(phrase) for phrase in connected.phrases),
+    unsafe <= connected.blocked,
+])
+"""
+    )
+    assert blocked == [True, True, True]
+    # who connects a vocabulary decides about unsafe words, but not about syntax
+    assert words == ["red"] and not everything
