@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..pez_core import concatenate, distill, extract_style, invert
 from ..pez_core.tasks import check_style_template
-from . import inputs
+from . import inputs as shared
 from .found import Found
 from .inputs import CATEGORY, allowed, lines, naming_widgets, one, pictures, texts
 from .kept import Kept, digests, out_of_date, store_in_workflow
@@ -97,8 +97,34 @@ def _candidates() -> list[io.Output]:
     ]
 
 
+def _schema(*, inputs: list[io.Input], outputs: list[io.Output], **described: Any) -> io.Schema:
+    """A schema with what all nodes that learn have in common around what is their own."""
+    return io.Schema(
+        category=CATEGORY,
+        is_input_list=True,
+        is_output_node=True,
+        inputs=[
+            shared.clip(lazy=True, optional=True),
+            *inputs,
+            *shared.words(),
+            *shared.rarely_used(),
+            *shared.keep(),
+        ],
+        outputs=[*outputs, *_candidates()],
+        hidden=_HIDDEN,
+        **described,
+    )
+
+
 def _all_candidates(found: list[Found]) -> tuple[list[str], list[float]]:
-    pairs = [pair for one_found in found for pair in one_found.candidates]
+    return _columns([pair for one_found in found for pair in one_found.candidates])
+
+
+def _all_prompts(found: list[Found]) -> tuple[list[str], list[float]]:
+    return _columns([(one_found.prompt, one_found.similarity) for one_found in found])
+
+
+def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[list[str], list[float]]:
     return [prompt for prompt, _ in pairs], [float(similarity) for _, similarity in pairs]
 
 
@@ -129,10 +155,9 @@ class ImageToPrompt(_Learns):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _schema(
             node_id="PEZ_ImageToPrompt",
             display_name="PEZ Image to Prompt",
-            category=CATEGORY,
             description="Finds a short text prompt for an image. Wire it to CLIP Text Encode.",
             search_aliases=[
                 "image to text",
@@ -143,17 +168,14 @@ class ImageToPrompt(_Learns):
                 "hard prompts made easy",
                 "describe image",
             ],
-            is_input_list=True,
-            is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True, optional=True),
                 io.Image.Input(
                     "images",
                     lazy=True,
                     optional=True,
                     tooltip="One image or a batch; sizes may differ.",
                 ),
-                *inputs.search(
+                *shared.search(
                     1000, 4, 16, "Length of the prompt in tokens, which are about words."
                 ),
                 io.Combo.Input(
@@ -212,9 +234,6 @@ class ImageToPrompt(_Learns):
                     advanced=True,
                     tooltip="Text to start the first search from, at most prompt_len tokens.",
                 ),
-                *inputs.words(),
-                *inputs.rarely_used(),
-                *inputs.keep(),
             ],
             outputs=[
                 io.String.Output(
@@ -228,9 +247,7 @@ class ImageToPrompt(_Learns):
                     tooltip="How similar CLIP finds prompt and image, at most 1. For a negative "
                     "prompt: prompt and what is to be avoided.",
                 ),
-                *_candidates(),
             ],
-            hidden=_HIDDEN,
         )
 
     @classmethod
@@ -276,8 +293,7 @@ class ImageToPrompt(_Learns):
     @classmethod
     def outputs(cls, found: list[Found], **values: Any) -> tuple:
         return (
-            [one_found.prompt for one_found in found],
-            [float(one_found.similarity) for one_found in found],
+            *_all_prompts(found),
             *_all_candidates(found),
         )
 
@@ -312,17 +328,13 @@ class ExtractStyle(_Learns):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _schema(
             node_id="PEZ_ExtractStyle",
             display_name="PEZ Extract Style",
-            category=CATEGORY,
             description="Finds words for the style that several images share, and gives it to new "
             "subjects.",
             search_aliases=["style transfer", "style prompt", "art style", "reverse style"],
-            is_input_list=True,
-            is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True, optional=True),
                 io.Image.Input(
                     "images",
                     lazy=True,
@@ -337,7 +349,7 @@ class ExtractStyle(_Learns):
                     tooltip="What is to be made in the style, one a line. With `keep` on, changing "
                     "it needs no new search.",
                 ),
-                *inputs.search(
+                *shared.search(
                     1000, 4, 8, "Length of the style prompt in tokens, which are about words."
                 ),
                 io.String.Input(
@@ -365,9 +377,6 @@ class ExtractStyle(_Learns):
                     tooltip="Words that describe what the images show, so that the style prompt "
                     "does without them.",
                 ),
-                *inputs.words(),
-                *inputs.rarely_used(),
-                *inputs.keep(),
             ],
             outputs=[
                 io.String.Output(
@@ -377,9 +386,7 @@ class ExtractStyle(_Learns):
                 io.Float.Output(
                     "similarity", tooltip="The style's mean similarity with the images."
                 ),
-                *_candidates(),
             ],
-            hidden=_HIDDEN,
         )
 
     @classmethod
@@ -431,16 +438,12 @@ class DistillPrompt(_Learns):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _schema(
             node_id="PEZ_DistillPrompt",
             display_name="PEZ Distill Prompt",
-            category=CATEGORY,
             description="Shortens a prompt. Weights, LoRA tags, embeddings and BREAK stay.",
             search_aliases=["shorten prompt", "compress prompt", "77 tokens", "prompt too long"],
-            is_input_list=True,
-            is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True, optional=True),
                 io.String.Input(
                     "text",
                     default="",
@@ -456,10 +459,7 @@ class DistillPrompt(_Learns):
                     step=0.01,
                     tooltip="Length of the new prompt against the old one.",
                 ),
-                *inputs.search(1000, 4, 0, "Exact length in tokens. 0: by the ratio."),
-                *inputs.words(),
-                *inputs.rarely_used(),
-                *inputs.keep(),
+                *shared.search(1000, 4, 0, "Exact length in tokens. 0: by the ratio."),
             ],
             outputs=[
                 io.String.Output("prompt", is_output_list=True, tooltip="The shorter prompt."),
@@ -471,9 +471,7 @@ class DistillPrompt(_Learns):
                 io.Int.Output(
                     "tokens_saved", is_output_list=True, tooltip="Tokens that it is shorter by."
                 ),
-                *_candidates(),
             ],
-            hidden=_HIDDEN,
         )
 
     @classmethod
@@ -488,6 +486,9 @@ class DistillPrompt(_Learns):
             live.begin()
             found = []
             for turn, prompt in enumerate(prompts):
+                if not prompt.strip():  # one of a list must not cost the others theirs
+                    found.append(Found(prompt, 1.0, [(prompt, 1.0)], note="There was no text."))
+                    continue
                 result = distill(
                     clip,
                     prompt,
@@ -505,8 +506,7 @@ class DistillPrompt(_Learns):
     @classmethod
     def outputs(cls, found: list[Found], **values: Any) -> tuple:
         return (
-            [one_found.prompt for one_found in found],
-            [float(one_found.similarity) for one_found in found],
+            *_all_prompts(found),
             [one_found.tokens_saved for one_found in found],
             *_all_candidates(found),
         )
@@ -543,10 +543,9 @@ class ConcatPrompts(_Learns):
             )
             for name in cls._IMAGES
         ]
-        return io.Schema(
+        return _schema(
             node_id="PEZ_ConcatPrompts",
             display_name="PEZ Concat Prompts",
-            category=CATEGORY,
             description="Makes one prompt of several prompts and images. Prompts that fit are "
             "joined; else one prompt is learned towards all.",
             search_aliases=[
@@ -556,10 +555,7 @@ class ConcatPrompts(_Learns):
                 "fuse",
                 "blend images",
             ],
-            is_input_list=True,
-            is_output_node=True,
             inputs=[
-                inputs.clip(lazy=True, optional=True),
                 *images,
                 *prompts,
                 io.Boolean.Input(
@@ -570,7 +566,7 @@ class ConcatPrompts(_Learns):
                     label_off="join if it fits",
                     tooltip="On: learn one prompt even where the prompts fit side by side.",
                 ),
-                *inputs.search(
+                *shared.search(
                     1000, 4, 16, "Length of a learned prompt in tokens, which are about words."
                 ),
                 io.String.Input(
@@ -590,9 +586,6 @@ class ConcatPrompts(_Learns):
                     advanced=True,
                     tooltip="What a simple join may take.",
                 ),
-                *inputs.words(),
-                *inputs.rarely_used(),
-                *inputs.keep(),
             ],
             outputs=[
                 io.String.Output("prompt", tooltip="One prompt for all sources."),
@@ -602,9 +595,7 @@ class ConcatPrompts(_Learns):
                     is_output_list=True,
                     tooltip="Its similarity with each source: prompts first, then images.",
                 ),
-                *_candidates(),
             ],
-            hidden=_HIDDEN,
         )
 
     @classmethod

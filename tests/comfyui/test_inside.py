@@ -172,3 +172,22 @@ answer([
     assert blocked == [True, True, True]
     # who connects a vocabulary decides about unsafe words, but not about syntax
     assert words == ["red"] and not everything
+
+
+def test_an_empty_text_in_a_list_costs_the_others_nothing():
+    first, empty, second = inside(
+        LOADED
+        + """
+from pez_pack.nodes.learning import DistillPrompt
+from pez_pack.nodes.live import Live
+texts = ["a red fish in deep blue water", " ", "a small green bird in a tree"]
+with Live(None) as live:
+    found = DistillPrompt.learn(
+        live, clip=[loaded], text=texts, ratio=[0.4], prompt_len=[0], steps=[3], restarts=[1],
+        seed=[0],
+    )
+answer([[one.prompt, one.note] for one in found])
+"""
+    )
+    assert first[0] and second[0] and first[0] != second[0]
+    assert empty == [" ", "There was no text."]
