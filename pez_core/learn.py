@@ -156,7 +156,8 @@ class Learning:
         prompt_len: tokens to learn, from 1 to what the context holds beside the template.
         settings: of the search.
         restarts: independent searches per goal, at least 1.
-        seed: of the initial prompts; restart r starts from `seed + r`.
+        seed: of the initial prompts, for all goals or one for each; restart r starts from
+            `seed + r`.
         vocabulary: None: the CLIP's default.
         initial: text that the first restart begins with; random tokens fill it up.
         template: text with `{}` for the learned part.
@@ -168,7 +169,7 @@ class Learning:
     prompt_len: int
     settings: Settings
     restarts: int = 1
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     vocabulary: Vocabulary | None = None
     initial: str | None = None
     template: str = "{}"
@@ -180,7 +181,8 @@ class Learning:
         if self.at_once is not None:
             check_integer("at_once", self.at_once, 1)
         check_integer("restarts", self.restarts, 1)
-        check_integer("seed", self.seed, 0)
+        for seed in self.seed if isinstance(self.seed, (list, tuple)) else [self.seed]:
+            check_integer("seed", seed, 0)
         if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
             raise TypeError(f"`vocabulary` has to be a Vocabulary but is {self.vocabulary!r}.")
         if self.initial is not None and not isinstance(self.initial, str):
@@ -225,8 +227,10 @@ def learn(
         ]
         return torch.tensor(good, device=rows.device)
 
-    # the same initial prompts for every goal, so that a result does not depend on its neighbours
-    ids = _starts(clip, space, lexicon, alone, learning, acceptable).repeat(len(goals), 1)
+    # told by the seed alone, so that a result does not depend on its neighbours
+    seeds = _seeds(learning.seed, len(goals))
+    starts = {s: _starts(clip, space, lexicon, alone, learning, s, acceptable) for s in set(seeds)}
+    ids = torch.cat([starts[seed] for seed in seeds])
     best = _Best(clip, goals, frame, ids, learning, began)
     for span in best.spans:
         found = search(
@@ -261,6 +265,13 @@ def learn(
     return results
 
 
+def _seeds(seed: int | Sequence[int], goals: int) -> list[int]:
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * goals
+    if len(seeds) != goals:
+        raise ValueError(f"`seed` has to be one number or {goals} of them but is {seed}.")
+    return seeds
+
+
 def _space(clip: AnyClip, lexicon: Lexicon | None, prompt_len: int) -> TokenSpace:
     table, parts = clip.text.token_embedding, clip.text.parts
     if lexicon is None:
@@ -287,6 +298,7 @@ def _starts(
     lexicon: Lexicon | None,
     alone: list[int],
     learning: Learning,
+    seed: int,
     acceptable: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """(restarts, prompt_len) ids to begin from, so that the first step is acceptable."""
@@ -299,7 +311,7 @@ def _starts(
             source = _space(clip, Lexicon(good), learning.prompt_len)
     rows = []
     for restart in range(learning.restarts):
-        generator = torch.Generator().manual_seed((learning.seed + restart) % 2**63)
+        generator = torch.Generator().manual_seed((seed + restart) % 2**63)
         given = _initial(clip, learning) if restart == 0 else []
         for _ in range(100):
             row = source.random(1, learning.prompt_len, generator)
@@ -404,7 +416,7 @@ def _objective(
         weights = torch.stack([goal.weights for goal in rows])
     if goals[0].batch_size is None:
         return Similarity(encode, targets, weights)
-    generator = torch.Generator().manual_seed(learning.seed % 2**63)
+    generator = torch.Generator().manual_seed(_seeds(learning.seed, 1)[0] % 2**63)
     return SampledSimilarity(encode, targets, weights, goals[0].batch_size, generator)
 
 

@@ -31,7 +31,7 @@ def invert(
     restarts: int = 1,
     lr: float = 0.1,
     weight_decay: float = 0.1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     callback: Callback | None = None,
     *,
     shared: bool = False,
@@ -60,8 +60,8 @@ def invert(
         restarts: independent searches per image from different random prompts, at least 1.
         lr: AdamW learning rate.
         weight_decay: AdamW weight decay.
-        seed: of the initial prompts; restart r starts from `seed + r`. The same seed gives the same
-            prompts on the CPU.
+        seed: of the initial prompts, for all images or one for each; restart r starts from
+            `seed + r`. The same seed gives the same prompts on the CPU.
         callback: gets one dict per report: `step`, `steps`, `prompt` and `similarity` of the best
             so far (the similarity less what `negative` costs), `prompts` and `similarities` with
             the best of each result, `elapsed` seconds, and `explain`, a function from the number of

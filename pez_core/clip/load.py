@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import http.client
 import json
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.coca_model import CoCa
 from open_clip.factory import get_model_config
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 
@@ -190,7 +193,8 @@ def load_clip(
             force_quick_gelu=tag.get("quick_gelu", False),
             force_preprocess_cfg=_preprocess(name, tag),
         )
-        return Clip(model, tokenizer, f"{name}:{pretrained}")
+        built = _config(config, tag.get("quick_gelu", False), name)
+        return Clip(model, tokenizer, f"{name}:{pretrained}", config=built)
 
 
 def _load_folder(folder: Path, name: str, precision: str, device: torch.device) -> Clip:
@@ -206,7 +210,10 @@ def _load_folder(folder: Path, name: str, precision: str, device: torch.device) 
         except (ValueError, TypeError) as error:
             message = f"`name`: {tokens} has to be a JSON list of token ids ({error})."
             raise ValueError(message) from error
-    return Clip(model, open_clip.get_tokenizer(source), name, vocabulary)
+    model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    # a tokenizer that lies in the folder cannot be made anew elsewhere
+    config = None if "hf_tokenizer_name" in model_cfg["text_cfg"] else _config(model_cfg)
+    return Clip(model, open_clip.get_tokenizer(source), name, vocabulary, config)
 
 
 def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
@@ -231,7 +238,36 @@ def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
         force_quick_gelu=found.quick_gelu,
         force_preprocess_cfg=_preprocess(found.name, tag),
     )
-    return Clip(model, open_clip.get_tokenizer(found.name), path.stem)
+    config = _config(get_model_config(found.name), found.quick_gelu, found.name)
+    return Clip(model, open_clip.get_tokenizer(found.name), path.stem, config=config)
+
+
+def _config(model_cfg: dict, quick_gelu: bool = False, tokenizer: str | None = None) -> dict:
+    """What `from_config` makes the same model of, as JSON can hold it."""
+    model_cfg = copy.deepcopy(model_cfg) | ({"quick_gelu": True} if quick_gelu else {})
+    if "timm_model_name" in model_cfg["vision_cfg"]:
+        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
+    return {"model_cfg": model_cfg, "tokenizer": tokenizer}
+
+
+def from_config(config: dict, preprocess_cfg: dict) -> tuple[torch.nn.Module, Callable]:
+    """`Clip.config` and how images are prepared -> an open_clip model and its tokenizer.
+
+    The weights are those of its initialisation, in float32.
+    """
+    model_cfg = copy.deepcopy(config["model_cfg"])
+    custom = model_cfg.pop("custom_text", False)
+    kind = CustomTextCLIP if custom else CLIP
+    if custom and "multimodal_cfg" in model_cfg:
+        kind = CoCa
+    model = kind(**model_cfg)
+    set_model_preprocess_cfg(model, preprocess_cfg)
+    if config["tokenizer"]:
+        return model, _tokenizer(config["tokenizer"], model_cfg, download=False)
+    text = model_cfg["text_cfg"]
+    return model, open_clip.SimpleTokenizer(
+        context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {})
+    )
 
 
 def _preprocess(name: str, tag: dict) -> dict | None:

@@ -30,6 +30,9 @@ class Clip:
         name: shown in messages and results.
         vocabulary: ids of the tokens that prompts are made of by default; None: all of them. Tokens
             that do not survive being printed and read again are left out either way.
+        config: what the model was built from: open_clip's `model_cfg` and, where the tokenizer is
+            not CLIP's own, `tokenizer`, the architecture that it belongs to. Only needed where the
+            model is to be saved; `load_clip` fills it in.
 
     Attributes:
         text: `TextTower`, from token embeddings to text features.
@@ -45,7 +48,9 @@ class Clip:
         tokenizer,
         name: str = "clip",
         vocabulary: Sequence[int] | None = None,
+        config: dict | None = None,
     ) -> None:
+        self.config = config
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
