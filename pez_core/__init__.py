@@ -1,5 +1,7 @@
 """PEZ: images and long prompts into short text prompts that work."""
 
+from typing import TYPE_CHECKING
+
 from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
 from .judge import Pruned, Scores, WordContribution, explain, prune, score
 from .learn import Candidate, Result
@@ -7,6 +9,9 @@ from .search import Progress, Settings, search
 from .space import PhraseSpace, TokenSpace
 from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract_style, invert
 from .vocabulary import UNSAFE_WORDS, Vocabulary
+
+if TYPE_CHECKING:
+    from .diffusion import PezPipeline
 
 __version__ = "0.1.0"
 
@@ -19,6 +24,7 @@ __all__ = [
     "Concatenated",
     "Distilled",
     "JointClip",
+    "PezPipeline",
     "PhraseSpace",
     "Progress",
     "Pruned",
@@ -39,3 +45,12 @@ __all__ = [
     "score",
     "search",
 ]
+
+
+def __getattr__(name: str) -> type:
+    # diffusers and transformers take seconds to import, and not everyone has them
+    if name == "PezPipeline":
+        from .diffusion import PezPipeline
+
+        return PezPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

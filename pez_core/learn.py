@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .judge import WordContribution, contributions
-from .objectives import SampledSimilarity, Similarity
-from .search import Progress, Settings, check_integer, search
+from .objectives import ExtraLoss, Mixed, SampledSimilarity, Similarity
+from .search import Objective, Progress, Settings, check_integer, search
 from .space import PhraseSpace, TokenSpace
 from .vocabulary import Blocklist, Lexicon, Vocabulary, count_words
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Callback = Callable[[dict], bool | None]
+Tables = tuple[torch.Tensor, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Candidate:
         similarities: with each target, in the order given.
         avoided: with each thing to stay away from, in the order given.
         encoders: `similarity` by the name of the encoder.
+        extra_loss: the loss beside the similarity, of the text read again; None: there was none.
     """
 
     prompt: str
@@ -48,6 +50,7 @@ class Candidate:
     similarities: list[float] = field(repr=False)
     avoided: list[float] = field(repr=False)
     encoders: dict[str, float] = field(repr=False)
+    extra_loss: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Result(Candidate):
         candidates: one per restart, best first; the first is this result's own prompt. Empty where
             the prompt was not learned, or in sections.
         history: `(step, best score so far)`, one per report; the score is the similarity, less what
-            is to be avoided by its weight.
+            is to be avoided by its weight. With an extra loss of weight w it is 1 - w of that, less
+            w of the loss.
         seconds: of the whole search that this result came from, shared by all of a batch.
         note: what a person should know about it, "" most of the time.
     """
@@ -164,6 +168,7 @@ class Learning:
         read: what the text encoder reads of the template; None: the template itself.
         at_once: searches that run side by side; None: all of them. Fewer take less memory and more
             time, and find the same.
+        extra: a loss beside the similarity.
     """
 
     prompt_len: int
@@ -175,6 +180,7 @@ class Learning:
     template: str = "{}"
     read: str | None = None
     at_once: int | None = None
+    extra: ExtraLoss | None = None
 
     def __post_init__(self) -> None:
         check_integer("prompt_len", self.prompt_len, 1)
@@ -187,6 +193,11 @@ class Learning:
             raise TypeError(f"`vocabulary` has to be a Vocabulary but is {self.vocabulary!r}.")
         if self.initial is not None and not isinstance(self.initial, str):
             raise TypeError(f"`initial` has to be a string but is {self.initial!r}.")
+        if self.extra is not None and not isinstance(self.extra, ExtraLoss):
+            raise TypeError(
+                "`extra` has to be a loss such as pez_core.diffusion.DenoisingLoss but is "
+                f"{self.extra!r}."
+            )
 
 
 def learn(
@@ -198,10 +209,16 @@ def learn(
 
     Raises:
         ValueError: the prompt does not fit the context, nothing is left of the vocabulary, the
-            initial prompt does not fit or holds a blocked word.
+            initial prompt does not fit or holds a blocked word, or the extra loss is for another
+            number of prompts.
     """
     began = time.monotonic()
-    restarts, words = learning.restarts, clip.text.words
+    restarts, words, extra = learning.restarts, clip.text.words, learning.extra
+    if extra is not None and extra.prompts != len(goals):
+        raise ValueError(
+            f"`extra` is for {extra.prompts} prompts, but {len(goals)} are learned; make it of the "
+            "same images, with `shared` alike."
+        )
     frame = Frame(clip, learning.template, learning.read)
     if learning.prompt_len > frame.room:
         fixed = len(frame.before) + len(frame.after)
@@ -214,7 +231,8 @@ def learn(
         )
     lexicon = learning.vocabulary.lexicon(clip) if learning.vocabulary else None
     blocked = Blocklist(lexicon.blocked if lexicon else ())
-    space = _space(clip, lexicon, learning.prompt_len)
+    tables = _tables(clip, extra)
+    space = _space(clip, tables, lexicon, learning.prompt_len)
     alone = _surviving_tokens(clip, lexicon)
     single = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
     everything_survives = words.separable and frame.separate and single in (None, len(alone))
@@ -229,7 +247,9 @@ def learn(
 
     # told by the seed alone, so that a result does not depend on its neighbours
     seeds = _seeds(learning.seed, len(goals))
-    starts = {s: _starts(clip, space, lexicon, alone, learning, s, acceptable) for s in set(seeds)}
+    starts = {
+        s: _starts(clip, tables, space, lexicon, alone, learning, s, acceptable) for s in set(seeds)
+    }
     ids = torch.cat([starts[seed] for seed in seeds])
     best = _Best(clip, goals, frame, ids, learning, began)
     for span in best.spans:
@@ -248,12 +268,21 @@ def learn(
         if found.stopped:
             break
     rows = [_readable(clip, frame, row) for row in best.ids.tolist()]
-    features = clip.encode_texts([frame.text(row) for row in rows])
+    texts = [frame.text(row) for row in rows]
+    features = clip.encode_texts(texts)
+    losses = None if extra is None else extra.losses(texts, _numbers(goals, restarts))
     seconds = time.monotonic() - began
     results = []
     for k, goal in enumerate(goals):
         span = slice(k * restarts, (k + 1) * restarts)
-        ranked = _ranked(clip, frame, rows[span], features[span], goal)
+        ranked = _ranked(
+            clip,
+            frame,
+            rows[span],
+            features[span],
+            goal,
+            None if losses is None else (losses[span].tolist(), extra.weight),
+        )
         results.append(
             Result(
                 **vars(ranked[0]),
@@ -272,8 +301,26 @@ def _seeds(seed: int | Sequence[int], goals: int) -> list[int]:
     return seeds
 
 
-def _space(clip: AnyClip, lexicon: Lexicon | None, prompt_len: int) -> TokenSpace:
+def _numbers(goals: Sequence[Goal], restarts: int) -> list[int]:
+    """The number of the goal that each search is for."""
+    return [k for k in range(len(goals)) for _ in range(restarts)]
+
+
+def _tables(clip: AnyClip, extra: ExtraLoss | None) -> Tables:
+    """The token embeddings of all that looks at a prompt, side by side, and the parts of them."""
     table, parts = clip.text.token_embedding, clip.text.parts
+    if extra is None:
+        return table, parts
+    other = extra.token_embedding.to(table.device)
+    if extra.weight == 1:
+        return other, extra.parts
+    shares = [(columns, (1 - extra.weight) * weight) for columns, weight in parts]
+    shares += [(columns, extra.weight * weight) for columns, weight in extra.parts]
+    return torch.cat([table.detach().float(), other], dim=1), shares
+
+
+def _space(clip: AnyClip, tables: Tables, lexicon: Lexicon | None, prompt_len: int) -> TokenSpace:
+    table, parts = tables
     if lexicon is None:
         return TokenSpace(table, clip.vocabulary, parts)
     if all(len(phrase) == 1 for phrase in lexicon.phrases):
@@ -294,6 +341,7 @@ def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
 
 def _starts(
     clip: AnyClip,
+    tables: Tables,
     space: TokenSpace,
     lexicon: Lexicon | None,
     alone: list[int],
@@ -308,7 +356,7 @@ def _starts(
         single = set(alone)
         good = frozenset(p for p in lexicon.phrases if len(p) > 1 or p[0] in single)
         if 0 < len(good) < len(lexicon.phrases):
-            source = _space(clip, Lexicon(good), learning.prompt_len)
+            source = _space(clip, tables, Lexicon(good), learning.prompt_len)
     rows = []
     for restart in range(learning.restarts):
         generator = torch.Generator().manual_seed((seed + restart) % 2**63)
@@ -404,10 +452,27 @@ class _Best:
 
 def _objective(
     clip: AnyClip, goals: Sequence[Goal], frame: Frame, learning: Learning, span: slice
-) -> Similarity:
+) -> Objective:
     """The objective of the searches in `span`, of which each goal has `restarts` in a row."""
+    numbers, extra = _numbers(goals, learning.restarts)[span], learning.extra
+    if extra is None:
+        return _similarity(clip, goals, numbers, frame, learning)
+    loss = extra.objective(frame.before, frame.after, numbers)
+    if extra.weight == 1:
+        return Mixed(None, loss, 0, extra.weight)
+    columns = sum(columns for columns, _ in clip.text.parts)
+    return Mixed(_similarity(clip, goals, numbers, frame, learning), loss, columns, extra.weight)
+
+
+def _similarity(
+    clip: AnyClip,
+    goals: Sequence[Goal],
+    numbers: Sequence[int],
+    frame: Frame,
+    learning: Learning,
+) -> Similarity:
     encode = clip.text.encoder([(frame.before, frame.after)])
-    rows = [goal for goal in goals for _ in range(learning.restarts)][span]
+    rows = [goals[k] for k in numbers]
     if goals[0].direction is not None:
         targets = torch.stack([goal.direction for goal in rows])[:, None]
         weights = None
@@ -421,9 +486,17 @@ def _objective(
 
 
 def _ranked(
-    clip: AnyClip, frame: Frame, rows: list[list[int]], features: torch.Tensor, goal: Goal
+    clip: AnyClip,
+    frame: Frame,
+    rows: list[list[int]],
+    features: torch.Tensor,
+    goal: Goal,
+    extra: tuple[list[float], float] | None = None,
 ) -> list[Candidate]:
-    """Learned ids and the (n, features) of their printed text -> candidates, best first."""
+    """Learned ids and the (n, features) of their printed text -> candidates, best first.
+
+    `extra` holds n losses of the printed text and their weight.
+    """
     products = features @ goal.features.T
     towards = ~goal.away
     shares = goal.weights.clamp(min=0) if towards.any() else goal.weights.abs()
@@ -435,6 +508,9 @@ def _ranked(
         scores = (products @ goal.weights).tolist()
     else:
         scores = (features @ goal.direction).tolist()
+    losses, weight = extra or ([None] * len(rows), 0.0)
+    if extra:
+        scores = [(1 - weight) * s - weight * loss for s, loss in zip(scores, losses, strict=True)]
     candidates = [
         Candidate(
             prompt=frame.print(row),
@@ -444,6 +520,7 @@ def _ranked(
             similarities=products[k][towards].tolist(),
             avoided=products[k][goal.away].tolist(),
             encoders={name: values[k] for name, values in by_encoder.items()},
+            extra_loss=losses[k],
         )
         for k, row in enumerate(rows)
     ]

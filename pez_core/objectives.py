@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -66,3 +67,69 @@ class SampledSimilarity(Similarity):
         order = torch.randperm(self.targets.shape[1], generator=self.generator)
         few = self.targets[:, order[: self.batch_size].to(features.device)].mean(dim=1)
         return 1 - (features * few).sum(-1), (features * self.target).sum(-1)
+
+
+@runtime_checkable
+class ExtraLoss(Protocol):
+    """A loss beside the similarity, on token embeddings of its own.
+
+    Attributes:
+        weight: its share in what is minimised, above 0, at most 1; the similarity has the rest. At
+            1 the CLIP takes no part in the search.
+        prompts: how many prompts it is for.
+        token_embedding: (vocab_size, columns) fp32 tables side by side, with the CLIP's ids.
+        parts: (columns, weight) of each table, from left to right; the weights sum to 1.
+    """
+
+    weight: float
+    prompts: int
+
+    @property
+    def token_embedding(self) -> torch.Tensor: ...
+
+    @property
+    def parts(self) -> list[tuple[int, float]]: ...
+
+    def objective(
+        self, before: Sequence[int], after: Sequence[int], goals: Sequence[int]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The loss as a function of the learned tokens.
+
+        Args:
+            before, after: ids of the fixed text around them.
+            goals: for each row the number of the prompt that it is for.
+
+        Returns:
+            (rows, prompt_len, columns) embeddings -> (rows,) loss to descend.
+        """
+
+    def losses(self, texts: Sequence[str], goals: Sequence[int]) -> torch.Tensor:
+        """(len(texts),) losses of printed prompts, read again as they will be used."""
+
+
+class Mixed:
+    """A similarity and another loss, by weight.
+
+    Args:
+        similarity: objective on the first `columns` of the embeddings; None: it takes no part.
+        extra: (problems, prompt_len, other columns) embeddings -> (problems,) loss.
+        columns: of the similarity.
+        weight: share of `extra`, above 0, at most 1.
+    """
+
+    def __init__(
+        self,
+        similarity: Similarity | None,
+        extra: Callable[[torch.Tensor], torch.Tensor],
+        columns: int,
+        weight: float,
+    ) -> None:
+        self.similarity, self.extra = similarity, extra
+        self.columns, self.weight = columns, weight
+
+    def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        extra = self.weight * self.extra(embeddings[..., self.columns :])
+        if self.similarity is None:
+            return extra, -extra
+        loss, score = self.similarity(embeddings[..., : self.columns], step)
+        return (1 - self.weight) * loss + extra, (1 - self.weight) * score - extra

@@ -11,6 +11,7 @@ import torch
 
 from .clip.images import ImageInput, load_images
 from .learn import Callback, Goal, Learning, Result, learn
+from .objectives import ExtraLoss
 from .prompt_text import SYNTAX, chunks, pieces, read, sections, tags
 from .search import Settings, check_integer
 from .style import style_direction
@@ -44,6 +45,7 @@ def invert(
     vocabulary: Vocabulary | None = None,
     patience: int | None = None,
     at_once: int | None = None,
+    extra: ExtraLoss | None = None,
 ) -> Result | list[Result]:
     """Find a short text prompt that CLIP finds similar to an image (paper, section 4).
 
@@ -63,7 +65,8 @@ def invert(
         seed: of the initial prompts, for all images or one for each; restart r starts from
             `seed + r`. The same seed gives the same prompts on the CPU.
         callback: gets one dict per report: `step`, `steps`, `prompt` and `similarity` of the best
-            so far (the similarity less what `negative` costs), `prompts` and `similarities` with
+            so far (the similarity less what `negative` costs; with `extra`, whose weight is w,
+            1 - w of that less w of its loss), `prompts` and `similarities` with
             the best of each result, `elapsed` seconds, and `explain`, a function from the number of
             a result to what each word of its prompt adds. A true return value ends the search; the
             best so far is returned.
@@ -84,6 +87,8 @@ def invert(
         patience: end a problem that has not improved for this many steps; None: never.
         at_once: searches (one per image and restart) that run side by side; None: all of them.
             Fewer take less memory and more time, and find the same.
+        extra: a loss to add to the similarity by its weight, made of the same images, such as
+            `pez_core.diffusion.DenoisingLoss`; results then have `extra_loss`, too.
 
     Returns:
         One `Result` for a single image or with `shared`, else a list in the order of the images.
@@ -110,6 +115,7 @@ def invert(
         initial,
         template,
         at_once=at_once,
+        extra=extra,
     )
     away = as_list(negative)
     if isinstance(negative_weights, (list, tuple)):
@@ -119,6 +125,8 @@ def invert(
     else:
         total = check_number("negative_weights", negative_weights, low=0)
         negative_weights = [total / max(len(away), 1)] * len(away)
+    if learn_negative and extra is not None:
+        raise ValueError("`extra` goes towards the images; leave it out with learn_negative=True.")
     if learn_negative and away and not sum(negative_weights):
         raise ValueError("`negative_weights` is 0, but a negative prompt is learned for them.")
     if learn_negative:

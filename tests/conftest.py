@@ -29,13 +29,17 @@ def make_model(kind=CLIP, text=None, seed=0, **options):
     open_clip.factory.set_model_preprocess_cfg(
         model, {**open_clip.transform.PreprocessCfg().__dict__, "size": 16}
     )
+    towers = {"embed_dim": 16, "vision_cfg": dict(VISION), "text_cfg": TEXT | (text or {})}
+    custom = {"custom_text": True} if kind is not CLIP else {}
+    model.built_from = {"model_cfg": towers | custom | options, "tokenizer": None}
     return model
 
 
 def make_clip(kind=CLIP, text=None, seed=0, **options) -> Clip:
     model = make_model(kind, text, seed, **options)
     length = (text or {}).get("context_length", 77)
-    return Clip(model, open_clip.SimpleTokenizer(context_length=length), "tiny", range(320, 3000))
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    return Clip(model, tokenizer, "tiny", range(320, 3000), model.built_from)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -19,6 +22,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -52,7 +58,7 @@ def text_config(width: int, projection: int) -> CLIPTextConfig:
     )
 
 
-def vae() -> AutoencoderKL:
+def vae(**options) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -60,6 +66,7 @@ def vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=2,
         sample_size=64,
+        **options,
     )
 
 
@@ -121,6 +128,35 @@ def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
                 use_linear_projection=True,
             ),
             scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
+        )
+    return _quiet(pipe)
+
+
+def flux(seed: int = 0) -> FluxPipeline:
+    """Flux, whose default size has to be asked for: 32 x 32 pixels are quick."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
+            text_encoder=CLIPTextModel(text_config(16, 16)),
+            tokenizer=tokenizer(),
+            text_encoder_2=T5EncoderModel(
+                T5Config(vocab_size=130, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            ),
+            tokenizer_2=T5Tokenizer(vocab=letters, model_max_length=64),
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                axes_dims_rope=(4, 4, 8),
+            ),
         )
     return _quiet(pipe)
 

@@ -1,0 +1,566 @@
+"""PezPipeline on tiny but real image pipelines, from an example image to pictures."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import EXAMPLES, ROOT, make_clip
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from tiny_diffusion import flux, stable_diffusion, stable_diffusion_xl
+
+from pez_core import JointClip, PezPipeline, extract_style, invert, load_clip
+from pez_core.diffusion import PezClipModel, PezPipelineOutput, PezPriorOutput
+
+FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
+QUICK = {"prompt_len": 4, "pez_steps": 6, "restarts": 2, "num_inference_steps": 2}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pipe(emoji_clip):
+    pez = PezPipeline.from_pipe(stable_diffusion(), emoji_clip)
+    pez.set_progress_bar_config(disable=True)
+    return pez
+
+
+@pytest.fixture
+def xl(emoji_clip, second_clip):
+    joint = JointClip([emoji_clip, second_clip])
+    pez = PezPipeline(joint, stable_diffusion_xl())
+    pez.set_progress_bar_config(disable=True)
+    return pez
+
+
+@pytest.fixture(scope="module")
+def second_clip():
+    return make_clip()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "xl"])
+def test_an_image_becomes_a_prompt_and_pictures(kind, request, tmp_path):
+    pez = request.getfixturevalue(kind)
+    output = pez(image=str(FISH), generator=generator(), **QUICK)
+    assert isinstance(output, PezPipelineOutput)
+    assert len(output.images) == 4 and len(output.prompts) == len(output.similarities) == 1
+    assert output.images is output[0] and list(output) == ["images", "prompts", "similarities"]
+    for k, image in enumerate(output.images):
+        image.save(tmp_path / f"{k}.png")
+    assert Image.open(tmp_path / "3.png").size == (64, 64)
+
+    expected = invert(
+        pez.clip.clip, FISH, prompt_len=4, steps=6, restarts=2, seed=generator().initial_seed()
+    )
+    assert output.prompts == [expected.prompt] == [r.prompt for r in output.results]
+    assert output.similarities == [pytest.approx(expected.similarity, abs=1e-6)]
+    alone = pez.pipeline(
+        expected.prompt,
+        num_inference_steps=2,
+        guidance_scale=9.0,
+        num_images_per_prompt=4,
+        generator=generator(),
+    )
+    for ours, theirs in zip(output.images, alone.images, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_flux_takes_prompts_and_keeps_its_own_guidance(emoji_clip, tmp_path):
+    pez = PezPipeline.from_pipe(flux(), emoji_clip)
+    pez.save_pretrained(tmp_path)
+    pez = PezPipeline.from_pretrained(tmp_path)
+    pez.set_progress_bar_config(disable=True)
+    small = {"height": 32, "width": 32, "max_sequence_length": 32, "num_images_per_prompt": 1}
+    images = pez(image=FISH, output_type="pt", **small, **QUICK).images
+    assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
+    assert pez.guidance_scale == 3.5
+    with pytest.raises(ValueError, match=r"`denoising_weight`|UNet|unet"):
+        pez(image=FISH, denoising_weight=0.5, **small, **QUICK)
+
+
+def test_several_images_and_generators(pipe):
+    settings = QUICK | {"num_images_per_prompt": 2, "output_type": "pt"}
+    generators = [generator(seed) for seed in (1, 2, 3, 4)]
+    images, prompts, similarities = pipe(
+        image=[FISH, GLASSES], generator=generators, return_dict=False, **settings
+    )
+    assert images.shape == (4, 3, 64, 64) and len(prompts) == len(similarities) == 2
+    alone = pipe(image=GLASSES, generator=[generator(3), generator(4)], **settings)
+    assert alone.prompts == prompts[1:]
+    torch.testing.assert_close(alone.images, images[2:], atol=1e-4, rtol=0)
+    assert pipe(image=[FISH], generator=generator(5), **settings).prompts != prompts[:1]
+
+
+@pytest.mark.parametrize(
+    "output_type, kind", [("pil", list), ("pt", torch.Tensor), ("np", np.ndarray)]
+)
+def test_output_types(pipe, output_type, kind):
+    output = pipe(image=FISH, output_type=output_type, num_images_per_prompt=1, **QUICK)
+    assert isinstance(output.images, kind) and len(output.images) == 1
+
+
+def test_a_style_is_given_to_subjects(pipe):
+    fx = [path for path in EXAMPLES if path.name.startswith("fxemoji")][:3]
+    output = pipe(
+        image=fx,
+        prompt=["a cat", "a castle"],
+        task="style",
+        generator=generator(),
+        num_images_per_prompt=1,
+        **QUICK,
+    )
+    expected = extract_style(pipe.clip.clip, fx, prompt_len=4, steps=6, restarts=2)
+    assert output.prompts == [expected.apply("a cat"), expected.apply("a castle")]
+    assert len(output.images) == len(output.similarities) == 2 and len(output.results) == 1
+    alone = pipe(image=fx, task="style", generator=generator(), num_images_per_prompt=1, **QUICK)
+    assert alone.prompts == [expected.prompt]
+
+
+def test_prompts_are_distilled_and_joined(pipe):
+    long = ["a yellow face with big eyes and a red hat", "a blue fish under a big white moon"]
+    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
+    output = pipe(prompt=long, task="distill", generator=generator(), **settings)
+    assert len(output.images) == 2
+    assert [r.tokens_after for r in output.results] == [3, 2]
+    one = pipe(prompt=long[1], task="distill", generator=generator(), **settings)
+    assert one.prompts == output.prompts[1:]
+
+    output = pipe(prompt=["a red car", "at night"], task="concat", **settings)
+    assert output.prompts == ["a red car at night"] and len(output.images) == 1
+    output = pipe(image=FISH, prompt="a red car", task="concat", **settings)
+    assert output.results[0].fused and len(output.results[0].similarities) == 2
+
+
+def test_a_caption_stays_and_one_prompt_may_serve_several_images(pipe):
+    output = pipe(image=FISH, prompt="a drawing of", num_images_per_prompt=1, **QUICK)
+    assert output.prompts[0].startswith("a drawing of ")
+    output = pipe(
+        image=[FISH, GLASSES],
+        generator=[generator(1)],
+        pez_kwargs={"shared": True, "lr": 0.2},
+        num_images_per_prompt=1,
+        **QUICK,
+    )
+    assert len(output.prompts) == len(output.images) == 1
+    assert len(output.results[0].similarities) == 2
+
+
+def test_everything_else_reaches_the_image_pipeline(pipe, monkeypatch):
+    asked = {}
+    call = StableDiffusionPipeline.__call__
+
+    def spy(self, *args, **kwargs):
+        asked.update(kwargs)
+        return call(self, *args, **kwargs)
+
+    spy.__signature__ = __import__("inspect").signature(call)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", spy)
+    pipe(
+        image=FISH,
+        negative_prompt="blurry",
+        eta=0.5,
+        height=32,
+        width=48,
+        num_images_per_prompt=1,
+        **QUICK,
+    )
+    assert asked["negative_prompt"] == ["blurry"] and asked["eta"] == 0.5
+    assert (asked["height"], asked["width"]) == (32, 48)
+    assert asked["guidance_scale"] == 9.0 and asked["num_inference_steps"] == 2
+    pipe(image=FISH, num_images_per_prompt=1, guidance_scale=3.0, prompt_len=4, pez_steps=1)
+    assert asked["guidance_scale"] == 3.0 and asked["num_inference_steps"] == 25
+
+
+def test_a_prior_feeds_any_pipeline(emoji_clip):
+    prior = PezPipeline(clip=emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    output = prior(image=FISH, generator=generator(), **QUICK)
+    assert isinstance(output, PezPriorOutput) and list(output) == ["prompt"]
+    assert output.results[0].similarity == output.similarities[0]
+    for t2i in (stable_diffusion(), stable_diffusion_xl()):
+        images = t2i(**output, num_inference_steps=1, output_type="pt").images
+        assert images.shape == (1, 3, 64, 64)
+    assert prior(image=FISH, return_dict=False, generator=generator(), **QUICK)[0] == output.prompt
+
+
+def test_a_name_is_enough(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    pez = PezPipeline.from_pretrained(tmp_path, clip="emoji-clip", dtype=torch.bfloat16)
+    assert isinstance(pez.pipeline, StableDiffusionPipeline)
+    assert {component.dtype for component in (pez.clip, pez.pipeline.unet)} == {torch.bfloat16}
+    assert pez.clip.clip.dtype == torch.bfloat16
+    assert PezPipeline(clip="emoji-clip").clip.clip.name == "emoji-clip"
+    assert PezPipeline.from_pipe(pez.pipeline, "emoji-clip").clip.dtype == torch.bfloat16
+    again = PezPipeline.from_pipe(pez)
+    assert again.clip is pez.clip and again.pipeline is pez.pipeline
+    with pytest.raises(ValueError, match=r"`clip` has to be given.*StableDiffusionPipeline"):
+        PezPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`clip` has to be given"):
+        PezPipeline.from_pipe(pez.pipeline)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "xl"])
+def test_saved_as_a_whole_and_loaded_again(kind, request, tmp_path):
+    pez = request.getfixturevalue(kind)
+    pez.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    assert (tmp_path / "clip/diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors").is_file()
+
+    loaded = PezPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    first, second = (p(image=FISH, generator=generator(), **QUICK) for p in (pez, loaded))
+    assert first.prompts == second.prompts
+    assert np.array_equal(np.asarray(first.images[3]), np.asarray(second.images[3]))
+    assert loaded.clip.clip.known == pez.clip.clip.known or kind == "xl"
+    half = PezPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.dtype == half.pipeline.dtype == torch.float16
+
+
+def test_variants_and_another_clip(pipe, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    loaded = PezPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert loaded.pipeline.unet.dtype == loaded.clip.dtype == torch.float16
+    with pytest.raises((ValueError, OSError)):
+        PezPipeline.from_pretrained(tmp_path)
+    other = PezPipeline.from_pretrained(tmp_path, variant="fp16", clip=make_clip())
+    assert other.clip.clip.name == "tiny"
+
+
+def test_a_prior_is_saved_without_an_image_pipeline(emoji_clip, tmp_path):
+    PezPipeline(clip=emoji_clip).save_pretrained(tmp_path)
+    assert PezPipeline.from_pretrained(tmp_path).pipeline is None
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "PezPipeline"
+    pez = PezPipeline.from_pretrained(tmp_path, pipeline=stable_diffusion())
+    assert isinstance(pez.pipeline, StableDiffusionPipeline)
+
+
+def test_loaded_in_a_process_that_knows_only_the_public_name(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    code = (
+        "from pez_core import PezPipeline; "
+        f"print(PezPipeline.from_pretrained({str(tmp_path)!r}).clip.clip.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "emoji-clip", done.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face Hub that serves a repository."""
+
+    folder = None
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path == "/api/models/me/pez/revision/main":
+            files = [{"rfilename": str(p)} for p in self._files()]
+            body = json.dumps({"id": "me/pez", "sha": "a" * 40, "siblings": files}).encode()
+        elif path == f"/api/models/me/pez/tree/{'a' * 40}":
+            files = [{"type": "file", "path": str(p), "size": 1, "oid": "b"} for p in self._files()]
+            body = json.dumps(files).encode()
+        else:
+            file = self.folder / path.split("/", 5)[5]
+            if not file.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.end_headers()
+                return
+            body = file.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def _files(self):
+        return [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_loaded_from_a_repository_of_the_hub(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "folder", tmp_path / "saved")
+    pipe.save_pretrained(Hub.folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from pez_core import PezPipeline; pez = PezPipeline.from_pretrained('me/pez'); "
+        "print(pez.clip.clip.name, type(pez.pipeline).__name__)"
+    )
+    address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    places = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | address | places,
+    )
+    server.shutdown()
+    assert done.stdout.split() == ["emoji-clip", "StableDiffusionPipeline"], done.stderr
+
+
+def _state(pipeline, places=False):
+    modules = {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
+    return {
+        name: (
+            module.dtype,
+            module.device,
+            module.training,
+            [(w.requires_grad, w.dtype, places and w.data_ptr()) for w in module.parameters()],
+            [len(m._forward_hooks) for m in module.modules()],
+        )
+        for name, module in modules.items()
+    }, dict(pipeline.scheduler.config)
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_of_the_callers_pipeline_changes(make, dtype, emoji_clip):
+    t2i = make().to(dtype)
+    t2i.vae.requires_grad_(False)
+    t2i("a cat", num_inference_steps=1, output_type="latent")  # transformers adds hooks of its own
+    before = _state(t2i, places=True)
+    pez = PezPipeline.from_pipe(t2i, emoji_clip)
+    assert _state(t2i, places=True) == before
+    before = _state(t2i)
+    pez.set_progress_bar_config(disable=True)
+    pez(image=FISH, num_images_per_prompt=1, **QUICK)
+    assert _state(t2i) == before
+    assert emoji_clip.model.ln_final.weight.requires_grad and emoji_clip.dtype == torch.float32
+    assert all(w.grad is None for w in t2i.unet.parameters())
+
+
+def test_moved_as_a_whole(pipe):
+    assert pipe.to(torch.float16) is pipe
+    assert pipe.dtype == pipe.clip.clip.dtype == pipe.pipeline.unet.dtype == torch.float16
+    assert pipe.to("cpu", torch.float32).pipeline.unet.dtype == torch.float32
+    assert pipe.to("meta").pipeline.device == pipe.device == torch.device("meta")
+
+
+def test_offloaded_as_a_whole(pipe):
+    settings = QUICK | {"image": FISH, "num_images_per_prompt": 1, "output_type": "pt"}
+    expected = pipe(generator=generator(), **settings)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.clip, "_hf_hook") and hasattr(pipe.pipeline.unet, "_hf_hook")
+    for _ in range(2):
+        output = pipe(generator=generator(), **settings)
+        assert output.prompts == expected.prompts
+        torch.testing.assert_close(output.images, expected.images, atol=1e-4, rtol=0)
+
+
+def test_sequential_offloading_leaves_the_clip_whole(pipe, emoji_clip):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert {w.device.type for w in pipe.pipeline.unet.parameters()} == {"meta"}
+    assert {w.device.type for w in pipe.clip.parameters()} == {"cpu"}
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    expected = prior(image=FISH, generator=generator(), **QUICK)
+    prior.enable_sequential_cpu_offload(device="cpu")
+    assert prior(image=FISH, generator=generator(), **QUICK) == expected
+
+
+def test_the_clip_is_offloaded_before_images_are_made(pipe, monkeypatch):
+    pipe.enable_model_cpu_offload(device="cpu")
+    order = []
+    (hook,) = pipe._all_hooks
+    monkeypatch.setattr(type(hook), "offload", lambda self: order.append("offload"))
+    pipe(
+        image=FISH,
+        num_images_per_prompt=1,
+        callback_on_step_end=lambda pipe, i, t, kwargs: order.append("step") or kwargs,
+        **QUICK,
+    )
+    assert order.index("offload") < order.index("step")
+
+
+def test_a_named_clip_follows_an_offloaded_pipeline():
+    t2i = stable_diffusion()
+    t2i.enable_model_cpu_offload(device="cpu")
+    hooks = list(t2i._all_hooks)
+    pez = PezPipeline.from_pipe(t2i, "emoji-clip")
+    assert hasattr(pez.clip, "_hf_hook") and t2i._all_hooks == hooks
+    assert pez.pipeline is t2i
+
+
+def test_progress_bars(pipe, capsys):
+    pipe.set_progress_bar_config(desc="here")
+    pipe(image=FISH, num_images_per_prompt=1, **QUICK)
+    err = capsys.readouterr().err
+    assert "6/6" in err and "similarity=0." in err and "2/2" in err
+    pipe.set_progress_bar_config(disable=True)
+    pipe(image=FISH, num_images_per_prompt=1, **QUICK)
+    assert capsys.readouterr().err == ""
+
+
+def test_two_separate_callbacks(pipe):
+    learning, making = [], []
+
+    def learned(pez, step, state):
+        assert pez is pipe and state["prompts"] == pez.prompts
+        learning.append(step)
+
+    def made(t2i, i, t, kwargs):
+        assert t2i is pipe.pipeline and set(kwargs) == {"latents"}
+        making.append(i)
+        return kwargs
+
+    settings = {"callback_on_step_end": made, "callback_on_step_end_tensor_inputs": ["latents"]}
+    pipe(image=FISH, pez_callback_on_step_end=learned, **settings, **QUICK)
+    assert learning == [1, 2, 3, 4, 5, 6] and making == [0, 1]
+    assert pipe.num_timesteps == 2 and pipe.guidance_scale == 9.0
+
+
+def test_interrupting_the_search_makes_images_of_the_best_so_far(pipe):
+    steps = []
+
+    def stop(pez, step, state):
+        steps.append((step, state["prompts"]))
+        pez._interrupt = step == 3
+
+    output = pipe(image=FISH, pez_callback_on_step_end=stop, **QUICK)
+    assert [step for step, _ in steps] == [1, 2, 3]
+    assert output.prompts == steps[-1][1] and len(output.images) == 4
+    assert pipe.interrupt
+    assert len(pipe(image=FISH, **QUICK).results[0].history) == 6 and not pipe.interrupt
+
+
+def test_a_failure_while_making_images_keeps_the_prompts(pipe, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(pipe.pipeline.unet, "forward", fail)
+    with (
+        caplog.at_level(logging.ERROR, "pez_core"),
+        pytest.raises(torch.OutOfMemoryError, match="no memory left"),
+    ):
+        pipe(image=[FISH, GLASSES], generator=generator(), **QUICK)
+    assert len(pipe.prompts) == len(pipe.results) == 2
+    assert pipe.prompts == [result.prompt for result in pipe.results]
+    assert pipe.prompts[0] in caplog.text
+
+
+def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
+    def fail(pez, step, state):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(image=FISH, pez_callback_on_step_end=fail, **QUICK)
+    assert len(pipe.prompts) == 1 and pipe.prompts[0].split()
+    assert pipe.results == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "`image` has to be given for the task 'invert'"),
+        ({"image": FISH, "task": "paint"}, "`task` has to be one of invert, style.*'paint'"),
+        ({"image": FISH, "prompt": 3}, "`prompt` has to be of type `str` or `list`"),
+        ({"image": FISH, "prompt": ["a"]}, "`prompt` has to be of type `str` for the task"),
+        ({"task": "distill"}, "`prompt` has to be given for the task 'distill'"),
+        ({"task": "distill", "prompt": "a b c", "image": FISH}, "`image` cannot be given"),
+        ({"image": FISH, "task": "style"}, "`images` has to hold at least two"),
+        ({"image": "nothing.png"}, "`image`: nothing.png does not exist"),
+        ({"image": FISH, "output_type": "jpg"}, "`output_type` has to be one of pil, pt"),
+        ({"image": FISH, "generator": [generator()]}, "effective batch size of 4"),
+        ({"image": FISH, "denoising_weight": 2}, "`denoising_weight` has to be from 0 to 1"),
+        ({"image": FISH, "pez_kwargs": {"seed": 3}}, "`pez_kwargs` holds `seed`"),
+        ({"image": FISH, "pez_steps": 0}, "`steps` has to be at least 1"),
+        (
+            {"prompt": "a b", "task": "distill", "denoising_weight": 0.5},
+            "`denoising_weight` needs an image pipeline and the task 'invert'",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_misspelt_arguments_are_found_before_the_search(pipe, emoji_clip):
+    for wrong in ({"num_inference_step": 3}, {"steps": 100}, {"seed": 1}):
+        with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` is not an argument of Stable"):
+            pipe(image=FISH, **wrong)
+    with pytest.raises(TypeError, match="`negative_prompt` is not an argument of PezPipeline"):
+        PezPipeline(emoji_clip)(image=FISH, negative_prompt="blurry")
+    with pytest.raises(TypeError, match="lear"):
+        pipe(image=FISH, pez_kwargs={"learning": 1})
+
+
+def test_what_is_no_clip_is_refused(tiny_clip):
+    with pytest.raises(TypeError, match="`clip` has to be a CLIP from `load_clip` but is int"):
+        PezPipeline(clip=3)
+    from pez_core import Clip
+
+    unknown = Clip(tiny_clip.model, tiny_clip.tokenizer, "mine", range(320, 400))
+    with pytest.raises(ValueError, match="mine does not know what it was built from"):
+        PezPipeline(clip=unknown)
+
+
+def test_half_precision_clips_are_taken_as_they_are(emoji_clip):
+    """open_clip keeps some layers of a half precision model in float32; a component is all half."""
+    mixed = load_clip("emoji-clip", device="cpu", dtype=torch.bfloat16)
+    assert mixed.model.ln_final.weight.dtype == torch.float32
+    model = PezClipModel.from_clip(mixed)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert mixed.model.ln_final.weight.dtype == torch.float32
+    texts = ["a red cat", "a blue fish"]
+    a, b, c = (x.encode_texts(texts) for x in (model.clip, mixed, emoji_clip))
+    torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
+    assert (a * c).sum(1).min() > 0.999
+
+
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
+    """With the names of the models exchanged for tiny ones, and fewer steps."""
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    code = re.search(r"```py\n(.*?)```", PezPipeline.__call__.__doc__, re.S)[1]
+    lines = re.findall(r"^\s*(?:>>>|\.\.\.) ?(.*)$", code, re.M)
+    code = "\n".join(lines)
+    for old, new in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", str(tmp_path / "sd")),
+        ("ViT-L-14:openai", "emoji-clip"),
+        ('"cuda"', '"cpu"'),
+        ("photo.jpg", str(FISH)),
+        ("generator=", "pez_steps=3, num_inference_steps=1, generator="),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert Image.open(tmp_path / "like-photo.png").size == (64, 64)
+
+
+def test_the_core_imports_diffusers_only_for_the_pipeline():
+    # open_clip itself imports transformers where it is installed
+    code = (
+        "import sys; sys.modules['transformers'] = None; "
+        "import pez_core; assert 'diffusers' not in sys.modules; "
+        "assert 'PezPipeline' in pez_core.__all__ and not hasattr(pez_core, 'nothing'); "
+        "del sys.modules['transformers']; "
+        "pez_core.PezPipeline; assert {'diffusers', 'transformers'} <= set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_it_is_a_pipeline_of_diffusers(pipe):
+    assert isinstance(pipe, DiffusionPipeline) and set(pipe.components) == {"clip", "pipeline"}
+    assert diffusers.DiffusionPipeline.from_pretrained is not PezPipeline.from_pretrained
