@@ -11,7 +11,7 @@ from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
-    from .diffusion import PezPipeline
+    from .diffusion import PezPipeline as PezPipeline
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,6 @@ __all__ = [
     "Concatenated",
     "Distilled",
     "JointClip",
-    "PezPipeline",
     "PhraseSpace",
     "Progress",
     "Pruned",
@@ -50,7 +49,12 @@ __all__ = [
 def __getattr__(name: str) -> type:
     # diffusers and transformers take seconds to import, and not everyone has them
     if name == "PezPipeline":
-        from .diffusion import PezPipeline
-
+        try:
+            from .diffusion import PezPipeline
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"PezPipeline needs the package {error.name}; install the extra `diffusers`: "
+                "pip install -e '.[diffusers]' in the clone."
+            ) from error
         return PezPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

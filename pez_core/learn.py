@@ -193,7 +193,7 @@ class Learning:
             raise TypeError(f"`vocabulary` has to be a Vocabulary but is {self.vocabulary!r}.")
         if self.initial is not None and not isinstance(self.initial, str):
             raise TypeError(f"`initial` has to be a string but is {self.initial!r}.")
-        if self.extra is not None and not isinstance(self.extra, ExtraLoss):
+        if self.extra is not None and not hasattr(type(self.extra), "objective"):
             raise TypeError(
                 "`extra` has to be a loss such as pez_core.diffusion.DenoisingLoss but is "
                 f"{self.extra!r}."
@@ -311,7 +311,7 @@ def _tables(clip: AnyClip, extra: ExtraLoss | None) -> Tables:
     table, parts = clip.text.token_embedding, clip.text.parts
     if extra is None:
         return table, parts
-    other = extra.token_embedding.to(table.device)
+    other = extra.token_embedding[: len(table)].to(table.device)
     if extra.weight == 1:
         return other, extra.parts
     shares = [(columns, (1 - extra.weight) * weight) for columns, weight in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,6 @@ class SampledSimilarity(Similarity):
         return 1 - (features * few).sum(-1), (features * self.target).sum(-1)
 
 
-@runtime_checkable
 class ExtraLoss(Protocol):
     """A loss beside the similarity, on token embeddings of its own.
 
@@ -77,7 +76,8 @@ class ExtraLoss(Protocol):
         weight: its share in what is minimised, above 0, at most 1; the similarity has the rest. At
             1 the CLIP takes no part in the search.
         prompts: how many prompts it is for.
-        token_embedding: (vocab_size, columns) fp32 tables side by side, with the CLIP's ids.
+        token_embedding: (vocab_size or more, columns) fp32 tables side by side, with the CLIP's
+            ids.
         parts: (columns, weight) of each table, from left to right; the weights sum to 1.
     """
 

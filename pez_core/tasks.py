@@ -368,8 +368,8 @@ class _Section:
 
     def learned_length(self, ratio: float, prompt_len: int | None) -> int | None:
         """Tokens to learn, or None where the section stays as it is."""
-        wanted = self.wanted(ratio, prompt_len)
-        return None if wanted >= self.plain or self.room < 1 else min(wanted, self.room)
+        wanted = min(self.wanted(ratio, prompt_len), self.room)
+        return None if wanted >= self.plain or self.room < 1 else wanted
 
     def feature(self, clip: AnyClip) -> torch.Tensor:
         """(features,) of all its words, chunk by chunk."""
@@ -398,7 +398,7 @@ def _distilled(
     notes = []
     for k, part in enumerate(parts):
         wanted, where = part.wanted(ratio, prompt_len), f"Section {k + 1}" * (len(parts) > 1)
-        if wanted >= part.plain:
+        if wanted >= part.plain and part.plain <= part.room:
             notes.append(f"{where or 'The prompt'} is short enough already and is unchanged.")
         elif k not in results and part.room > 0:
             notes.append(f"{where} was not reached and is unchanged.")

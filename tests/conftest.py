@@ -85,4 +85,4 @@ def emoji_clip() -> Clip:
     return load_clip("emoji-clip", device="cpu")
 
 
-__all__ = ["CLIP", "EXAMPLES", "ROOT", "CustomTextCLIP", "make_clip", "make_model"]
+__all__ = ["CLIP", "EXAMPLES", "ROOT", "TEXT", "CustomTextCLIP", "make_clip", "make_model"]

@@ -2,13 +2,14 @@
 
 import json
 
+import open_clip
 import pytest
 import torch
-from conftest import EXAMPLES, CustomTextCLIP, make_clip
+from conftest import EXAMPLES, TEXT, CustomTextCLIP, make_clip
 
-from pez_core import JointClip, invert, load_clip
+from pez_core import Clip, JointClip, invert, load_clip
 from pez_core.clip.images import load_image
-from pez_core.clip.load import BUNDLED
+from pez_core.clip.load import BUNDLED, from_config
 from pez_core.diffusion import PezClipModel
 
 TEXTS = ["a red cat", "blue fish at night"]
@@ -67,7 +68,6 @@ def test_wrapping_shares_weights_and_changes_nothing():
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
 def test_what_open_clip_knows_by_name_is_built_alike(name):
     """Names and shapes of all weights, without the weights."""
-    import open_clip
     from open_clip.factory import get_model_config
 
     from pez_core.clip import load
@@ -81,11 +81,43 @@ def test_what_open_clip_knows_by_name_is_built_alike(name):
     assert shapes[0] == shapes[1]
 
 
-def test_a_clip_whose_tokenizer_lies_in_its_folder_is_refused(tmp_path):
+def test_a_folder_is_known_by_its_config(tmp_path):
     for path in BUNDLED["emoji-clip"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    clip = load_clip(str(tmp_path), device="cpu")
-    assert clip.config is not None
+    model = PezClipModel.from_clip(load_clip(str(tmp_path), device="cpu"))
+    assert model.config.towers[0]["config"]["model_cfg"]["embed_dim"] == 256
+    assert model.clip.known == load_clip("emoji-clip", device="cpu").known
+
+
+def test_a_clip_that_does_not_know_what_it_was_built_from_is_refused():
+    clip = make_clip()
     clip.config = None
-    with pytest.raises(ValueError, match="does not know what it was built from"):
+    with pytest.raises(ValueError, match="tiny does not know what it was built from"):
         PezClipModel.from_clip(clip)
+
+
+def test_image_towers_of_timm_compute_while_they_are_built(tmp_path):
+    """ViTamin's does, which fails on weights that are not there yet."""
+    vision = {
+        "timm_model_name": "vitamin_small_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    }
+    config = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": vision,
+            "text_cfg": dict(TEXT),
+            "custom_text": True,
+        },
+        "tokenizer": None,
+    }
+    preprocess = {**open_clip.transform.PreprocessCfg().__dict__, "size": 224}
+    model, tokenizer = from_config(config, preprocess)
+    clip = Clip(model, tokenizer, "timm", range(320, 400), config)
+    PezClipModel.from_clip(clip).save_pretrained(tmp_path)
+    loaded = PezClipModel.from_pretrained(tmp_path)
+    pictures = [load_image(path) for path in EXAMPLES[:2]]
+    assert _close(loaded.clip.encode_images(pictures), clip.encode_images(pictures))

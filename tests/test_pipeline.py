@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES, ROOT, make_clip
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from tiny_diffusion import flux, stable_diffusion, stable_diffusion_xl
 
@@ -141,6 +146,24 @@ def test_prompts_are_distilled_and_joined(pipe):
     assert output.prompts == ["a red car at night"] and len(output.images) == 1
     output = pipe(image=FISH, prompt="a red car", task="concat", **settings)
     assert output.results[0].fused and len(output.results[0].similarities) == 2
+
+
+def test_syntax_that_diffusers_does_not_know_is_read_as_words(pipe):
+    text = "a (red:1.3) cat on a very long mat BREAK a blue sky <lora:foo:1> over a green sea"
+    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
+    (prompt,) = pipe(prompt=text, task="distill", **settings).prompts
+    assert not set("()<>:") & set(prompt) and "BREAK" not in prompt
+    assert pipe.results[0].tokens_before == 15
+    joined = pipe(prompt=["a (red:1.3) cat", "<lora:foo:1> sea"], task="concat", **settings)
+    assert joined.prompts == ["a red cat sea"]
+
+
+def test_each_image_may_have_a_caption(pipe):
+    captions, settings = ["a fish", "some glasses"], QUICK | {"num_images_per_prompt": 1}
+    output = pipe(image=[FISH, GLASSES], prompt=captions, generator=generator(), **settings)
+    alone = pipe(image=GLASSES, prompt=captions[1], generator=generator(), **settings)
+    assert output.prompts[0].startswith("a fish ")
+    assert output.prompts[1] == alone.prompts[0] and len(output.images) == 2
 
 
 def test_a_caption_stays_and_one_prompt_may_serve_several_images(pipe):
@@ -367,6 +390,14 @@ def test_offloaded_as_a_whole(pipe):
         torch.testing.assert_close(output.images, expected.images, atol=1e-4, rtol=0)
 
 
+def test_one_way_of_offloading_after_the_other(pipe):
+    expected = pipe(image=FISH, generator=generator(), **QUICK).prompts
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert {w.device.type for w in pipe.pipeline.unet.parameters()} == {"cpu"}
+    assert pipe(image=FISH, generator=generator(), **QUICK).prompts == expected
+
+
 def test_sequential_offloading_leaves_the_clip_whole(pipe, emoji_clip):
     pipe.enable_sequential_cpu_offload(device="cpu")
     assert {w.device.type for w in pipe.pipeline.unet.parameters()} == {"meta"}
@@ -390,6 +421,13 @@ def test_the_clip_is_offloaded_before_images_are_made(pipe, monkeypatch):
         **QUICK,
     )
     assert order.index("offload") < order.index("step")
+
+
+def test_a_named_clip_is_whole_beside_a_pipeline_that_is_offloaded_in_pieces():
+    t2i = stable_diffusion()
+    t2i.enable_sequential_cpu_offload(device="cpu")
+    pez = PezPipeline.from_pipe(t2i, "emoji-clip")
+    assert {w.device.type for w in pez.clip.parameters()} == {"cpu"}
 
 
 def test_a_named_clip_follows_an_offloaded_pipeline():
@@ -443,6 +481,19 @@ def test_interrupting_the_search_makes_images_of_the_best_so_far(pipe):
     assert len(pipe(image=FISH, **QUICK).results[0].history) == 6 and not pipe.interrupt
 
 
+def test_returning_true_ends_the_search_too_and_what_was_not_reached_is_left_out(pipe):
+    long = ["a yellow face with big eyes and a red hat", "a blue fish under a big white moon"]
+    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
+    output = pipe(
+        prompt=long,
+        task="distill",
+        generator=[generator(1), generator(2)],
+        pez_callback_on_step_end=lambda pez, step, state: step == 2,
+        **settings,
+    )
+    assert len(output.prompts) == len(output.images) == 1 and pipe.interrupt
+
+
 def test_a_failure_while_making_images_keeps_the_prompts(pipe, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory left")
@@ -467,6 +518,9 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
         pipe(image=FISH, pez_callback_on_step_end=fail, **QUICK)
     assert len(pipe.prompts) == 1 and pipe.prompts[0].split()
     assert pipe.results == []
+    with pytest.raises(ValueError):
+        pipe(image="nothing.png")
+    assert pipe.prompts == []
 
 
 @pytest.mark.parametrize(
@@ -475,7 +529,10 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
         ({}, "`image` has to be given for the task 'invert'"),
         ({"image": FISH, "task": "paint"}, "`task` has to be one of invert, style.*'paint'"),
         ({"image": FISH, "prompt": 3}, "`prompt` has to be of type `str` or `list`"),
-        ({"image": FISH, "prompt": ["a"]}, "`prompt` has to be of type `str` for the task"),
+        ({"image": FISH, "prompt": ["a", "b"]}, "`prompt` has to be of type `str` for the task"),
+        ({"image": FISH, "prompt": "a {} b"}, "`pez_kwargs={'template': ...}`"),
+        ({"image": FISH, "denoising_kwargs": {"samples": 2}}, "needs a `denoising_weight` above"),
+        ({"image": FISH, "num_images_per_prompt": 0}, "`num_images_per_prompt` has to be at least"),
         ({"task": "distill"}, "`prompt` has to be given for the task 'distill'"),
         ({"task": "distill", "prompt": "a b c", "image": FISH}, "`image` cannot be given"),
         ({"image": FISH, "task": "style"}, "`images` has to hold at least two"),
@@ -483,7 +540,6 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
         ({"image": FISH, "output_type": "jpg"}, "`output_type` has to be one of pil, pt"),
         ({"image": FISH, "generator": [generator()]}, "effective batch size of 4"),
         ({"image": FISH, "denoising_weight": 2}, "`denoising_weight` has to be from 0 to 1"),
-        ({"image": FISH, "pez_kwargs": {"seed": 3}}, "`pez_kwargs` holds `seed`"),
         ({"image": FISH, "pez_steps": 0}, "`steps` has to be at least 1"),
         (
             {"prompt": "a b", "task": "distill", "denoising_weight": 0.5},
@@ -496,14 +552,100 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
         pipe(**arguments)
 
 
-def test_misspelt_arguments_are_found_before_the_search(pipe, emoji_clip):
-    for wrong in ({"num_inference_step": 3}, {"steps": 100}, {"seed": 1}):
-        with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` is not an argument of Stable"):
-            pipe(image=FISH, **wrong)
+@pytest.mark.parametrize(
+    "wrong, meant",
+    [
+        ("num_inference_step", "num_inference_steps"),
+        ("steps", "pez_steps"),
+        ("seed", "generator"),
+        ("images", "image"),
+        ("negative_promt", "negative_prompt"),
+    ],
+)
+def test_misspelt_arguments_are_found_before_the_search(pipe, wrong, meant):
+    with pytest.raises(TypeError, match=f"`{wrong}` is not an arg.*Stable.*mean `{meant}`"):
+        pipe(image=FISH, **{wrong: 3})
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"height": 33, "width": 33}, "divisible by 8"),
+        ({"callback_on_step_end_tensor_inputs": ["nope"]}, "nope"),
+        ({"prompt_embeds": torch.zeros(1, 77, 16)}, "prompt_embeds"),
+    ],
+)
+def test_what_the_image_pipeline_refuses_is_found_before_the_search(pipe, wrong, message):
+    steps = []
+    with pytest.raises(ValueError, match=message):
+        pipe(image=FISH, pez_callback_on_step_end=lambda *one: steps.append(one), **wrong)
+    assert not steps and pipe.prompts == []
+
+
+def test_further_arguments_are_checked(pipe, emoji_clip):
     with pytest.raises(TypeError, match="`negative_prompt` is not an argument of PezPipeline"):
         PezPipeline(emoji_clip)(image=FISH, negative_prompt="blurry")
-    with pytest.raises(TypeError, match="lear"):
-        pipe(image=FISH, pez_kwargs={"learning": 1})
+    for options, message in (
+        ({"learning": 1}, "'learning', which `invert` does not take"),
+        ({"seed": 1}, "'seed'; give `generator` instead"),
+        ({"steps": 1}, "'steps'; give `pez_steps` instead"),
+        ([1], "`pez_kwargs` has to be a dict"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pipe(image=FISH, pez_kwargs=options)
+    with pytest.raises(TypeError, match="'template'; give `prompt` instead"):
+        pipe(image=FISH, prompt="a cat", pez_kwargs={"template": "b {}"})
+    with pytest.raises(TypeError, match="'weight'; give `denoising_weight` instead"):
+        pipe(image=FISH, denoising_weight=0.5, denoising_kwargs={"weight": 1})
+    with pytest.raises(TypeError, match=r"`generator` has to be a torch.Generator"):
+        pipe(image=FISH, generator=3)
+    with pytest.raises(TypeError, match="`denoising_weight` has to hold numbers"):
+        pipe(image=FISH, denoising_weight="much")
+
+
+def test_pipelines_that_need_an_image_are_refused(emoji_clip):
+    t2i = stable_diffusion()
+    i2i = StableDiffusionImg2ImgPipeline(**t2i.components, requires_safety_checker=False)
+    for put in (PezPipeline.from_pipe, lambda pipe, clip: PezPipeline(clip, pipe)):
+        with pytest.raises(ValueError, match=r"`pipeline` has to be a text-to-image .*Img2Img"):
+            put(i2i, emoji_clip)
+        with pytest.raises(TypeError, match=r"`pipeline` has to be a loaded .* but is str"):
+            put("some/repository", emoji_clip)
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    start = Image.open(FISH).convert("RGB").resize((64, 64))
+    images = i2i(**prior(image=FISH, **QUICK), image=start, num_inference_steps=4).images
+    assert images[0].size == (64, 64)
+
+
+def test_pipelines_that_take_less_get_less(emoji_clip):
+    class Small(StableDiffusionPipeline):
+        def __call__(self, prompt, num_inference_steps=2, negative_prompt=None, guidance_scale=1):
+            return super().__call__(
+                prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+            )
+
+    t2i = stable_diffusion()
+    pez = PezPipeline(emoji_clip, Small(**t2i.components, requires_safety_checker=False))
+    pez.pipeline.set_progress_bar_config(disable=True)
+    output = pez(image=[FISH, GLASSES], generator=generator(), **QUICK)
+    assert len(output.images) == 8 and len(output.prompts) == 2
+
+
+def test_the_scheduler_is_that_of_the_image_pipeline(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert isinstance(pipe.pipeline.scheduler, EulerDiscreteScheduler)
+    assert pipe(image=FISH, num_images_per_prompt=1, **QUICK).images
+    with pytest.raises(AttributeError, match=r"`unet` belongs to .* write `\.pipeline\.unet`"):
+        pipe.unet.to("cpu")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pipe.nothing()
+
+
+def test_what_a_safety_checker_says_is_passed_on(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.pipeline, "run_safety_checker", lambda x, *_: (x, [True] * len(x)))
+    output = pipe(image=FISH, num_images_per_prompt=2, **QUICK)
+    assert output.nsfw_content_detected == [True, True]
 
 
 def test_what_is_no_clip_is_refused(tiny_clip):
@@ -554,11 +696,30 @@ def test_the_core_imports_diffusers_only_for_the_pipeline():
     code = (
         "import sys; sys.modules['transformers'] = None; "
         "import pez_core; assert 'diffusers' not in sys.modules; "
-        "assert 'PezPipeline' in pez_core.__all__ and not hasattr(pez_core, 'nothing'); "
+        "from pez_core import *; assert not hasattr(pez_core, 'nothing'); "
         "del sys.modules['transformers']; "
         "pez_core.PezPipeline; assert {'diffusers', 'transformers'} <= set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_without_diffusers_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "from pez_core import *\n"
+        "try:\n    from pez_core import PezPipeline\n"
+        "except ImportError as error:\n    assert 'the extra `diffusers`' in str(error), error\n"
+        "else:\n    raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_subclass_loads_what_it_is_made_of(pipe, tmp_path):
+    class Mine(PezPipeline):
+        pass
+
+    pipe.save_pretrained(tmp_path)
+    assert isinstance(Mine.from_pretrained(tmp_path).pipeline, StableDiffusionPipeline)
 
 
 def test_it_is_a_pipeline_of_diffusers(pipe):

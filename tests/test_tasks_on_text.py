@@ -66,6 +66,8 @@ def test_longer_than_the_context_is_never_cut(emoji_clip):
 def test_what_does_not_fit_one_context_is_shortened_further_and_says_so(emoji_clip):
     result = distill(emoji_clip, LONG + " , " + LONG + " , " + LONG, 0.9, steps=3, restarts=1)
     assert result.tokens_after == 75 and "what one context holds: 75" in result.note
+    whole = distill(emoji_clip, " , ".join([LONG] * 4), 1.0, steps=3, restarts=1)
+    assert whole.tokens_after == 75 and "shortened further" in whole.note
 
 
 def test_weights_and_tags_stay(emoji_clip):

@@ -30,6 +30,8 @@ def load_image(image: ImageInput) -> Image.Image:
         ValueError: the picture cannot be read, is empty, or its values are not finite in [0, 1].
     """
     if isinstance(image, (str, os.PathLike)):
+        if str(image).startswith(("http://", "https://")):
+            raise ValueError(f"`images`: {image} is an address; download it and give the file.")
         return _from_path(Path(image))
     if isinstance(image, Image.Image):
         return _to_rgb(image, "the PIL image")

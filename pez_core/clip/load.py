@@ -55,6 +55,14 @@ PRESETS = (
     Preset("ViT-B-32", "laion2b_s34b_b79k", "small and fast, for a first look", 0.61),
 )
 
+# the same weights as transformers has them, by which people know them
+_ON_THE_HUB = {
+    "openai/clip-vit-large-patch14": "ViT-L-14:openai",
+    "openai/clip-vit-base-patch32": "ViT-B-32:openai",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "ViT-H-14:laion2b_s32b_b79k",
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": "ViT-bigG-14:laion2b_s39b_b160k",
+}
+
 
 def models_folder() -> Path:
     """Where weights placed by hand are looked for: `PEZ_MODELS`, else `~/.cache/pez`."""
@@ -161,7 +169,12 @@ def load_clip(
         if config is None:
             raise ValueError(
                 f"`name` is {name!r}, which is no architecture of open_clip and not bundled. "
-                f"Bundled: {', '.join(BUNDLED)}. Others: {_like(name, open_clip.list_models())}."
+                f"Bundled: {', '.join(BUNDLED)}. "
+                + (
+                    f"For {name} write {_ON_THE_HUB[name]!r}."
+                    if name in _ON_THE_HUB
+                    else f"Others: {_like(name, [*BUNDLED, *open_clip.list_models()])}."
+                )
             )
         if "hf_model_name" in config["text_cfg"]:
             raise ValueError(
@@ -285,7 +298,8 @@ def _tokenizer(name: str, config: dict, download: bool):
     if repository and not download and not _cached(repository, "tokenizer_config.json"):
         raise ValueError(
             f"`name` is {name!r}, whose tokenizer {repository} is not on this disk; fetch it with "
-            "download=True (`--download` for the command)."
+            "download=True (`--download` for the command), or by "
+            f"open_clip.get_tokenizer({name!r})."
         )
     try:
         return open_clip.get_tokenizer(name)
@@ -507,5 +521,5 @@ def _download_failed(repository: str, file: str, why: object) -> str:
 def _like(name: str, names: list[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    close = difflib.get_close_matches(name.replace("/", "-"), names, n=5, cutoff=0.4)
     return ", ".join(close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]) + ", ..."

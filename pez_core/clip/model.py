@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,15 @@ from torch import nn
 
 from ..vocabulary import round_trip_ids
 from .images import trim_to_centre
-from .text import TextTower
+from .text import TextTower, Words
 
 _IMAGE_BATCH = 64
+
+
+@lru_cache(maxsize=8)
+def _surviving(words: Words, ids: tuple[int, ...]) -> list[int]:
+    # seconds for a whole vocabulary, and CLIPs that are made of one another ask again
+    return round_trip_ids(words, ids)
 
 
 class Clip:
@@ -59,10 +65,9 @@ class Clip:
             PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
         )
         self._centre_crops = model.visual.preprocess_cfg.get("resize_mode") == "shortest"
-        size = len(self.text.token_embedding)
         self.known = None if vocabulary is None else frozenset(vocabulary)
-        ids = round_trip_ids(self.text.words, range(size) if vocabulary is None else vocabulary)
-        self.vocabulary = torch.tensor(ids)
+        every = range(len(self.text.token_embedding)) if vocabulary is None else vocabulary
+        self.vocabulary = torch.tensor(_surviving(self.text.words, tuple(sorted(every))))
         self.image_tower: Callable[[], AbstractContextManager] = nullcontext
 
     def __repr__(self) -> str:

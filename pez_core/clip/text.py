@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
@@ -32,6 +33,18 @@ class Words:
         self.special_ids = set(inner.all_special_ids)
         self.size = tokenizer.vocab_size if self._hf is None else len(inner)
         self.separable = self._hf is None
+        # tokenizers of the same vocabulary, cleaning and kind do the same
+        self._same = (
+            (type(tokenizer), tokenizer.clean_fn, tuple(tokenizer.encoder))
+            if type(tokenizer) is SimpleTokenizer
+            else id(tokenizer)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Words) and self._same == other._same
+
+    def __hash__(self) -> int:
+        return hash(self._same)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without start, end and padding tokens."""

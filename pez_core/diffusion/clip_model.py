@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -14,6 +17,8 @@ from ..clip import AnyClip, Clip, JointClip, load_clip
 from ..clip.load import from_config
 
 T = TypeVar("T")
+# what `from_pretrained` takes to find files, of which `load_config` knows these
+_FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class PezClipModel(ModelMixin, ConfigMixin):
@@ -59,8 +64,9 @@ class PezClipModel(ModelMixin, ConfigMixin):
         for part in parts:
             if part.config is None:
                 raise ValueError(
-                    f"`clip`: {part.name} does not know what it was built from and could not be "
-                    "saved; make it by `load_clip`, or give `Clip` its `config`."
+                    f"`clip`: {part.name} does not know what it was built from, or has a tokenizer "
+                    "of its own in its folder, and could not be saved; load one that open_clip "
+                    "knows by `load_clip`, or give `Clip` its `config`."
                 )
         towers = [
             {
@@ -72,11 +78,24 @@ class PezClipModel(ModelMixin, ConfigMixin):
             for part in parts
         ]
         weights = [weight for _, weight in clip.text.parts] if len(parts) > 1 else None
-        model = cls(towers, weights)
+        # nothing is computed to be thrown away; image towers of timm need real weights to be built
+        with nullcontext() if _of_timm(towers) else init_empty_weights():
+            model = cls(towers, weights)
         for ours, part in zip(model.models, parts, strict=True):
             ours.load_state_dict(part.model.state_dict(), assign=True)
         # open_clip's half precision keeps some layers in float32, which does not survive `to`
         return nn.Module.to(model.requires_grad_(False), clip.device, parts[0].dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> PezClipModel:
+        """As `ModelMixin.from_pretrained`."""
+        files = {name: kwargs[name] for name in _FILES if name in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, **files)
+        if _of_timm(config["towers"]):
+            kwargs["low_cpu_mem_usage"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def load(
@@ -94,3 +113,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
     def forward(self, use: Callable[[AnyClip], T]) -> T:
         """What `use` makes of the CLIP, which is on its device while it runs."""
         return use(self.clip)
+
+
+def _of_timm(towers: Sequence[dict]) -> bool:
+    return any("timm_model_name" in tower["config"]["model_cfg"]["vision_cfg"] for tower in towers)

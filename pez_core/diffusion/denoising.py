@@ -83,9 +83,7 @@ class DenoisingLoss:
         if self.weight > 1:
             raise ValueError(f"`weight` has to be above 0 and at most 1 but is {weight}.")
         _check_pipeline(pipeline)
-        self._tokenizers = [tokenizer for tokenizer, _ in _text_models(pipeline)]
-        self._encoders = [encoder for _, encoder in _text_models(pipeline)]
-        self._size = len(clip.text.token_embedding)
+        self._tokenizers, self._encoders = zip(*_text_models(pipeline), strict=True)
         self._known_word = clip.text.known_word
         _check_same_tokens(pipeline, self._tokenizers, clip)
         self._model = _Denoiser(pipeline, images, samples, timesteps, batch_size, generator)
@@ -101,10 +99,11 @@ class DenoisingLoss:
 
     @property
     def token_embedding(self) -> torch.Tensor:
-        """(vocab_size, columns) tables of the text encoders side by side, in fp32."""
+        """(vocab_size or more, columns) tables of the text encoders side by side, in fp32."""
         tables = [encoder.get_input_embeddings().weight.detach() for encoder in self._encoders]
-        # tokens behind those of the CLIP are a pipeline's own, such as textual inversions
-        return torch.cat([t[: self._size].float().to(self._model.device) for t in tables], dim=1)
+        # each encoder may have words of its own behind the common ones, such as textual inversions
+        size = min(map(len, tables))
+        return torch.cat([t[:size].float().to(self._model.device) for t in tables], dim=1)
 
     def objective(
         self, before: Sequence[int], after: Sequence[int], goals: Sequence[int]
@@ -163,14 +162,9 @@ class DenoisingLoss:
     ) -> Condition:
         parts = embeddings.split([columns for columns, _ in self.parts], dim=-1)
         outputs = [
-            [
-                _encode(encoder, row, few, start, len(parts) > 1)
-                for few in part.split(self._model.batch_size)
-            ]
+            _encode(encoder, row, part, start, len(parts) > 1)
             for encoder, row, part in zip(self._encoders, ids, parts, strict=True)
         ]
-        # the pooled states of the last encoder are those that count
-        outputs = [[torch.cat(tensors) for tensors in zip(*some, strict=True)] for some in outputs]
         return [torch.cat([some[0] for some in outputs], dim=-1), *outputs[-1][1:]]
 
     def _back(
@@ -188,24 +182,18 @@ class DenoisingLoss:
         # half precision would lose gradients that are small
         size = torch.stack([g.abs().flatten(1).amax(1) for g in gradients]).amax(0)
         size = size.clamp_min(torch.finfo(torch.float32).tiny)
-        scaled = [g / size.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-        columns = [columns for columns, _ in self.parts]
-        widths = [encoder.config.hidden_size for encoder in self._encoders]
-        states = scaled[0].split(widths, dim=-1)
+        states, *pooled = (g / size.view(-1, *[1] * (g.ndim - 1)) for g in gradients)
+        states = states.split([encoder.config.hidden_size for encoder in self._encoders], dim=-1)
+        parts = embeddings.split([columns for columns, _ in self.parts], dim=-1)
         found = []
-        for encoder, row, part, state in zip(
-            self._encoders, ids, embeddings.split(columns, dim=-1), states, strict=True
-        ):
-            pooled = scaled[1:] if encoder is self._encoders[-1] else []
+        for k, (encoder, row, part) in enumerate(zip(self._encoders, ids, parts, strict=True)):
+            wanted = [states[k], *(pooled if encoder is self._encoders[-1] else [])]
             pieces = []
-            for k in range(0, len(part), self._model.batch_size):
-                span = slice(k, k + self._model.batch_size)
-                leaf = part[span].clone().requires_grad_()
-                outputs = _encode(encoder, row, leaf, start, len(widths) > 1)
-                wanted = [g[span] for g in (state, *pooled)]
-                outputs = outputs[: len(wanted)]
-                wanted = [g.to(o.dtype) for g, o in zip(wanted, outputs, strict=True)]
-                pieces += torch.autograd.grad(outputs, leaf, wanted)
+            for few in torch.arange(len(part)).split(self._model.batch_size):
+                leaf = part[few].requires_grad_()
+                outputs = _encode(encoder, row, leaf, start, len(parts) > 1)
+                at = [g[few].to(o.dtype) for g, o in zip(wanted, outputs, strict=True)]
+                pieces += torch.autograd.grad(outputs, leaf, at)
             found.append(torch.cat(pieces))
         return torch.cat(found, dim=-1) * size[:, None, None]
 
@@ -273,25 +261,24 @@ class _Denoiser:
         pictures, _ = load_images(images)
         self.pipeline, self.batch_size, self.images = pipeline, batch_size, len(pictures)
         self.device = pipeline._execution_device
+        # the pipeline's own may scale what it adds noise to in another way
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-        steps = schedule.config.num_train_timesteps
-        self._velocity = schedule.config.prediction_type == "v_prediction"
+        count = schedule.config.num_train_timesteps
         places = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-        self._steps = ((low + (high - low) * places) * steps).long().clamp(max=steps - 1)
+        steps = ((low + (high - low) * places) * count).long().clamp(max=count - 1)
         with torch.inference_mode(False), torch.no_grad():
             latents = _latents(pipeline, pictures)
             noise = torch.randn(samples, *latents.shape[1:], generator=generator)
-            self._height, self._width = (
-                size * pipeline.vae_scale_factor for size in latents.shape[2:]
-            )
-            each = latents.repeat_interleave(samples, 0)
-            noise, ts = noise.repeat(len(latents), 1, 1, 1), self._steps.repeat(len(latents))
-            target = schedule.get_velocity(each, noise, ts) if self._velocity else noise
-            shape = (len(latents), samples, *latents.shape[1:])
-            noisy = schedule.add_noise(each, noise, ts)
-            self._noisy = noisy.view(shape).to(self.device)
-            self._target = target.view(shape).to(self.device)
-            self._steps = self._steps.to(self.device)
+            spread = latents[:, None].expand(-1, samples, -1, -1, -1)
+            noisy = [schedule.add_noise(same, noise, steps) for same in spread]
+            target = [noise] * len(spread)
+            if schedule.config.prediction_type == "v_prediction":
+                target = [schedule.get_velocity(same, noise, steps) for same in spread]
+            # all (images, samples, channels, height, width)
+            self._noisy = torch.stack(noisy).to(self.device)
+            self._target = torch.stack(target).to(self.device)
+            self._steps = steps.to(self.device)
+            self._size = [size * pipeline.vae_scale_factor for size in latents.shape[2:]]
             self._empty = torch.ones(len(latents), device=self.device)
             self._empty = self.of_texts([""] * len(latents), [(k, k) for k in range(len(latents))])
             pipeline.maybe_free_model_hooks()
@@ -342,9 +329,8 @@ class _Denoiser:
             losses.index_add_(0, row, errors.detach() * share)
             if gradients:
                 # of the plain sum, whose gradients half precision can hold
-                for total, one in zip(
-                    found, torch.autograd.grad(errors.sum(), leaves), strict=True
-                ):
+                each = torch.autograd.grad(errors.sum(), leaves)
+                for total, one in zip(found, each, strict=True):
                     shares = share.view(-1, *[1] * (one.ndim - 1))
                     total.index_add_(0, row, one.float() * shares)
         return losses, found
@@ -357,9 +343,9 @@ class _Denoiser:
         states, *pooled = (part.to(unet.dtype) for part in condition)
         added = {}
         if pooled:
-            size = [self._height, self._width, 0, 0, self._height, self._width]
-            ids = torch.tensor([size], device=self.device, dtype=unet.dtype)
-            added = {"text_embeds": pooled[0], "time_ids": ids.expand(len(states), -1)}
+            # the size of the image, where its crop begins, and the size of that
+            ids = states.new_tensor([*self._size, 0, 0, *self._size]).expand(len(states), -1)
+            added = {"text_embeds": pooled[0], "time_ids": ids}
         predicted = unet(
             self._noisy[image, sample].to(unet.dtype),
             self._steps[sample],
@@ -376,42 +362,40 @@ def _check_pipeline(pipeline: DiffusionPipeline) -> None:
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"`pipeline` has to be a DiffusionPipeline but is {kind}.")
     needed = ["unet", "vae", "scheduler", "tokenizer", "text_encoder"]
+    kinds, added = [CLIPTextModel], None
     if hasattr(pipeline, "text_encoder_2"):
         needed += ["tokenizer_2", "text_encoder_2"]
-    missing = [name for name in needed if getattr(pipeline, name, None) is None]
-    if missing:
+        kinds, added = [CLIPTextModel, CLIPTextModelWithProjection], "text_time"
+    if missing := [name for name in needed if getattr(pipeline, name, None) is None]:
         raise ValueError(
             f"`pipeline` has to have {', '.join(needed)}, as Stable Diffusion 1.x, 2.x and XL do, "
             f"but {kind} has no {', '.join(missing)}."
         )
-    for _, encoder in _text_models(pipeline):
-        if not isinstance(encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
+    for (_, encoder), wanted in zip(_text_models(pipeline), kinds, strict=True):
+        if not isinstance(encoder, wanted):
             raise ValueError(
-                f"`pipeline` has to have text encoders that are CLIPs, but {kind} has "
-                f"{type(encoder).__name__}."
+                f"`pipeline` has to have a {wanted.__name__} where {kind} has a "
+                f"{type(encoder).__name__}; only text encoders that are CLIPs can be searched."
             )
-    unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
-    if unet.in_channels != latent:
+    unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    if unet.in_channels != channels or unet.addition_embed_type != added:
         raise ValueError(
-            f"`pipeline` has to have a UNet that takes the {latent} channels of its VAE and no "
-            f"others, but that of {kind} takes {unet.in_channels}; give a text-to-image pipeline."
-        )
-    added = "text_time" if len(_text_models(pipeline)) > 1 else None
-    if unet.addition_embed_type != added:
-        raise ValueError(
-            f"`pipeline` has to have a UNet whose `addition_embed_type` is {added}, as that of "
-            f"Stable Diffusion with {len(_text_models(pipeline))} text encoders, but it is "
-            f"{unet.addition_embed_type}."
+            f"`pipeline` has to have a UNet with `in_channels` {channels} and "
+            f"`addition_embed_type` {added}, but {kind} has {unet.in_channels} and "
+            f"{unet.addition_embed_type}; give a text-to-image pipeline."
         )
     schedule = pipeline.scheduler.config
-    if "beta_schedule" not in schedule or schedule.prediction_type not in (
-        "epsilon",
-        "v_prediction",
-    ):
+    predicts = schedule.get("prediction_type", "epsilon")
+    if "beta_schedule" not in schedule or predicts not in ("epsilon", "v_prediction"):
         raise ValueError(
-            "`pipeline` has to have a scheduler with `beta_schedule` that predicts `epsilon` or "
-            f"`v_prediction`, but {type(pipeline.scheduler).__name__} has "
-            f"{schedule.get('beta_schedule')} and {schedule.get('prediction_type')}."
+            "`pipeline` has to have a scheduler with `beta_schedule`, and `prediction_type` "
+            f"epsilon or v_prediction, but {type(pipeline.scheduler).__name__} has "
+            f"{schedule.get('beta_schedule')} and {predicts}."
+        )
+    if any(weight.is_meta for weight in pipeline.unet.parameters()):
+        raise ValueError(
+            "`pipeline` is offloaded by `enable_sequential_cpu_offload`, through which gradients "
+            "cannot go; take `enable_model_cpu_offload`."
         )
 
 
@@ -453,11 +437,11 @@ def _latents(pipeline: DiffusionPipeline, pictures: Sequence[Image.Image]) -> to
     height, width = (size, size) if isinstance(size, int) else size
     factor, dtype = pipeline.vae_scale_factor, vae.dtype
     latents = []
-    # in float16 the VAE of XL makes NaN of ordinary images
+    # in float16 the VAE of XL makes NaN of ordinary images; `to` of diffusers would warn each time
     upcast = dtype == torch.float16 and vae.config.force_upcast
     try:
         if upcast:
-            vae.to(torch.float32)
+            nn.Module.to(vae, torch.float32)
         for k in range(0, len(pictures), _AT_ONCE):
             pixels = pipeline.image_processor.preprocess(
                 list(pictures[k : k + _AT_ONCE]), height * factor, width * factor, "crop"
@@ -466,7 +450,7 @@ def _latents(pipeline: DiffusionPipeline, pictures: Sequence[Image.Image]) -> to
             latents.append(posterior.mode().float().cpu())
     finally:
         if upcast:
-            vae.to(dtype)
+            nn.Module.to(vae, dtype)
     return torch.cat(latents) * vae.config.scaling_factor
 
 

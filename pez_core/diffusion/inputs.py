@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,6 +37,12 @@ def seeds(generator: torch.Generator | list[torch.Generator] | None, prompts: in
         return [int(torch.randint(2**31, ()))] * prompts
     if not isinstance(generator, list):
         generator = [generator] * prompts
+    for one in generator:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"`generator` has to be a torch.Generator or a list of them but holds {one!r}; "
+                "write torch.Generator().manual_seed(0)."
+            )
     each, rest = divmod(len(generator), prompts)
     if not each or rest:
         raise ValueError(
@@ -42,3 +50,28 @@ def seeds(generator: torch.Generator | list[torch.Generator] | None, prompts: in
             f"images are made of it, but holds {len(generator)}."
         )
     return [one.initial_seed() % 2**63 for one in generator[::each]]
+
+
+def check_options(
+    name: str, options: dict[str, Any], function: Callable, inputs: Mapping[str, str]
+) -> None:
+    """Raise unless the further arguments of a function are its own and not given otherwise.
+
+    Args:
+        name: of the argument that holds them.
+        options: the further arguments.
+        function: which takes them.
+        inputs: its arguments that are given otherwise, and how.
+
+    Raises:
+        TypeError: `options` is no dict, or holds what it must not.
+    """
+    if not isinstance(options, dict):
+        raise TypeError(f"`{name}` has to be a dict but is {options!r}.")
+    for option in options:
+        if option in inputs:
+            raise TypeError(f"`{name}` holds {option!r}; give `{inputs[option]}` instead.")
+        if option not in inspect.signature(function).parameters:
+            raise TypeError(
+                f"`{name}` holds {option!r}, which `{function.__name__}` does not take."
+            )

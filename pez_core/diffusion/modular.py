@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from diffusers import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines import (
@@ -18,7 +16,7 @@ from ..clip.images import ImageInput
 from ..learn import Result
 from ..tasks import invert
 from .clip_model import PezClipModel
-from .inputs import pictures, seeds
+from .inputs import check_options, pictures, seeds
 
 # arguments of `invert` that have an input of their own
 _INPUTS = {
@@ -130,7 +128,8 @@ class PezPromptStep(ModularPipelineBlocks):
     ) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         options = dict(block_state.pez_kwargs or {})
-        _check(components.clip, options)
+        _check_clip(components.clip)
+        check_options("pez_kwargs", options, invert, _INPUTS)
         images = pictures("target_image", block_state.target_image)
         prompts = 1 if options.get("shared") else len(images)
         starts = seeds(block_state.generator, prompts)
@@ -139,6 +138,7 @@ class PezPromptStep(ModularPipelineBlocks):
         with self.progress_bar(total=block_state.pez_steps) as progress_bar:
 
             def report(progress: dict) -> bool | None:
+                progress_bar.total = progress["steps"]
                 progress_bar.update(progress["step"] - progress_bar.n)
                 progress_bar.set_postfix(similarity=f"{progress['similarity']:.4f}")
                 return callback(progress) if callback is not None else None
@@ -161,14 +161,9 @@ class PezPromptStep(ModularPipelineBlocks):
         return components, state
 
 
-def _check(clip: PezClipModel | None, options: dict) -> None:
+def _check_clip(clip: PezClipModel | None) -> None:
     if not isinstance(clip, PezClipModel):
         raise TypeError(
             f"`clip` has to be a PezClipModel but is {type(clip).__name__}; give it by "
             "`update_components(clip=PezClipModel.load(...))` or `load_components()`."
         )
-    for name in options:
-        if name in _INPUTS:
-            raise TypeError(f"`pez_kwargs` holds {name!r}; give `{_INPUTS[name]}` instead.")
-        if name not in inspect.signature(invert).parameters:
-            raise TypeError(f"`pez_kwargs` holds {name!r}, which `pez_core.invert` does not take.")

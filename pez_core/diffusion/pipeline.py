@@ -5,36 +5,70 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from huggingface_hub import snapshot_download
 from PIL import Image
+from torch import nn
 
 from ..clip import AnyClip
 from ..clip.images import ImageInput
 from ..learn import Result
+from ..prompt_text import read
+from ..search import check_integer
+from ..targets import check_number
 from ..tasks import concatenate, distill, extract_style, invert
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
-from .inputs import pictures, seeds
+from .inputs import check_options, pictures, seeds
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("invert", "style", "distill", "concat")
+TASKS = {
+    "invert": invert,
+    "style": extract_style,
+    "distill": distill,
+    "concat": concatenate,
+}
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # what the loaders of diffusers take to find files, of which `load_config` knows these
 _FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# arguments of the tasks that the pipeline has arguments of its own for
+_INPUTS = {
+    "clip": "clip",
+    "images": "image",
+    "prompt": "prompt",
+    "prompts": "prompt",
+    "prompt_len": "prompt_len",
+    "steps": "pez_steps",
+    "restarts": "restarts",
+    "seed": "generator",
+    "callback": "pez_callback_on_step_end",
+    "extra": "denoising_weight",
+}
+_OF_DENOISING = {
+    "pipeline": "pipeline",
+    "images": "image",
+    "clip": "clip",
+    "weight": "denoising_weight",
+    "shared": "pez_kwargs",
+    "generator": "generator",
+}
+# what people write who have used `pez_core`
+_MEANT = {"seed": "generator", "steps": "pez_steps", "images": "image", "prompts": "prompt"}
 # Stable Diffusion reads these from `**kwargs`, though they are no longer in its signature
-_OWN = {"seed", "callback", "extra"}  # of the tasks' arguments, what the pipeline sets itself
 _OF_OLD = {"callback", "callback_steps"}
+_TEXT = re.compile(r"(negative_)?prompt(_\d)?")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -63,11 +97,13 @@ class PezPipelineOutput(BaseOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            `num_images_per_prompt` images of each prompt, one prompt after the other.
+            `num_images_per_prompt` images of each prompt, those of the first prompt first.
         prompts (`list[str]`):
             The prompts that the images were made of.
         similarities (`list[float]`):
             Cosine similarity of each prompt with its target, as the CLIP of the search sees it.
+        nsfw_content_detected (`list[bool]`, *optional*):
+            What the safety checker of the image pipeline says of each image, where it has one.
 
     Its attribute `results` holds the `pez_core.Result` of each search.
     """
@@ -75,6 +111,7 @@ class PezPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
     prompts: list[str]
     similarities: list[float]
+    nsfw_content_detected: list[bool] | None = None
     results: InitVar[list[Result] | None] = None
 
     def __post_init__(self, results: list[Result] | None) -> None:
@@ -112,15 +149,17 @@ class PezPipeline(DiffusionPipeline):
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the
     generic methods implemented for all pipelines (downloading, saving, running on a particular
-    device, etc.); they reach the image pipeline, too.
+    device, etc.). Moving, offloading to the CPU, progress bars and `scheduler` reach the image
+    pipeline, too; for all else there is `pipe.pipeline`.
 
     Args:
         clip ([`PezClipModel`], `pez_core.Clip`, `pez_core.JointClip`, `str` or `list[str]`):
             The CLIP that prompts are searched on: the one whose text encoder the image pipeline
-            has. A name is given to `pez_core.load_clip`, which downloads nothing.
+            has, with the image tower that image pipelines lack. A name is given to
+            `pez_core.load_clip`, which downloads nothing; `PezClipModel.load` does when asked.
         pipeline ([`DiffusionPipeline`], *optional*):
-            Any text-to-image pipeline. Without it this is a prior, whose output feeds any pipeline:
-            `t2i(**pez(image=image))`.
+            Any text-to-image pipeline. Without it this is a prior, whose output feeds any pipeline,
+            those that need an image of their own, too: `t2i(**pez(image=image))`.
     """
 
     model_cpu_offload_seq = "clip"
@@ -130,6 +169,8 @@ class PezPipeline(DiffusionPipeline):
 
     def __init__(self, clip: PezClipModel, pipeline: DiffusionPipeline = None) -> None:
         super().__init__()
+        if pipeline is not None:
+            _check_pipeline(pipeline)
         self.register_modules(clip=_component(clip), pipeline=pipeline)
         self._prompts: list[str] = []
         self._results: list[Result] = []
@@ -143,6 +184,7 @@ class PezPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike,
         clip: PezClipModel | AnyClip | str | Sequence[str] | None = None,
         clip_pretrained: str | None = None,
+        download: bool | None = None,
         **kwargs: Any,
     ) -> PezPipeline:
         r"""
@@ -152,20 +194,26 @@ class PezPipeline(DiffusionPipeline):
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 A folder or a repository of the Hub.
             clip ([`PezClipModel`], `pez_core.AnyClip`, `str` or `list[str]`, *optional*):
-                Needed for a text-to-image pipeline. A name is given to `pez_core.load_clip`, with
-                download unless
-                `local_files_only` is set: for Stable Diffusion 1.x `"ViT-L-14:openai"`, for 2.x
-                `"ViT-H-14:laion2b_s32b_b79k"`, for XL both `"ViT-L-14:openai"` and
-                `"ViT-bigG-14:laion2b_s39b_b160k"` in a list.
+                Needed for a text-to-image pipeline. A name is given to `pez_core.load_clip`: for
+                Stable Diffusion 1.x `"ViT-L-14:openai"`, for 2.x `"ViT-H-14:laion2b_s32b_b79k"`,
+                for XL both `"ViT-L-14:openai"` and `"ViT-bigG-14:laion2b_s39b_b160k"` in a list. It
+                gets the device and dtype of the pipeline.
             clip_pretrained (`str`, *optional*):
                 Tag or file of the weights, where `clip` does not say it.
+            download (`bool`, *optional*):
+                Whether to fetch a CLIP that is not on this disk; by default as everything else,
+                unless `local_files_only` is set.
             kwargs:
                 Passed to [`DiffusionPipeline.from_pretrained`].
         """
         files = {name: kwargs[name] for name in _FILES if name in kwargs}
         index = cls.load_config(pretrained_model_name_or_path, **files)
-        download = not kwargs.get("local_files_only", False)
-        if index["_class_name"] != cls.__name__:
+        if download is None:
+            download = not kwargs.get("local_files_only", False)
+        named = isinstance(clip, (str, list, tuple))
+        if clip is not None:  # before the image pipeline, which can take long
+            clip = _component(clip, clip_pretrained, download=download)
+        if index["_class_name"] not in {kind.__name__ for kind in cls.__mro__}:
             if clip is None:
                 raise ValueError(
                     f"`clip` has to be given, since {pretrained_model_name_or_path} is a "
@@ -173,16 +221,19 @@ class PezPipeline(DiffusionPipeline):
                     "'ViT-L-14:openai' for Stable Diffusion 1.x."
                 )
             pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return cls.from_pipe(pipeline, clip, clip_pretrained, download=download)
+            if named:
+                _place(clip, pipeline)
+            return cls(clip, pipeline)
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             # the base class refuses repositories that need a library beside diffusers
+            files.pop("proxies", None)
             folder = snapshot_download(folder, **files)
         pipeline = kwargs.pop("pipeline", None)
         if pipeline is None and index["pipeline"][0] is not None:
             pipeline = DiffusionPipeline.from_pretrained(Path(folder, "pipeline"), **kwargs)
         if clip is not None:
-            kwargs["clip"] = _component(clip, clip_pretrained, download=download)
+            kwargs["clip"] = clip
         elif kwargs.get("variant") is not None:
             # the base class looks for variants among files and trips over the pipeline's folders
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -193,6 +244,8 @@ class PezPipeline(DiffusionPipeline):
             )
         kwargs.pop("variant", None)
         pez = super().from_pretrained(folder, pipeline=None, **kwargs)
+        if named and pipeline is not None:
+            _place(clip, pipeline)
         pez.register_modules(pipeline=pipeline)
         return pez
 
@@ -222,10 +275,15 @@ class PezPipeline(DiffusionPipeline):
             clip, pipeline = clip or pipeline.clip, pipeline.pipeline
         if clip is None:
             raise ValueError("`clip` has to be given, such as 'ViT-L-14:openai'.")
+        if pipeline is not None:
+            _check_pipeline(pipeline)
         named = isinstance(clip, (str, list, tuple))
-        pez = cls(_component(clip, clip_pretrained, pipeline if named else None, download))
-        if named and pipeline is not None and getattr(pipeline, "_all_hooks", None):
-            pez.enable_model_cpu_offload(device=pipeline._offload_device)
+        clip = _component(clip, clip_pretrained, download)
+        pez = cls(clip)
+        if named and pipeline is not None:
+            _place(clip, pipeline)
+            if getattr(pipeline, "_all_hooks", None):
+                pez.enable_model_cpu_offload(device=pipeline._offload_device)
         pez.register_modules(pipeline=pipeline)
         return pez
 
@@ -244,6 +302,11 @@ class PezPipeline(DiffusionPipeline):
         super().enable_sequential_cpu_offload(*args, **kwargs)
         if self.pipeline is not None:
             self.pipeline.enable_sequential_cpu_offload(*args, **kwargs)
+
+    def remove_all_hooks(self) -> None:
+        super().remove_all_hooks()
+        if self.pipeline is not None:
+            self.pipeline.remove_all_hooks()
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         super().set_progress_bar_config(**kwargs)
@@ -264,8 +327,16 @@ class PezPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to end the search; images are made of the best so far."""
+        """Whether a callback has ended the search; images are made of the best so far."""
         return self._interrupt
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        return self.pipeline.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: SchedulerMixin) -> None:
+        self.pipeline.scheduler = scheduler
 
     @property
     def guidance_scale(self) -> float:
@@ -279,6 +350,16 @@ class PezPipeline(DiffusionPipeline):
     def _callback_tensor_inputs(self) -> list[str]:
         return self.pipeline._callback_tensor_inputs
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if hasattr(self.__dict__.get("pipeline"), name):
+                raise AttributeError(
+                    f"`{name}` belongs to the image pipeline; write `.pipeline.{name}`."
+                ) from error
+            raise
+
     # The steps of a call.
 
     def check_inputs(
@@ -291,6 +372,7 @@ class PezPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         pez_kwargs: dict[str, Any],
+        denoising_kwargs: dict[str, Any],
         passed: dict[str, Any],
     ) -> None:
         """Raise where the arguments of a call do not go together."""
@@ -300,27 +382,38 @@ class PezPipeline(DiffusionPipeline):
             raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
         if task in ("invert", "style") and not images:
             raise ValueError(f"`image` has to be given for the task {task!r}.")
-        if task == "invert" and isinstance(prompt, list):
-            raise ValueError(
-                "`prompt` has to be of type `str` for the task 'invert', which adds to it, but is "
-                f"{type(prompt)}."
-            )
+        given = _INPUTS if prompt is None else _INPUTS | {"template": "prompt"}
+        check_options("pez_kwargs", pez_kwargs, TASKS[task], given)
+        if task == "invert" and prompt is not None:
+            if isinstance(prompt, list) and (len(prompt) != len(images) or "shared" in pez_kwargs):
+                raise ValueError(
+                    "`prompt` has to be of type `str` for the task 'invert', or a list with one "
+                    f"for each of {len(images)} images that get a prompt each, but has length "
+                    f"{len(prompt)}."
+                )
+            if "{}" in "".join(prompt):
+                raise ValueError(
+                    "`prompt` stands before the learned words; to say where they go, use "
+                    "`pez_kwargs={'template': ...}` in its place."
+                )
         if task == "distill" and not prompt:
             raise ValueError("`prompt` has to be given for the task 'distill'.")
         if task == "distill" and images:
             raise ValueError("`image` cannot be given for the task 'distill'; leave it out.")
-        if not 0 <= denoising_weight <= 1:
+        if check_number("denoising_weight", denoising_weight, low=0) > 1:
             raise ValueError(f"`denoising_weight` has to be from 0 to 1 but is {denoising_weight}.")
         if denoising_weight and (self.pipeline is None or task != "invert"):
             raise ValueError(
                 "`denoising_weight` needs an image pipeline and the task 'invert'; leave it out."
             )
+        if denoising_kwargs and not denoising_weight:
+            raise ValueError("`denoising_kwargs` needs a `denoising_weight` above 0.")
+        check_options("denoising_kwargs", denoising_kwargs, DenoisingLoss, _OF_DENOISING)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}."
             )
-        for name in _OWN & set(pez_kwargs):
-            raise ValueError(f"`pez_kwargs` holds `{name}`, which is given in another way.")
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         batch_size = _prompts_of(task, images, prompt, pez_kwargs.get("shared", False))
         if isinstance(generator, list):
             expected = batch_size * num_images_per_prompt
@@ -332,12 +425,31 @@ class PezPipeline(DiffusionPipeline):
                 )
         # without an image pipeline its arguments are not used, but a misspelt one is still an error
         target = self if self.pipeline is None else self.pipeline
-        accepted = set(inspect.signature(type(target).__call__).parameters)
-        if unknown := sorted(set(passed) - accepted - _OF_OLD):
+        accepted = inspect.signature(type(target).__call__).parameters
+        for name in sorted(set(passed) - set(accepted) - _OF_OLD):
+            names = [*inspect.signature(type(self).__call__).parameters, *accepted]
+            close = _MEANT.get(name) or next(iter(get_close_matches(name, names, 1)), None)
             raise TypeError(
-                f"`{unknown[0]}` is not an argument of {type(target).__name__}; those of the "
-                "search go into `pez_kwargs`."
+                f"`{name}` is not an argument of {type(target).__name__}"
+                + (f"; did you mean `{close}`?" if close else "; leave it out.")
             )
+        if self.pipeline is not None:
+            self._check_passed(["a"] * batch_size, accepted, passed)
+
+    def _check_passed(
+        self, prompts: list[str], accepted: Mapping[str, inspect.Parameter], passed: dict[str, Any]
+    ) -> None:
+        """Let the image pipeline check its arguments now and not after minutes of learning."""
+        check = getattr(self.pipeline, "check_inputs", None)
+        if check is None:
+            return
+        # sizes that all pipelines take, since some find theirs only after the check
+        known = {name: parameter.default for name, parameter in accepted.items()}
+        known |= {"height": 1024, "width": 1024, "callback_steps": 1}
+        known |= _as_many(passed, len(prompts)) | {"prompt": prompts}
+        needed = inspect.signature(check).parameters
+        if set(needed) <= set(known):
+            check(**{name: known[name] for name in needed})
 
     def learn_prompt(
         self,
@@ -357,32 +469,41 @@ class PezPipeline(DiffusionPipeline):
                     self._prompts = [*done, *state["prompts"]]
                     progress_bar.total = state["steps"]
                     progress_bar.update(state["step"] - progress_bar.n)
-                    progress_bar.set_postfix(similarity=f"{state['similarity']:.4f}")
-                    if callback is not None:
-                        callback(self, state["step"], state)
+                    progress_bar.set_postfix({score: f"{state['similarity']:.4f}"})
+                    if callback is not None and callback(self, state["step"], state) is True:
+                        self._interrupt = True
                     return self._interrupt
 
-                return self.clip(
-                    lambda clip: search(clip, *inputs, callback=report, **options, **settings)
+                found = self.clip(
+                    lambda clip: search(clip, *inputs, callback=report, **settings, **options)
                 )
+            found = found if isinstance(found, list) else [found]
+            for result in filter(lambda one: one.note, found):
+                logger.warning("%s", result.note)
+            self._results += found
+            done.extend(result.prompt for result in found)
 
         done: list[str] = []
+        score = "score" if "extra" in settings else "similarity"
+        texts = [prompt] if isinstance(prompt, str) else prompt or []
         if task == "style":
-            return [run(extract_style, images, seed=seeds[0])]
-        if task == "concat":
-            sources = [*([prompt] if isinstance(prompt, str) else prompt or []), *images]
-            return [run(concatenate, sources, seed=seeds[0])]
-        if task == "invert":
-            if prompt is not None:
-                settings["template"] = f"{prompt} {{}}"
+            run(extract_style, images, seed=seeds[0])
+        elif task == "concat":
+            run(concatenate, [*map(read, texts), *images], seed=seeds[0])
+        elif task == "distill":
+            for text, seed in zip(texts, seeds, strict=True):
+                if not self._interrupt:
+                    # image pipelines of diffusers take weights and tags for words
+                    run(distill, read(text), seed=seed)
+        elif isinstance(prompt, list):
+            for image, text, seed in zip(images, texts, seeds, strict=True):
+                if not self._interrupt:
+                    run(invert, [image], seed=seed, template=f"{text} {{}}".strip())
+        else:
+            template = {} if prompt is None else {"template": f"{prompt} {{}}".strip()}
             seed = list(seeds) if len(seeds) > 1 else seeds[0]
-            found = run(invert, images, seed=seed)
-            return found if isinstance(found, list) else [found]
-        results = []
-        for text, seed in zip([prompt] if isinstance(prompt, str) else prompt, seeds, strict=True):
-            results.append(run(distill, text, seed=seed))
-            done.append(results[-1].prompt)
-        return results
+            run(invert, images, seed=seed, **template)
+        return self._results
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -419,9 +540,10 @@ class PezPipeline(DiffusionPipeline):
                 What prompts are learned for: PIL images, paths, or tensors and arrays of values in
                 [0, 1].
             prompt (`str` or `list[str]`, *optional*):
-                For `"invert"` a caption that the learned words are added to; for `"style"` the
-                subjects that get the style; for `"distill"` what to shorten; for `"concat"` what to
-                join, beside the images.
+                For `"invert"` a caption that the learned words are added to, or one for each image;
+                for `"style"` the subjects that get the style; for `"distill"` what to shorten; for
+                `"concat"` what to join, beside the images. Of weights, `BREAK` and tags, which the
+                pipelines of diffusers take for words, the words count alone.
             task (`str`, *optional*, defaults to `"invert"`):
                 `"invert"`, a prompt for each image; `"style"`, one for the style that all images
                 share; `"distill"`, a shorter one for each prompt; `"concat"`, one of all prompts
@@ -448,8 +570,9 @@ class PezPipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes the call reproducible. The search starts from its `initial_seed`, so that the
                 images are those that the image pipeline makes of the same prompt with the same
-                generator. Of a list, with one for each image made, the first of each prompt is the
-                search's. By default both are drawn anew.
+                generator; a generator that is used again gives the same prompt and new images. Of a
+                list, with one for each image made, the first of each prompt is the search's. By
+                default both are drawn anew.
             latents (`torch.Tensor`, *optional*):
                 Passed to the image pipeline.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -458,13 +581,15 @@ class PezPipeline(DiffusionPipeline):
                 Whether to return an output class instead of a plain tuple.
             denoising_weight (`float`, *optional*, defaults to 0.0):
                 Share of the image pipeline's own denoising loss in what is minimised, from 0 to 1;
-                the CLIP has the rest. Needs a Stable Diffusion 1.x, 2.x or XL pipeline, and a UNet
-                forward and backward for every step.
+                the CLIP has the rest. Needs a Stable Diffusion 1.x, 2.x or XL pipeline and the task
+                `"invert"`. Every step takes `samples` (4, see `denoising_kwargs`) times `restarts`
+                UNet forwards and backwards for each image: start with `restarts=1, pez_steps=200`.
+                The result's `extra_loss` is what it came to.
             pez_callback_on_step_end (`Callable`, *optional*):
                 Called as `pez_callback_on_step_end(pipe, step, callback_kwargs)` while prompts are
                 learned, every step on the CPU and every 25 elsewhere; `callback_kwargs` are those
-                of `pez_core.invert`'s callback. Set
-                `pipe._interrupt = True` in it to end the search and make images of the best so far.
+                of `pez_core.invert`'s callback. Return `True`, or set `pipe._interrupt = True`, to
+                end the search and make images of the best so far.
             callback_on_step_end (`Callable`, *optional*):
                 Passed to the image pipeline, which it gets as its first argument.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
@@ -487,8 +612,9 @@ class PezPipeline(DiffusionPipeline):
                 a tuple of the prompts. Whatever happens while images are made, the prompts stay in
                 `prompts` and `results`.
         """
+        self._interrupt, self._prompts, self._results = False, [], []
         images = [] if image is None else pictures("image", image)
-        pez_kwargs = pez_kwargs or {}
+        pez_kwargs, denoising_kwargs = pez_kwargs or {}, denoising_kwargs or {}
         chosen = {
             "height": height,
             "width": width,
@@ -508,12 +634,11 @@ class PezPipeline(DiffusionPipeline):
             generator,
             output_type,
             pez_kwargs,
+            denoising_kwargs,
             chosen,
         )
-        self._interrupt, self._prompts, self._results = False, [], []
         shared = pez_kwargs.get("shared", False)
         starts = seeds(generator, _prompts_of(task, images, prompt, shared))
-
         settings = {"steps": pez_steps, "restarts": restarts} | pez_kwargs
         if prompt_len is not None:
             settings["prompt_len"] = prompt_len
@@ -524,12 +649,9 @@ class PezPipeline(DiffusionPipeline):
                 self.clip.clip,
                 weight=denoising_weight,
                 shared=shared,
-                generator=torch.Generator().manual_seed(starts[0]),
-                **(denoising_kwargs or {}),
+                **denoising_kwargs,
             )
-        self._results = self.learn_prompt(
-            images, prompt, task, starts, pez_callback_on_step_end, **settings
-        )
+        self.learn_prompt(images, prompt, task, starts, pez_callback_on_step_end, **settings)
         for hook in getattr(self, "_all_hooks", []):
             hook.offload()
         prompts = [result.prompt for result in self._results]
@@ -544,25 +666,24 @@ class PezPipeline(DiffusionPipeline):
 
         if getattr(self.pipeline, "unet", None) is not None:
             chosen = {"num_inference_steps": 25, "guidance_scale": 9.0} | chosen
-        for name, value in chosen.items():
-            # such as `negative_prompt`, which has to be a list where `prompt` is one
-            if "prompt" in name and isinstance(value, str):
-                chosen[name] = [value] * len(prompts)
+        if isinstance(generator, list):  # an interrupted search has fewer prompts than it was to
+            generator = generator[: len(prompts) * num_images_per_prompt]
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        several = {"num_images_per_prompt": num_images_per_prompt}
+        if not set(several) <= set(accepted):
+            prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+        own = several | {"generator": generator, "output_type": output_type}
+        chosen |= {name: value for name, value in own.items() if name in accepted}
         try:
-            made = self.pipeline(
-                prompt=prompts,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                output_type=output_type,
-                return_dict=False,
-                **chosen,
-            )[0]
+            made = self.pipeline(prompt=prompts, **_as_many(chosen, len(prompts)))
         except Exception:
-            logger.error("No images, but the prompts learned are kept in `prompts`: %s", prompts)
+            logger.error("No images, but the prompts learned are in `prompts`: %s", self._prompts)
             raise
-        if not return_dict:
-            return made, prompts, similarities
-        return PezPipelineOutput(made, prompts, similarities, self._results)
+        flagged = getattr(made, "nsfw_content_detected", None)
+        output = PezPipelineOutput(
+            made[0], self._prompts, similarities, flagged, results=self._results
+        )
+        return output if return_dict else output.to_tuple()
 
     def evaluate(
         self,
@@ -587,8 +708,8 @@ class PezPipeline(DiffusionPipeline):
         """
         if self.pipeline is None:
             raise ValueError("`evaluate` needs an image pipeline; give `pipeline`.")
-        prompts = prompts or self._prompts
-        if not prompts:
+        prompts = self._prompts if prompts is None else prompts
+        if not prompts and not isinstance(prompts, str):
             raise ValueError("`prompts` has to be given, since nothing has been learned yet.")
         if getattr(self.pipeline, "unet", None) is None:
             # the paper's settings are those of Stable Diffusion
@@ -599,16 +720,45 @@ class PezPipeline(DiffusionPipeline):
 def _component(
     clip: PezClipModel | AnyClip | str | Sequence[str],
     pretrained: str | None = None,
-    like: DiffusionPipeline | None = None,
     download: bool = False,
 ) -> PezClipModel:
-    """A CLIP, or the name of one, as a component; a named one is placed as the pipeline `like`."""
+    """A CLIP, or the name of one, as a component."""
     if isinstance(clip, PezClipModel):
         return clip
     if not isinstance(clip, (str, list, tuple)):
         return PezClipModel.from_clip(clip)
-    placed = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    return PezClipModel.load(clip, pretrained, download=download, **placed)
+    return PezClipModel.load(clip, pretrained, download=download)
+
+
+def _as_many(passed: dict[str, Any], count: int) -> dict[str, Any]:
+    """Texts as lists, which `negative_prompt` and its like have to be where `prompt` is one."""
+    return {
+        name: [value] * count if _TEXT.fullmatch(name) and isinstance(value, str) else value
+        for name, value in passed.items()
+    }
+
+
+def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:
+    """To where the pipeline's models are when they compute, or wait in the memory of the host."""
+    waits = bool(getattr(pipeline, "_all_hooks", None))
+    encoder = getattr(pipeline, "text_encoder", None)
+    dtype = pipeline.dtype if encoder is None else encoder.dtype
+    # of Module, since diffusers' own warns of modules to keep in float32 where there are none
+    nn.Module.to(clip, "cpu" if waits else pipeline._execution_device, dtype)
+
+
+def _check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Raise unless it makes images of prompts alone."""
+    kind = type(pipeline).__name__
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(f"`pipeline` has to be a loaded DiffusionPipeline but is {kind}.")
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt" not in accepted or "image" in accepted:
+        raise ValueError(
+            f"`pipeline` has to be a text-to-image pipeline but is {kind}. One that needs an image "
+            "of its own takes the prompts of a prior: t2i(**PezPipeline(clip=clip)(image=target), "
+            "image=start)."
+        )
 
 
 def _prompts_of(
