@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_diffusion import stable_diffusion, stable_diffusion_xl
 
-from pez_core import JointClip
+from pez_core import JointClip, load_clip
 from pez_core.clip.images import load_image
+from pez_core.clip.load import BUNDLED
 from pez_core.diffusion import PezClipModel
 from pez_core.diffusion.evaluation import EvaluationError, evaluate
 
@@ -145,6 +146,9 @@ def test_a_judge_that_took_part_is_refused(sd, emoji_clip, component, vit_clip):
             evaluate(sd, PROMPTS, FISH, judge, searched=searched)
     found = evaluate(sd, PROMPTS[0], FISH, vit_clip, searched=joint, **QUICK)
     assert found.searched_similarities.shape == (1, 2)
+    renamed = load_clip(str(BUNDLED["emoji-clip"]), device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`judge` is .*emoji-clip, on which the prompts"):
+        evaluate(sd, PROMPTS, FISH, renamed, searched=emoji_clip)
 
 
 def test_a_failure_leaves_what_was_finished(sd, emoji_clip):

@@ -16,7 +16,7 @@ from ..clip.images import ImageInput, load_images
 from ..search import check_integer
 from ..targets import check_number
 
-# Pictures that the VAE encodes at once, and prompts that are encoded at once without gradients.
+# prompts that are encoded at once where no gradients are needed
 _AT_ONCE = 8
 
 # what a UNet takes of prompts: (rows, length, width) states, and for XL (rows, width) pooled ones
@@ -52,8 +52,8 @@ class DenoisingLoss:
         samples: timesteps, each with noise of its own, that an image is looked at with; 1 or more.
         timesteps: from where to where they are, as fractions of the steps that the model was
             trained with, from 0 to 1. They are spread evenly.
-        batch_size: samples that go through the UNet at once, 1 or more. More take more memory, and
-            less time on a device that one does not fill.
+        batch_size: samples that go through the UNet at once, and images through the VAE; 1 or more.
+            More take more memory, and less time on a device that one does not fill.
         shared: one prompt for all images, by the mean of their losses.
         generator: draws timesteps and noise; on the CPU. None: a new one of seed 0.
 
@@ -267,7 +267,7 @@ class _Denoiser:
         places = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
         steps = ((low + (high - low) * places) * count).long().clamp(max=count - 1)
         with torch.inference_mode(False), torch.no_grad():
-            latents = _latents(pipeline, pictures)
+            latents = _latents(pipeline, pictures, batch_size)
             noise = torch.randn(samples, *latents.shape[1:], generator=generator)
             spread = latents[:, None].expand(-1, samples, -1, -1, -1)
             noisy = [schedule.add_noise(same, noise, steps) for same in spread]
@@ -431,7 +431,9 @@ def _check_span(timesteps: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _latents(pipeline: DiffusionPipeline, pictures: Sequence[Image.Image]) -> torch.Tensor:
+def _latents(
+    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image], batch_size: int
+) -> torch.Tensor:
     """(n, channels, height, width) fp32 on the CPU, as the UNet knows them."""
     vae, size = pipeline.vae, pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -442,9 +444,9 @@ def _latents(pipeline: DiffusionPipeline, pictures: Sequence[Image.Image]) -> to
     try:
         if upcast:
             nn.Module.to(vae, torch.float32)
-        for k in range(0, len(pictures), _AT_ONCE):
+        for k in range(0, len(pictures), batch_size):
             pixels = pipeline.image_processor.preprocess(
-                list(pictures[k : k + _AT_ONCE]), height * factor, width * factor, "crop"
+                list(pictures[k : k + batch_size]), height * factor, width * factor, "crop"
             )
             posterior = vae.encode(pixels.to(pipeline._execution_device, vae.dtype)).latent_dist
             latents.append(posterior.mode().float().cpu())
