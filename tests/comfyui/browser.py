@@ -26,9 +26,11 @@ SETTINGS = {
     "Comfy.Release.Status": "what's new seen",
     "Comfy.Workflow.ShowMissingModelsWarning": False,
 }
-# what the page itself complains about with an empty user folder
+# what the page itself complains about with an empty user folder, and when it asks the network, which
+# it is kept from, for the models of its own first workflow
 _KNOWN = re.compile(
     r"404 \(Not Found\) \S+/(user\.css|api/userdata\S+)$|graph accessed before initialization"
+    r"|/assets/missingModelDownload-"
 )
 # and what it says of itself at every start, without any pack
 _OWN_DEPRECATIONS = re.compile(r"legacy queue/history menu|ComfyApp\.open_maskeditor")
