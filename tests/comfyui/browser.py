@@ -26,8 +26,8 @@ SETTINGS = {
     "Comfy.Release.Status": "what's new seen",
     "Comfy.Workflow.ShowMissingModelsWarning": False,
 }
-# what the page itself complains about with an empty user folder, and when it asks the network, which
-# it is kept from, for the models of its own first workflow
+# what the page itself complains about with an empty user folder, and when it asks for the models of
+# its own first workflow in vain
 _KNOWN = re.compile(
     r"404 \(Not Found\) \S+/(user\.css|api/userdata\S+)$|graph accessed before initialization"
     r"|/assets/missingModelDownload-"
