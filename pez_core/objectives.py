@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ class Similarity:
     """1 - cos(f(P), g(x)) of the paper (section 4), as a weighted sum over targets.
 
     Args:
-        encode: (problems, prompt_len, dim) token embeddings -> (problems, features).
+        encode: (rows, prompt_len, dim) token embeddings -> (rows, features).
         targets: (problems, n, features) target features, normalised here; n targets per problem.
         weights: (problems, n) how much each counts; one below 0 is a target to stay away from.
             None: their mean.
@@ -34,8 +35,16 @@ class Similarity:
 
     def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         features = F.normalize(self.encode(embeddings).float(), dim=-1)
-        similarity = (features * self.target).sum(-1)
+        # one row per problem, or as many candidates for each, all those of a problem in a row
+        rows = features.view(len(self.target), -1, features.shape[-1])
+        similarity = (rows @ self.target[..., None]).flatten()
         return 1 - similarity, similarity
+
+    def given(self, embeddings: torch.Tensor) -> Similarity:
+        """The similarity as a function of what follows these (problems, n, dim) embeddings."""
+        other = copy(self)
+        other.encode = self.encode.given(embeddings)
+        return other
 
 
 class SampledSimilarity(Similarity):

@@ -25,43 +25,57 @@ class SearchSpace(Protocol):
         """(problems, prompt_len, dim) -> (problems, prompt_len) nearest allowed ids."""
 
 
-# (problems, prompt_len, dim) projected embeddings and the step, counted from 0 ->
-# (problems,) loss to descend and (problems,) score, larger is better, that picks the best prompt.
+# (rows, prompt_len, dim) projected embeddings and the step, counted from 0 ->
+# (rows,) loss to descend and (rows,) score, larger is better, that picks the best prompt.
 # The two differ when the loss is taken on a minibatch and the score on everything.
+# There is one row per problem; methods that compare candidates give several per problem, all those
+# of a problem in a row.
 Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to search.
+class Budget:
+    """How long to search; what every method has.
 
     Attributes:
         steps: optimisation steps T, at least 1.
-        lr: AdamW learning rate (gamma in the paper).
-        weight_decay: AdamW weight decay.
         patience: a problem ends once it has not improved for this many steps; None: never.
         report_every: steps between two calls of the callback. None: every step on the CPU, every 25
             elsewhere, where each report has to wait for the device.
+        time_limit: seconds after which the step at hand is the last, above 0; None: no limit.
     """
 
     steps: int = 3000
-    lr: float = 0.1
-    weight_decay: float = 0.1
     patience: int | None = None
     report_every: int | None = None
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "report_every"):
             value = getattr(self, name)
             if value is not None or name == "steps":
                 check_integer(name, value, 1)
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"`{name}` has to be a number but is {value!r}.")
-            if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-                bound = "above 0" if name == "lr" else "0 or more"
-                raise ValueError(f"`{name}` has to be finite and {bound} but is {value}.")
+        if self.time_limit is not None:
+            check_positive("time_limit", self.time_limit)
+
+
+@dataclass(frozen=True)
+class Settings(Budget):
+    """How to search by gradient descent.
+
+    Attributes:
+        steps, patience, report_every, time_limit: see `Budget`.
+        lr: AdamW learning rate (gamma in the paper).
+        weight_decay: AdamW weight decay.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("lr", self.lr)
+        check_positive("weight_decay", self.weight_decay, or_zero=True)
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -71,6 +85,15 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"`{name}` has to be {span} but is {value}.")
+
+
+def check_positive(name: str, value: object, or_zero: bool = False) -> None:
+    """Raise unless the argument `name` is a finite number above 0, or 0 where it may be."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` has to be a number but is {value!r}.")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+        bound = "0 or more" if or_zero else "above 0"
+        raise ValueError(f"`{name}` has to be finite and {bound} but is {value}.")
 
 
 @dataclass
@@ -94,6 +117,98 @@ class Progress:
     elapsed: float
     history: list[tuple[int, list[float]]] = field(default_factory=list)
     stopped: bool = False
+
+
+class Tracker:
+    """Keeps the best prompt of each problem, reports, and says when to end.
+
+    Every method of search has one, so that they all mean the same by best, patience and progress.
+    Nothing in it waits for the device between two reports, unless prompts have to be acceptable.
+
+    Args:
+        ids: (problems, prompt_len) ids that stand for the best until one is accepted.
+        budget: how long the search may go on.
+        callback, acceptable: as in `search`.
+
+    Attributes:
+        progress: brought up to date at each report.
+
+    Raises:
+        ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
+    """
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        budget: Budget,
+        callback: Callable[[Progress], bool | None] | None = None,
+        acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(
+                "`ids` has to be a non-empty (problems, prompt_len) tensor but is "
+                f"{tuple(ids.shape)}."
+            )
+        self.budget, self.callback, self.acceptable = budget, callback, acceptable
+        self.ids = ids.clone()
+        self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
+        self._step = 0
+        self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
+        self._every = budget.report_every or (1 if ids.device.type == "cpu" else 25)
+        self._began = time.monotonic()
+        self.progress = Progress(0, budget.steps, self.ids, self.scores, 0.0)
+
+    def offer(self, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """One new prompt for each problem: (problems, prompt_len) ids and (problems,) scores."""
+        better = scores > self.scores
+        if self.budget.patience is not None:
+            better &= self._step - self._steps <= self.budget.patience
+        if self.acceptable is not None and better.any():
+            better[better.clone()] = self.acceptable(ids[better])
+        self.ids = torch.where(better[:, None], ids, self.ids)
+        self.scores = torch.where(better, scores.float(), self.scores)
+        self._steps = torch.where(better, self._step, self._steps)
+        self.check_finite(scores)
+
+    def check_finite(self, *values: torch.Tensor) -> None:
+        """Remember whether any of these is NaN or infinite; `end_step` raises then.
+
+        It has to be remembered, since a NaN moves prompts to where scores may look fine again.
+        """
+        for value in values:
+            self._finite = self._finite & value.isfinite().all()
+
+    def end_step(self) -> bool:
+        """Count a step and report it where that is due; True: the search is to end.
+
+        Raises:
+            FloatingPointError: a score or gradient was NaN or infinite; at the next report.
+        """
+        self._step += 1
+        done, budget = self._step, self.budget
+        elapsed = time.monotonic() - self._began
+        last = done >= budget.steps or (
+            budget.time_limit is not None and elapsed >= budget.time_limit
+        )
+        if not (last or done == 1 or done % self._every == 0):
+            return False
+        if not self._finite:
+            raise FloatingPointError(
+                f"Score or gradient became NaN or infinite by step {done}; load the "
+                "model with dtype=torch.float32, or with torch.bfloat16 if it was float16."
+            )
+        progress = self.progress
+        progress.step, progress.ids, progress.scores = done, self.ids, self.scores
+        progress.elapsed = elapsed
+        progress.history.append((done, self.scores.tolist()))
+        if self.callback is not None and self.callback(progress):
+            progress.stopped = done < budget.steps
+            return True
+        patience = budget.patience
+        return last or (
+            patience is not None and bool((self._step - 1 - self._steps >= patience).all())
+        )
 
 
 def search(
@@ -125,56 +240,19 @@ def search(
         ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
         FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
     """
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise ValueError(
-            f"`ids` has to be a non-empty (problems, prompt_len) tensor but is {tuple(ids.shape)}."
-        )
-    report_every = settings.report_every or (1 if ids.device.type == "cpu" else 25)
-    began = time.monotonic()
-
+    best = Tracker(ids, settings, callback, acceptable)
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).float().clone().requires_grad_()
         optimizer = torch.optim.AdamW([P], lr=settings.lr, weight_decay=settings.weight_decay)
-        best_ids = ids.clone()
-        best_scores = torch.full((len(ids),), -torch.inf, device=ids.device)
-        best_steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        finite = torch.ones((), dtype=torch.bool, device=ids.device)
-        progress = Progress(0, settings.steps, best_ids, best_scores, 0.0)
-
         for step in range(settings.steps):
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)
             (P.grad,) = torch.autograd.grad(loss.sum(), P_projected)  # the gradient at P' ...
-
-            better = scores.detach() > best_scores
-            if settings.patience is not None:
-                better &= step - best_steps <= settings.patience
-            if acceptable is not None and better.any():
-                better[better.clone()] = acceptable(projected_ids[better])
-            best_ids = torch.where(better[:, None], projected_ids, best_ids)
-            best_scores = torch.where(better, scores.detach().float(), best_scores)
-            best_steps = torch.where(better, step, best_steps)
-
-            # A NaN moves P to where scores may look fine again, so it has to be remembered.
-            finite = finite & scores.isfinite().all() & P.grad.isfinite().all()
+            best.offer(projected_ids, scores.detach())
+            best.check_finite(P.grad)
             optimizer.step()  # ... moves the continuous P
-
-            done = step + 1
-            if done == 1 or done % report_every == 0 or done == settings.steps:
-                if not finite:
-                    raise FloatingPointError(
-                        f"Score or gradient became NaN or infinite by step {done}; load the "
-                        "model with dtype=torch.float32, or with torch.bfloat16 if it was float16."
-                    )
-                progress.step, progress.ids, progress.scores = done, best_ids, best_scores
-                progress.elapsed = time.monotonic() - began
-                progress.history.append((done, best_scores.tolist()))
-                if callback is not None and callback(progress):
-                    progress.stopped = done < settings.steps
-                    break
-                patience = settings.patience
-                if patience is not None and (step - best_steps >= patience).all():
-                    break
-    log.debug("searched %d problems for %d steps", len(ids), progress.step)
-    return progress
+            if best.end_step():
+                break
+    log.debug("searched %d problems for %d steps", len(ids), best.progress.step)
+    return best.progress

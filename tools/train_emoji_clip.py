@@ -1,10 +1,14 @@
 """Train, evaluate and export `emoji-clip`, the small real CLIP that ships with pez_core.
 
-    pip install -e . resvg-py && python tools/train_emoji_clip.py
+    pip install -e . resvg-py && python tools/train_emoji_clip.py [--model emoji-clip-judge]
 
 Downloads and renders the drawings (`emoji_data.py`), trains an ordinary open_clip model with the
 ordinary CLIP tokenizer on them and writes weights, config, vocabulary and metrics to
 `pez_core/models/emoji-clip`. About 75 minutes on two cores with AVX-512 bf16; the seed is fixed.
+
+`emoji-clip-judge` is a second model, of other widths, depths and seed, that takes no part in any
+search: benchmarks ask it whether a prompt means to another CLIP what it means to the one that it
+was learned on. It goes to `benchmarks/models/emoji-clip-judge` and is not part of the package.
 
 What differs from plain CLIP training, and why: prompts that are *searched* for find every weakness
 of the text tower, so it is trained to be honest about lists of words.
@@ -25,6 +29,7 @@ import logging
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +45,40 @@ from pez_core import Settings, TokenSpace, search
 
 log = logging.getLogger("train_emoji_clip")
 
-CONFIG = {
-    "embed_dim": 256,
-    "vision_cfg": {
-        "image_size": SIZE,
-        "layers": [1, 1, 1, 1],
-        "width": 32,
-        "head_width": 64,
-        "patch_size": None,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 128,
-        "heads": 4,
-        "layers": 2,
-    },
+
+
+@dataclass(frozen=True)
+class Model:
+    """What differs between the models that this tool makes."""
+
+    config: dict  # open_clip's `model_cfg`
+    out: Path
+    epochs: int
+    seed: int
+
+
+def _config(features: int, image: dict, text: dict) -> dict:
+    vision = {"image_size": SIZE, "width": 32, "head_width": 64, "patch_size": None}
+    return {
+        "embed_dim": features,
+        "vision_cfg": vision | image,
+        "text_cfg": {"context_length": 77, "vocab_size": 49408} | text,
+    }
+
+
+MODELS = {
+    "emoji-clip": Model(
+        _config(256, {"layers": [1, 1, 1, 1]}, {"width": 128, "heads": 4, "layers": 2}),
+        Path("pez_core/models/emoji-clip"),
+        epochs=80,
+        seed=0,
+    ),
+    "emoji-clip-judge": Model(
+        _config(192, {"layers": [1, 1, 2, 1]}, {"width": 160, "heads": 5, "layers": 3}),
+        Path("benchmarks/models/emoji-clip-judge"),
+        epochs=40,
+        seed=1,
+    ),
 }
 PREPROCESS = {
     "mean": [0.5, 0.5, 0.5],
@@ -379,6 +402,7 @@ def evaluate_exported(folder: Path, out: Path) -> dict:
 
 def train(
     folder: Path,
+    config: dict,
     out: Path,
     epochs: int,
     batch: int,
@@ -399,7 +423,7 @@ def train(
     name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in drawings])
     style_id = torch.tensor([list(STYLES).index(d.style) for d in drawings])
 
-    model = CLIP(**CONFIG)
+    model = CLIP(**config)
     full_table = model.token_embedding.weight.detach().clone()
     model.token_embedding = nn.Embedding.from_pretrained(
         full_table[lexicon.tokens].clone(), freeze=False
@@ -518,10 +542,18 @@ def train(
         if epoch % 5 == 4 or epoch == epochs - 1:
             metrics = evaluate_in_training(model, images, lexicon, drawings)
             log.info("epoch %d loss %.3f %s", epoch + 1, running / steps_per_epoch, metrics)
-            export(model, full_table, lexicon, metrics | {"epochs": epoch + 1, "seed": seed}, out)
+            metrics |= {"epochs": epoch + 1, "seed": seed}
+            export(model, config, full_table, lexicon, metrics, out)
 
 
-def export(model: CLIP, full_table: torch.Tensor, lexicon: Lexicon, metrics: dict, out: Path):
+def export(
+    model: CLIP,
+    config: dict,
+    full_table: torch.Tensor,
+    lexicon: Lexicon,
+    metrics: dict,
+    out: Path,
+) -> None:
     """Write open_clip config, fp16 safetensors, default vocabulary and metrics."""
     out.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
@@ -533,8 +565,8 @@ def export(model: CLIP, full_table: torch.Tensor, lexicon: Lexicon, metrics: dic
         for name, value in state.items()
     }
     save_file(state, out / "open_clip_model.safetensors")
-    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}
-    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    whole = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
+    (out / "open_clip_config.json").write_text(json.dumps(whole, indent=2) + "\n")
     tokens = sorted(t for t in lexicon.tokens if t not in (0, SOT, EOT))
     (out / "vocabulary.json").write_text(json.dumps(tokens) + "\n")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -542,12 +574,13 @@ def export(model: CLIP, full_table: torch.Tensor, lexicon: Lexicon, metrics: dic
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="emoji-clip")
     parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("pez_core/models/emoji-clip"))
-    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--out", type=Path, help="default: where the model belongs")
+    parser.add_argument("--epochs", type=int, help="default: those of the model")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: that of the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--resume",
@@ -556,8 +589,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--evaluate", action="store_true", help="measure what is in --out, as JSON")
     arguments = vars(parser.parse_args())
+    model = MODELS[arguments.pop("model")]
+    for name, value in arguments.items():
+        arguments[name] = getattr(model, name) if value is None else value
     if arguments.pop("evaluate"):
         print(json.dumps(evaluate_exported(arguments["folder"], arguments["out"])))
     else:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        train(**arguments)
+        train(config=model.config, **arguments)

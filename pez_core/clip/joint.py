@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from .model import Clip
-from .text import TextTower
+from .text import Encoder, TextTower
 
 
 class JointText:
@@ -37,16 +37,9 @@ class JointText:
 
     def encoder(
         self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    ) -> Encoder:
         """As `TextTower.encoder`, for embeddings and features side by side."""
-        encoders = [tower.encoder(fixed) for tower in self.towers]
-        columns = [columns for columns, _ in self.parts]
-
-        def encode(embeddings: torch.Tensor) -> torch.Tensor:
-            parts = embeddings.split(columns, dim=-1)
-            return self.join([e(part) for e, part in zip(encoders, parts, strict=True)])
-
-        return encode
+        return _JointEncoder(self, [tower.encoder(fixed) for tower in self.towers])
 
     def join(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The features of each encoder -> joint unit features."""
@@ -57,6 +50,24 @@ class JointText:
             ],
             dim=-1,
         )
+
+
+class _JointEncoder:
+    """The encoders of several towers as one."""
+
+    def __init__(self, text: JointText, encoders: Sequence[Encoder]) -> None:
+        self.text, self.encoders = text, encoders
+
+    def _each(self, embeddings: torch.Tensor) -> Iterator[tuple[Encoder, torch.Tensor]]:
+        columns = [columns for columns, _ in self.text.parts]
+        return zip(self.encoders, embeddings.split(columns, dim=-1), strict=True)
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.text.join([encode(part) for encode, part in self._each(embeddings)])
+
+    def given(self, embeddings: torch.Tensor) -> _JointEncoder:
+        given = [encode.given(part) for encode, part in self._each(embeddings)]
+        return _JointEncoder(self.text, given)
 
 
 class JointClip:

@@ -7,7 +7,8 @@ what follows the end token cannot reach it. The start token's position is comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,26 @@ class Words:
         if self.special_ids & set(ids) or not all(0 <= i < self.size for i in ids):
             return False
         return self.encode(self.decode(ids)) == list(ids)
+
+
+class Encoder(Protocol):
+    """Text features of learned tokens, between fixed ones."""
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(rows, prompt_len, width) token embeddings -> (rows, features), unnormalised."""
+
+    def given(self, embeddings: torch.Tensor) -> Encoder:
+        """The encoder of what follows the first learned tokens.
+
+        A causal tower looks at those here, once, and no more.
+
+        Args:
+            embeddings: (problems, n, width) of the first n learned tokens.
+
+        Returns:
+            An encoder of the other tokens of one or more prompts per problem, all those of a
+            problem in a row.
+        """
 
 
 class TextTower:
@@ -122,7 +143,7 @@ class TextTower:
 
     def encoder(
         self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    ) -> Encoder:
         """The tower as a function of the learned tokens alone.
 
         Where the tower is causal and the fixed text is the same for all rows, keys and values of
@@ -138,31 +159,11 @@ class TextTower:
         """
         if len(fixed) > 1 or not self._plain_blocks:
             return _Whole(self, fixed)
-        before = [*self._before, *fixed[0][0]]
+        before = self._embed(self._ids([*self._before, *fixed[0][0]]))[None]
         after = self._embed(self._ids([*fixed[0][1], *self._after[:1]]))
-        with torch.no_grad():
-            x = self._embed(self._ids(before))[None] + self._positions(0, len(before))
-            past = []
-            for block in self.tower.transformer.resblocks:
-                # tokenizers without a start token may leave nothing to compute
-                x, keys_values = _causal_block(block, x) if len(before) else (x, None)
-                past.append(keys_values)
-        return lambda embeddings: self._project(
-            self._after_past(embeddings, after, len(before), past)
-        )
-
-    def _after_past(
-        self, embeddings: torch.Tensor, after: torch.Tensor, start: int, past: list
-    ) -> torch.Tensor:
-        """(rows, prompt_len, width) embeddings -> (rows, width), by causal blocks alone."""
-        after = after.expand(len(embeddings), -1, -1)
-        x = torch.cat([embeddings.to(after.dtype), after], dim=1)
-        x = x + self._positions(start, x.shape[1])
-        *blocks, last = zip(self.tower.transformer.resblocks, past, strict=True)
-        for block, keys_values in blocks:
-            x, _ = _causal_block(block, x, keys_values)
-        x, _ = _causal_block(last[0], x, last[1], only_last=True)
-        return self.tower.ln_final(x)[:, 0]
+        nothing = _Causal(self, after, 0, [None] * len(self.tower.transformer.resblocks))
+        # tokenizers without a start token may leave nothing to compute
+        return nothing.given(before) if before.shape[1] else nothing
 
     def _mask(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         """The additive attention mask that the tower's own forward would use for these ids."""
@@ -198,6 +199,39 @@ class TextTower:
         return self.encoder()(embeddings)
 
 
+class _Causal:
+    """The tower over learned tokens and what is behind them, by causal blocks alone.
+
+    Args:
+        text: whose tower.
+        after: (n, width) embeddings of what is behind the learned tokens, the end token the last.
+        start: positions that precede the learned tokens.
+        past: keys and values of these in each block; None where nothing precedes.
+    """
+
+    def __init__(self, text: TextTower, after: torch.Tensor, start: int, past: list) -> None:
+        self.text, self.after, self.start, self.past = text, after, start, past
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        tower, after = self.text.tower, self.after.expand(len(embeddings), -1, -1)
+        x = torch.cat([embeddings.to(after.dtype), after], dim=1)
+        x = x + self.text._positions(self.start, x.shape[1])
+        *blocks, last = zip(tower.transformer.resblocks, self.past, strict=True)
+        for block, keys_values in blocks:
+            x, _ = _causal_block(block, x, keys_values)
+        x, _ = _causal_block(last[0], x, last[1], only_last=True)
+        return self.text._project(tower.ln_final(x)[:, 0])
+
+    @torch.no_grad()
+    def given(self, embeddings: torch.Tensor) -> _Causal:
+        past, length = [], embeddings.shape[1]
+        x = embeddings.to(self.after.dtype) + self.text._positions(self.start, length)
+        for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
+            x, keys_values = _causal_block(block, x, before)
+            past.append(keys_values)
+        return _Causal(self.text, self.after, self.start + length, past)
+
+
 class _Whole:
     """The tower over every position, for any mask and for rows of different fixed text."""
 
@@ -225,6 +259,9 @@ class _Whole:
             return text._project(x[:, -1])
         return text._project(x[:, 0] if text._pool == "first" else x[every, ends])
 
+    def given(self, embeddings: torch.Tensor) -> Encoder:
+        return _Given(self, embeddings)
+
     def _lay_out(self, prompt_len: int) -> tuple[torch.Tensor, ...]:
         """(rows, length) ids, (rows,) first learned positions and (rows,) end positions."""
         text, start = self.text, len(self.text._before)
@@ -237,6 +274,20 @@ class _Whole:
             text._ids([start + len(before) for before, _ in self.fixed]),
             text._ids([start + len(row) for row in texts]),
         )
+
+
+class _Given:
+    """An encoder with the first learned tokens in place, which it looks at every time."""
+
+    def __init__(self, encode: Encoder, embeddings: torch.Tensor) -> None:
+        self.encode, self.embeddings = encode, embeddings
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        first = self.embeddings.repeat_interleave(len(embeddings) // len(self.embeddings), dim=0)
+        return self.encode(torch.cat([first, embeddings], dim=1))
+
+    def given(self, embeddings: torch.Tensor) -> _Given:
+        return _Given(self, embeddings)
 
 
 def _causal_block(
@@ -261,8 +312,9 @@ def _causal_block(
     else:
         query, keys, values = _heads(F.linear(normed, weight, bias), attn.num_heads, 3)
     if past is not None:
+        # several rows may have one past
         keys, values = (
-            torch.cat([before.expand(len(x), -1, -1, -1), now], dim=2)
+            torch.cat([before.repeat_interleave(len(x) // len(before), dim=0), now], dim=2)
             for before, now in zip(past, (keys, values), strict=True)
         )
     lengths = query.shape[2], keys.shape[2]
