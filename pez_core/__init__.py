@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
 from .judge import Pruned, Scores, WordContribution, explain, prune, score
 from .learn import Candidate, Result
+from .readability import LanguageModel, load_language_model
+from .refine import Refinement, refine
 from .search import Progress, Settings, search
 from .space import PhraseSpace, TokenSpace
 from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract_style, invert
@@ -24,9 +26,11 @@ __all__ = [
     "Concatenated",
     "Distilled",
     "JointClip",
+    "LanguageModel",
     "PhraseSpace",
     "Progress",
     "Pruned",
+    "Refinement",
     "Result",
     "Scores",
     "Settings",
@@ -40,7 +44,9 @@ __all__ = [
     "extract_style",
     "invert",
     "load_clip",
+    "load_language_model",
     "prune",
+    "refine",
     "score",
     "search",
 ]

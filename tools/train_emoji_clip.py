@@ -46,7 +46,6 @@ from pez_core import Settings, TokenSpace, search
 log = logging.getLogger("train_emoji_clip")
 
 
-
 @dataclass(frozen=True)
 class Model:
     """What differs between the models that this tool makes."""

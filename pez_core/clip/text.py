@@ -162,8 +162,7 @@ class TextTower:
         before = self._embed(self._ids([*self._before, *fixed[0][0]]))[None]
         after = self._embed(self._ids([*fixed[0][1], *self._after[:1]]))
         nothing = _Causal(self, after, 0, [None] * len(self.tower.transformer.resblocks))
-        # tokenizers without a start token may leave nothing to compute
-        return nothing.given(before) if before.shape[1] else nothing
+        return nothing.given(before)
 
     def _mask(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         """The additive attention mask that the tower's own forward would use for these ids."""
@@ -225,6 +224,8 @@ class _Causal:
     @torch.no_grad()
     def given(self, embeddings: torch.Tensor) -> _Causal:
         past, length = [], embeddings.shape[1]
+        if length == 0:
+            return self
         x = embeddings.to(self.after.dtype) + self.text._positions(self.start, length)
         for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
             x, keys_values = _causal_block(block, x, before)

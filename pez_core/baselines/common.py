@@ -1,0 +1,47 @@
+"""What several of the rivals need."""
+
+from __future__ import annotations
+
+import torch
+
+from ..search import Objective
+from ..space import TokenSpace
+
+# Prompts encoded at once while candidates are compared.
+_ROWS = 1024
+
+
+def per_problem(generator: torch.Generator, problems: int) -> list[torch.Generator]:
+    """A generator for each problem, seeded by `generator`.
+
+    What problem k draws then depends on `generator` and k alone, and not on how many other problems
+    there are.
+    """
+    seeds = torch.randint(2**63 - 1, (problems,), generator=generator)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+def gradient(
+    space: TokenSpace, objective: Objective, ids: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and score (problems,) of `ids` (problems, prompt_len) and (problems, prompt_len, dim)
+    the gradient of the loss at their embeddings."""
+    embeddings = space.embed(ids).requires_grad_()
+    with torch.enable_grad():
+        loss, scores = objective(embeddings, step)
+    (slope,) = torch.autograd.grad(loss.sum(), embeddings)
+    return loss.detach(), scores.detach(), slope
+
+
+@torch.no_grad()
+def evaluate(
+    space: TokenSpace, objective: Objective, candidates: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidate ids (problems, n, prompt_len) -> (problems, n) losses and (problems, n) scores."""
+    problems = len(candidates)
+    losses, scores = [], []
+    for some in candidates.split(max(1, _ROWS // problems), dim=1):
+        loss, score = objective(space.embed(some.flatten(0, 1)), step)
+        losses.append(loss.view(problems, -1))
+        scores.append(score.view(problems, -1))
+    return torch.cat(losses, dim=1), torch.cat(scores, dim=1)

@@ -1,0 +1,95 @@
+"""How prompts read, as a part of the choice between swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+
+from .readability import as_written, load_language_model
+from .space import TokenSpace
+
+if TYPE_CHECKING:
+    from .clip.text import Words
+    from .learn import Frame
+    from .readability import LanguageModel
+
+# Similarity that one natural unit of likelihood per token is worth at readability 1. Word salad
+# and captions are six apart, and similarities of good and fair prompts a tenth.
+_WORTH = 0.05
+
+
+def check_readability(
+    readability: object, language_model: LanguageModel | None
+) -> LanguageModel | None:
+    """The language model that is needed; raise unless `readability` is a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: it is not, or no language model is at hand.
+    """
+    if isinstance(readability, bool) or not isinstance(readability, Real):
+        raise TypeError(f"`readability` has to be a number but is {readability!r}.")
+    if not 0 <= readability <= 1:
+        raise ValueError(f"`readability` has to be from 0 to 1 but is {readability}.")
+    if readability and language_model is None:
+        return load_language_model()
+    return language_model
+
+
+class Reading:
+    """A `Prior` of `pez_core.refine`: prompts that read like text are worth some similarity.
+
+    Args:
+        language_model: from `load_language_model`.
+        words: of the CLIP.
+        frame: the text around the learned part, which is read with it.
+        space: whose allowed tokens may be swapped in.
+        readability: from 0 to 1, how much it is worth.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        words: Words,
+        frame: Frame,
+        space: TokenSpace,
+        readability: float,
+    ) -> None:
+        self.language_model, self.words, self.frame = language_model, words, frame
+        self.worth = readability * _WORTH
+        self._before = words.decode(frame.before).split()
+        printed = [words.decode([token]) for token in space.allowed.tolist()]
+        self._table = language_model.table([word if word.strip() else "?" for word in printed])
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows, allowed) how likely each token is behind what precedes.
+
+        Scaled like `score`, as a token's part in the mean.
+        """
+        left = [
+            [*self._before, *(self.words.decode([token]) for token in row[: position + 1])]
+            for row in ids.tolist()
+        ]
+        likely = self.language_model.screen(left, self._table)[:, -1]
+        return (likely * self.worth / ids.shape[1]).to(ids.device)
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows,) what their readability is worth."""
+        return torch.tensor(self.worth_of(ids.tolist()), device=ids.device)
+
+    def worth_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """What the readability of each prompt is worth; the model is asked once for each."""
+        keys = [tuple(row) for row in rows]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if new:
+            scores = self.language_model.readability_score([self.frame.text(key) for key in new])
+            self._known.update(zip(new, (scores * self.worth).tolist(), strict=True))
+        return [self._known[key] for key in keys]
+
+    def perplexities(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Perplexity of each prompt."""
+        texts = [as_written(self.frame.text(row)) for row in rows]
+        return self.language_model.perplexity(texts).tolist()

@@ -1,0 +1,221 @@
+"""Refinement: one token at a time is swapped for a better one, from prompts that PEZ has found.
+
+PEZ moves all tokens at once and does not settle; swaps climb to the top of the hill that it is on,
+and small kicks look at the hills beside it. What is old in it: candidates ranked by the gradient
+and compared exactly (HotFlip, Ebrahimi et al. 2018; AutoPrompt, Shin et al. 2020; GCG, Zou et al.
+2023), and iterated local search (Lourenço et al. 2003). What makes it fast here: all candidates of
+a step are for one position, so that a causal tower looks once at what precedes it, and the kicks of
+a round are tried side by side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .search import Budget, Objective, Progress, Tracker, check_integer
+from .space import TokenSpace
+
+log = logging.getLogger(__name__)
+
+# Candidates encoded at once.
+_ROWS = 2048
+# Candidates that a prior looks at exactly, since a language model is slow.
+_EXACT = 4
+
+
+class RefinableObjective(Objective, Protocol):
+    """An objective that can leave out what all candidates of a step share."""
+
+    def given(self, embeddings: torch.Tensor) -> Objective:
+        """The objective of what follows these (rows, n, dim) embeddings, one row per trial."""
+
+
+class Prior(Protocol):
+    """What makes a prompt better or worse whatever it is learned for, such as how it reads."""
+
+    def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows,) what is added to their scores."""
+
+
+@dataclass(frozen=True)
+class Refinement(Budget):
+    """How to refine.
+
+    Attributes:
+        steps, patience, report_every, time_limit: see `Budget`. A step tries swaps at one position;
+            a round has as many steps as the prompt has tokens.
+        candidates: tokens that are compared exactly in a step, of those with the best gradient.
+        trials: versions of each prompt that are refined side by side. At the end of each round all
+            become the best of them with one token changed at random.
+    """
+
+    steps: int = 128
+    candidates: int = 32
+    trials: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("candidates", self.candidates, 1)
+        check_integer("trials", self.trials, 1)
+
+
+def refine(
+    space: TokenSpace,
+    objective: RefinableObjective,
+    ids: torch.Tensor,
+    settings: Refinement = Refinement(),
+    callback: Callable[[Progress], bool | None] | None = None,
+    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    seeds: Sequence[int],
+    prior: Prior | None = None,
+) -> Progress:
+    """Improve prompts by swapping one token at a time.
+
+    Args:
+        space, objective, callback, acceptable: as in `pez_core.search`. Only acceptable prompts are
+            swapped in.
+        ids: (problems * trials, prompt_len) what to begin with, the trials of a problem in a row.
+        settings: see `Refinement`.
+        seeds: of each problem, for its random changes; a result depends on nothing else.
+        prior: added to the scores of `objective`.
+
+    Returns:
+        The best prompt of each problem, (problems, prompt_len); its scores have the prior in them.
+
+    Raises:
+        ValueError: the number of `ids` is not that of `seeds` times `settings.trials`.
+        FloatingPointError: a score or gradient became NaN or infinite; raised at the next report.
+    """
+    rows, prompt_len = ids.shape
+    problems, trials = len(seeds), settings.trials
+    if rows != problems * trials:
+        raise ValueError(
+            f"`ids` has to hold {problems} * {trials} prompts, for each of `seeds` as many as "
+            f"`trials`, but holds {rows}."
+        )
+    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+    shuffle = torch.Generator().manual_seed(0)  # the same for all problems, whatever is in a batch
+    valid = space.only_allowed(acceptable)
+
+    with torch.inference_mode(False):
+        x, scores = ids, _score(space, objective, prior, ids)
+        best = Tracker(x.view(problems, trials, -1)[:, 0], settings, callback, valid)
+        best.offer(*_best_trial(x, scores, problems))
+        order: list[int] = []
+        while True:
+            if not order:
+                order = torch.randperm(prompt_len, generator=shuffle).tolist()
+            i = order.pop()
+            swapped, tried, gradient = _swaps(
+                space, objective, prior, x, i, settings.candidates, scores
+            )
+            best.check_finite(gradient, tried)
+            x, scores = _improved(x, scores, swapped, tried, valid)
+            best.offer(*_best_trial(x, scores, problems))
+            if best.end_step():
+                break
+            if not order:
+                x = _kicked(space, best.ids, trials, generators)
+                if valid is not None:
+                    x = torch.where(valid(x)[:, None], x, best.ids.repeat_interleave(trials, dim=0))
+                scores = _score(space, objective, prior, x)
+    log.debug("refined %d problems for %d steps", problems, best.progress.step)
+    return best.progress
+
+
+def _swaps(
+    space: TokenSpace,
+    objective: RefinableObjective,
+    prior: Prior | None,
+    x: torch.Tensor,
+    i: int,
+    candidates: int,
+    scores: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The most promising swaps at position i of each row.
+
+    Returns:
+        (rows, candidates, prompt_len) ids, (rows, candidates) scores and the gradient.
+    """
+    embeddings = space.embed(x)
+    rest = objective.given(embeddings[:, :i])
+    with torch.enable_grad():
+        suffix = embeddings[:, i:].requires_grad_()
+        loss, _ = rest(suffix, 0)
+        (gradient,) = torch.autograd.grad(loss.sum(), suffix)
+    with torch.no_grad():
+        likely = None if prior is None else prior.screen(x, i)
+        swapped, bonus = space.swaps(x, gradient, i, candidates, likely)
+        few = max(1, _ROWS // len(x))
+        tried = torch.cat(
+            [
+                rest(space.embed(part[:, :, i:].flatten(0, 1)), 0)[1].view(len(x), -1)
+                for part in swapped.split(few, dim=1)
+            ],
+            dim=1,
+        )
+        if prior is None:
+            return swapped, tried, gradient
+        _, picks = (tried + bonus).topk(min(_EXACT, tried.shape[1]), dim=1)
+        swapped = swapped[torch.arange(len(x), device=x.device)[:, None], picks]
+        exact = prior.score(swapped.flatten(0, 1)).view(picks.shape)
+        return swapped, tried.gather(1, picks) + exact, gradient
+
+
+def _improved(
+    x: torch.Tensor,
+    scores: torch.Tensor,
+    swapped: torch.Tensor,
+    tried: torch.Tensor,
+    valid: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row with its best valid swap where that is better, and the scores."""
+    every = torch.arange(len(x), device=x.device)
+    while True:
+        score, choice = tried.max(dim=1)
+        better = score > scores
+        refused = torch.zeros_like(better)
+        if valid is not None and better.any():
+            refused[better] = ~valid(swapped[every, choice][better])
+        if valid is None or not refused.any():
+            x = torch.where(better[:, None], swapped[every, choice], x)
+            return x, torch.where(better, score, scores)
+        tried = tried.clone()
+        tried[every[refused], choice[refused]] = -torch.inf
+
+
+def _kicked(
+    space: TokenSpace, ids: torch.Tensor, trials: int, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """(problems, prompt_len) -> (problems * trials, prompt_len), a random token of each changed."""
+    prompt_len = ids.shape[1]
+    fresh = torch.cat([space.random(trials, prompt_len, g) for g in generators])
+    places = torch.cat([torch.randint(prompt_len, (trials, 1), generator=g) for g in generators])
+    places = places.to(ids.device)
+    return ids.repeat_interleave(trials, dim=0).scatter(1, places, fresh.gather(1, places))
+
+
+@torch.no_grad()
+def _score(
+    space: TokenSpace, objective: RefinableObjective, prior: Prior | None, x: torch.Tensor
+) -> torch.Tensor:
+    _, scores = objective(space.embed(x), 0)
+    return scores if prior is None else scores + prior.score(x)
+
+
+def _best_trial(
+    x: torch.Tensor, scores: torch.Tensor, problems: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best row of each problem, and its score."""
+    top, choice = scores.view(problems, -1).max(dim=1)
+    every = torch.arange(problems, device=x.device)
+    return x.view(problems, -1, x.shape[1])[every, choice], top

@@ -1,0 +1,308 @@
+"""The benchmark of quality, at tiny size."""
+
+import json
+import shutil
+import statistics
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tiny_diffusion import stable_diffusion
+
+from pez_core import Settings, TokenSpace, baselines, explain, search
+from pez_core.clip.images import load_image
+from pez_core.diffusion.evaluation import evaluate
+from pez_core.objectives import Similarity
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality
+from unseen import from_folder, unseen
+
+DRAWINGS = {"food": ("noto-fish", "noto-wine-glass"), "things": ("noto-glasses",)}
+STEPS = {"0.1": 2, "0.2": 5}  # by budget
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name, files in DRAWINGS.items():
+        (folder / name).mkdir()
+        for file in files:
+            shutil.copy(ROOT / f"examples/{file}.png", folder / name)
+    words = "Wine glass\nbar, drink\n"
+    (folder / "food/noto-wine-glass.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture
+def run(images, tmp_path):
+    """Runs the script on three images and gives the folder of its results."""
+    out = tmp_path / "results"
+
+    def run(*arguments, methods=("PEZ as published", "PEZ"), seeds=1):
+        quality.main(
+            [
+                *arguments,
+                *("--images", str(images), "--judge", "emoji-clip", "--out", str(out / "quality")),
+                *("--seeds", str(seeds), "--prompt-len", "4", "--budgets", "0.1", "0.2"),
+                *("--at-once", "2", "--language-model", "none.gguf", "--methods", *methods),
+            ]
+        )
+        return out
+
+    return run
+
+
+@pytest.fixture
+def calibrated(tmp_path):
+    """Stands for a calibration, whose steps hang on the machine."""
+    (tmp_path / "results").mkdir()
+    calibration = {
+        "machine": "a machine",
+        "clip": "emoji-clip",
+        "steps": {name: {"4": STEPS, "75": STEPS} for name in quality.METHODS},
+        "seconds": {name: {"0": 0.0, "4": 0.16} for name in [*quality.METHODS, "ours (test)"]},
+        "speed": {"4": {"authors": 4.0, "ours": 2.0}},
+        "rates": {},
+    }
+    (tmp_path / "results/quality-calibration.json").write_text(json.dumps(calibration))
+
+
+def lines(path):
+    return list(map(json.loads, path.read_text().splitlines()))
+
+
+def test_the_search_goes_on_where_it_was(run, calibrated):
+    found = run("--search", methods=["PEZ"]) / "quality.jsonl"
+    first = found.read_text()
+    assert len(lines(found)) == 3 * 2  # images, budgets
+    run("--search", seeds=2)
+    whole = found.read_text()
+    assert whole.startswith(first)
+    assert len(lines(found)) == 2 * 2 * 3 * 2
+    assert len({(r["method"], r["seed"], r["place"], r["budget"]) for r in lines(found)}) == 24
+
+    run("--search", seeds=2)
+    assert found.read_text() == whole
+    found.write_text(first)  # as if it had been killed
+    run("--search", seeds=2)
+    assert found.read_text() == whole
+
+
+def test_prompts_are_those_of_a_search_of_so_many_steps(run, calibrated, images, emoji_clip):
+    rows = lines(run("--search", seeds=2) / "quality.jsonl")
+    features = emoji_clip.encode_images([one.image for one in from_folder(images)])
+    for allowed, name in ((None, "PEZ as published"), (emoji_clip.vocabulary, "PEZ")):
+        space = TokenSpace(emoji_clip.text.token_embedding, allowed)
+        for row in (row for row in rows if row["method"] == name):
+            generator = torch.Generator().manual_seed(row["seed"] * 100_003 + row["place"])
+            ids = space.random(1, 4, generator)
+            target = features[row["place"]][None, None]
+            objective = Similarity(emoji_clip.text.encoder(), target)
+            alone = search(space, objective, ids, Settings(steps=row["steps"]))
+            assert row["token_ids"] == alone.ids[0].tolist()
+            assert row["score"] == pytest.approx(alone.scores.item(), abs=1e-5)
+            assert row["prompt"] == emoji_clip.text.words.decode(row["token_ids"])
+            assert row["steps"] == STEPS[f"{row['budget']:g}"]
+
+
+def test_the_table_has_the_right_numbers(run, calibrated, images, emoji_clip):
+    out = run("--search", "--report", methods=["PEZ as published", "PEZ", "true name"], seeds=2)
+    rows, pictures = lines(out / "quality.jsonl"), from_folder(images)
+    features = emoji_clip.encode_images([one.image for one in pictures])
+
+    def per_image(method, value):
+        return [
+            statistics.mean(
+                value(row, pictures[place], features[place])
+                for row in rows
+                if (row["method"], row["budget"], row["place"]) == (method, 0.2, place)
+            )
+            for place in range(3)
+        ]
+
+    def own(row, picture, feature):
+        return float(emoji_clip.encode_texts([row["prompt"]])[0] @ feature)
+
+    def lost(row, picture, feature):
+        words = explain(emoji_clip, row["prompt"], picture.image)
+        return statistics.mean(word.contribution for word in words)
+
+    def hit(row, picture, feature):
+        return any(word in picture.words for word in row["prompt"].split())
+
+    def cell(values, sign=""):
+        return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values) / 3**0.5:.3f}"
+
+    ours, published = per_image("PEZ", own), per_image("PEZ as published", own)
+    gain = cell([a - b for a, b in zip(ours, published, strict=True)], "+")
+    text = (out / "quality.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| 0.2 | PEZ |")]
+    cells = [part.strip() for part in line.strip("|").split("|")][2:]
+    # the judge is the same CLIP
+    assert cells[:4] == [gain, gain, cell(ours), cell(ours)]
+    assert cells[4] == f"{statistics.mean(per_image('PEZ', lambda row, *_: row['score'])):.3f}"
+    assert cells[5].startswith(f"{statistics.mean(per_image('PEZ', hit)):.0%} ± ")
+    assert cells[6:8] == [cell(per_image("PEZ", lost))] * 2
+    assert cells[-1] == "5"  # steps
+    assert "| 0.0 | true name | " in text
+    assert "| ours | 4 | 2.0x | 2.00 |" in text
+    assert "a machine" in text
+    assert "There are no perplexities: `name_or_path`" in text
+    assert str(ROOT) not in text
+    assert Image.open(out / "quality.png").width > 500
+
+
+def test_ours_is_held_against_pez_as_published(run, calibrated, images, emoji_clip, monkeypatch):
+    method = quality.Method(partial(quality.ours, steps=2), budgeted=False)
+    monkeypatch.setitem(quality.METHODS, "ours (test)", method)
+    out = run("--search", "--report", methods=["PEZ as published", "ours (test)"], seeds=2)
+    features = emoji_clip.encode_images([one.image for one in from_folder(images)])
+
+    def printed(method, budget):
+        return {
+            (row["place"], row["seed"]): float(
+                emoji_clip.encode_texts([row["prompt"]])[0] @ features[row["place"]]
+            )
+            for row in lines(out / "quality.jsonl")
+            if row["method"] == method and row["budget"] == budget
+        }
+
+    text = (out / "quality.md").read_text().splitlines()
+    mine = printed("ours (test)", None)
+    assert len(mine) == 6
+    for budget in (0.1, 0.2):
+        published = printed("PEZ as published", budget)
+        wins = statistics.mean(mine[key] > published[key] for key in mine)
+        start = f"| 4 | ours (test), 0.2 s | {budget} s | "
+        (line,) = [line for line in text if line.startswith(start)]
+        assert line.endswith(f" {wins:.0%} |")
+
+
+def test_it_says_what_has_to_come_before(run, calibrated, tmp_path):
+    with pytest.raises(SystemExit, match=r"has no rates, AutoPrompt SGD, lr.*--tune"):
+        run("--search", methods=["AutoPrompt SGD"])
+    (tmp_path / "results/quality-calibration.json").unlink()
+    with pytest.raises(SystemExit, match="run --calibrate"):
+        run("--search")
+
+
+def test_other_images_need_another_file(run, calibrated, images):
+    run("--search", methods=["PEZ"])
+    extra = images / "food/noto-fish-2.png"
+    shutil.copy(images / "food/noto-fish.png", extra)
+    try:
+        with pytest.raises(SystemExit, match="other images"):
+            run("--search")
+    finally:
+        extra.unlink()
+
+
+def test_calibration_counts_steps_and_seconds(run, monkeypatch):
+    monkeypatch.setattr(quality, "SPEED_STEPS", 2)
+    run("--calibrate", methods=["PEZ", "true name"])
+    out = run("--calibrate", methods=["PEZ as published"])
+    measured = json.loads((out / "quality-calibration.json").read_text())
+    for name in ("PEZ", "PEZ as published"):
+        steps = measured["steps"][name]["4"]
+        assert 0 <= steps["0.1"] <= steps["0.2"]
+        assert 1 <= steps["0.2"] < 1000
+    assert 0 < measured["seconds"]["true name"]["0"] < 1
+    assert measured["speed"]["4"]["PEZ as published, 2 steps, our loop"] > 0
+
+
+def test_tuning_takes_the_learning_rate_that_finds_more(run, calibrated, monkeypatch):
+    monkeypatch.setattr(quality, "LEARNING_RATES", (1e-6, 0.3))  # the first moves nothing
+    out = run("--tune", "--search", "--report", methods=["PEZ as published", "AutoPrompt SGD"])
+    rate = json.loads((out / "quality-calibration.json").read_text())["rates"]["AutoPrompt SGD"]
+    assert rate["lr"] == 0.3
+    assert rate["grid"]["0.3"] > rate["grid"]["1e-06"] + 0.01
+    assert "| AutoPrompt SGD | 0.3 | " in (out / "quality.md").read_text()
+    (scores,) = {
+        tuple(row["score"] for row in lines(out / "quality.jsonl") if row["budget"] == 0.2)[-3:]
+    }
+    assert statistics.mean(scores) > rate["grid"]["1e-06"]
+
+
+def test_the_interrogator_goes_by_links(run, calibrated, monkeypatch, emoji_clip):
+    bank = {"flavors": [f"{colour} {thing}" for colour in ("red", "blue") for thing in ("a", "b")]}
+    monkeypatch.setattr(baselines, "load_bank", lambda: bank)
+    rows = lines(run("--search", methods=["Interrogator, 75 tokens"], seeds=2) / "quality.jsonl")
+    assert {row["seed"] for row in rows} == {0}
+    assert len(rows) == 3 * 2
+    for early, late in zip(rows[::2], rows[1::2], strict=True):
+        assert early["place"] == late["place"] and early["score"] <= late["score"]
+        assert late["prompt"].count(",") <= STEPS["0.2"]
+        assert emoji_clip.text.words.encode(late["prompt"]) == late["token_ids"]
+
+
+def test_the_name_stays_before_learned_tokens(run, calibrated, images, emoji_clip, monkeypatch):
+    name = "true name + 4 learned"
+    few = partial(quality.pez, words=quality.default_words, steps=5)
+    monkeypatch.setitem(quality.METHODS, name, replace(quality.METHODS[name], run=few))
+    rows = lines(run("--search", methods=[name]) / "quality.jsonl")
+    for row, picture in zip(rows, from_folder(images), strict=True):
+        assert row["prompt"].startswith(f"{picture.name} ")
+        assert row["token_ids"][:-4] == emoji_clip.text.words.encode(picture.name)
+        assert emoji_clip.text.words.encode(row["prompt"]) == row["token_ids"]
+
+
+def test_images_of_the_prompts_are_made_once(run, calibrated, images, emoji_clip, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    arguments = ["--search", "--report", "--pipeline", str(tmp_path / "sd"), "--pictures", "2"]
+    out = run(*arguments, methods=["PEZ"])
+    made = (out / "quality-images.jsonl").read_text()
+    run(*arguments, methods=["PEZ"])
+    assert (out / "quality-images.jsonl").read_text() == made
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    rows = [row for row in lines(out / "quality.jsonl") if row["budget"] == 0.2]
+    picture = from_folder(images)[1].image
+    alone = evaluate(
+        pipe,
+        rows[1]["prompt"],
+        picture,
+        emoji_clip,
+        2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (2, 3)],
+    )
+    judged = [json.loads(line)["images"] for line in made.splitlines()]
+    assert len(judged) == 3
+    assert judged[1] == pytest.approx(alone.mean, abs=1e-4)
+    error = statistics.stdev(judged) / 3**0.5
+    assert (
+        f" | {statistics.mean(judged):.3f} ± {error:.3f} | 5 |" in (out / "quality.md").read_text()
+    )
+
+
+def test_images_of_a_folder_have_captions_or_the_names_of_their_files(images):
+    fish, glass, glasses = from_folder(images)
+    assert (fish.set, fish.name, fish.words) == ("food", "noto fish", {"noto", "fish"})
+    assert (glass.name, glass.words) == ("wine glass", {"wine", "glass", "bar", "drink"})
+    assert glasses.set == "things"
+    assert glasses.image.tobytes() == load_image(ROOT / "examples/noto-glasses.png").tobytes()
+    with pytest.raises(ValueError, match="no folder in"):
+        from_folder(images / "food")
+
+
+@pytest.mark.skipif(
+    not (ROOT / "build/emoji/pixels.npy").exists(), reason="the drawings are not rendered"
+)
+def test_unseen_drawings_are_of_three_sets_and_apart():
+    test, others = unseen(), unseen(12, 1)
+    apart = unseen(12, 1, apart=test)
+    assert [sum(one.set == name for one in test) for name in ("noto", "twemoji", "fxemoji")] == [
+        34
+    ] * 3
+    assert len({one.name for one in test}) == 102
+    assert all(set(one.name.split()) & one.words for one in test if len(one.name) > 1)
+    assert {one.name for one in others} & {one.name for one in test}
+    assert not {one.name for one in apart} & {one.name for one in test}
+    assert [one.name for one in unseen()] == [one.name for one in test]
