@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 
 from .judge import WordContribution, contributions
 from .objectives import ExtraLoss, Mixed, SampledSimilarity, Similarity
 from .presets import Plan
-from .reading import Reading
+from .priors import Reading, Sum, WordsAlone
 from .refine import Refinement, refine
 from .search import Objective, Progress, Settings, check_integer, search
 from .space import PhraseSpace, TokenSpace
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Words encoded at once, each by itself.
+_WORDS_AT_ONCE = 2048
+# The allowed tokens of the last search on each CLIP, and what they mean alone.
+_ALONE: WeakKeyDictionary[AnyClip, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
 # Steps of a search that only time ends.
 _ENDLESS = 10**9
 
@@ -276,14 +282,13 @@ def learn(
     }
     # asking costs a wait for the device, so it is left out where it makes no difference
     asked = None if everything_survives and not blocked else acceptable
-    prior = None
+    reading = None
     if learning.readability:
-        prior = Reading(
-            learning.language_model, clip.text.words, frame, space, learning.readability
-        )
+        model = learning.language_model
+        reading = Reading(model, clip.text.words, frame, space, learning.readability)
     trials, plan = learning.trials, learning.plan
     ids = torch.cat([starts[seed] for seed in seeds]).view(len(goals) * restarts, trials, -1)
-    best = _Best(clip, goals, frame, ids[:, 0], learning, began, prior)
+    best = _Best(clip, goals, frame, ids[:, 0], learning, began)
     for turn, span in enumerate(best.spans):
         left = _time_left(learning, began, len(best.spans) - turn)
         refined = plan is not None and plan.refine_steps > 0
@@ -300,9 +305,12 @@ def learn(
             break
         if not refined:
             continue
+        numbers = _numbers(goals, restarts)[span]
+        towards = torch.stack([goals[k].towards for k in numbers])
+        priors = [WordsAlone(_alone(clip, space), space, towards, plan.word_weight)]
         found = refine(
             space,
-            _similarity(clip, goals, _numbers(goals, restarts)[span], frame),
+            _similarity(clip, goals, numbers, frame),
             found.ids,
             Refinement(
                 steps=_ENDLESS if plan.open_ended else plan.refine_steps,
@@ -316,7 +324,7 @@ def learn(
             and (lambda progress, span=span: callback(best.report(span, progress, plan.steps))),
             acceptable=asked,
             seeds=[seed + restart for seed in seeds for restart in range(restarts)][span],
-            prior=prior,
+            prior=Sum([*priors, reading] if reading else priors),
         )
         best.take(span, found, plan.steps)
         if found.stopped:
@@ -336,7 +344,7 @@ def learn(
             features[span],
             goal,
             None if losses is None else (losses[span].tolist(), extra.weight),
-            prior,
+            reading,
         )
         results.append(
             Result(
@@ -389,6 +397,23 @@ def _space(clip: AnyClip, tables: Tables, lexicon: Lexicon | None, prompt_len: i
         allowed = sorted(token for (token,) in lexicon.phrases)
         return TokenSpace(table, torch.tensor(allowed), parts)
     return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+
+
+@torch.no_grad()
+def _alone(clip: AnyClip, space: TokenSpace) -> torch.Tensor:
+    """(allowed, features) unit features of each allowed token as a text by itself.
+
+    Those of the last vocabulary are remembered for as long as the CLIP lives.
+    """
+    allowed, known = space.allowed, _ALONE.get(clip)
+    if known is None or known[1].device != clip.device or not torch.equal(known[0], allowed):
+        encode = clip.text.encoder()
+        rows = allowed[:, None].split(_WORDS_AT_ONCE)
+        table = clip.text.token_embedding
+        features = [encode(F.embedding(ids, table).float()) for ids in rows]
+        known = allowed, F.normalize(torch.cat(features).float(), dim=-1)
+        _ALONE[clip] = known
+    return known[1]
 
 
 def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
@@ -465,10 +490,9 @@ class _Best:
         ids: torch.Tensor,
         learning: Learning,
         began: float,
-        prior: Reading | None,
     ) -> None:
         self.clip, self.goals, self.frame, self.began = clip, goals, frame, began
-        self.restarts, self.prior = learning.restarts, prior
+        self.restarts = learning.restarts
         self.steps = learning.settings.steps
         if learning.plan is not None:
             self.steps = learning.plan.total
@@ -483,7 +507,6 @@ class _Best:
 
     def take(self, span: slice, progress: Progress, before: int = 0) -> None:
         """Remember what the searches of `span` have found, `before` steps into their turn."""
-        self.ids[span], self.scores[span] = self._best_trials(span, progress)
         done = self._before(span, before)
         first = span.start // self.restarts
         searches = len(self.ids[span])
@@ -492,9 +515,11 @@ class _Best:
             for k in range(first, min(len(self.goals), -(-span.stop // self.restarts))):
                 begin = max(k * self.restarts, span.start) - span.start
                 end = min((k + 1) * self.restarts - span.start, searches)
-                top = max(scores[begin * trials : end * trials])
-                known = self.history[k][-1][1] if self.history[k] else -torch.inf
-                self.history[k].append((done + step, max(top, known)))
+                # other restarts of this goal may have been in an earlier span
+                others = self.scores[k * self.restarts : span.start + begin].tolist()
+                top = max([*scores[begin * trials : end * trials], *others])
+                self.history[k].append((done + step, top))
+        self.ids[span], self.scores[span] = self._best_trials(span, progress)
         self._done += progress.step
 
     def _before(self, span: slice, before: int) -> int:
@@ -515,10 +540,7 @@ class _Best:
         ids[span], scores[span] = self._best_trials(span, progress)
         scores, best = scores.view(-1, self.restarts).max(dim=1)
         rows = ids.view(len(self.goals), self.restarts, -1)
-        chosen = rows[torch.arange(len(rows), device=best.device), best]
-        if self.prior is not None and before:
-            scores = scores - self.prior.score(chosen)
-        chosen = chosen.tolist()
+        chosen = rows[torch.arange(len(rows), device=best.device), best].tolist()
         prompts = [self.frame.print(row) for row in chosen]
         similarities = scores.tolist()
         top = max(range(len(rows)), key=similarities.__getitem__)
@@ -593,7 +615,7 @@ def _ranked(
     features: torch.Tensor,
     goal: Goal,
     extra: tuple[list[float], float] | None = None,
-    prior: Reading | None = None,
+    reading: Reading | None = None,
 ) -> list[Candidate]:
     """Learned ids and the (n, features) of their printed text -> candidates, best first.
 
@@ -614,9 +636,9 @@ def _ranked(
     if extra:
         scores = [(1 - weight) * s - weight * loss for s, loss in zip(scores, losses, strict=True)]
     perplexities = [None] * len(rows)
-    if prior is not None:
-        perplexities = prior.perplexities(rows)
-        scores = [a + b for a, b in zip(scores, prior.worth_of(rows), strict=True)]
+    if reading is not None:
+        perplexities = reading.perplexities(rows)
+        scores = [a + b for a, b in zip(scores, reading.worth_of(rows), strict=True)]
     candidates = [
         Candidate(
             prompt=frame.print(row),

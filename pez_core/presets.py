@@ -16,6 +16,8 @@ class Plan:
         refine_steps: of the refinement; 0: none.
         trials: versions of each prompt that are searched side by side.
         candidates: swaps that are compared exactly in each step of the refinement.
+        word_weight: what the similarities of the words alone count in the refinement, beside that
+            of the prompt (see `pez_core.priors.WordsAlone`).
         open_ended: the refinement goes on until a time limit, whatever `refine_steps` says.
     """
 
@@ -23,6 +25,7 @@ class Plan:
     refine_steps: int
     trials: int
     candidates: int
+    word_weight: float = 0.2
     open_ended: bool = False
 
     @property

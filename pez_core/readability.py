@@ -126,6 +126,7 @@ class LanguageModel:
         after = len(self._ids(["a"])[0])
         stops = {i for ids in self._ids(["a.", "a\n"]) for i in ids[after : after + 1]}
         self._ends = sorted(stops | {i for i in [self.start, *special] if i is not None})
+        self._tables: dict[tuple[str, ...], WordTable] = {}
 
     @property
     def device(self) -> torch.device:

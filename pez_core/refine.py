@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 # Candidates encoded at once.
 _ROWS = 2048
-# Candidates that a prior looks at exactly, since a language model is slow.
-_EXACT = 4
 
 
 class RefinableObjective(Objective, Protocol):
@@ -36,13 +34,22 @@ class RefinableObjective(Objective, Protocol):
 
 
 class Prior(Protocol):
-    """What makes a prompt better or worse whatever it is learned for, such as how it reads."""
+    """What counts in the choice between swaps beside the objective, such as how a prompt reads.
+
+    Attributes:
+        exactly: candidates of a step that it can score in reasonable time.
+    """
+
+    exactly: int
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, prompt_len) ids -> (rows,) what is added to their scores."""
+        """(rows, prompt_len) ids -> (rows,) what is added to their scores.
+
+        The rows are those of the problems in their order, as many for each.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ def refine(
         ids: (problems * trials, prompt_len) what to begin with, the trials of a problem in a row.
         settings: see `Refinement`.
         seeds: of each problem, for its random changes; a result depends on nothing else.
-        prior: added to the scores of `objective`.
+        prior: added to the scores of `objective` when prompts are compared.
 
     Returns:
-        The best prompt of each problem, (problems, prompt_len); its scores have the prior in them.
+        The best prompt of each problem, (problems, prompt_len), and its score by `objective`.
 
     Raises:
         ValueError: the number of `ids` is not that of `seeds` times `settings.trials`.
@@ -107,29 +114,32 @@ def refine(
     valid = space.only_allowed(acceptable)
 
     with torch.inference_mode(False):
-        x, scores = ids, _score(space, objective, prior, ids)
+        x = ids
+        scores, worth = _score(space, objective, prior, x)
         best = Tracker(x.view(problems, trials, -1)[:, 0], settings, callback, valid)
-        best.offer(*_best_trial(x, scores, problems))
+        best.offer(*_best_trial(problems, x, scores, worth))
         order: list[int] = []
         while True:
             if not order:
                 order = torch.randperm(prompt_len, generator=shuffle).tolist()
             i = order.pop()
-            swapped, tried, gradient = _swaps(
-                space, objective, prior, x, i, settings.candidates, scores
-            )
-            best.check_finite(gradient, tried)
-            x, scores = _improved(x, scores, swapped, tried, valid)
-            best.offer(*_best_trial(x, scores, problems))
+            swaps, gradient = _swaps(space, objective, prior, x, i, settings.candidates)
+            best.check_finite(gradient, *swaps[1:])
+            x, scores, worth = _improved((x, scores, worth), swaps, valid)
+            best.offer(*_best_trial(problems, x, scores, worth))
             if best.end_step():
                 break
             if not order:
                 x = _kicked(space, best.ids, trials, generators)
                 if valid is not None:
                     x = torch.where(valid(x)[:, None], x, best.ids.repeat_interleave(trials, dim=0))
-                scores = _score(space, objective, prior, x)
+                scores, worth = _score(space, objective, prior, x)
     log.debug("refined %d problems for %d steps", problems, best.progress.step)
     return best.progress
+
+
+# Ids (..., prompt_len), their scores (...) and what they are worth with the prior (...).
+Prompts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _swaps(
@@ -139,13 +149,8 @@ def _swaps(
     x: torch.Tensor,
     i: int,
     candidates: int,
-    scores: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The most promising swaps at position i of each row.
-
-    Returns:
-        (rows, candidates, prompt_len) ids, (rows, candidates) scores and the gradient.
-    """
+) -> tuple[Prompts, torch.Tensor]:
+    """The most promising (rows, candidates) swaps at position i of each row, and the gradient."""
     embeddings = space.embed(x)
     rest = objective.given(embeddings[:, :i])
     with torch.enable_grad():
@@ -156,7 +161,7 @@ def _swaps(
         likely = None if prior is None else prior.screen(x, i)
         swapped, bonus = space.swaps(x, gradient, i, candidates, likely)
         few = max(1, _ROWS // len(x))
-        tried = torch.cat(
+        scores = torch.cat(
             [
                 rest(space.embed(part[:, :, i:].flatten(0, 1)), 0)[1].view(len(x), -1)
                 for part in swapped.split(few, dim=1)
@@ -164,33 +169,35 @@ def _swaps(
             dim=1,
         )
         if prior is None:
-            return swapped, tried, gradient
-        _, picks = (tried + bonus).topk(min(_EXACT, tried.shape[1]), dim=1)
-        swapped = swapped[torch.arange(len(x), device=x.device)[:, None], picks]
-        exact = prior.score(swapped.flatten(0, 1)).view(picks.shape)
-        return swapped, tried.gather(1, picks) + exact, gradient
+            return (swapped, scores, scores), gradient
+        if prior.exactly < scores.shape[1]:
+            picks = (scores + bonus).topk(prior.exactly, dim=1).indices
+            swapped = swapped[torch.arange(len(x), device=x.device)[:, None], picks]
+            scores = scores.gather(1, picks)
+        worth = scores + prior.score(swapped.flatten(0, 1)).view(scores.shape)
+        return (swapped, scores, worth), gradient
 
 
 def _improved(
-    x: torch.Tensor,
-    scores: torch.Tensor,
-    swapped: torch.Tensor,
-    tried: torch.Tensor,
+    now: Prompts,
+    swaps: Prompts,
     valid: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row with its best valid swap where that is better, and the scores."""
-    every = torch.arange(len(x), device=x.device)
+) -> Prompts:
+    """Each row with its best valid swap where that is better."""
+    swapped, _, worth = swaps
+    every = torch.arange(len(swapped), device=swapped.device)
     while True:
-        score, choice = tried.max(dim=1)
-        better = score > scores
+        top, choice = worth.max(dim=1)
+        better = top > now[2]
         refused = torch.zeros_like(better)
         if valid is not None and better.any():
             refused[better] = ~valid(swapped[every, choice][better])
         if valid is None or not refused.any():
-            x = torch.where(better[:, None], swapped[every, choice], x)
-            return x, torch.where(better, score, scores)
-        tried = tried.clone()
-        tried[every[refused], choice[refused]] = -torch.inf
+            new = [part[every, choice] for part in swaps]
+            x = torch.where(better[:, None], new[0], now[0])
+            return x, *(torch.where(better, a, b) for a, b in zip(new[1:], now[1:], strict=True))
+        worth = worth.clone()
+        worth[every[refused], choice[refused]] = -torch.inf
 
 
 def _kicked(
@@ -207,15 +214,18 @@ def _kicked(
 @torch.no_grad()
 def _score(
     space: TokenSpace, objective: RefinableObjective, prior: Prior | None, x: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of rows, and what they are worth with the prior."""
     _, scores = objective(space.embed(x), 0)
-    return scores if prior is None else scores + prior.score(x)
+    return scores, scores if prior is None else scores + prior.score(x)
 
 
 def _best_trial(
-    x: torch.Tensor, scores: torch.Tensor, problems: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best row of each problem, and its score."""
-    top, choice = scores.view(problems, -1).max(dim=1)
+    problems: int, x: torch.Tensor, scores: torch.Tensor, worth: torch.Tensor
+) -> Prompts:
+    """The row of each problem that is worth the most."""
+    choice = worth.view(problems, -1).argmax(dim=1)
     every = torch.arange(problems, device=x.device)
-    return x.view(problems, -1, x.shape[1])[every, choice], top
+    return tuple(
+        part.view(problems, -1, *part.shape[1:])[every, choice] for part in (x, scores, worth)
+    )

@@ -104,7 +104,8 @@ class Progress:
         step: steps done.
         steps: steps asked for.
         ids: (problems, prompt_len) best ids so far.
-        scores: (problems,) their scores; -inf where no prompt was acceptable yet.
+        scores: (problems,) their scores, without what a method adds to choose by; -inf where no
+            prompt was acceptable yet.
         elapsed: seconds since the search began.
         history: one `(step, scores)` per report, scores a list of floats.
         stopped: the callback ended the search early.
@@ -152,6 +153,7 @@ class Tracker:
         self.budget, self.callback, self.acceptable = budget, callback, acceptable
         self.ids = ids.clone()
         self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
+        self._chosen_by = self.scores
         self._step = 0
         self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
@@ -159,15 +161,22 @@ class Tracker:
         self._began = time.monotonic()
         self.progress = Progress(0, budget.steps, self.ids, self.scores, 0.0)
 
-    def offer(self, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        """One new prompt for each problem: (problems, prompt_len) ids and (problems,) scores."""
-        better = scores > self.scores
+    def offer(
+        self, ids: torch.Tensor, scores: torch.Tensor, chosen_by: torch.Tensor | None = None
+    ) -> None:
+        """One new prompt for each problem: (problems, prompt_len) ids and (problems,) scores.
+
+        The best is that with the highest `chosen_by`, which is the score unless it is given.
+        """
+        chosen_by = scores if chosen_by is None else chosen_by
+        better = chosen_by > self._chosen_by
         if self.budget.patience is not None:
             better &= self._step - self._steps <= self.budget.patience
         if self.acceptable is not None and better.any():
             better[better.clone()] = self.acceptable(ids[better])
         self.ids = torch.where(better[:, None], ids, self.ids)
         self.scores = torch.where(better, scores.float(), self.scores)
+        self._chosen_by = torch.where(better, chosen_by.float(), self._chosen_by)
         self._steps = torch.where(better, self._step, self._steps)
         self.check_finite(scores)
 

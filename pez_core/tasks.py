@@ -13,8 +13,8 @@ from .clip.images import ImageInput, load_images
 from .learn import Callback, Goal, Learning, Result, learn
 from .objectives import ExtraLoss
 from .presets import make_plan
+from .priors import check_readability
 from .prompt_text import SYNTAX, chunks, pieces, read, sections, tags
-from .reading import check_readability
 from .search import Settings, check_integer
 from .style import style_direction
 from .targets import Target, as_list, check_number, check_weights, encode_targets

@@ -1,4 +1,4 @@
-"""How prompts read, as a part of the choice between swaps."""
+"""What counts in the choice between swaps beside the similarity of the whole prompt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .clip.text import Words
     from .learn import Frame
     from .readability import LanguageModel
+    from .refine import Prior
 
 # Similarity that one natural unit of likelihood per token is worth at readability 1. Word salad
 # and captions are six apart, and similarities of good and fair prompts a tenth.
@@ -64,6 +65,8 @@ class Reading:
         self._table = language_model.table([word if word.strip() else "?" for word in printed])
         self._known: dict[tuple[int, ...], float] = {}
 
+    exactly = 4
+
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) how likely each token is behind what precedes.
 
@@ -93,3 +96,57 @@ class Reading:
         """Perplexity of each prompt."""
         texts = [as_written(self.frame.text(row)) for row in rows]
         return self.language_model.perplexity(texts).tolist()
+
+
+class WordsAlone:
+    """A `Prior` of `pez_core.refine`: words that mean the target by themselves are worth more.
+
+    A search finds combinations of words that only the CLIP that it runs on takes for the target.
+    Words that are each similar to it are so to other CLIPs, too, and can be told apart when people
+    edit the prompt. By how much that helps is in benchmarks/results/remedies.md.
+
+    Args:
+        alone: (allowed, features) unit features of each allowed token of `space` as a text by
+            itself.
+        space: of the search.
+        towards: (problems, features) whose dot product with a prompt's features is its score.
+        weight: what the mean score of the words alone counts beside that of the prompt.
+    """
+
+    exactly = 10**9
+
+    def __init__(
+        self, alone: torch.Tensor, space: TokenSpace, towards: torch.Tensor, weight: float
+    ) -> None:
+        self._worth = weight * towards @ alone.T
+        # where in `allowed` each token is
+        self._places = torch.zeros(len(space.table), dtype=torch.long, device=towards.device)
+        self._places[space.allowed] = torch.arange(len(space.allowed), device=towards.device)
+
+    def _problems(self, rows: int) -> torch.Tensor:
+        every = torch.arange(len(self._worth), device=self._worth.device)
+        return every.repeat_interleave(rows // len(every))
+
+    def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows, allowed) each token's part in `score`."""
+        return self._worth[self._problems(len(ids))] / ids.shape[1]
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, prompt_len) ids -> (rows,) what their words alone are worth."""
+        return self._worth[self._problems(len(ids))[:, None], self._places[ids]].mean(dim=1)
+
+
+class Sum:
+    """Several priors as one."""
+
+    def __init__(self, priors: Sequence[Prior]) -> None:
+        self.priors = priors
+        self.exactly = min(prior.exactly for prior in priors)
+
+    def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """The sum of those of the priors."""
+        return sum(prior.screen(ids, position) for prior in self.priors)
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """The sum of those of the priors."""
+        return sum(prior.score(ids) for prior in self.priors)
