@@ -247,11 +247,11 @@ def interrogator(clip: Clip) -> rivals.Interrogator:
 
 
 METHODS = {
-    # those whose names begin with "ours" are held against PEZ as published:
-    # "ours": Method(partial(ours, preset="best")),
-    # "ours (fast)": Method(partial(ours, preset="fast"), budgeted=False),
-    # "ours (balanced)": Method(partial(ours, preset="balanced"), budgeted=False),
-    # "ours (best)": Method(partial(ours, preset="best"), budgeted=False),
+    # those whose names begin with "ours" are held against PEZ as published
+    "ours": Method(partial(ours, preset="balanced", refine_steps=ENDLESS)),
+    "ours (fast)": Method(partial(ours, preset="fast"), budgeted=False),
+    "ours (balanced)": Method(partial(ours, preset="balanced"), budgeted=False),
+    "ours (best)": Method(partial(ours, preset="best"), budgeted=False),
     "PEZ as published": Method(partial(pez, words=every_token)),
     "PEZ": Method(partial(pez, words=default_words)),
     "PEZ + bank": Method(partial(pez, words=bank_words)),

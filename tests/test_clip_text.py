@@ -67,6 +67,25 @@ def test_fixed_text_around_the_learned_tokens(kind, templates):
     torch.testing.assert_close(ours, clip.encode_texts(texts), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_encoding_what_follows_given_what_precedes(kind, first):
+    model_class, options, _ = TOWERS[kind]
+    clip = make_clip(model_class, **options)
+    ids = clip.vocabulary[torch.tensor([[5, 80, 900], [7, 7, 1200], [9, 10, 11], [9, 2, 3]])]
+    ids[1, :first], ids[3, :first] = ids[0, :first], ids[2, :first]  # two prompts per problem
+    encode = clip.text.encoder([(clip.text.words.encode("a photo of"), ())])
+    embeddings = clip.text.token_embedding.detach()[ids]
+    whole = encode(embeddings)
+    rest = encode.given(embeddings[::2, :first])(embeddings[:, first:])
+    torch.testing.assert_close(rest, whole, atol=2e-6, rtol=1e-4)
+    one_by_one = encode.given(embeddings[:, :first]).given(embeddings[:, first : first + 1])
+    if first < 2:
+        torch.testing.assert_close(
+            one_by_one(embeddings[:, first + 1 :]), whole, atol=2e-6, rtol=1e-4
+        )
+
+
 def test_longest_prompt_fills_the_context(tiny_clip):
     assert tiny_clip.text.max_prompt_len == 75
     ids = tiny_clip.vocabulary[:75]

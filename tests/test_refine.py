@@ -1,0 +1,367 @@
+"""Refinement: better prompts, one swap at a time, within all the rules."""
+
+import itertools
+import math
+import time
+
+import pytest
+import torch
+from conftest import EXAMPLES
+
+from pez_core import (
+    JointClip,
+    PhraseSpace,
+    Refinement,
+    Settings,
+    TokenSpace,
+    Vocabulary,
+    invert,
+    refine,
+    search,
+)
+from pez_core.clip.images import load_image
+from pez_core.objectives import Similarity
+from pez_core.priors import Sum, WordsAlone
+from pez_core.refine import _kicked
+
+QUICK = Refinement(steps=12, candidates=8, trials=3)
+
+
+@pytest.fixture(scope="module")
+def features(emoji_clip):
+    return emoji_clip.encode_images([load_image(path) for path in EXAMPLES[:4]])
+
+
+@pytest.fixture(scope="module")
+def space(emoji_clip):
+    return TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary)
+
+
+def objective(clip, features):
+    return Similarity(clip.text.encoder(), features[:, None])
+
+
+def begin(space, problems, prompt_len, trials, seed=0):
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(problems)]
+    return torch.cat([space.random(trials, prompt_len, one) for one in generators])
+
+
+@torch.no_grad()
+def best_swap(space, objective, row, i):
+    """By brute force: the best prompt that differs from `row` at position i only."""
+    rows = row.repeat(len(space.allowed), 1)
+    rows[:, i] = space.allowed
+    _, scores = objective(space.embed(rows), 0)
+    return rows[scores.argmax()], scores.max()
+
+
+def test_one_step_is_the_best_of_all_swaps_where_all_are_candidates(emoji_clip, features):
+    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::40])
+    ids = begin(space, 2, 5, 1)
+    settings = Refinement(steps=1, candidates=len(space.allowed), trials=1)
+    found = refine(space, objective(emoji_clip, features[:2]), ids, settings, seeds=[0, 1])
+    position = torch.randperm(5, generator=torch.Generator().manual_seed(0))[-1]
+    for k in range(2):
+        one = objective(emoji_clip, features[k : k + 1])
+        row, score = best_swap(space, one, ids[k], position)
+        assert found.ids[k].tolist() == row.tolist()
+        assert found.scores[k] == pytest.approx(float(score), abs=1e-5)
+
+
+def test_a_few_rounds_end_where_no_single_swap_is_better(emoji_clip, features):
+    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::60])
+    settings = Refinement(steps=40, candidates=len(space.allowed), trials=2)
+    ids = begin(space, 1, 4, 2)
+    one = objective(emoji_clip, features[:1])
+    found = refine(space, one, ids, settings, seeds=[0])
+    for i in range(4):
+        _, score = best_swap(space, one, found.ids[0], i)
+        assert score <= found.scores[0] + 1e-5
+
+
+def test_the_first_order_estimate_is_exact_for_a_linear_objective():
+    table = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    goal = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+    class Linear:
+        def __init__(self, goal, before=0):
+            self.goal, self.before = goal, before
+
+        def __call__(self, embeddings, step):
+            score = (embeddings * self.goal).sum((1, 2)) + self.before
+            return -score, score
+
+        def given(self, embeddings):
+            first = embeddings.shape[1]
+            return Linear(self.goal[first:], (embeddings * self.goal[:first]).sum())
+
+    space = TokenSpace(table)
+    settings = Refinement(steps=3, candidates=1, trials=1)
+    found = refine(space, Linear(goal), torch.zeros(1, 3, dtype=torch.long), settings, seeds=[0])
+    assert found.ids[0].tolist() == (goal @ table.T).argmax(1).tolist()
+
+
+def test_it_beats_more_of_pez(emoji_clip, space, features):
+    ids = begin(space, 4, 6, 4)
+    one = objective(emoji_clip, features)
+    start = search(space, one, ids, Settings(steps=20))
+    longer = search(space, one, ids, Settings(steps=150)).scores.view(4, 4).max(1).values
+    found = refine(space, one, start.ids, Refinement(steps=36, trials=4), seeds=range(4))
+    assert (found.scores > longer).all()
+    again = one(space.embed(found.ids), 0)[1]
+    torch.testing.assert_close(found.scores, again, atol=1e-5, rtol=0)
+
+
+def test_results_depend_on_nothing_in_the_batch(emoji_clip, space, features):
+    ids = begin(space, 3, 5, 3)
+    together = refine(space, objective(emoji_clip, features[:3]), ids, QUICK, seeds=[5, 6, 7])
+    for k in range(3):
+        one = objective(emoji_clip, features[k : k + 1])
+        alone = refine(space, one, ids[3 * k : 3 * k + 3], QUICK, seeds=[5 + k])
+        assert alone.ids.tolist() == together.ids[k : k + 1].tolist()
+    other = refine(space, objective(emoji_clip, features[:3]), ids, QUICK, seeds=[8, 9, 10])
+    assert other.ids.tolist() != together.ids.tolist()
+
+
+def test_a_kicked_prompt_differs_in_one_place_at_most(space):
+    ids = begin(space, 2, 6, 1)
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    rows = _kicked(space, ids, 50, generators)
+    differ = (rows != ids.repeat_interleave(50, dim=0)).sum(1)
+    assert differ.max() == 1 and differ.float().mean() > 0.95
+    assert set((rows[:50] != ids[0]).nonzero()[:, 1].tolist()) == set(range(6))
+
+
+def test_only_acceptable_prompts_are_swapped_in(emoji_clip, space, features):
+    ids = begin(space, 2, 5, 3)
+    one = objective(emoji_clip, features[:2])
+    free = refine(space, one, ids, QUICK, seeds=[0, 1])
+    banned = set(free.ids.flatten().tolist()) - set(ids.flatten().tolist())
+    asked = []
+
+    def acceptable(rows):
+        asked.append(len(rows))
+        return torch.tensor([not banned & set(row) for row in rows.tolist()])
+
+    found = refine(space, one, ids, QUICK, acceptable=acceptable, seeds=[0, 1])
+    assert banned and not banned & set(found.ids.flatten().tolist())
+    assert (found.scores > one(space.embed(ids[::3]), 0)[1]).all() and max(asked) <= len(ids)
+
+
+def test_whole_phrases_are_swapped_for_whole_phrases(emoji_clip, features):
+    encode = emoji_clip.text.words.encode
+    texts = ["red car", "blue", "yellow face", "a big fish", "sky", "white snow", "cat", "glass"]
+    phrases = [tuple(encode(text)) for text in texts]
+    space = PhraseSpace(emoji_clip.text.token_embedding, phrases, 5)
+    ids = begin(space, 4, 5, 3)
+    one = objective(emoji_clip, features)
+    before = one(space.embed(ids), 0)[1].view(4, 3).max(1).values
+    found = refine(space, one, ids, Refinement(steps=40, candidates=8, trials=3), seeds=range(4))
+    # every sequence of phrases of five tokens, and the best of them
+    every = {
+        sum(some, ())
+        for n in range(1, 6)
+        for some in itertools.product(phrases, repeat=n)
+        if len(sum(some, ())) == 5
+    }
+    assert all(tuple(row) in every for row in found.ids.tolist())
+    assert (found.scores > before).all()
+    rows = torch.tensor(sorted(every))
+    for k in range(4):
+        scores = objective(emoji_clip, features[k : k + 1])(space.embed(rows), 0)[1]
+        assert found.scores[k] >= scores.quantile(0.99)
+
+
+def test_cancel_time_limit_patience_and_reports(emoji_clip, space, features):
+    ids = begin(space, 1, 5, 2)
+    one = objective(emoji_clip, features[:1])
+    seen = []
+
+    def stop(progress):
+        seen.append((progress.step, progress.scores.tolist()))
+        return progress.step == 4
+
+    settings = Refinement(steps=50, candidates=4, trials=2)
+    found = refine(space, one, ids, settings, stop, seeds=[0])
+    assert found.stopped and found.step == 4 and found.history == seen
+    scores = [score for _, (score,) in seen]
+    assert scores == sorted(scores)
+
+    began = time.monotonic()
+    limited = Refinement(steps=10**9, candidates=4, trials=2, time_limit=0.4)
+    found = refine(space, one, ids, limited, seeds=[0])
+    assert 0.4 <= time.monotonic() - began < 20 and 0 < found.step < 10**9 and not found.stopped
+
+    patient = Refinement(steps=10**4, candidates=4, trials=2, patience=8)
+    assert refine(space, one, ids, patient, seeds=[0]).step < 10**4
+
+
+def test_a_nan_is_an_error(emoji_clip, space, features):
+    broken = features[:1].clone()
+    broken[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="float32"):
+        refine(space, objective(emoji_clip, broken), begin(space, 1, 4, 3), QUICK, seeds=[0])
+
+
+@pytest.mark.parametrize("name", ["steps", "candidates", "trials"])
+def test_settings_out_of_range(name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        Refinement(**{name: 0})
+
+
+def test_the_number_of_prompts_has_to_fit(emoji_clip, space, features):
+    with pytest.raises(ValueError, match="1 \\* 3"):
+        refine(space, objective(emoji_clip, features[:1]), begin(space, 1, 4, 2), QUICK, seeds=[0])
+
+
+def test_products_are_dot_products_for_several_encoders():
+    table = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    allowed = torch.tensor([1, 4, 9, 30])
+    for parts in (None, [(3, 0.25), (4, 0.75)]):
+        space = TokenSpace(table, allowed, parts)
+        torch.testing.assert_close(space.products(rows), rows @ table[allowed].T)
+
+
+def words_alone(clip, space, features, weight):
+    alone = clip.encode_texts([clip.text.words.decode([i]) for i in space.allowed.tolist()])
+    return WordsAlone(alone, space, features, weight)
+
+
+def test_words_alone_count_by_their_mean(emoji_clip, features):
+    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::30])
+    prior = words_alone(emoji_clip, space, features[:2], 0.5)
+    ids = begin(space, 2, 4, 3)
+    for row, worth in enumerate(prior.score(ids)):
+        words = emoji_clip.encode_texts(
+            [emoji_clip.text.words.decode([i]) for i in ids[row].tolist()]
+        )
+        assert worth == pytest.approx(0.5 * float((words @ features[row // 3]).mean()), abs=1e-5)
+    # a swap changes the score by what the screen says
+    swapped = ids.clone()
+    swapped[:, 2] = space.allowed[7]
+    screen = prior.screen(ids, 2)
+    places = torch.searchsorted(space.allowed, ids[:, 2])
+    change = screen[:, 7] - screen[torch.arange(6), places]
+    torch.testing.assert_close(prior.score(swapped) - prior.score(ids), change)
+
+
+def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features):
+    ids = begin(space, 2, 5, 3)
+    one = objective(emoji_clip, features[:2])
+    prior = words_alone(emoji_clip, space, features[:2], 2.0)
+    settings = Refinement(steps=20, candidates=8, trials=3)
+    free = refine(space, one, ids, settings, seeds=[0, 1])
+    found = refine(space, one, ids, settings, seeds=[0, 1], prior=Sum([prior]))
+    assert (prior.score(found.ids) > prior.score(free.ids)).all()
+    again = one(space.embed(found.ids), 0)[1]
+    torch.testing.assert_close(found.scores, again, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------- through the tasks
+
+
+def test_presets_get_better_with_time(emoji_clip):
+    means = {}
+    for preset in ("fast", "balanced"):
+        results = invert(emoji_clip, EXAMPLES[:4], 8, preset=preset)
+        for result in results:
+            again = emoji_clip.encode_texts([result.prompt])[0]
+            image = emoji_clip.encode_images([load_image(EXAMPLES[results.index(result)])])[0]
+            assert result.similarity == pytest.approx(float(again @ image), abs=1e-5)
+            assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)
+        means[preset] = sum(result.similarity for result in results) / 4
+    plain = sum(r.similarity for r in invert(emoji_clip, EXAMPLES[:4], 8, steps=200)) / 4
+    assert plain < means["fast"] < means["balanced"]
+
+
+def test_steps_alone_are_the_papers_search(emoji_clip, features):
+    result = invert(emoji_clip, EXAMPLES[0], 6, steps=25)
+    generator = torch.Generator().manual_seed(0)
+    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary)
+    found = search(
+        space,
+        objective(emoji_clip, features[:1]),
+        space.random(1, 6, generator),
+        Settings(steps=25),
+    )
+    assert result.token_ids == found.ids[0].tolist() and result.history[-1][0] == 25
+
+
+def test_searches_in_turns_find_the_same(emoji_clip):
+    options = {"steps": 5, "refine_steps": 8, "restarts": 2, "seed": 3}
+    together = invert(emoji_clip, EXAMPLES[:2], 5, **options)
+    reports = []
+    apart = invert(emoji_clip, EXAMPLES[:2], 5, at_once=1, callback=reports.append, **options)
+    for a, b in zip(together, apart, strict=True):
+        assert [c.prompt for c in a.candidates] == [c.prompt for c in b.candidates]
+        assert b.history[-1][1] == pytest.approx(max(c.similarity for c in b.candidates), abs=1e-5)
+    steps = [report["step"] for report in reports]
+    assert steps == list(range(1, 4 * 13 + 1)) and {r["steps"] for r in reports} == {52}
+
+
+def test_cancel_keeps_the_best_in_either_phase(emoji_clip):
+    for last in (3, 9):
+        seen = []
+
+        def stop(report, seen=seen, last=last):
+            seen.append(report)
+            return report["step"] == last
+
+        result = invert(emoji_clip, EXAMPLES[0], 5, steps=5, refine_steps=20, callback=stop)
+        assert len(seen) == last and result.prompt == seen[-1]["prompt"]
+        assert result.similarity == pytest.approx(seen[-1]["similarity"], abs=1e-5)
+
+
+def test_rules_hold_in_swaps(emoji_clip):
+    options = {"steps": 5, "refine_steps": 24}
+    free = invert(emoji_clip, EXAMPLES[0], 6, **options)
+    blocked = free.learned.split()[:3]
+    result = invert(
+        emoji_clip,
+        EXAMPLES[0],
+        6,
+        template="a picture of {} on white",
+        vocabulary=Vocabulary(blocked=blocked, ascii_only=True),
+        negative="a red heart",
+        **options,
+    )
+    assert result.prompt.startswith("a picture of ") and result.prompt.endswith(" on white")
+    assert not set(blocked) & set(result.learned.split()) and result.learned.isascii()
+    assert emoji_clip.text.words.encode(result.prompt) == result.token_ids
+    score = result.similarity - 0.5 * result.avoided[0]
+    assert result.history[-1][1] == pytest.approx(score, abs=1e-5)
+
+
+def test_two_encoders_are_refined_as_one(emoji_clip, vit_clip):
+    both = JointClip([emoji_clip, vit_clip])
+    result = invert(both, EXAMPLES[0], 5, steps=10, refine_steps=15)
+    plain = invert(both, EXAMPLES[0], 5, steps=40)
+    assert result.similarity > plain.similarity
+    for clip in (emoji_clip, vit_clip):
+        own = clip.encode_texts([result.prompt]) @ clip.encode_images([load_image(EXAMPLES[0])]).T
+        assert result.encoders[clip.name] == pytest.approx(float(own), abs=1e-5)
+
+
+def test_the_time_limit_is_for_the_whole_call(emoji_clip):
+    reports = []
+    began = time.monotonic()
+    invert(emoji_clip, EXAMPLES[:3], 6, at_once=1, time_limit=1.5, callback=reports.append)
+    assert 1.2 < time.monotonic() - began < 20
+    assert all(report["step"] <= report["steps"] for report in reports)
+    steps = [report["step"] for report in reports]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "slow"}, "`preset` has to be one of 'fast', 'balanced', 'best'"),
+        ({"time_limit": 0}, "`time_limit` has to be finite and above 0"),
+        ({"refine_steps": -1}, "`refine_steps` has to be at least 0"),
+        ({"readability": 1.5}, "`readability` has to be from 0 to 1"),
+    ],
+)
+def test_bad_settings(emoji_clip, options, message):
+    with pytest.raises(ValueError, match=message):
+        invert(emoji_clip, EXAMPLES[0], **options)
