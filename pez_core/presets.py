@@ -25,7 +25,7 @@ class Plan:
     refine_steps: int
     trials: int
     candidates: int
-    word_weight: float = 0.2
+    word_weight: float = 0.0
     open_ended: bool = False
 
     @property
@@ -42,6 +42,11 @@ PRESETS = {
 }
 
 _READABLE_TRIALS = 2
+
+# `Plan.word_weight` of prompts for images, where it raises the similarity to a CLIP that took no
+# part (benchmarks/results/remedies.md). Words for a text are better chosen for what they mean
+# together: with it distilled prompts are less similar.
+WORD_WEIGHT = 0.2
 
 # The paper's search has no refinement.
 _PAPER = Plan(steps=3000, refine_steps=0, trials=1, candidates=32)

@@ -12,7 +12,7 @@ import torch
 from .clip.images import ImageInput, load_images
 from .learn import Callback, Goal, Learning, Result, learn
 from .objectives import ExtraLoss
-from .presets import make_plan
+from .presets import WORD_WEIGHT, make_plan
 from .priors import check_readability
 from .prompt_text import SYNTAX, chunks, pieces, read, sections, tags
 from .search import Settings, check_integer
@@ -129,6 +129,7 @@ def invert(
         )
     language_model = check_readability(readability, language_model)
     plan = make_plan(preset, steps, refine_steps, time_limit, extra is not None, readability)
+    plan = replace(plan, word_weight=WORD_WEIGHT)
     learning = Learning(
         prompt_len,
         Settings(plan.steps, patience, None, time_limit, lr, weight_decay),

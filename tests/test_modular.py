@@ -13,6 +13,7 @@ from tiny_diffusion import stable_diffusion_xl
 from pez_core import Vocabulary, invert
 from pez_core.diffusion import PezClipModel
 from pez_core.diffusion.modular import PezPromptStep
+from pez_core.presets import PRESETS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
 QUICK = {"prompt_len": 4, "pez_steps": 5, "restarts": 2}
@@ -122,11 +123,28 @@ def test_further_arguments_go_to_invert(alone, emoji_clip):
     assert stopped[0].history[-1][0] == 2
 
 
+def bar(preset):
+    """What the progress bar of a whole search says in the end."""
+    return f"{PRESETS[preset].total}/{PRESETS[preset].total}"
+
+
+def test_without_steps_it_is_the_balanced_preset(alone, emoji_clip, capfd):
+    settings = {"target_image": FISH, "prompt_len": 3, "restarts": 1, "generator": generator()}
+    prompts = alone(**settings, output="prompt")
+    assert prompts == [invert(emoji_clip, FISH, 3, preset="balanced").prompt]
+    assert bar("balanced") in capfd.readouterr().err
+    fast = alone(**settings, pez_kwargs={"preset": "fast"}, output="prompt")
+    assert fast == [invert(emoji_clip, FISH, 3, preset="fast").prompt]
+    assert bar("fast") in capfd.readouterr().err
+    alone(**settings, pez_kwargs={"time_limit": 0.5})
+    assert "100%" in capfd.readouterr().err
+
+
 def test_its_prompt_takes_the_place_of_the_users(joined, xl):
     assert "prompt" in xl.blocks.input_names and "prompt" not in joined.blocks.input_names
     assert {"target_image", "prompt_2", "negative_prompt", "image"} < set(joined.blocks.input_names)
     defaults = joined.default_call_parameters
-    assert (defaults["prompt_len"], defaults["pez_steps"], defaults["restarts"]) == (16, 3000, 4)
+    assert (defaults["prompt_len"], defaults["pez_steps"], defaults["restarts"]) == (16, None, 4)
     assert "target_image" in joined.doc and "clip (`PezClipModel`)" in joined.doc
 
 
@@ -212,6 +230,8 @@ def test_what_cannot_be_done_is_said(alone, emoji_clip):
             alone(target_image=FISH, pez_kwargs={name: 1}, **QUICK)
     with pytest.raises(TypeError, match="`pez_kwargs` holds 'stepz', which"):
         alone(target_image=FISH, pez_kwargs={"stepz": 1}, **QUICK)
+    with pytest.raises(ValueError, match="`preset` has to be one of 'fast'"):
+        alone(target_image=FISH, pez_kwargs={"preset": "slow"}, **QUICK)
     with pytest.raises(ValueError, match="`generator` has to hold one for each of 2 prompts"):
         alone(target_image=[FISH, GLASSES], generator=[generator()] * 3, **QUICK)
     with pytest.raises(TypeError, match="`clip` has to be a PezClipModel but is NoneType"):

@@ -22,10 +22,12 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from test_readability import make_lm
 from tiny_diffusion import flux, stable_diffusion, stable_diffusion_xl
 
 from pez_core import JointClip, PezPipeline, extract_style, invert, load_clip
 from pez_core.diffusion import PezClipModel, PezPipelineOutput, PezPriorOutput
+from pez_core.presets import PRESETS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
 QUICK = {"prompt_len": 4, "pez_steps": 6, "restarts": 2, "num_inference_steps": 2}
@@ -449,6 +451,71 @@ def test_progress_bars(pipe, capsys):
     assert capsys.readouterr().err == ""
 
 
+def bar(preset):
+    """What the progress bar of a whole search says in the end."""
+    return f"{PRESETS[preset].total}/{PRESETS[preset].total}"
+
+
+def test_without_steps_it_is_the_balanced_preset(emoji_clip, capsys):
+    prior = PezPipeline(emoji_clip)
+    settings = {"image": FISH, "prompt_len": 3, "restarts": 1, "generator": generator()}
+    found = prior(**settings).results[0]
+    assert bar("balanced") in capsys.readouterr().err
+    expected = invert(emoji_clip, FISH, 3, preset="balanced")
+    assert found.prompt == expected.prompt and found.history[-1][0] == PRESETS["balanced"].total
+    fast = prior(**settings, pez_kwargs={"preset": "fast"}).results[0]
+    assert bar("fast") in capsys.readouterr().err and fast.history[-1][0] == PRESETS["fast"].total
+    swapped = prior(**settings, pez_steps=4, pez_kwargs={"refine_steps": 3}).results[0]
+    assert "7/7" in capsys.readouterr().err
+    assert swapped.prompt == invert(emoji_clip, FISH, 3, 4, refine_steps=3).prompt
+
+
+def test_a_time_limit_is_for_all_prompts_together(emoji_clip, capsys):
+    prior = PezPipeline(emoji_clip)
+    limit = {"prompt_len": 3, "restarts": 1, "pez_kwargs": {"time_limit": 1.2}}
+    for inputs, each in (
+        ({"image": [FISH, GLASSES]}, [1.2, 1.2]),  # side by side
+        ({"image": [FISH, GLASSES], "prompt": ["a fish", "glasses"]}, [0.6, 0.6]),
+        ({"task": "distill", "prompt": ["a big blue fish", "a yellow face at night"]}, [0.6, 0.6]),
+    ):
+        seconds = [result.seconds for result in prior(**inputs, **limit).results]
+        assert seconds == pytest.approx(each, abs=0.3) and "100%" in capsys.readouterr().err
+
+
+def test_readable_prompts(emoji_clip, monkeypatch):
+    lm = make_lm()
+    loaded = []
+    monkeypatch.setattr(
+        "pez_core.priors.load_language_model", lambda *given: loaded.append(given) or lm
+    )
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    results = prior(
+        image=[FISH, GLASSES],
+        prompt=["a fish", "a pair of"],
+        prompt_len=2,
+        restarts=1,
+        pez_kwargs={"readability": 0.5, "refine_steps": 4, "preset": "fast"},
+    ).results
+    assert len(loaded) == 1 and all(result.perplexity > 1 for result in results)
+
+
+def test_a_denoising_loss_is_searched_as_in_the_paper(pipe):
+    totals = []
+
+    def stop(pez, step, state):
+        totals.append(state["steps"])
+        return True
+
+    settings = {"image": FISH, "num_images_per_prompt": 1, "num_inference_steps": 1}
+    settings |= {"denoising_weight": 0.5, "denoising_kwargs": {"samples": 1}}
+    assert pipe(**settings, pez_callback_on_step_end=stop).prompts and totals == [3000]
+    for option in ({"preset": "fast"}, {"refine_steps": 4}, {"readability": 0.5}):
+        (name,) = option
+        with pytest.raises(ValueError, match=f"`denoising_weight` cannot be refined.*'{name}'"):
+            pipe(**settings, pez_kwargs=option)
+
+
 def test_two_separate_callbacks(pipe):
     learning, making = [], []
 
@@ -541,6 +608,12 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
         ({"image": FISH, "generator": [generator()]}, "effective batch size of 4"),
         ({"image": FISH, "denoising_weight": 2}, "`denoising_weight` has to be from 0 to 1"),
         ({"image": FISH, "pez_steps": 0}, "`steps` has to be at least 1"),
+        ({"image": FISH, "pez_kwargs": {"preset": "slow"}}, "`preset` has to be one of 'fast'"),
+        ({"image": FISH, "pez_kwargs": {"time_limit": 0}}, "`time_limit` has to be finite and"),
+        (
+            {"image": FISH, "pez_steps": 9, "pez_kwargs": {"readability": 0.5}},
+            "`readability` is 0.5, but it counts",
+        ),
         (
             {"prompt": "a b", "task": "distill", "denoising_weight": 0.5},
             "`denoising_weight` needs an image pipeline and the task 'invert'",

@@ -20,8 +20,10 @@ from pez_core import (
     search,
 )
 from pez_core.clip.images import load_image
+from pez_core.learn import Frame
 from pez_core.objectives import Similarity
-from pez_core.priors import Sum, WordsAlone
+from pez_core.priors import Reading, Sum, WordsAlone
+from pez_core.readability import as_written
 from pez_core.refine import _kicked
 
 QUICK = Refinement(steps=12, candidates=8, trials=3)
@@ -365,3 +367,66 @@ def test_the_time_limit_is_for_the_whole_call(emoji_clip):
 def test_bad_settings(emoji_clip, options, message):
     with pytest.raises(ValueError, match=message):
         invert(emoji_clip, EXAMPLES[0], **options)
+
+
+# ------------------------------------------------------------------------- a language model
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    pytest.importorskip("transformers")
+    from test_readability import make_lm
+
+    return make_lm()
+
+
+def test_readable_prompts_read_better_and_say_how(emoji_clip, language_model):
+    options = {"steps": 5, "refine_steps": 24, "prompt_len": 4, "template": "an emoji of {}"}
+    plain = invert(emoji_clip, EXAMPLES[:2], **options)
+    readable = invert(
+        emoji_clip, EXAMPLES[:2], readability=1.0, language_model=language_model, **options
+    )
+    scores = [
+        language_model.readability_score([result.prompt for result in results])
+        for results in (plain, readable)
+    ]
+    assert (scores[1] > scores[0]).all()
+    for result in readable:
+        assert result.perplexity == pytest.approx(
+            language_model.perplexity([as_written(result.prompt)]).item(), rel=1e-4
+        )
+        assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)
+    assert {result.perplexity for result in plain} == {None}
+
+
+def test_only_whole_words_are_readable(emoji_clip, language_model):
+    result = invert(
+        emoji_clip,
+        EXAMPLES[0],
+        prompt_len=4,
+        steps=5,
+        refine_steps=8,
+        readability=0.5,
+        language_model=language_model,
+        vocabulary=Vocabulary(whole_words=False),
+    )
+    assert set(result.token_ids) <= set(emoji_clip.vocabulary.tolist())
+
+
+def test_the_worth_of_reading(emoji_clip, language_model):
+    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::40])
+    words = emoji_clip.text.words
+    reading = Reading(language_model, words, Frame(emoji_clip, "a photo of {}"), space, 0.4)
+    ids = begin(space, 2, 3, 2)
+    texts = [f"a photo of {words.decode(row)}" for row in ids.tolist()]
+    expected = 0.02 * language_model.readability_score(texts)
+    torch.testing.assert_close(reading.score(ids), expected, atol=1e-5, rtol=1e-4)
+    table = language_model.table([words.decode([i]) for i in space.allowed.tolist()])
+    rows = [["a", "photo", "of", *map(words.decode, [[i] for i in row])] for row in ids.tolist()]
+    likely = language_model.screen(rows, table)[:, 4]
+    torch.testing.assert_close(reading.screen(ids, 1), likely * 0.02 / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_reading_needs_swaps(emoji_clip, language_model):
+    with pytest.raises(ValueError, match=r"`readability` is 0\.5, but it counts in the choice"):
+        invert(emoji_clip, EXAMPLES[0], steps=5, readability=0.5, language_model=language_model)

@@ -115,7 +115,8 @@ def main() -> None:
             shutil.copy(ROOT / "examples" / name, inputs)
         with ComfyServer(Path(folder)) as server, Client(server.url) as client:
             for nodes2 in (False, True):
-                client.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2})
+                shown = {"Comfy.VueNodes.Enabled": nodes2, "Comfy.Minimap.Visible": False}
+                client.post("/settings", SETTINGS | shown)
                 editor = Editor(browser, server.url)
                 for name, images in IMAGES.items():
                     if nodes2 and name != "Fuse two pictures":

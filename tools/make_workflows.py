@@ -224,8 +224,8 @@ def image_to_image_via_prompt(graph: Graph) -> None:
         "Every finished run is stored in the node. Turn on `keep` after a run that you like: the "
         "node then repeats that prompt, whatever you change, and whoever opens the workflow needs "
         "neither the CLIP nor your image.\n\n"
-        "Wire `candidates` instead of `prompt` to *CLIP Text Encode* to get an image of each of "
-        "the 4 restarts, the most similar first.",
+        "For several prompts to choose from set `restarts` to 4 and wire `candidates` instead of "
+        "`prompt` to *CLIP Text Encode*: an image of each, the most similar first.",
     )
     image = _image(graph)
     learned = graph.add(

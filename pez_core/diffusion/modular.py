@@ -17,6 +17,7 @@ from ..learn import Result
 from ..tasks import invert
 from .clip_model import PezClipModel
 from .inputs import check_options, pictures, seeds
+from .pipeline import planned
 
 # arguments of `invert` that have an input of their own
 _INPUTS = {
@@ -88,7 +89,14 @@ class PezPromptStep(ModularPipelineBlocks):
             InputParam(
                 "prompt_len", type_hint=int, default=16, description="Tokens to learn, 1 to 75"
             ),
-            InputParam("pez_steps", type_hint=int, default=3000, description="Steps of the search"),
+            InputParam(
+                "pez_steps",
+                type_hint=int,
+                description=(
+                    "Steps of PEZ; by themselves the paper's search, whose number is 3000. By "
+                    "default those of the preset 'balanced', which swaps single tokens after them"
+                ),
+            ),
             InputParam(
                 "restarts",
                 type_hint=int,
@@ -107,7 +115,10 @@ class PezPromptStep(ModularPipelineBlocks):
             InputParam(
                 "pez_kwargs",
                 type_hint=dict,
-                description="Further arguments of `pez_core.invert`, such as `vocabulary`",
+                description=(
+                    "Further arguments of `pez_core.invert`, such as `vocabulary`, `preset`, "
+                    "`time_limit` and `readability`"
+                ),
             ),
         ]
 
@@ -133,9 +144,10 @@ class PezPromptStep(ModularPipelineBlocks):
         images = pictures("target_image", block_state.target_image)
         prompts = 1 if options.get("shared") else len(images)
         starts = seeds(block_state.generator, prompts)
+        plan = planned(block_state.pez_steps, options, extra=options.get("extra") is not None)
         callback = options.pop("callback", None)
 
-        with self.progress_bar(total=block_state.pez_steps) as progress_bar:
+        with self.progress_bar(total=plan.total) as progress_bar:
 
             def report(progress: dict) -> bool | None:
                 progress_bar.total = progress["steps"]

@@ -23,8 +23,10 @@ from torch import nn
 from ..clip import AnyClip
 from ..clip.images import ImageInput
 from ..learn import Result
+from ..presets import Plan, make_plan
+from ..priors import check_readability
 from ..prompt_text import read
-from ..search import check_integer
+from ..search import check_integer, check_positive
 from ..targets import check_number
 from ..tasks import concatenate, distill, extract_style, invert
 from .clip_model import PezClipModel
@@ -367,6 +369,7 @@ class PezPipeline(DiffusionPipeline):
         images: Sequence[Image.Image],
         prompt: str | list[str] | None,
         task: str,
+        pez_steps: int | None,
         denoising_weight: float,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -406,6 +409,15 @@ class PezPipeline(DiffusionPipeline):
             raise ValueError(
                 "`denoising_weight` needs an image pipeline and the task 'invert'; leave it out."
             )
+        swaps = [name for name in ("preset", "refine_steps", "readability") if pez_kwargs.get(name)]
+        if denoising_weight and swaps:
+            raise ValueError(
+                f"`denoising_weight` cannot be refined, but `pez_kwargs` holds {swaps[0]!r}; leave "
+                "it out and give `pez_steps`."
+            )
+        planned(pez_steps, pez_kwargs, bool(denoising_weight))
+        if pez_kwargs.get("time_limit") is not None:
+            check_positive("time_limit", pez_kwargs["time_limit"])
         if denoising_kwargs and not denoising_weight:
             raise ValueError("`denoising_kwargs` needs a `denoising_weight` above 0.")
         check_options("denoising_kwargs", denoising_kwargs, DenoisingLoss, _OF_DENOISING)
@@ -460,10 +472,13 @@ class PezPipeline(DiffusionPipeline):
         callback: Callable[[PezPipeline, int, dict], Any] | None,
         **settings: Any,
     ) -> list[Result]:
-        """One result for each prompt that is learned; `settings` go to the task of `pez_core`."""
+        """One result for each prompt that is learned; `settings` go to the task of `pez_core`.
+
+        Where it is called several times a time limit is shared out.
+        """
 
         def run(search: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-            with self.progress_bar(total=settings["steps"]) as progress_bar:
+            with self.progress_bar(total=plan.total) as progress_bar:
 
                 def report(state: dict) -> bool:
                     self._prompts = [*done, *state["prompts"]]
@@ -485,7 +500,10 @@ class PezPipeline(DiffusionPipeline):
 
         done: list[str] = []
         score = "score" if "extra" in settings else "similarity"
+        plan = planned(settings["steps"], settings, "extra" in settings)
         texts = [prompt] if isinstance(prompt, str) else prompt or []
+        if settings.get("time_limit") and task in ("invert", "distill"):
+            settings["time_limit"] /= max(1, len(texts))
         if task == "style":
             run(extract_style, images, seed=seeds[0])
         elif task == "concat":
@@ -513,7 +531,7 @@ class PezPipeline(DiffusionPipeline):
         prompt: str | list[str] | None = None,
         task: str = "invert",
         prompt_len: int | None = None,
-        pez_steps: int = 3000,
+        pez_steps: int | None = None,
         restarts: int = 4,
         height: int | None = None,
         width: int | None = None,
@@ -551,8 +569,10 @@ class PezPipeline(DiffusionPipeline):
             prompt_len (`int`, *optional*):
                 Tokens to learn; by default 16, for `"style"` 8, and for `"distill"` 0.3 of those
                 given.
-            pez_steps (`int`, *optional*, defaults to 3000):
-                Steps of the search.
+            pez_steps (`int`, *optional*):
+                Steps of PEZ. By themselves they are the paper's search, whose number is 3000. By
+                default those of the preset `"balanced"`, which swaps single tokens after them; with
+                a `denoising_weight`, which allows no swaps, 3000.
             restarts (`int`, *optional*, defaults to 4):
                 Searches from different starts, of which the best counts.
             height (`int`, *optional*):
@@ -596,7 +616,9 @@ class PezPipeline(DiffusionPipeline):
                 Passed to the image pipeline.
             pez_kwargs (`dict`, *optional*):
                 Further arguments of the task: `invert`, `extract_style`, `distill` or `concatenate`
-                of `pez_core`.
+                of `pez_core`. `{"preset": "best"}` or `"fast"` searches longer or shorter,
+                `{"time_limit": 60}` as many seconds for all prompts together, and
+                `{"readability": 0.3}` finds prompts that read better.
             denoising_kwargs (`dict`, *optional*):
                 Further arguments of `DenoisingLoss`.
             kwargs:
@@ -629,6 +651,7 @@ class PezPipeline(DiffusionPipeline):
             images,
             prompt,
             task,
+            pez_steps,
             denoising_weight,
             num_images_per_prompt,
             generator,
@@ -640,6 +663,10 @@ class PezPipeline(DiffusionPipeline):
         shared = pez_kwargs.get("shared", False)
         starts = seeds(generator, _prompts_of(task, images, prompt, shared))
         settings = {"steps": pez_steps, "restarts": restarts} | pez_kwargs
+        if settings.get("readability"):  # loaded once for all prompts
+            settings["language_model"] = check_readability(
+                settings["readability"], settings.get("language_model")
+            )
         if prompt_len is not None:
             settings["prompt_len"] = prompt_len
         if denoising_weight:
@@ -715,6 +742,13 @@ class PezPipeline(DiffusionPipeline):
             # the paper's settings are those of Stable Diffusion
             kwargs = {"num_inference_steps": None, "guidance_scale": None} | kwargs
         return evaluate(self.pipeline, prompts, image, judge, searched=self.clip, **kwargs)
+
+
+def planned(steps: int | None, options: Mapping[str, Any], extra: bool = False) -> Plan:
+    """What a search does whose task gets these steps and `options`; raises as `make_plan` does."""
+    names = ("preset", "refine_steps", "time_limit")
+    rest = {name: options.get(name) for name in names}
+    return make_plan(steps=steps, extra=extra, readability=options.get("readability", 0.0), **rest)
 
 
 def _component(

@@ -20,6 +20,7 @@ from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
+BY_STEPS = "paper (by steps)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
 
@@ -64,11 +65,12 @@ def snap(open_editor: Editor, renderer: str, tmp_path: Path):
 
 def workflow(images: int = 1, kept: str = "", keep: bool = False, **values: Any) -> dict:
     """LoadImage and PEZ Load CLIP -> PEZ Image to Prompt -> PreviewAny and PEZ Score Prompt."""
-    settings = {"prompt_len": 8, "steps": 600, "restarts": 2, "seed": next(SEEDS), **values}
+    search = {"prompt_len": 8, "preset": BY_STEPS, "restarts": 2, "seed": next(SEEDS)}
+    settings = search | {"blocked": "", "time_limit": 0.0, "steps": 600} | values
     learner = [
-        *(settings[name] for name in ("prompt_len", "steps", "restarts", "seed")),
-        *("fixed", "one prompt per image", "", "", 0.5, False, "", settings.get("blocked", "")),
-        *(0.1, 0.1, 0, keep, kept),
+        *(settings[name] for name in ("prompt_len", "preset", "restarts", "seed")),
+        *("fixed", 0.0, "one prompt per image", "", "", 0.5, False, "", settings["blocked"]),
+        *(settings["time_limit"], settings["steps"], 0.1, 0.1, 0, keep, kept),
     ]
     nodes = [
         node(IMAGE, "LoadImage", (40, 40), [], [("IMAGE", "IMAGE")], ["noto-parrot.png", "image"]),
@@ -293,6 +295,22 @@ def test_several_prompts_are_rows(editor: Editor, snap):
     assert copied.split("\n") == ["red parrot", "blue fish in the sea", "old dog"]
 
 
+def test_a_time_limit_moves_the_last_step_but_not_past_the_end(editor: Editor):
+    editor.load(workflow(preset="fast", time_limit=5.0))
+    editor.queue()
+    state(editor, "running")
+    bar = editor.live().get_by_role("progressbar")
+    seen = []
+    while editor.live().get_attribute("data-state") == "running":
+        seen.append(int(bar.get_attribute("aria-valuenow")))
+        editor.page.wait_for_timeout(200)
+    state(editor, "done")
+    assert max(seen) <= 100 and seen[-1] > seen[0]
+    (item,) = json.loads(kept_in(editor.serialized()))["items"]
+    steps = [step for step, _ in item["curve"]]
+    assert steps == sorted(steps)
+
+
 def test_two_images_are_learned_side_by_side(editor: Editor):
     editor.load(workflow(images=2, steps=30))
     editor.queue()
@@ -415,21 +433,21 @@ def test_rarely_used_inputs_are_folded_away(editor: Editor):
     shown = """() => app.rootGraph.nodes.flatMap(node => node.widgets ?? [])
         .filter(widget => !widget.hidden && !widget.options.hidden).map(widget => widget.name)"""
     few = editor.page.evaluate(shown)
-    assert {"steps", "seed", "blocked", "keep", "model"} <= {*few}
-    assert not {"lr", "patience", "initial", "precision", "kept"} & {*few}
+    assert {"preset", "seed", "readability", "blocked", "keep", "model"} <= {*few}
+    assert not {"steps", "time_limit", "lr", "patience", "initial", "precision", "kept"} & {*few}
     editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => node.toggleAdvanced())")
     every = editor.page.evaluate(shown)
-    assert {"lr", "patience", "initial", "precision"} <= {*every} and "kept" not in every
+    assert {"steps", "time_limit", "lr", "initial", "precision"} <= {*every}
+    assert "kept" not in every
 
 
 def test_an_example_runs_in_the_page(
     editor: Editor, server: ComfyServer, client: Client, sd15: str, snap
 ):
-    """As it comes, but with models that are here and little to do."""
+    """As it comes, but with models that are here."""
     example = json.loads((ROOT / "example_workflows/Image to image via a prompt.json").read_text())
     ours = {
         "PEZ_LoadCLIP": {0: EMOJI_CLIP},
-        "PEZ_ImageToPrompt": {1: 300, 2: 2},
         "LoadImage": {0: "noto-parrot.png"},
         "CheckpointLoaderSimple": {0: sd15},
         "EmptyLatentImage": {0: 64, 1: 64},

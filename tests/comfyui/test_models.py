@@ -21,8 +21,8 @@ NODES = {
     "fish": {"class_type": "LoadImage", "inputs": {"image": "noto-fish.png"}},
     "pez": {
         "class_type": "PEZ_ImageToPrompt",
-        "inputs": {"clip": ["clip", 0], "images": ["fish", 0], "prompt_len": 3, "steps": 3,
-                   "restarts": 1, "seed": 0},
+        "inputs": {"clip": ["clip", 0], "images": ["fish", 0], "prompt_len": 3,
+                   "preset": "paper (by steps)", "steps": 3, "restarts": 1, "seed": 0},
     },
 }  # fmt: skip
 

