@@ -484,6 +484,7 @@ def _distilled(
         history=only.history if only else [],
         seconds=sum(result.seconds for result in results.values()),
         note=" ".join(notes),
+        perplexity=only.perplexity if only else None,
         tokens_before=before,
         tokens_after=len(ids),
     )
