@@ -69,7 +69,7 @@ def calibrated(tmp_path):
         "clip": "emoji-clip",
         "steps": {name: {"4": STEPS, "75": STEPS} for name in quality.METHODS},
         "seconds": {name: {"0": 0.0, "4": 0.16} for name in [*quality.METHODS, "ours (test)"]},
-        "speed": {"4": {"authors": 4.0, "ours": 2.0}},
+        "speed": {"4": {"authors": 4.0, "our loop": 2.0}},
         "rates": {},
     }
     (tmp_path / "results/quality-calibration.json").write_text(json.dumps(calibration))
@@ -153,7 +153,7 @@ def test_the_table_has_the_right_numbers(run, calibrated, images, emoji_clip):
     assert cells[6:8] == [cell(per_image("PEZ", lost))] * 2
     assert cells[-1] == "5"  # steps
     assert "| 0.0 | true name | " in text
-    assert "| ours | 4 | 2.0x | 2.00 |" in text
+    assert "| our loop | 4 | 2.0x | 2.00 |" in text
     assert "a machine" in text
     assert "There are no perplexities: `name_or_path`" in text
     assert str(ROOT) not in text

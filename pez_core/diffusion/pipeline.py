@@ -618,7 +618,7 @@ class PezPipeline(DiffusionPipeline):
                 Further arguments of the task: `invert`, `extract_style`, `distill` or `concatenate`
                 of `pez_core`. `{"preset": "best"}` or `"fast"` searches longer or shorter,
                 `{"time_limit": 60}` as many seconds for all prompts together, and
-                `{"readability": 0.3}` finds prompts that read better.
+                `{"readability": 0.5}` finds prompts that read better.
             denoising_kwargs (`dict`, *optional*):
                 Further arguments of `DenoisingLoss`.
             kwargs:
