@@ -151,15 +151,19 @@ class Tracker:
                 f"{tuple(ids.shape)}."
             )
         self.budget, self.callback, self.acceptable = budget, callback, acceptable
-        self.ids = ids.clone()
-        self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
-        self._chosen_by = self.scores
+        self.forget(ids)
         self._step = 0
         self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
         self._every = budget.report_every or (1 if ids.device.type == "cpu" else 25)
         self._began = time.monotonic()
         self.progress = Progress(0, budget.steps, self.ids, self.scores, 0.0)
+
+    def forget(self, ids: torch.Tensor) -> None:
+        """Let (problems, prompt_len) `ids` stand for the best until one is accepted."""
+        self.ids = ids.clone()
+        self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
+        self._chosen_by = self.scores
 
     def offer(
         self, ids: torch.Tensor, scores: torch.Tensor, chosen_by: torch.Tensor | None = None

@@ -63,7 +63,7 @@ def soft_prompt(
             projected_ids = space.nearest(P.detach())
             with torch.no_grad():
                 _, scores = objective(space.embed(projected_ids), progress.step - 1)
-            last.ids, last.scores = ids, torch.full_like(soft_scores, -torch.inf)
+            last.forget(ids)
             last.offer(projected_ids, scores)
             progress.ids, progress.scores = last.ids, last.scores
             progress.history[-1] = (progress.step, last.scores.tolist())
