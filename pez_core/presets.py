@@ -46,7 +46,7 @@ _READABLE_TRIALS = 2
 # `Plan.word_weight` of prompts for images, where it raises the similarity to a CLIP that took no
 # part (benchmarks/results/remedies.md). Words for a text are better chosen for what they mean
 # together: with it distilled prompts are less similar.
-WORD_WEIGHT = 0.2
+WORD_WEIGHT = 0.3
 
 # The paper's search has no refinement.
 _PAPER = Plan(steps=3000, refine_steps=0, trials=1, candidates=32)
