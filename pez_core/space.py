@@ -273,7 +273,7 @@ class PhraseSpace(TokenSpace):
         for n, p in phrases.items():
             row, place = ((picks >= first) & (picks < first + len(p))).nonzero(as_tuple=True)
             chosen = self.allowed[p[picks[row, place] - first]]
-            swapped[row[:, None], place[:, None], position + torch.arange(n)] = chosen
+            swapped[row[:, None], place[:, None], position + torch.arange(n, device=ids.device)] = chosen
             first += len(p)
         return swapped, None if bonus is None else extra.gather(1, picks)
 
