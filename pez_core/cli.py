@@ -24,7 +24,7 @@ from .judge import explain, prune, score
 from .learn import Result
 from .priors import check_readability
 from .readability import LanguageModel, load_language_model
-from .search import Settings
+from .search import Settings, check_integer
 from .tasks import check_style_template, concatenate, distill, extract_style, invert
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
@@ -336,7 +336,7 @@ def _language_model(arguments: argparse.Namespace) -> LanguageModel | None:
         raise ValueError("--language-model has nothing to say without --readability; add it.")
     try:
         given = arguments.language_model and load_language_model(arguments.language_model)
-        return check_readability(arguments.readability, given)
+        return check_readability(arguments.readability, given, "cpu")  # moved where the CLIP is
     except ValueError as error:
         raise ValueError(str(error).replace("`name_or_path`", "--language-model")) from error
 
@@ -344,6 +344,7 @@ def _language_model(arguments: argparse.Namespace) -> LanguageModel | None:
 def _prepare(arguments: argparse.Namespace) -> tuple[AnyClip, dict[str, Any]]:
     """The CLIP and what all tasks take; says what is wrong before a large model is loaded."""
     Settings(time_limit=arguments.time_limit)
+    check_integer("restarts", arguments.restarts, 1)
     _plan(arguments)
     options = {
         "prompt_len": arguments.prompt_len,

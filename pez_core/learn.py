@@ -75,9 +75,10 @@ class Result(Candidate):
     Attributes:
         candidates: one per restart, best first; the first is this result's own prompt. Empty where
             the prompt was not learned, or in sections.
-        history: `(step, best score so far)`, one per report; the score is the similarity, less what
-            is to be avoided by its weight. With an extra loss of weight w it is 1 - w of that, less
-            w of the loss.
+        history: `(step, score of the best so far)`, one per report; the score is the similarity,
+            less what is to be avoided by its weight. Where more counts in the choice (what words
+            mean alone, how they read), it may fall a little. With an extra loss of weight w it is
+            1 - w of that, less w of the loss.
         seconds: of the whole search that this result came from, shared by all of a batch.
         note: what a person should know about it, "" most of the time.
     """
@@ -307,9 +308,11 @@ def learn(
             continue
         numbers = _numbers(goals, restarts)[span]
         priors: list[Prior] = [reading] if reading else []
-        if plan.word_weight:
+        left = _time_left(learning, began, len(best.spans) - turn)
+        alone = _alone(clip, space, left and left / 2) if plan.word_weight else None
+        if alone is not None:
             towards = torch.stack([goals[k].towards for k in numbers])
-            priors.append(WordsAlone(_alone(clip, space), space, towards, plan.word_weight))
+            priors.append(WordsAlone(alone, space, towards, plan.word_weight))
         found = refine(
             space,
             _similarity(clip, goals, numbers, frame),
@@ -402,17 +405,23 @@ def _space(clip: AnyClip, tables: Tables, lexicon: Lexicon | None, prompt_len: i
 
 
 @torch.no_grad()
-def _alone(clip: AnyClip, space: TokenSpace) -> torch.Tensor:
+def _alone(clip: AnyClip, space: TokenSpace, time_limit: float | None) -> torch.Tensor | None:
     """(allowed, features) unit features of each allowed token as a text by itself.
 
-    Those of the last vocabulary are remembered for as long as the CLIP lives.
+    Those of the last vocabulary are remembered for as long as the CLIP lives. None: there is not
+    the time.
     """
+    began = time.monotonic()
     allowed, known = space.allowed, _ALONE.get(clip)
     if known is None or known[1].device != clip.device or not torch.equal(known[0], allowed):
         encode = clip.text.encoder()
         rows = allowed[:, None].split(_WORDS_AT_ONCE)
         table = clip.text.token_embedding
-        features = [encode(F.embedding(ids, table).float()) for ids in rows]
+        features = []
+        for ids in rows:
+            if time_limit is not None and time.monotonic() - began > time_limit:
+                return None
+            features.append(encode(F.embedding(ids, table).float()))
         known = allowed, F.normalize(torch.cat(features).float(), dim=-1)
         _ALONE[clip] = known
     return known[1]

@@ -73,9 +73,10 @@ class SampledSimilarity(Similarity):
 
     def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         features = F.normalize(self.encode(embeddings).float(), dim=-1)
+        rows = features.view(len(self.target), -1, features.shape[-1])
         order = torch.randperm(self.targets.shape[1], generator=self.generator)
         few = self.targets[:, order[: self.batch_size].to(features.device)].mean(dim=1)
-        return 1 - (features * few).sum(-1), (features * self.target).sum(-1)
+        return 1 - (rows @ few[..., None]).flatten(), (rows @ self.target[..., None]).flatten()
 
 
 class ExtraLoss(Protocol):

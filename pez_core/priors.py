@@ -23,7 +23,7 @@ _WORTH = 0.05
 
 
 def check_readability(
-    readability: object, language_model: LanguageModel | None
+    readability: object, language_model: LanguageModel | None, device: str | torch.device
 ) -> LanguageModel | None:
     """The language model that is needed; raise unless `readability` is a number from 0 to 1.
 
@@ -35,7 +35,7 @@ def check_readability(
     if not 0 <= readability <= 1:
         raise ValueError(f"`readability` has to be from 0 to 1 but is {readability}.")
     if readability and language_model is None:
-        return load_language_model()
+        return load_language_model(device=device)
     return language_model
 
 
@@ -73,10 +73,11 @@ class Reading:
         Scaled like `score`, as a token's part in the mean.
         """
         left = [
-            [*self._before, *(self.words.decode([token]) for token in row[: position + 1])]
+            [*self._before, *(self.words.decode([token]) for token in row[:position])]
             for row in ids.tolist()
         ]
-        likely = self.language_model.screen(left, self._table)[:, -1]
+        texts = [as_written(" ".join(words)) for words in left]
+        likely = self.language_model.next_words(texts, self._table)
         return (likely * self.worth / ids.shape[1]).to(ids.device)
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:

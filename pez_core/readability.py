@@ -169,7 +169,7 @@ class LanguageModel:
         repeated = torch.tensor([repeated_share(text) for text in texts], device=self.device)
         return self._means(texts, end=True) - _REPEAT * repeated
 
-    def next_words(self, prefixes: Sequence[str], words: Sequence[str]) -> torch.Tensor:
+    def next_words(self, prefixes: Sequence[str], words: Sequence[str] | WordTable) -> torch.Tensor:
         """(prefixes, words) log-likelihood that the text goes on with a word.
 
         Args:
@@ -179,7 +179,8 @@ class LanguageModel:
         Raises:
             ValueError: no words, or one that is empty or has a space in it.
         """
-        table, rows = self.table(words), self._rows(prefixes)
+        table = words if isinstance(words, WordTable) else self.table(words)
+        rows = self._rows(prefixes)
         result = torch.empty(len(rows), len(table.words), device=self.device)
         for k, logits in self._logits(rows):
             result[k] = self._look_up(logits[-1:], prefixes[k : k + 1], table)

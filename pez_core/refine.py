@@ -130,7 +130,8 @@ def refine(
             if best.end_step():
                 break
             if not order:
-                x = _kicked(space, best.ids, trials, generators)
+                kicks = zip(best.ids, generators, strict=True)
+                x = torch.cat([space.changed(row, trials, one) for row, one in kicks])
                 if valid is not None:
                     x = torch.where(valid(x)[:, None], x, best.ids.repeat_interleave(trials, dim=0))
                 scores, worth = _score(space, objective, prior, x)
@@ -198,17 +199,6 @@ def _improved(
             return x, *(torch.where(better, a, b) for a, b in zip(new[1:], now[1:], strict=True))
         worth = worth.clone()
         worth[every[refused], choice[refused]] = -torch.inf
-
-
-def _kicked(
-    space: TokenSpace, ids: torch.Tensor, trials: int, generators: Sequence[torch.Generator]
-) -> torch.Tensor:
-    """(problems, prompt_len) -> (problems * trials, prompt_len), a random token of each changed."""
-    prompt_len = ids.shape[1]
-    fresh = torch.cat([space.random(trials, prompt_len, g) for g in generators])
-    places = torch.cat([torch.randint(prompt_len, (trials, 1), generator=g) for g in generators])
-    places = places.to(ids.device)
-    return ids.repeat_interleave(trials, dim=0).scatter(1, places, fresh.gather(1, places))
 
 
 @torch.no_grad()

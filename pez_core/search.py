@@ -216,7 +216,7 @@ class Tracker:
         progress.elapsed = elapsed
         progress.history.append((done, self.scores.tolist()))
         if self.callback is not None and self.callback(progress):
-            progress.stopped = done < budget.steps
+            progress.stopped = True
             return True
         patience = budget.patience
         return last or (

@@ -128,6 +128,12 @@ class TokenSpace:
         swapped[:, :, position] = self.allowed[picks]
         return swapped, None if bonus is None else bonus.gather(1, picks)
 
+    def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+        """(prompt_len,) -> (count, prompt_len), a random token of each changed at random."""
+        fresh = self.random(count, len(ids), generator)
+        places = torch.randint(len(ids), (count, 1), generator=generator).to(ids.device)
+        return ids.repeat(count, 1).scatter(1, places, fresh.gather(1, places))
+
     def only_allowed(
         self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -258,6 +264,8 @@ class PhraseSpace(TokenSpace):
             -1
         )  # what goes when a token is swapped
         phrases = {n: p for n, p in self._phrases.items() if n <= left}
+        if not phrases:  # none is short enough to begin here
+            return ids[:, None], None if bonus is None else bonus.new_zeros(rows, 1)
         promises = [
             now[:, :n].sum(1, keepdim=True) - sum(products[:, j, p[:, j]] for j in range(n))
             for n, p in phrases.items()
@@ -273,15 +281,31 @@ class PhraseSpace(TokenSpace):
         for n, p in phrases.items():
             row, place = ((picks >= first) & (picks < first + len(p))).nonzero(as_tuple=True)
             chosen = self.allowed[p[picks[row, place] - first]]
-            swapped[row[:, None], place[:, None], position + torch.arange(n, device=ids.device)] = chosen
+            where = position + torch.arange(n, device=ids.device)
+            swapped[row[:, None], place[:, None], where] = chosen
             first += len(p)
         return swapped, None if bonus is None else extra.gather(1, picks)
+
+    def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+        """As `TokenSpace.changed`, a phrase for another of as many tokens."""
+        row = ids.tolist()
+        spans = self._spans(row)
+        if not spans:
+            return ids.repeat(count, 1)
+        rows = []
+        for _ in range(count):
+            start, n = spans[int(torch.randint(len(spans), (), generator=generator))]
+            phrases = self._phrases[n]
+            pick = int(torch.randint(len(phrases), (), generator=generator))
+            fresh = self.allowed[phrases[pick]].tolist()
+            rows.append([*row[:start], *fresh, *row[start + n :]])
+        return torch.tensor(rows, device=ids.device)
 
     def only_allowed(
         self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         def both(ids: torch.Tensor) -> torch.Tensor:
-            good = torch.tensor([self._made_of_phrases(row) for row in ids.tolist()])
+            good = torch.tensor([bool(self._spans(row)) for row in ids.tolist()])
             good = good.to(ids.device)
             if acceptable is not None and good.any():
                 good[good.clone()] = acceptable(ids[good])
@@ -289,14 +313,15 @@ class PhraseSpace(TokenSpace):
 
         return both
 
-    def _made_of_phrases(self, ids: list[int]) -> bool:
-        ends = {0}
+    def _spans(self, ids: list[int]) -> list[tuple[int, int]]:
+        """First token and length of each phrase that `ids` are made of; empty if they are not."""
+        spans: dict[int, list[tuple[int, int]]] = {0: []}
         for end in range(1, len(ids) + 1):
-            if any(
-                end - n in ends and tuple(ids[end - n : end]) in self._known for n in self._phrases
-            ):
-                ends.add(end)
-        return len(ids) in ends
+            for n in self._phrases:
+                if end - n in spans and tuple(ids[end - n : end]) in self._known:
+                    spans[end] = [*spans[end - n], (end - n, n)]
+                    break
+        return spans.get(len(ids), [])
 
 
 def _sums(lengths: Sequence[int], top: int) -> set[int]:

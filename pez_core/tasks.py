@@ -127,7 +127,7 @@ def invert(
         raise ValueError(
             f"`template` has to hold {{}} once, where the learned words go, but is {template!r}."
         )
-    language_model = check_readability(readability, language_model)
+    language_model = check_readability(readability, language_model, clip.device)
     plan = make_plan(preset, steps, refine_steps, time_limit, extra is not None, readability)
     plan = replace(plan, word_weight=WORD_WEIGHT)
     learning = Learning(
@@ -258,7 +258,7 @@ def extract_style(
         content = [content]
     if content:
         vocabulary = _without(vocabulary, _content_words(content))
-    language_model = check_readability(readability, language_model)
+    language_model = check_readability(readability, language_model, clip.device)
     plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len,
@@ -357,7 +357,7 @@ def distill(
         raise ValueError(f"`ratio` has to be above 0 and at most 1 but is {ratio}.")
     if prompt_len is not None:
         check_integer("prompt_len", prompt_len, 1)
-    language_model = check_readability(readability, language_model)
+    language_model = check_readability(readability, language_model, clip.device)
     plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len or 1,
@@ -562,7 +562,7 @@ def concatenate(
     texts = [source.strip() for source in sources if isinstance(source, str)]
     joined = " ".join(texts)
     kept = " ".join(filter(None, map(tags, texts)))
-    language_model = check_readability(readability, language_model)
+    language_model = check_readability(readability, language_model, clip.device)
     plan = make_plan(preset, steps, refine_steps, time_limit, readability=readability)
     learning = Learning(
         prompt_len,

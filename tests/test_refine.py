@@ -15,6 +15,7 @@ from pez_core import (
     Settings,
     TokenSpace,
     Vocabulary,
+    extract_style,
     invert,
     refine,
     search,
@@ -24,7 +25,6 @@ from pez_core.learn import Frame
 from pez_core.objectives import Similarity
 from pez_core.priors import Reading, Sum, WordsAlone
 from pez_core.readability import as_written
-from pez_core.refine import _kicked
 
 QUICK = Refinement(steps=12, candidates=8, trials=3)
 
@@ -125,13 +125,45 @@ def test_results_depend_on_nothing_in_the_batch(emoji_clip, space, features):
     assert other.ids.tolist() != together.ids.tolist()
 
 
-def test_a_kicked_prompt_differs_in_one_place_at_most(space):
-    ids = begin(space, 2, 6, 1)
-    generators = [torch.Generator().manual_seed(k) for k in range(2)]
-    rows = _kicked(space, ids, 50, generators)
-    differ = (rows != ids.repeat_interleave(50, dim=0)).sum(1)
+def test_a_changed_prompt_differs_in_one_place_at_most(space):
+    (ids,) = begin(space, 1, 6, 1)
+    rows = space.changed(ids, 50, torch.Generator().manual_seed(0))
+    differ = (rows != ids).sum(1)
     assert differ.max() == 1 and differ.float().mean() > 0.95
-    assert set((rows[:50] != ids[0]).nonzero()[:, 1].tolist()) == set(range(6))
+    assert set((rows != ids).nonzero()[:, 1].tolist()) == set(range(6))
+
+
+def test_a_changed_phrase_is_a_phrase(emoji_clip):
+    encode = emoji_clip.text.words.encode
+    phrases = [tuple(encode(text)) for text in ("red car", "blue sky", "green tree", "a big fish")]
+    space = PhraseSpace(emoji_clip.text.token_embedding, phrases, 7)
+    (ids,) = begin(space, 1, 7, 1)
+    rows = space.changed(ids, 30, torch.Generator().manual_seed(0))
+    assert space.only_allowed(None)(rows).all() and (rows != ids).any(1).sum() > 4
+
+
+def test_phrases_of_several_tokens_alone(emoji_clip):
+    words = Vocabulary(bank=["red car", "blue sky", "white snow", "yellow face", "green tree"])
+    result = invert(emoji_clip, EXAMPLES[0], 8, steps=3, refine_steps=24, vocabulary=words)
+    assert len(result.prompt.split()) == 8
+
+
+def test_a_style_of_a_few_images_per_step(emoji_clip):
+    style = extract_style(
+        emoji_clip, EXAMPLES[:3], 4, mode="joint", batch_size=2, steps=3, refine_steps=4
+    )
+    assert len(style.candidates) == 4
+
+
+def test_a_stop_at_the_last_step_of_pez_ends_all(emoji_clip):
+    steps = []
+
+    def stop(report):
+        steps.append(report["step"])
+        return report["step"] == 5
+
+    invert(emoji_clip, EXAMPLES[0], 4, steps=5, refine_steps=9, callback=stop)
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_only_acceptable_prompts_are_swapped_in(emoji_clip, space, features):

@@ -665,7 +665,7 @@ class PezPipeline(DiffusionPipeline):
         settings = {"steps": pez_steps, "restarts": restarts} | pez_kwargs
         if settings.get("readability"):  # loaded once for all prompts
             settings["language_model"] = check_readability(
-                settings["readability"], settings.get("language_model")
+                settings["readability"], settings.get("language_model"), self._execution_device
             )
         if prompt_len is not None:
             settings["prompt_len"] = prompt_len
