@@ -486,7 +486,7 @@ def test_readable_prompts(emoji_clip, monkeypatch):
     lm = make_lm()
     loaded = []
     monkeypatch.setattr(
-        "pez_core.priors.load_language_model", lambda *given: loaded.append(given) or lm
+        "pez_core.priors.load_language_model", lambda **given: loaded.append(given) or lm
     )
     prior = PezPipeline(emoji_clip)
     prior.set_progress_bar_config(disable=True)
