@@ -322,8 +322,8 @@ def learn(
                 patience=learning.settings.patience,
                 report_every=learning.settings.report_every,
                 time_limit=_time_left(learning, began, len(best.spans) - turn),
-                candidates=plan.candidates,
                 trials=trials,
+                screened=plan.screened,
             ),
             callback
             and (lambda progress, span=span: callback(best.report(span, progress, plan.steps))),

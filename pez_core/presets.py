@@ -15,7 +15,7 @@ class Plan:
         steps: of PEZ.
         refine_steps: of the refinement; 0: none.
         trials: versions of each prompt that are searched side by side.
-        candidates: swaps that are compared exactly in each step of the refinement.
+        screened: swaps that each step of the refinement compares in the best version.
         word_weight: what the similarities of the words alone count in the refinement, beside that
             of the prompt (see `pez_core.priors.WordsAlone`).
         open_ended: the refinement goes on until a time limit, whatever `refine_steps` says.
@@ -24,7 +24,7 @@ class Plan:
     steps: int
     refine_steps: int
     trials: int
-    candidates: int
+    screened: int
     word_weight: float = 0.0
     open_ended: bool = False
 
@@ -36,12 +36,12 @@ class Plan:
 # By measurement, see benchmarks/results/quality.md. More steps of PEZ before the swaps bring less
 # than as much time for swaps, and more versions more than longer rounds.
 PRESETS = {
-    "fast": Plan(steps=20, refine_steps=32, trials=4, candidates=32),
-    "balanced": Plan(steps=30, refine_steps=96, trials=8, candidates=32),
-    "best": Plan(steps=60, refine_steps=640, trials=16, candidates=32),
+    "fast": Plan(steps=20, refine_steps=32, trials=8, screened=64),
+    "balanced": Plan(steps=30, refine_steps=48, trials=16, screened=128),
+    "best": Plan(steps=60, refine_steps=640, trials=32, screened=256),
 }
 
-_READABLE_TRIALS = 2
+_READABLE_TRIALS = 4
 
 # `Plan.word_weight` of prompts for images, where it raises the similarity to a CLIP that took no
 # part (benchmarks/results/remedies.md). Words for a text are better chosen for what they mean
@@ -49,7 +49,7 @@ _READABLE_TRIALS = 2
 WORD_WEIGHT = 0.3
 
 # The paper's search has no refinement.
-_PAPER = Plan(steps=3000, refine_steps=0, trials=1, candidates=32)
+_PAPER = Plan(steps=3000, refine_steps=0, trials=1, screened=128)
 
 
 def make_plan(

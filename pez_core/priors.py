@@ -65,8 +65,6 @@ class Reading:
         self._table = language_model.table([word if word.strip() else "?" for word in printed])
         self._known: dict[tuple[int, ...], float] = {}
 
-    exactly = 4
-
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) how likely each token is behind what precedes.
 
@@ -114,8 +112,6 @@ class WordsAlone:
         weight: what the mean score of the words alone counts beside that of the prompt.
     """
 
-    exactly = 10**9
-
     def __init__(
         self, alone: torch.Tensor, space: TokenSpace, towards: torch.Tensor, weight: float
     ) -> None:
@@ -142,7 +138,6 @@ class Sum:
 
     def __init__(self, priors: Sequence[Prior]) -> None:
         self.priors = priors
-        self.exactly = min(prior.exactly for prior in priors)
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """The sum of those of the priors."""

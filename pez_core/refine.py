@@ -4,8 +4,9 @@ PEZ moves all tokens at once and does not settle; swaps climb to the top of the 
 and small kicks look at the hills beside it. What is old in it: candidates ranked by the gradient
 and compared exactly (HotFlip, Ebrahimi et al. 2018; AutoPrompt, Shin et al. 2020; GCG, Zou et al.
 2023), and iterated local search (Lourenço et al. 2003). What makes it fast here: all candidates of
-a step are for one position, so that a causal tower looks once at what precedes it, and the kicks of
-a round are tried side by side.
+a step are for one position, so that a causal tower looks once at what precedes it; the kicks of a
+round are tried side by side; and since these versions of a prompt differ in little, a token that is
+good in one of them is so in all: many are compared in the best version, few in the others.
 """
 
 from __future__ import annotations
@@ -36,20 +37,14 @@ class RefinableObjective(Objective, Protocol):
 class Prior(Protocol):
     """What counts in the choice between swaps beside the objective, such as how a prompt reads.
 
-    Attributes:
-        exactly: candidates of a step that it can score in reasonable time.
+    The rows of `ids` are those of the problems in their order, as many for each.
     """
-
-    exactly: int
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, prompt_len) ids -> (rows,) what is added to their scores.
-
-        The rows are those of the problems in their order, as many for each.
-        """
+        """(rows, prompt_len) ids -> (rows,) what is added to their scores."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,22 @@ class Refinement(Budget):
     Attributes:
         steps, patience, report_every, time_limit: see `Budget`. A step tries swaps at one position;
             a round has as many steps as the prompt has tokens.
-        candidates: tokens that are compared exactly in a step, of those with the best gradient.
         trials: versions of each prompt that are refined side by side. At the end of each round all
             become the best of them with one token changed at random.
+        screened: tokens that are compared in the best version in a step, those with the best mean
+            gradient.
+        candidates: the best of these, which are then compared in each version.
     """
 
     steps: int = 128
-    candidates: int = 32
-    trials: int = 8
+    trials: int = 16
+    screened: int = 128
+    candidates: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("candidates", self.candidates, 1)
-        check_integer("trials", self.trials, 1)
+        for name in ("trials", "screened", "candidates"):
+            check_integer(name, getattr(self, name), 1)
 
 
 def refine(
@@ -117,16 +115,16 @@ def refine(
         x = ids
         scores, worth = _score(space, objective, prior, x)
         best = Tracker(x.view(problems, trials, -1)[:, 0], settings, callback, valid)
-        best.offer(*_best_trial(problems, x, scores, worth))
+        best.offer(*_best_trial(problems, worth, x, scores, worth))
         order: list[int] = []
         while True:
             if not order:
                 order = torch.randperm(prompt_len, generator=shuffle).tolist()
             i = order.pop()
-            swaps, gradient = _swaps(space, objective, prior, x, i, settings.candidates)
+            swaps, gradient = _swaps(space, objective, prior, x, worth, i, settings)
             best.check_finite(gradient, *swaps[1:])
             x, scores, worth = _improved((x, scores, worth), swaps, valid)
-            best.offer(*_best_trial(problems, x, scores, worth))
+            best.offer(*_best_trial(problems, worth, x, scores, worth))
             if best.end_step():
                 break
             if not order:
@@ -148,10 +146,16 @@ def _swaps(
     objective: RefinableObjective,
     prior: Prior | None,
     x: torch.Tensor,
+    worth: torch.Tensor,
     i: int,
-    candidates: int,
+    settings: Refinement,
 ) -> tuple[Prompts, torch.Tensor]:
-    """The most promising (rows, candidates) swaps at position i of each row, and the gradient."""
+    """The most promising (rows, candidates) swaps at position i of each row, and the gradient.
+
+    The gradient of a single version is too rough a guide; the mean of all is better, and the best
+    version tells which of the tokens that it promises keep the promise.
+    """
+    problems = len(x) // settings.trials
     embeddings = space.embed(x)
     rest = objective.given(embeddings[:, :i])
     with torch.enable_grad():
@@ -159,24 +163,35 @@ def _swaps(
         loss, _ = rest(suffix, 0)
         (gradient,) = torch.autograd.grad(loss.sum(), suffix)
     with torch.no_grad():
-        likely = None if prior is None else prior.screen(x, i)
-        swapped, bonus = space.swaps(x, gradient, i, candidates, likely)
-        few = max(1, _ROWS // len(x))
-        scores = torch.cat(
-            [
-                rest(space.embed(part[:, :, i:].flatten(0, 1)), 0)[1].view(len(x), -1)
-                for part in swapped.split(few, dim=1)
-            ],
-            dim=1,
-        )
+        gradient = gradient.unflatten(0, (problems, -1)).mean(dim=1)
+        (lead,) = _best_trial(problems, worth, x)
+        likely = None if prior is None else prior.screen(lead, i)
+        swaps, bonus = space.swaps(lead, gradient, i, settings.screened, likely)
+        alone = objective.given(space.embed(lead[:, :i]))
+        promise = _scores_behind(space, alone, space.swapped(lead, swaps, i), i)
+        if bonus is not None:
+            promise = promise + bonus
+        picks = promise.topk(min(settings.candidates, promise.shape[1]), dim=1).indices
+        swaps = swaps.gather(1, picks[..., None].expand(-1, -1, swaps.shape[2]))
+
+        swapped = space.swapped(x, swaps.repeat_interleave(settings.trials, dim=0), i)
+        scores = _scores_behind(space, rest, swapped, i)
         if prior is None:
             return (swapped, scores, scores), gradient
-        if prior.exactly < scores.shape[1]:
-            picks = (scores + bonus).topk(prior.exactly, dim=1).indices
-            swapped = swapped[torch.arange(len(x), device=x.device)[:, None], picks]
-            scores = scores.gather(1, picks)
         worth = scores + prior.score(swapped.flatten(0, 1)).view(scores.shape)
         return (swapped, scores, worth), gradient
+
+
+def _scores_behind(
+    space: TokenSpace, rest: Objective, swapped: torch.Tensor, i: int
+) -> torch.Tensor:
+    """(rows, candidates) scores of prompts, by an objective of what they are from position i on."""
+    few = max(1, _ROWS // len(swapped))
+    parts = [
+        rest(space.embed(part[:, :, i:].flatten(0, 1)), 0)[1].view(len(swapped), -1)
+        for part in swapped.split(few, dim=1)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _improved(
@@ -211,11 +226,9 @@ def _score(
 
 
 def _best_trial(
-    problems: int, x: torch.Tensor, scores: torch.Tensor, worth: torch.Tensor
-) -> Prompts:
-    """The row of each problem that is worth the most."""
+    problems: int, worth: torch.Tensor, *parts: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Of each of some (rows, ...) tensors the row of each problem that is worth the most."""
     choice = worth.view(problems, -1).argmax(dim=1)
-    every = torch.arange(problems, device=x.device)
-    return tuple(
-        part.view(problems, -1, *part.shape[1:])[every, choice] for part in (x, scores, worth)
-    )
+    every = torch.arange(problems, device=worth.device)
+    return tuple(part.view(problems, -1, *part.shape[1:])[every, choice] for part in parts)

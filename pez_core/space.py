@@ -118,15 +118,23 @@ class TokenSpace:
             bonus: (rows, len(allowed)) added to what each token promises.
 
         Returns:
-            (rows, count, prompt_len) ids, and (rows, count) the bonus of each, None without.
+            (rows, count, n) ids for what stands from `position` on, -1 for what stays, and
+            (rows, count) the bonus of each, None without.
         """
         promise = -self.products(gradient[:, 0])
         if bonus is not None:
             promise = promise + bonus
         picks = promise.topk(min(count, promise.shape[1]), dim=1).indices
-        swapped = ids[:, None].repeat(1, picks.shape[1], 1)
-        swapped[:, :, position] = self.allowed[picks]
-        return swapped, None if bonus is None else bonus.gather(1, picks)
+        swaps = self.allowed[picks][..., None]
+        return swaps, None if bonus is None else bonus.gather(1, picks)
+
+    @staticmethod
+    def swapped(ids: torch.Tensor, swaps: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, prompt_len) ids with each of their (rows, count, n) swaps -> (rows, count, ...)"""
+        swapped = ids[:, None].repeat(1, swaps.shape[1], 1)
+        place = swapped[:, :, position : position + swaps.shape[2]]
+        place.copy_(torch.where(swaps < 0, place, swaps))
+        return swapped
 
     def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
         """(prompt_len,) -> (count, prompt_len), a random token of each changed at random."""
@@ -257,34 +265,34 @@ class PhraseSpace(TokenSpace):
         count: int,
         bonus: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TokenSpace.swaps`, of the tokens from `position` on for whole phrases."""
+        """As `TokenSpace.swaps`, a phrase for what takes as many tokens from `position` on."""
         rows, left, _ = gradient.shape
-        products = self.products(gradient.flatten(0, 1)).view(rows, left, -1)
-        now = (gradient * self.embed(ids[:, position:])).sum(
-            -1
-        )  # what goes when a token is swapped
         phrases = {n: p for n, p in self._phrases.items() if n <= left}
         if not phrases:  # none is short enough to begin here
-            return ids[:, None], None if bonus is None else bonus.new_zeros(rows, 1)
-        promises = [
-            now[:, :n].sum(1, keepdim=True) - sum(products[:, j, p[:, j]] for j in range(n))
-            for n, p in phrases.items()
-        ]
-        bonuses = [
-            products.new_zeros(rows, len(p)) if bonus is None else bonus[:, p[:, 0]]
-            for p in phrases.values()
-        ]
-        promise, extra = torch.cat(promises, dim=1), torch.cat(bonuses, dim=1)
-        picks = (promise + extra).topk(min(count, promise.shape[1]), dim=1).indices
-        swapped = ids[:, None].repeat(1, picks.shape[1], 1)
-        first = 0
+            nothing = ids.new_full((rows, 1, 1), -1)
+            return nothing, None if bonus is None else bonus.new_zeros(rows, 1)
+        products = self.products(gradient.flatten(0, 1)).view(rows, left, -1)
+        # what goes when a token is swapped
+        now = (gradient * self.embed(ids[:, position:])).sum(-1)
+        ends = [{a + n for a, n in self._spans(row)} | {0} for row in ids.tolist()]
+        promises, bonuses, swaps = [], [], []
         for n, p in phrases.items():
-            row, place = ((picks >= first) & (picks < first + len(p))).nonzero(as_tuple=True)
-            chosen = self.allowed[p[picks[row, place] - first]]
-            where = position + torch.arange(n, device=ids.device)
-            swapped[row[:, None], place[:, None], where] = chosen
-            first += len(p)
-        return swapped, None if bonus is None else extra.gather(1, picks)
+            fits = [position in edges and position + n in edges for edges in ends]
+            refused = ~torch.tensor(fits, device=ids.device)[:, None]
+            promise = now[:, :n].sum(1, keepdim=True)
+            promise = promise - sum(products[:, j, p[:, j]] for j in range(n))
+            promises.append(promise.masked_fill(refused, -torch.inf))
+            if bonus is not None:
+                bonuses.append(bonus[:, p[:, 0]])
+            swaps.append(F.pad(self.allowed[p], (0, max(phrases) - n), value=-1))
+        promise = estimate = torch.cat(promises, dim=1)
+        if bonus is not None:
+            extra = torch.cat(bonuses, dim=1)
+            estimate = promise + extra
+        picks = estimate.topk(min(count, promise.shape[1]), dim=1).indices
+        chosen = torch.cat(swaps)[picks]
+        chosen[promise.gather(1, picks) == -torch.inf] = -1  # fewer fit
+        return chosen, None if bonus is None else extra.gather(1, picks)
 
     def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
         """As `TokenSpace.changed`, a phrase for another of as many tokens."""
