@@ -30,7 +30,7 @@ from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 # Versions of prompts searched together, of all images and restarts: enough to share the cost of a
 # step, few enough to see results early. Of the paper's search that is 16 images; of the preset
-# "balanced", whose 8 versions keep a processor busy by themselves, 2.
+# "balanced", whose 16 versions keep a processor busy by themselves, 1.
 BATCH = 16
 
 

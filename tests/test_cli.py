@@ -276,11 +276,11 @@ def test_few_enough_are_searched_together_to_see_results_early(as_json, tasks):
 
     few = ["--refine-steps", "1"]
     assert at_once(*QUICK) == [(5, None)]
-    assert at_once("--preset", "balanced", *few) == [(2, None), (2, None), (1, None)]
+    assert at_once("--preset", "fast", *few) == [(2, None), (2, None), (1, None)]
+    assert at_once("--preset", "fast", *few, "--restarts", "2") == [(1, None)] * 5
     assert at_once("--preset", "best", *few) == [(1, None)] * 5
-    assert at_once("--preset", "fast", *few, "--restarts", "2") == [(2, None), (2, None), (1, None)]
     # the limit is for each image
-    assert at_once("--preset", "fast", *few, "--time-limit", "30") == [(4, 120), (1, 30)]
+    assert at_once("--preset", "fast", *few, "--time-limit", "30") == [(2, 60), (2, 60), (1, 30)]
 
 
 def test_a_time_limit_is_for_each_image(as_json):
