@@ -33,8 +33,8 @@ class Plan:
         return self.steps + self.refine_steps
 
 
-# By measurement, see benchmarks/results/quality.md. More steps of PEZ before the swaps bring less
-# than as much time for swaps, and more versions more than longer rounds.
+# benchmarks/quality.py measures what they find. More steps of PEZ before the swaps bring less than
+# as much time for swaps, and more versions more than longer rounds.
 PRESETS = {
     "fast": Plan(steps=20, refine_steps=32, trials=8, screened=64),
     "balanced": Plan(steps=30, refine_steps=48, trials=16, screened=128),

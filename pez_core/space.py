@@ -119,7 +119,7 @@ class TokenSpace:
 
         Returns:
             (rows, count, n) ids for what stands from `position` on, -1 for what stays, and
-            (rows, count) the bonus of each, None without.
+            (rows, count) the bonus of each, -inf where there are fewer swaps; None: of no swap.
         """
         promise = -self.products(gradient[:, 0])
         if bonus is not None:
@@ -276,23 +276,22 @@ class PhraseSpace(TokenSpace):
         now = (gradient * self.embed(ids[:, position:])).sum(-1)
         ends = [{a + n for a, n in self._spans(row)} | {0} for row in ids.tolist()]
         promises, bonuses, swaps = [], [], []
+        if bonus is None:
+            bonus = products.new_zeros(rows, len(self.allowed))
         for n, p in phrases.items():
             fits = [position in edges and position + n in edges for edges in ends]
             refused = ~torch.tensor(fits, device=ids.device)[:, None]
             promise = now[:, :n].sum(1, keepdim=True)
             promise = promise - sum(products[:, j, p[:, j]] for j in range(n))
-            promises.append(promise.masked_fill(refused, -torch.inf))
-            if bonus is not None:
-                bonuses.append(bonus[:, p[:, 0]])
+            promises.append(promise)
+            bonuses.append(bonus[:, p[:, 0]].masked_fill(refused, -torch.inf))
             swaps.append(F.pad(self.allowed[p], (0, max(phrases) - n), value=-1))
-        promise = estimate = torch.cat(promises, dim=1)
-        if bonus is not None:
-            extra = torch.cat(bonuses, dim=1)
-            estimate = promise + extra
-        picks = estimate.topk(min(count, promise.shape[1]), dim=1).indices
-        chosen = torch.cat(swaps)[picks]
-        chosen[promise.gather(1, picks) == -torch.inf] = -1  # fewer fit
-        return chosen, None if bonus is None else extra.gather(1, picks)
+        bonus = torch.cat(bonuses, dim=1)
+        promise = torch.cat(promises, dim=1) + bonus
+        picks = promise.topk(min(count, promise.shape[1]), dim=1).indices
+        bonus, chosen = bonus.gather(1, picks), torch.cat(swaps)[picks]
+        chosen[bonus == -torch.inf] = -1
+        return chosen, bonus
 
     def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
         """As `TokenSpace.changed`, a phrase for another of as many tokens."""
