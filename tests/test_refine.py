@@ -142,6 +142,20 @@ def test_a_changed_phrase_is_a_phrase(emoji_clip):
     assert space.only_allowed(None)(rows).all() and (rows != ids).any(1).sum() > 4
 
 
+def test_swaps_leave_whole_phrases(emoji_clip):
+    encode = emoji_clip.text.words.encode
+    phrases = [tuple(encode(text)) for text in ("red car", "blue", "yellow face", "a big fish")]
+    space = PhraseSpace(emoji_clip.text.token_embedding, phrases, 7)
+    ids = begin(space, 5, 7, 1)
+    for position in range(7):
+        gradient = torch.randn(5, 7 - position, emoji_clip.text.token_embedding.shape[1])
+        swaps, bonus = space.swaps(ids, gradient, position, 4)
+        swapped = space.swapped(ids, swaps, position)
+        assert space.only_allowed(None)(swapped.flatten(0, 1)).all()
+        # what fits nowhere changes nothing and is never among the best
+        assert ((swapped == ids[:, None]).all(-1) >= (bonus == -torch.inf)).all()
+
+
 def test_phrases_of_several_tokens_alone(emoji_clip):
     words = Vocabulary(bank=["red car", "blue sky", "white snow", "yellow face", "green tree"])
     result = invert(emoji_clip, EXAMPLES[0], 8, steps=3, refine_steps=24, vocabulary=words)
