@@ -162,7 +162,7 @@ class Method:
 
 
 def pez(problems: Problems, note: Note, words: Callable, steps: int | None = None) -> list[Found]:
-    settings = Settings(steps=steps or problems.steps)
+    settings = Settings(steps=steps or problems.steps, lr=problems.lr or 0.1)
     return problems.solve(search, words(problems.clip), settings, note)
 
 

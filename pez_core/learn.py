@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _WORDS_AT_ONCE = 2048
 # The allowed tokens of the last search on each CLIP, and what they mean alone.
 _ALONE: WeakKeyDictionary[AnyClip, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+# Some of them are made again to tell whether the CLIP still is what it was, within rounding.
+_PROBES, _SAME = 4, 1e-3
 # Steps of a search that only time ends.
 _ENDLESS = 10**9
 
@@ -408,23 +410,27 @@ def _space(clip: AnyClip, tables: Tables, lexicon: Lexicon | None, prompt_len: i
 def _alone(clip: AnyClip, space: TokenSpace, time_limit: float | None) -> torch.Tensor | None:
     """(allowed, features) unit features of each allowed token as a text by itself.
 
-    Those of the last vocabulary are remembered for as long as the CLIP lives. None: there is not
-    the time.
+    Those of the last vocabulary are remembered for as long as the CLIP lives and, as some words
+    tell, has the weights that it had. None: there is not the time.
     """
     began = time.monotonic()
     allowed, known = space.allowed, _ALONE.get(clip)
-    if known is None or known[1].device != clip.device or not torch.equal(known[0], allowed):
-        encode = clip.text.encoder()
-        rows = allowed[:, None].split(_WORDS_AT_ONCE)
-        table = clip.text.token_embedding
-        features = []
-        for ids in rows:
-            if time_limit is not None and time.monotonic() - began > time_limit:
-                return None
-            features.append(encode(F.embedding(ids, table).float()))
-        known = allowed, F.normalize(torch.cat(features).float(), dim=-1)
-        _ALONE[clip] = known
-    return known[1]
+    encode, table = clip.text.encoder(), clip.text.token_embedding
+
+    def features(ids: torch.Tensor) -> torch.Tensor:
+        return F.normalize(encode(F.embedding(ids[:, None], table).float()).float(), dim=-1)
+
+    if known is not None and known[1].device == clip.device and torch.equal(known[0], allowed):
+        some = slice(None, None, -(-len(allowed) // _PROBES))
+        if torch.allclose(features(allowed[some]), known[1][some], atol=_SAME):
+            return known[1]
+    rows = []
+    for ids in allowed.split(_WORDS_AT_ONCE):
+        if time_limit is not None and time.monotonic() - began > time_limit:
+            return None
+        rows.append(features(ids))
+    _ALONE[clip] = allowed, torch.cat(rows)
+    return _ALONE[clip][1]
 
 
 def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:

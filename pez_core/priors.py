@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,14 @@ def check_readability(
     if not 0 <= readability <= 1:
         raise ValueError(f"`readability` has to be from 0 to 1 but is {readability}.")
     if readability and language_model is None:
-        return load_language_model(device=device)
+        return _bundled_language_model(torch.device(device))
     return language_model
+
+
+@lru_cache(maxsize=1)
+def _bundled_language_model(device: torch.device) -> LanguageModel:
+    """Kept, since to load it and to read a vocabulary with it takes as long as a search."""
+    return load_language_model(device=device)
 
 
 class Reading:

@@ -17,11 +17,12 @@ from pez_core import (
     Vocabulary,
     extract_style,
     invert,
+    load_clip,
     refine,
     search,
 )
 from pez_core.clip.images import load_image
-from pez_core.learn import Frame
+from pez_core.learn import _ALONE, Frame
 from pez_core.objectives import Similarity
 from pez_core.priors import Reading, Sum, WordsAlone
 from pez_core.readability import as_written
@@ -292,6 +293,18 @@ def test_words_alone_count_by_their_mean(emoji_clip, features):
     places = torch.searchsorted(space.allowed, ids[:, 2])
     change = screen[:, 7] - screen[torch.arange(6), places]
     torch.testing.assert_close(prior.score(swapped) - prior.score(ids), change)
+
+
+def test_words_alone_are_those_of_the_weights_that_there_are():
+    clip = load_clip("emoji-clip", device="cpu")
+    image = load_image(EXAMPLES[0])
+    options = {"prompt_len": 3, "preset": "fast", "steps": 2, "refine_steps": 6}
+    before = invert(clip, image, **options)
+    with torch.no_grad():
+        clip.text.token_embedding.copy_(clip.text.token_embedding.flip(0))
+    after = invert(clip, image, **options)
+    _ALONE.clear()
+    assert after.prompt == invert(clip, image, **options).prompt != before.prompt
 
 
 def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features):
