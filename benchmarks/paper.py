@@ -90,22 +90,22 @@ def by_rate(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
 
 def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
     """Texts are all the words that are true of a drawing, those with the most words."""
-    texts = {
-        one: " ".join(dict.fromkeys([*one.name.split(), *sorted(one.words)]))
+    read = bench.clip.text.words.encode
+    texts = [
+        " ".join({**dict.fromkeys(one.name.split()), **dict.fromkeys(sorted(one.words))})
         for one in bench.images
-    }
-    lengths = {one: len(bench.clip.text.words.encode(text)) for one, text in texts.items()}
-    longest = sorted(texts, key=lengths.__getitem__, reverse=True)[: len(texts) // 3]
-    few = replace(bench, images=longest)
-    whole = [texts[one] for one in longest]
+    ]
+    order = sorted(range(len(texts)), key=lambda k: len(read(texts[k])), reverse=True)
+    longest = order[: max(2, len(order) // 3)]
+    whole = [texts[k] for k in longest]
     said = [each.encode_texts(whole) for each in (bench.clip, judge)]
-    seen = [each.encode_images([one.image for one in longest]) for each in (bench.clip, judge)]
+    seen = judge.encode_images([bench.images[k].image for k in longest])
 
     def row(prompts: Sequence[str]) -> Row:
-        features = [each.encode_texts(prompts) for each in (few.clip, judge)]
+        features = [each.encode_texts(prompts) for each in (bench.clip, judge)]
         own, neutral = ((a * b).sum(1).mean().item() for a, b in zip(features, said, strict=True))
-        image = (features[1] * seen[1]).sum(1)
-        tokens = statistics.mean(len(bench.clip.text.words.encode(one)) for one in prompts)
+        image = (features[1] * seen).sum(1)
+        tokens = statistics.mean(len(read(one)) for one in prompts)
         return {
             "own": own,
             "neutral": neutral,

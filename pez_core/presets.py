@@ -16,7 +16,7 @@ class Plan:
         refine_steps: of the refinement; 0: none.
         trials: versions of each prompt that are searched side by side.
         screened: swaps that each step of the refinement compares in the best version.
-        word_weight: what the similarities of the words alone count in the refinement, beside that
+        word_weight: what the similarity of each word alone counts in the refinement, beside that
             of the prompt (see `pez_core.priors.WordsAlone`).
         open_ended: the refinement goes on until a time limit, whatever `refine_steps` says.
     """
@@ -37,7 +37,7 @@ class Plan:
 # as much time for swaps, and more versions more than longer rounds.
 PRESETS = {
     "fast": Plan(steps=20, refine_steps=32, trials=8, screened=64),
-    "balanced": Plan(steps=30, refine_steps=48, trials=16, screened=128),
+    "balanced": Plan(steps=30, refine_steps=56, trials=16, screened=128),
     "best": Plan(steps=60, refine_steps=640, trials=32, screened=256),
 }
 
@@ -46,7 +46,7 @@ _READABLE_TRIALS = 4
 # `Plan.word_weight` of prompts for images, where it raises the similarity to a CLIP that took no
 # part (benchmarks/results/remedies.md). Words for a text are better chosen for what they mean
 # together: with it distilled prompts are less similar.
-WORD_WEIGHT = 0.3
+WORD_WEIGHT = 0.035
 
 # The paper's search has no refinement.
 _PAPER = Plan(steps=3000, refine_steps=0, trials=1, screened=128)

@@ -104,25 +104,33 @@ class Reading:
         return self.language_model.perplexity(texts).tolist()
 
 
+# What a standard deviation of familiarity counts beside one of similarity.
+_FAMILIAR = 0.7
+
+
 class WordsAlone:
-    """A `Prior` of `pez_core.refine`: words that mean the target by themselves are worth more.
+    """A `Prior` of `pez_core.refine`: words that mean something by themselves are worth more.
 
     A search finds combinations of words that only the CLIP that it runs on takes for the target.
-    Words that are each similar to it are so to other CLIPs, too, and can be told apart when people
-    edit the prompt. By how much that helps is in benchmarks/results/remedies.md.
+    Two things tell how a word will be read by others: how similar it is to the target by itself,
+    and how well the CLIP has learned it (`familiarity`). Such words can be told apart, too, when
+    people edit the prompt. By how much that helps is in benchmarks/results/remedies.md.
 
     Args:
         alone: (allowed, features) unit features of each allowed token of `space` as a text by
             itself.
         space: of the search.
         towards: (problems, features) whose dot product with a prompt's features is its score.
-        weight: what the mean score of the words alone counts beside that of the prompt.
+        weight: what each word's own similarity counts beside that of the prompt.
     """
 
     def __init__(
         self, alone: torch.Tensor, space: TokenSpace, towards: torch.Tensor, weight: float
     ) -> None:
-        self._worth = weight * towards @ alone.T
+        similar = towards @ alone.T
+        spread = similar.std(dim=1, correction=0, keepdim=True)
+        known = familiarity(space.table[space.allowed]).to(similar)
+        self._worth = weight * (similar + _FAMILIAR * spread * known)
         # where in `allowed` each token is
         self._places = torch.zeros(len(space.table), dtype=torch.long, device=towards.device)
         self._places[space.allowed] = torch.arange(len(space.allowed), device=towards.device)
@@ -133,11 +141,24 @@ class WordsAlone:
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) each token's part in `score`."""
-        return self._worth[self._problems(len(ids))] / ids.shape[1]
+        return self._worth[self._problems(len(ids))]
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) what their words alone are worth."""
-        return self._worth[self._problems(len(ids))[:, None], self._places[ids]].mean(dim=1)
+        return self._worth[self._problems(len(ids))[:, None], self._places[ids]].sum(dim=1)
+
+
+@torch.no_grad()
+def familiarity(embeddings: torch.Tensor) -> torch.Tensor:
+    """(n, dim) embeddings of tokens -> (n,) how much a model has learned of each, by rank.
+
+    All begin around one point, and training moves each whenever it is read, so that rare ones stay
+    near the mean (Land and Bartolo 2024, "Fishing for Magikarp", find under-trained tokens by their
+    embeddings, too). Ranks, scaled to mean 0 and variance 1, since distances differ by model.
+    """
+    distance = (embeddings.float() - embeddings.float().mean(dim=0)).norm(dim=1)
+    rank = distance.argsort().argsort().float()
+    return (rank / max(1, len(rank) - 1) - 0.5) * 12**0.5
 
 
 class Sum:

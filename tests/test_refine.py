@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 import time
 
 import pytest
@@ -24,7 +25,7 @@ from pez_core import (
 from pez_core.clip.images import load_image
 from pez_core.learn import _ALONE, Frame
 from pez_core.objectives import Similarity
-from pez_core.priors import Reading, Sum, WordsAlone
+from pez_core.priors import Reading, Sum, WordsAlone, familiarity
 from pez_core.readability import as_written
 
 QUICK = Refinement(steps=12, trials=3, screened=8)
@@ -277,15 +278,18 @@ def words_alone(clip, space, features, weight):
     return WordsAlone(alone, space, features, weight)
 
 
-def test_words_alone_count_by_their_mean(emoji_clip, features):
+def test_words_alone_count_by_similarity_and_familiarity(emoji_clip, features):
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::30])
     prior = words_alone(emoji_clip, space, features[:2], 0.5)
+    known = familiarity(space.table[space.allowed]).tolist()
+    texts = [emoji_clip.text.words.decode([i]) for i in space.allowed.tolist()]
+    similar = emoji_clip.encode_texts(texts) @ features[:2].T
     ids = begin(space, 2, 4, 3)
     for row, worth in enumerate(prior.score(ids)):
-        words = emoji_clip.encode_texts(
-            [emoji_clip.text.words.decode([i]) for i in ids[row].tolist()]
-        )
-        assert worth == pytest.approx(0.5 * float((words @ features[row // 3]).mean()), abs=1e-5)
+        own = similar[:, row // 3].tolist()
+        places = [space.allowed.tolist().index(i) for i in ids[row].tolist()]
+        expected = sum(own[k] + 0.7 * statistics.pstdev(own) * known[k] for k in places)
+        assert worth == pytest.approx(0.5 * expected, abs=1e-5)
     # a swap changes the score by what the screen says
     swapped = ids.clone()
     swapped[:, 2] = space.allowed[7]
@@ -293,6 +297,16 @@ def test_words_alone_count_by_their_mean(emoji_clip, features):
     places = torch.searchsorted(space.allowed, ids[:, 2])
     change = screen[:, 7] - screen[torch.arange(6), places]
     torch.testing.assert_close(prior.score(swapped) - prior.score(ids), change)
+
+
+def test_familiar_tokens_are_far_from_the_mean():
+    directions = torch.eye(5).repeat(2, 1)
+    directions[5:] *= -1  # the mean is zero
+    lengths = torch.tensor([3.0, 1, 7, 2, 5, 3.1, 1.1, 7.1, 2.1, 5.1])
+    known = familiarity(directions * lengths[:, None] + 100.0)
+    assert known.argsort().tolist() == [1, 6, 3, 8, 0, 5, 4, 9, 2, 7]
+    assert known.mean() == pytest.approx(0, abs=1e-6)
+    assert familiarity(torch.ones(1, 3)).isfinite().all()
 
 
 def test_words_alone_are_those_of_the_weights_that_there_are():
