@@ -6,7 +6,8 @@ Prompts of the preset "fast" for drawings that neither CLIP was trained on, with
 itself, held against none image by image: own similarity, that to the judge, and the difference to
 the judge in each of the three sets. Needs the drawings (tools/emoji_data.py).
 
-* words alone: what each word of the prompt means by itself counts, too (`priors.WordsAlone`).
+* words alone: what each word of the prompt means by itself counts, too, and how well the CLIP has
+  learned it (`priors.WordsAlone`); by the weight of each word, and with one of the two left out.
 * augmentation: the target is the mean feature of the image and seven changed copies of it.
 * early end: half the swaps.
 * readability: a language model takes part, see benchmarks/readability.py for its cost.
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torchvision.transforms.functional as change
@@ -28,9 +30,9 @@ from PIL import Image
 from step_time import machine
 from unseen import unseen
 
-from pez_core import Clip, load_clip, load_language_model
+from pez_core import Clip, load_clip, load_language_model, priors
 from pez_core.learn import Goal, Learning, learn
-from pez_core.presets import PRESETS, Plan
+from pez_core.presets import PRESETS, WORD_WEIGHT, Plan
 from pez_core.search import Settings
 
 JUDGE = Path(__file__).parent / "models" / "emoji-clip-judge"
@@ -61,6 +63,16 @@ def find(clip: Clip, features: torch.Tensor, prompt_len: int, plan: Plan, **opti
     return [result.prompt for result in learn(clip, goals, learning)]
 
 
+def find_with(
+    familiar: float, clip: Clip, features: torch.Tensor, prompt_len: int, plan: Plan
+) -> list[str]:
+    """With another share of familiarity in what words count, at the same weight of the rest."""
+    usual = priors.FAMILIAR
+    weight = WORD_WEIGHT * (1 if familiar < usual else usual / familiar)
+    with patch.object(priors, "FAMILIAR", familiar):
+        return find(clip, features, prompt_len, replace(plan, word_weight=weight))
+
+
 def mean_and_error(values: torch.Tensor) -> str:
     return f"{values.mean():.4f} ± {values.std() / len(values) ** 0.5:.4f}"
 
@@ -80,10 +92,12 @@ def main() -> None:
     fast = replace(PRESETS["fast"], word_weight=0.0)
     changed = augmented(clip, images)
     remedies: dict[str, Callable[[int], list[str]]] = {"none": lambda n: find(clip, own, n, fast)}
-    for weight in (0.1, 0.2, 0.3, 0.5):
-        remedies[f"words alone, weight {weight}"] = lambda n, w=weight: find(
+    for weight in (0.5 * WORD_WEIGHT, WORD_WEIGHT, 2 * WORD_WEIGHT):
+        remedies[f"words alone, weight {weight:g}"] = lambda n, w=weight: find(
             clip, own, n, replace(fast, word_weight=w)
         )
+    for what, familiar in (("similarity only", 0.0), ("familiarity only", 1e6)):
+        remedies[f"words alone, {what}"] = lambda n, f=familiar: find_with(f, clip, own, n, fast)
     remedies["augmentation"] = lambda n: find(clip, changed, n, fast)
     remedies["early end"] = lambda n: find(
         clip, own, n, replace(fast, refine_steps=fast.refine_steps // 2)

@@ -43,8 +43,8 @@ def search(prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
             "preset",
             options=[*PRESETS, BY_STEPS],
             default="balanced",
-            tooltip='How long to search: "fast" takes about a fifth of the time of "balanced", '
-            '"best" ten times as long. Each improves several versions of a prompt, word by word. '
+            tooltip='How long to search: "fast" takes about a third of the time of "balanced", '
+            '"best" fifteen times as long. Each improves several versions of a prompt, word by word. '
             f'"{BY_STEPS}" is the search of the paper, as long as `steps` says.',
         ),
         io.Int.Input(

@@ -105,7 +105,7 @@ class Reading:
 
 
 # What a standard deviation of familiarity counts beside one of similarity.
-_FAMILIAR = 0.7
+FAMILIAR = 0.7
 
 
 class WordsAlone:
@@ -130,7 +130,7 @@ class WordsAlone:
         similar = towards @ alone.T
         spread = similar.std(dim=1, correction=0, keepdim=True)
         known = familiarity(space.table[space.allowed]).to(similar)
-        self._worth = weight * (similar + _FAMILIAR * spread * known)
+        self._worth = weight * (similar + FAMILIAR * spread * known)
         # where in `allowed` each token is
         self._places = torch.zeros(len(space.table), dtype=torch.long, device=towards.device)
         self._places[space.allowed] = torch.arange(len(space.allowed), device=towards.device)
