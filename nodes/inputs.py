@@ -44,8 +44,8 @@ def search(prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
             options=[*PRESETS, BY_STEPS],
             default="balanced",
             tooltip='How long to search: "fast" takes about a third of the time of "balanced", '
-            '"best" fifteen times as long. Each improves several versions of a prompt, word by word. '
-            f'"{BY_STEPS}" is the search of the paper, as long as `steps` says.',
+            '"best" fifteen times as long. Each improves several versions of a prompt, word by '
+            f'word. "{BY_STEPS}" is the search of the paper, as long as `steps` says.',
         ),
         io.Int.Input(
             "restarts",
