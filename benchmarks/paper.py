@@ -90,7 +90,7 @@ def by_rate(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
 
 
 def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
-    """Texts are all the words that are true of a drawing, those with the most words."""
+    """Texts are all the words that are true of a drawing, of the third that has the most."""
     read = bench.clip.text.words.encode
     texts = [
         " ".join({**dict.fromkeys(one.name.split()), **dict.fromkeys(sorted(one.words))})
@@ -132,22 +132,37 @@ PARTS: dict[str, Callable[[Bench, Clip, int], dict]] = {
 }
 
 
+def tabled(
+    columns: Sequence[str],
+    parts: dict[str, dict[str, Row]],
+    measures: Callable[[Row], Sequence[str]],
+) -> list[str]:
+    """A table with a line for each row of each method."""
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return lines + [
+        f"| {name} | {setting} | {' | '.join(measures(row))} |"
+        for name, rows in parts.items()
+        for setting, row in rows.items()
+    ]
+
+
+def with_error(row: Row, measure: str) -> str:
+    return f"{row[measure]:.3f} ± {row['error']:.3f}"
+
+
 def length_lines(parts: dict[str, dict[str, Row]]) -> list[str]:
     lines = [
         "## Prompt length (figure 5)",
         "",
         "The paper: the longer, the less loss, but from 16 tokens on the images get worse.",
         "",
-        "| method | tokens | in the loop | own | neutral |",
-        "|---|---|---|---|---|",
+        *tabled(
+            ("tokens", "in the loop", "own", "neutral"),
+            parts,
+            lambda row: (f"{row['loop']:.3f}", f"{row['own']:.3f}", with_error(row, "neutral")),
+        ),
+        "",
     ]
-    for name, rows in parts.items():
-        for tokens, row in rows.items():
-            lines.append(
-                f"| {name} | {tokens} | {row['loop']:.3f} | {row['own']:.3f} | "
-                f"{row['neutral']:.3f} ± {row['error']:.3f} |"
-            )
-    lines.append("")
     for name, rows in parts.items():
         best = {measure: max(rows, key=lambda n: rows[n][measure]) for measure in MEASURES}
         lines.append(
@@ -177,27 +192,29 @@ def rate_lines(parts: dict[str, dict[str, Row]]) -> list[str]:
 
 
 def ratio_lines(parts: dict[str, dict[str, Row]]) -> list[str]:
-    lines = [
+    return [
         "## Distillation (figure 6)",
         "",
         "The paper: even three or four tokens still give images like those of the long prompt. The "
-        "texts are all words that are true of a drawing; *image* is the judge's similarity of the "
-        "short prompt with that drawing, which nothing was fitted to.",
+        "texts are all words that are true of a drawing, of the third of the drawings that have "
+        "the most; *image* is the judge's similarity of the short prompt with that drawing, which "
+        "nothing was fitted to.",
         "",
-        "| method | ratio | tokens | own, with the text | neutral, with the text | image |",
-        "|---|---|---|---|---|---|",
+        *tabled(
+            ("ratio", "tokens", "own, with the text", "neutral, with the text", "image"),
+            parts,
+            lambda row: (
+                f"{row['tokens']:.1f}",
+                f"{row['own']:.3f}",
+                f"{row['neutral']:.3f}",
+                with_error(row, "image"),
+            ),
+        ),
     ]
-    for name, rows in parts.items():
-        for ratio, row in rows.items():
-            lines.append(
-                f"| {name} | {ratio} | {row['tokens']:.1f} | {row['own']:.3f} | "
-                f"{row['neutral']:.3f} | {row['image']:.3f} ± {row['error']:.3f} |"
-            )
-    return lines
 
 
 def table_lines(bench: Bench, judge: Clip) -> list[str]:
-    """Of what quality.py has found; nothing where it has not found all."""
+    """Of what quality.py has found, each method with the seeds that it was run with."""
     methods = [*TABLE_1, *WITHOUT_NUMBERS]
     bench = replace(bench, methods={name: METHODS[name] for name in methods})
     cells: dict[tuple[str, int], list[dict]] = {}

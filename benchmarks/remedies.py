@@ -63,14 +63,9 @@ def find(clip: Clip, features: torch.Tensor, prompt_len: int, plan: Plan, **opti
     return [result.prompt for result in learn(clip, goals, learning)]
 
 
-def find_with(
-    familiar: float, clip: Clip, features: torch.Tensor, prompt_len: int, plan: Plan
-) -> list[str]:
-    """With another share of familiarity in what words count, at the same weight of the rest."""
-    usual = priors.FAMILIAR
-    weight = WORD_WEIGHT * (1 if familiar < usual else usual / familiar)
-    with patch.object(priors, "FAMILIAR", familiar):
-        return find(clip, features, prompt_len, replace(plan, word_weight=weight))
+def with_familiarity(value: float, run: Callable[[int], list[str]]) -> Callable[[int], list[str]]:
+    """The same search with another weight of familiarity beside similarity."""
+    return patch.object(priors, "FAMILIAR", value)(run)
 
 
 def mean_and_error(values: torch.Tensor) -> str:
@@ -96,8 +91,14 @@ def main() -> None:
         remedies[f"words alone, weight {weight:g}"] = lambda n, w=weight: find(
             clip, own, n, replace(fast, word_weight=w)
         )
-    for what, familiar in (("similarity only", 0.0), ("familiarity only", 1e6)):
-        remedies[f"words alone, {what}"] = lambda n, f=familiar: find_with(f, clip, own, n, fast)
+    remedies["words alone, similarity only"] = with_familiarity(
+        0.0, lambda n: find(clip, own, n, replace(fast, word_weight=WORD_WEIGHT))
+    )
+    tiny = 1e-6  # beside so little similarity as much familiarity as usual
+    remedies["words alone, familiarity only"] = with_familiarity(
+        priors.FAMILIAR / tiny,
+        lambda n: find(clip, own, n, replace(fast, word_weight=WORD_WEIGHT * tiny)),
+    )
     remedies["augmentation"] = lambda n: find(clip, changed, n, fast)
     remedies["early end"] = lambda n: find(
         clip, own, n, replace(fast, refine_steps=fast.refine_steps // 2)
