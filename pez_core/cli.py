@@ -397,7 +397,9 @@ def _invert(arguments: argparse.Namespace) -> int:
                 label = ""
                 part = rows[start : start + at_once]
                 if len(rows) > 1:
-                    label = f"image {start + 1}-{start + len(part)} of {len(rows)}"
+                    first, last = start + 1, start + len(part)
+                    span = f"image {first}" if first == last else f"images {first}-{last}"
+                    label = f"{span} of {len(rows)}"
                 _invert_batch(clip, arguments, options, part, label, interrupted)
             was_interrupted = interrupted()
     finally:  # whatever happens, what was found is shown

@@ -159,6 +159,15 @@ def interrupted(*arguments, command="invert"):
     return on_a_terminal(command, *arguments, "--steps", "1000000", press=b"/1000000")
 
 
+def test_the_bar_names_the_images_that_are_searched():
+    few = ["--steps", "2", "--refine-steps", "1", "--prompt-len", "2"]
+    three = [str(path) for path in EXAMPLES[:3]]
+    *_, alone = on_a_terminal("invert", *three[:1], "--preset", "fast", *few)
+    *_, pairs = on_a_terminal("invert", *three, "--preset", "fast", *few)
+    assert "images 1-2 of 3:" in pairs and "image 3 of 3:" in pairs
+    assert "image" not in alone.replace(three[0], "")
+
+
 def test_ctrl_c_prints_the_best_so_far_and_exits_130():
     code, output, shown = interrupted(str(EXAMPLES[0]))
     assert code == 130
