@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 from tqdm import tqdm
@@ -28,10 +28,19 @@ from .search import Settings, check_integer
 from .tasks import check_style_template, concatenate, distill, extract_style, invert
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
+if TYPE_CHECKING:
+    from .batch import Plan, Summary
+
+# What `pez_core.batch` does to a dataset.
+BATCH_TASKS = ("invert", "distill", "score")
+
 # Versions of prompts searched together, of all images and restarts: enough to share the cost of a
 # step, few enough to see results early. Of the paper's search that is 16 images; of the preset
 # "balanced", whose 16 versions keep a processor busy by themselves, 1.
 BATCH = 16
+
+# Seconds between lines of progress where stderr is no terminal.
+_LOG_EVERY = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="backslashreplace")  # a terminal may lack a prompt's letters
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"pez: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -182,16 +191,98 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command)
     command.set_defaults(run=_score)
 
+    _add_batch(commands)
+
     command = commands.add_parser("models", help="list the CLIPs that are here or can be fetched")
     command.set_defaults(run=_models)
     return parser
 
 
+def _add_batch(commands) -> None:
+    command = commands.add_parser(
+        "batch",
+        help="do it to a whole dataset",
+        description="Find a prompt for every image of a dataset, shorten every prompt, or score "
+        "every pair. The same command again goes on where it ended.",
+    )
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder, or CSV, TSV or Parquet file, or tar of a WebDataset, or a pattern of these",
+    )
+    command.add_argument("out", metavar="OUT", help="folder for the results, a Parquet dataset")
+    command.add_argument(
+        "--task", choices=BATCH_TASKS, default="invert", help="what to do to each item (invert)"
+    )
+    group = command.add_argument_group("items")
+    group.add_argument("--image-column", metavar="NAME", help="column of a table with image paths")
+    group.add_argument("--prompt-column", metavar="NAME", help="column of a table with texts")
+    group.add_argument(
+        "--id-column", metavar="NAME", help="column that tells rows apart (path or prompt)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="take the first N items only")
+    group.add_argument(
+        "--shuffle", action="store_true", help="take them in an order that the seed says"
+    )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="search items that had an error again"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="search a few, write nothing, and say what there is to do and how long it takes",
+    )
+    group = command.add_argument_group("workers")
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="a worker for each GPU or CPU core, on Ray, which the extra `batch` installs",
+    )
+    group.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster that runs already; or auto"
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="on Ray (as many as there is room)")
+    group.add_argument(
+        "--cpus-per-worker", type=int, default=1, metavar="N", help="CPU cores, on Ray (1)"
+    )
+    group.add_argument(
+        "--gpus-per-worker", type=float, metavar="X", help="GPUs, on Ray (1 where there are any)"
+    )
+    group.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="items that a worker searches side by side (as many as pay; fewer where memory ends)",
+    )
+    group.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="items in a file of the results; as many are lost when a worker is killed (a 64th of "
+        "its share, 512 at most)",
+    )
+    _add_search(command, prompt_len=None, restarts=None, limited=None)
+    command.add_argument(
+        "--ratio", type=float, default=0.3, metavar="X", help="of distill, learned per token (0.3)"
+    )
+    group = command.add_argument_group("steering")
+    group.add_argument("--template", default="{}", help="fixed text, {} for the learned words")
+    group.add_argument(
+        "--avoid", action="append", default=[], metavar="TEXT", help="text to stay away from"
+    )
+    group.add_argument(
+        "--avoid-weight", type=float, default=0.5, metavar="X", help="what these count (0.5)"
+    )
+    _add_vocabulary(command)
+    _add_common(command)
+    command.set_defaults(run=_batch)
+
+
 def _add_search(
     command: argparse.ArgumentParser,
     prompt_len: int | None,
-    restarts: int,
-    limited: str = "the whole search",
+    restarts: int | None,
+    limited: str | None = "the whole search",
 ) -> None:
     group = command.add_argument_group("search")
     default = "" if prompt_len is None else f" ({prompt_len})"
@@ -216,18 +307,20 @@ def _add_search(
         metavar="N",
         help="swaps after the steps of PEZ, 0 for none (default: those of the preset)",
     )
-    group.add_argument(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help=f"for {limited}; the swaps go on until then, unless --refine-steps says how many",
-    )
+    if limited is not None:
+        group.add_argument(
+            "--time-limit",
+            type=float,
+            metavar="SECONDS",
+            help=f"for {limited}; the swaps go on until then, unless --refine-steps says how many",
+        )
     group.add_argument(
         "--restarts",
         type=int,
         default=restarts,
         metavar="N",
-        help=f"searches, of which the best is kept ({restarts})",
+        help="searches, of which the best is kept "
+        + ("(1 for images, 4 for prompts)" if restarts is None else f"({restarts})"),
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     group.add_argument(
@@ -609,6 +702,119 @@ def _score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _batch(arguments: argparse.Namespace) -> int:
+    if arguments.address and not arguments.ray:
+        raise ValueError("--address has nothing to say without --ray; add it.")
+    if (arguments.workers or arguments.gpus_per_worker) and not arguments.ray:
+        raise ValueError("--workers and --gpus-per-worker belong to --ray; add it.")
+    # pyarrow takes a second to import, which the other commands need not wait for
+    from . import batch
+
+    searched = arguments.task != "score"
+    job = batch.Job(
+        task=arguments.task,
+        clip=arguments.clip or ("emoji-clip",),
+        clip_weights=arguments.clip_weight,
+        prompt_len=arguments.prompt_len,
+        preset=arguments.preset,
+        steps=arguments.steps,
+        refine_steps=arguments.refine_steps,
+        restarts=arguments.restarts,
+        seed=arguments.seed,
+        vocabulary=_vocabulary(arguments),
+        readability=arguments.readability,
+        language_model=arguments.language_model,
+        template=arguments.template,
+        negative=arguments.avoid,
+        negative_weights=arguments.avoid_weight,
+        ratio=arguments.ratio,
+    )
+    cluster = None
+    if arguments.ray:
+        cluster = batch.Cluster(
+            arguments.address,
+            arguments.workers,
+            arguments.cpus_per_worker,
+            arguments.gpus_per_worker,
+        )
+    how = {
+        "columns": batch.Columns(
+            arguments.image_column, arguments.prompt_column, arguments.id_column
+        ),
+        "cluster": cluster,
+        "device": arguments.device,
+        "download": arguments.download,
+        "at_once": arguments.at_once,
+        "chunk": arguments.chunk,
+        "limit": arguments.limit,
+        "shuffle": arguments.shuffle,
+        "retry_failed": arguments.retry_failed,
+    }
+    if arguments.dry_run:
+        plan = batch.plan(arguments.source, arguments.out, job, **how)
+        print(json.dumps(vars(plan), indent=2) if arguments.json else _planned(plan))
+        return 0
+    with _interruptible() as interrupted, _items_bar() as show:
+        summary = batch.run(
+            arguments.source,
+            arguments.out,
+            job,
+            callback=lambda report: show(report) or interrupted(),
+            **how,
+        )
+    if arguments.json:
+        print(json.dumps(vars(summary), indent=2))
+    else:
+        print(_summed_up(summary, "found" if searched else "scored"))
+    if summary.stopped:
+        return 130
+    return 1 if summary.failed or summary.missing else 0
+
+
+def _planned(plan: Plan) -> str:
+    lines = [
+        f"{plan.items:,} items: {plan.to_do:,} to do, {plan.finished:,} finished, "
+        f"{plan.failed:,} with errors",
+        f"{plan.workers} worker{'s' * (plan.workers > 1)}, {plan.at_once} items at once, files of "
+        f"{plan.chunk}",
+    ]
+    if plan.sampled:
+        lines.append(
+            f"{plan.seconds_per_item:.2f} s per item ({plan.sampled} were searched to tell), "
+            f"{_duration(plan.seconds)} in all, {_size(plan.bytes)} of results"
+        )
+    return "\n".join(lines)
+
+
+def _summed_up(summary: Summary, done: str) -> str:
+    parts = [f"{summary.found:,} {done}"]
+    if summary.failed:
+        parts.append(f"{summary.failed:,} with errors")
+    if summary.missing:
+        parts.append(f"{summary.missing:,} not searched")
+    before = f", {summary.finished_before:,} of them before" if summary.finished_before else ""
+    line = f"{summary.items:,} items: {', '.join(parts)}{before}; {_duration(summary.seconds)}"
+    width = max((len(f"{count:,}") for count in summary.errors.values()), default=0)
+    kinds = [f"  {count:{width},}  {kind}" for kind, count in summary.errors.items()]
+    return "\n".join([line, *kinds])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _size(size: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
 def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:
     print(row["prompt"])
     judged = row.get("held_out", [None] * len(images))
@@ -672,6 +878,37 @@ def _progress_bar(arguments: argparse.Namespace, label: str):
             bar.set_postfix_str(f"{report['similarity']:.3f} {report['prompt']}", refresh=False)
             # below 0 where the estimate has fallen between two sections
             bar.update(report["step"] - bar.n)
+
+    with bar:
+        yield update
+
+
+@contextmanager
+def _items_bar():
+    """How many items are done, how fast and how long it still takes, on stderr.
+
+    A bar on a terminal; in a log a line every minute.
+    """
+    bar = tqdm(
+        disable=None,
+        dynamic_ncols=True,
+        bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+    )
+    said_at = time.monotonic()
+
+    def update(report: dict) -> None:
+        nonlocal said_at
+        rate, failed = report["rate"], report["failed"]
+        speed = f"{rate:.2f} items/s, {_duration(report['left'])} left" if rate else "first items"
+        speed += f", {failed:,} with errors" if failed else ""
+        if not bar.disable:
+            bar.total = report["total"]
+            bar.set_postfix_str(speed, refresh=False)
+            bar.n = report["done"]
+            bar.refresh()
+        elif time.monotonic() - said_at >= _LOG_EVERY:
+            said_at = time.monotonic()
+            print(f"pez: {report['done']:,} of {report['total']:,}, {speed}", file=sys.stderr)
 
     with bar:
         yield update

@@ -63,7 +63,8 @@ def invert(
     Args:
         clip: from `load_clip`.
         images: a PIL image, a path, or a (H, W, 3) / (3, H, W) tensor in [0, 1]; or a list of these
-            or a (N, H, W, 3) / (N, 3, H, W) batch.
+            or a (N, H, W, 3) / (N, 3, H, W) batch; or (N, features), what `clip.encode_images` has
+            made of N images before.
         prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside the
             template.
         steps: of PEZ, at least 1. By themselves they are the paper's search, whose number is 3000:
@@ -117,7 +118,10 @@ def invert(
     Raises:
         TypeError, ValueError: an argument is out of range or an image cannot be read.
     """
-    pictures, single = load_images(images)
+    encoded = isinstance(images, torch.Tensor) and images.ndim == 2
+    pictures, single = (images, False) if encoded else load_images(images)
+    if encoded and not len(images):
+        raise ValueError("`images` is empty; give the features of at least one image.")
     if weights is not None and not shared:
         raise ValueError("`weights` says how much images count for one prompt; add shared=True.")
     weights = check_weights("weights", weights, len(pictures)) if shared else [1.0]
@@ -163,7 +167,7 @@ def invert(
         negative_weights = [-w for w in negative_weights]
 
     with torch.inference_mode(False):
-        features = clip.encode_images(pictures)
+        features = _as_features(clip, images) if encoded else clip.encode_images(pictures)
         avoid = encode_targets("negative", clip, away) if away else features[:0]
         signed = features.new_tensor([*weights, *negative_weights])
         role = torch.tensor(
@@ -173,6 +177,17 @@ def invert(
         goals = [Goal(torch.cat([group, avoid]), signed, role) for group in groups]
         results = learn(clip, goals, learning, callback)
     return results[0] if single or shared else results
+
+
+def _as_features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
+    """What a CLIP has made of images before, where it is now."""
+    length = clip.encode_texts([""]).shape[1]
+    if images.shape[1] != length:
+        raise ValueError(
+            f"`images` has shape {tuple(images.shape)}, but features of {clip.name} have "
+            f"{length} numbers; give what its `encode_images` returns, or pictures."
+        )
+    return images.detach().to(clip.device, torch.float32).clone()
 
 
 @dataclass(frozen=True)

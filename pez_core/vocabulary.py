@@ -231,7 +231,7 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
-        text = json.dumps(self._to_json(), indent=1, ensure_ascii=False)
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
@@ -246,7 +246,7 @@ class Vocabulary:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved vocabulary ({error}).") from error
 
-    def _to_json(self) -> dict:
+    def to_json(self) -> dict:
         return {
             "bank": None if self.bank is None else list(self.bank),
             "blocked": list(self.blocked),
@@ -293,11 +293,11 @@ class _Combination(Vocabulary):
 
         return _Rules(a.phrases, admits, a.blocked | gone, a.bank)
 
-    def _to_json(self) -> dict:
+    def to_json(self) -> dict:
         return {
             "operation": self.operation,
-            "left": self.left._to_json(),
-            "right": self.right._to_json(),
+            "left": self.left.to_json(),
+            "right": self.right.to_json(),
         }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -73,15 +74,35 @@ def load_images(
     return loaded, False
 
 
+def load_image_at(path: str | os.PathLike, offset: int, size: int) -> Image.Image:
+    """The picture in `size` bytes of a file from `offset` on, such as a member of a tar.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+
+    def read() -> BytesIO:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return BytesIO(file.read(size))
+
+    return _opened(read, f"{path} at byte {offset}", size)
+
+
 def _from_path(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
+    return _opened(lambda: path, str(path))
+
+
+def _opened(read: Callable[[], Path | BytesIO], path: str, size: int | None = None) -> Image.Image:
     try:
-        if path.is_dir():
-            raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
-        if path.stat().st_size == 0:
+        source = read()
+        if (source.stat().st_size if size is None else size) == 0:
             raise ValueError(f"`images`: {path} is an empty file; save the image again.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(source)
     except FileNotFoundError as error:
         raise ValueError(f"`images`: {path} does not exist; check the path.") from error
     except UnidentifiedImageError as error:
@@ -93,7 +114,7 @@ def _from_path(path: Path) -> Image.Image:
     except (OSError, SyntaxError) as error:
         raise ValueError(f"`images`: {path} cannot be opened ({error}); check it.") from error
     with image:
-        return _to_rgb(image, str(path))
+        return _to_rgb(image, path)
 
 
 def _first_frame(image: Image.Image, what: str) -> Image.Image:

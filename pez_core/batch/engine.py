@@ -1,0 +1,263 @@
+"""Chunks of items in, numbers of finished ones out: in this process, or on Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from .job import Job
+from .output import SCHEMA, Output
+from .worker import Worker, items_at_once, kind_of
+
+# A chunk that kills its worker is tried again this often.
+_RETRIES = 2
+
+Kinds = list[str | None]
+"""Of each finished item, the kind of its error or None."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where Ray runs the workers.
+
+    Attributes:
+        address: of a cluster that is running, as `ray.init` takes it ("auto" finds the one of this
+            machine); None: one is started on this machine for this job.
+        workers: how many; None: one for each GPU or, where there are none, for as many CPU cores as
+            `cpus` says.
+        cpus: cores of each worker, at least 1.
+        gpus: GPUs of each worker, a part of one to share it; None: 1 where the cluster has any.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    cpus: int = 1
+    gpus: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a search of some items took.
+
+    Attributes:
+        items: how many.
+        seconds: of all of them.
+        at_once: how many are searched side by side.
+        row_bytes: of a row on the disk, on average.
+    """
+
+    items: int
+    seconds: float
+    at_once: int
+    row_bytes: float
+
+
+def sample(worker: Worker, items: Sequence[dict]) -> Sample:
+    """Do the job to some items and throw the rows away."""
+    worker.check()
+    began = time.perf_counter()
+    rows = [row for some in worker.rows(items) for row in some]
+    seconds = time.perf_counter() - began
+    size = (_parquet_size(rows * 9) - _parquet_size(rows)) / (8 * max(len(rows), 1))
+    return Sample(len(rows), seconds, worker.at_once, size)
+
+
+def _parquet_size(rows: Sequence[dict]) -> int:
+    # ids differ, or equal rows would be stored once
+    rows = [row | {"id": f"{k}{row['id']}"} for k, row in enumerate(rows)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink)
+    return sink.getvalue().size
+
+
+class InProcess:
+    """One worker in this process."""
+
+    workers = 1
+
+    def __init__(self, job: Job, device: str | None, download: bool, at_once: int | None) -> None:
+        self.worker = Worker(job, device, download, at_once)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    @property
+    def at_once(self) -> int:
+        return self.worker.at_once
+
+    def check(self) -> None:
+        self.worker.check()
+
+    def sample(self, items: Sequence[dict]) -> Sample:
+        return sample(self.worker, items)
+
+    def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
+        """Whatever ends it, what was found is written."""
+        for chunk in chunks:
+            rows: list[dict[str, Any]] = []
+            try:
+                for some in self.worker.rows(chunk.to_pylist()):
+                    rows += some
+                    yield _kinds(some)
+            finally:
+                if rows:
+                    output.write(rows)
+
+
+class OnRay:
+    """A pool of Ray Data's actors, each with a worker that writes its own chunks.
+
+    Ray does the scheduling, restarts and back-pressure.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+
+    def __init__(
+        self, job: Job, device: str | None, download: bool, at_once: int | None, cluster: Cluster
+    ) -> None:
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise ImportError(
+                f"a run on Ray needs the package {error.name}; install the extra `batch`: "
+                "pip install -e '.[batch]' in the clone."
+            ) from error
+        self._ray, self._job, self._cluster = ray, job, cluster
+        self._arguments = (job, device, download, at_once)
+
+    def __enter__(self) -> OnRay:
+        ray, cluster = self._ray, self._cluster
+        # Ray is told not to send statistics away; its own variable has the last word
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if cluster.address is None:
+            # else it reports each restart of a worker as an error of its own
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            options["include_dashboard"] = False
+        self._began_here = not ray.is_initialized()
+        if self._began_here:
+            ray.init(cluster.address, **options)
+        there = ray.cluster_resources()
+        gpus = cluster.gpus
+        if gpus is None:
+            gpus = 1 if there.get("GPU") else 0
+        self.needs = {"num_cpus": cluster.cpus, "num_gpus": gpus}
+        room = there.get("GPU", 0) / gpus if gpus else there.get("CPU", 0) / cluster.cpus
+        self.workers = cluster.workers or max(1, int(room))
+        if room < self.workers:
+            self.__exit__()
+            raise ValueError(
+                f"`workers` is {self.workers}, but the cluster has {there.get('CPU', 0):g} CPU "
+                f"cores and {there.get('GPU', 0):g} GPUs, enough for {int(room)} with "
+                f"{cluster.cpus} cores and {gpus:g} GPUs each; ask for less."
+            )
+        at_once, device = self._arguments[3], self._arguments[1]
+        kind = (device or ("cuda" if gpus else "cpu")).partition(":")[0]
+        self.at_once = at_once or items_at_once(self._job, kind)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._began_here:
+            self._ray.shutdown()
+
+    def check(self) -> None:
+        self._ask(_check, self._arguments)
+
+    def sample(self, items: Sequence[dict]) -> Sample:
+        return self._ask(_sample, self._arguments, items)
+
+    def _ask(self, what: Callable, *arguments) -> Any:
+        """The answer of a process like those of the workers."""
+        task = self._ray.remote(**self.needs)(what)
+        try:
+            return self._ray.get(task.remote(*arguments))
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (ValueError, TypeError, OSError)):
+                raise error.cause from None
+            raise
+
+    def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
+        """Chunks that kill their workers again and again are left out."""
+        data = self._ray.data
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            # there is no other way yet to say how often; without it a chunk is tried for ever
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            finished = data.from_arrow(list(chunks)).map_batches(
+                _Actor,
+                fn_constructor_args=(*self._arguments, output.folder),
+                batch_size=None,  # a chunk
+                batch_format="pyarrow",
+                concurrency=min(self.workers, len(chunks)),
+                max_task_retries=_RETRIES,
+                **self.needs,
+            )
+        for batch in finished.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield batch["kind"].to_pylist()
+
+
+class _Actor:
+    """A worker in a process of Ray's."""
+
+    def __init__(
+        self, job: Job, device: str | None, download: bool, at_once: int | None, folder: Path
+    ) -> None:
+        _use_cores()
+        self._worker = Worker(job, device, download, at_once)
+        self._output = Output(folder)
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        if not self._output.has(chunk["id"].to_pylist()):
+            items = chunk.to_pylist()
+            for some in self._worker.rows(items):
+                rows += some
+            order = {item["id"]: k for k, item in enumerate(items)}
+            rows.sort(key=lambda row: order[row["id"]])
+            self._output.write(rows)
+        kinds = _kinds(rows) or [None] * len(chunk)
+        return pa.table({"kind": pa.array(kinds, pa.string())})
+
+
+def _check(arguments: tuple) -> None:
+    _use_cores()
+    Worker(*arguments).check()
+
+
+def _sample(arguments: tuple, items: Sequence[dict]) -> Sample:
+    _use_cores()
+    return sample(Worker(*arguments), items)
+
+
+def _use_cores() -> None:
+    # Ray says how many cores a process has; torch looked before that in some of them
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _kinds(rows: Sequence[dict]) -> Kinds:
+    return [None if row["error"] is None else kind_of(row["error"]) for row in rows]
+
+
+def spread(items: pa.Table, count: int) -> list[dict]:
+    """Some items, at even distances."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return items.take(pa.array(places)).to_pylist()
