@@ -87,11 +87,13 @@ def test_a_worker_that_is_killed_costs_nothing(images, tmp_path, expected):
     assert prompts(tmp_path / "out") == expected
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_was(images, tmp_path, expected):
+def test_a_driver_that_is_killed_goes_on_where_it_was(ray, images, tmp_path, expected):
+    """It has joined a cluster, which outlives it and so do its workers for a moment."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pez_core", "batch", str(images), str(out), "--ray"]
     command += ["--preset", "fast", "--steps", "6", "--refine-steps", "6", "--prompt-len", "3"]
     command += ["--workers", "2", "--chunk", "1"]
+    command += ["--address", ray.get_runtime_context().gcs_address]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(out.glob("part-*"))) < 3 and time.monotonic() < until:
@@ -133,6 +135,18 @@ def test_what_does_not_fit_is_told_as_in_one_process(images, tmp_path):
         run(images, tmp_path / "out", Job(prompt_len=76, steps=1), cluster=TWO)
     with pytest.raises(ValueError, match="`workers` is 3, but the cluster has 2 CPU cores"):
         run(images, tmp_path / "out2", JOB, cluster=Cluster(workers=3))
+
+
+def test_a_worker_that_cannot_write_ends_the_run(images, tmp_path):
+    out = tmp_path / "out"
+
+    def fill(report):  # as on a full disk, nothing can be written
+        if report["done"] == 0:
+            shutil.rmtree(out)
+            out.write_text("")
+
+    with pytest.raises(OSError, match="a worker could not write"):
+        run(images, out, JOB, fill, cluster=TWO, chunk=4)
 
 
 def test_a_run_on_ray_can_be_ended(images, tmp_path):

@@ -146,9 +146,9 @@ class OnRay:
         # Ray is told not to send statistics away; its own variable has the last word
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"logging_level": logging.ERROR, "log_to_driver": False}
+        # else it reports each start of a worker as an error
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         if cluster.address is None:
-            # else it reports each restart of a worker as an error of its own
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             options["include_dashboard"] = False
         self._began_here = not ray.is_initialized()
         if self._began_here:
@@ -207,11 +207,13 @@ class OnRay:
                 fn_constructor_args=(*self._arguments, output.folder),
                 batch_size=None,  # a chunk
                 batch_format="pyarrow",
-                concurrency=min(self.workers, len(chunks)),
+                compute=data.ActorPoolStrategy(size=min(self.workers, len(chunks))),
                 max_task_retries=_RETRIES,
                 **self.needs,
             )
         for batch in finished.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for raised in filter(None, batch["raised"].to_pylist()):
+                raise OSError(f"a worker could not write: {raised}")
             yield batch["kind"].to_pylist()
 
 
@@ -232,10 +234,17 @@ class _Actor:
             for some in self._worker.rows(items):
                 rows += some
             order = {item["id"]: k for k, item in enumerate(items)}
-            rows.sort(key=lambda row: order[row["id"]])
-            self._output.write(rows)
-        kinds = _kinds(rows) or [None] * len(chunk)
-        return pa.table({"kind": pa.array(kinds, pa.string())})
+            rows.sort(key=lambda row: order[row["id"]])  # `has` asks by their order
+            try:
+                self._output.write(rows)
+            except OSError as error:  # no chunk can be written; Ray would just try the others
+                return _answer([None], str(error))
+        return _answer(_kinds(rows) or [None] * len(chunk))
+
+
+def _answer(kinds: Kinds, raised: str | None = None) -> pa.Table:
+    rows = {"kind": kinds, "raised": [raised] * len(kinds)}
+    return pa.table(rows, pa.schema([("kind", pa.string()), ("raised", pa.string())]))
 
 
 def _check(arguments: tuple) -> None:

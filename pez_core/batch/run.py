@@ -167,9 +167,8 @@ def run(
                     if progress.stopped or not len(to_do):
                         break
                 if not progress.stopped:
-                    for item in to_do["id"].to_pylist():
-                        error = "WorkerDied: the process that searched it was killed, each time."
-                        output.write([failed_row(item, error)])
+                    error = "WorkerDied: the process that searched it was killed, each time."
+                    output.write([failed_row(item, error) for item in to_do["id"].to_pylist()])
         output.tidy()
         to_do, *_ = _left(items, output)
         errors = output.errors(items["id"])
