@@ -6,8 +6,8 @@ Needs the extra `batch` and, for the drawings, those of `tools/emoji_data.py`. I
 as people do, each time in a process of its own: 250, 500, 1,000 and all the images in one process
 of one thread, as the workers are; a fourth of them on two Ray workers and, for comparison, by two
 plain processes with half of them each; and all of them on Ray while a worker is killed with SIGKILL
-midway, then the driver, which is started again. Nothing else should run on the machine. Where a number is for
-clusters, the operations that one driver does for all machines are timed by themselves.
+midway, then the driver, which is started again. Nothing else should run on the machine. Where a
+number is for clusters, the operations that one driver does for all machines are timed alone.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def report(found: dict) -> str:
         f"`python benchmarks/batch.py`, {found['machine']}; bundled CLIP, `{' '.join(SEARCH)}`.",
         "",
         f"**The cost of an image is flat within {spread:.1%}** from "
-        f"{found['sizes'][1]['images']:,} to {found['count']:,} images, in one process, one thread:",
+        f"{found['sizes'][1]['images']:,} to {found['count']:,} images, in one process with one "
+        "thread:",
         "",
         "| images | seconds | seconds per image beyond the first | memory, MB |",
         "|---|---|---|---|",
