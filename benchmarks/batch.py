@@ -45,13 +45,16 @@ CLUSTER = {"gpus": 64, "items": 10_000_000, "seconds": 0.5}
 LISTED, ROWS_PER_FILE, FILES = 100_000, 512, 2_000
 
 
-def write_images(folder: Path, count: int) -> None:
+def _images(work: Path, count: int) -> Path:
+    folder = work / "images"
+    folder.mkdir()
     drawings, pixels = prepare(ROOT / "build/emoji")
     for k in random.Random(0).sample(range(len(drawings)), count):
         rgba = Image.fromarray(pixels[k])
         white = Image.new("RGBA", rgba.size, "white")
         picture = Image.alpha_composite(white, rgba).convert("RGB").resize((224, 224))
         picture.save(folder / f"{k:05d}.png")
+    return folder
 
 
 def start(images: Path, out: Path, *flags: str, threads: int | None = None) -> subprocess.Popen:
@@ -332,23 +335,27 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=2000, help="images (2000)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000])
-    parser.add_argument("--report", action="store_true", help="write the table again, run nothing")
+    parser.add_argument(
+        "--again", action="store_true", help="time these sizes again, keep all else that was found"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results/batch")
     arguments = parser.parse_args(argv)
     kept = arguments.out.with_suffix(".json")
-    if arguments.report:
-        found = json.loads(kept.read_text())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.again:
+            found = json.loads(kept.read_text())
+            work = Path(folder)
+            images = _images(work, arguments.count)
+            new = {row["images"]: row for row in cost_by_size(images, work, arguments.sizes)[1:]}
+            found["sizes"] = [new.get(row["images"], row) for row in found["sizes"]]
+        else:
             found = measure(Path(folder), arguments.count, arguments.sizes)
-        kept.write_text(json.dumps(found, indent=1) + "\n")
+    kept.write_text(json.dumps(found, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(report(found))
 
 
 def measure(work: Path, count: int, sizes: list[int]) -> dict:
-    images = work / "images"
-    images.mkdir()
-    write_images(images, count)
+    images = _images(work, count)
     found = {"machine": machine(), "count": count}
     found["driver"] = what_one_driver_does(work)
     print(found["driver"], file=sys.stderr)
