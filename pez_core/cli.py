@@ -242,9 +242,7 @@ def _add_batch(commands) -> None:
         "--address", metavar="HOST:PORT", help="of a Ray cluster that runs already; or auto"
     )
     group.add_argument("--workers", type=int, metavar="N", help="on Ray (as many as there is room)")
-    group.add_argument(
-        "--cpus-per-worker", type=int, default=1, metavar="N", help="CPU cores, on Ray (1)"
-    )
+    group.add_argument("--cpus-per-worker", type=int, metavar="N", help="CPU cores, on Ray (1)")
     group.add_argument(
         "--gpus-per-worker", type=float, metavar="X", help="GPUs, on Ray (1 where there are any)"
     )
@@ -259,7 +257,7 @@ def _add_batch(commands) -> None:
         type=int,
         metavar="N",
         help="items in a file of the results; as many are lost when a worker is killed (a 64th of "
-        "its share, 512 at most)",
+        "its share, 256 at most, but four times --at-once)",
     )
     _add_search(command, prompt_len=None, restarts=None, limited=None)
     command.add_argument(
@@ -705,8 +703,9 @@ def _score(arguments: argparse.Namespace) -> int:
 def _batch(arguments: argparse.Namespace) -> int:
     if arguments.address and not arguments.ray:
         raise ValueError("--address has nothing to say without --ray; add it.")
-    if (arguments.workers or arguments.gpus_per_worker) and not arguments.ray:
-        raise ValueError("--workers and --gpus-per-worker belong to --ray; add it.")
+    given = (arguments.workers, arguments.cpus_per_worker, arguments.gpus_per_worker)
+    if given != (None, None, None) and not arguments.ray:
+        raise ValueError("--workers, --cpus-per-worker and --gpus-per-worker belong to --ray.")
     # pyarrow takes a second to import, which the other commands need not wait for
     from . import batch
 
@@ -734,7 +733,7 @@ def _batch(arguments: argparse.Namespace) -> int:
         cluster = batch.Cluster(
             arguments.address,
             arguments.workers,
-            arguments.cpus_per_worker,
+            1 if arguments.cpus_per_worker is None else arguments.cpus_per_worker,
             arguments.gpus_per_worker,
         )
     how = {
@@ -754,7 +753,8 @@ def _batch(arguments: argparse.Namespace) -> int:
         plan = batch.plan(arguments.source, arguments.out, job, **how)
         print(json.dumps(vars(plan), indent=2) if arguments.json else _planned(plan))
         return 0
-    with _interruptible() as interrupted, _items_bar() as show:
+    waits = "ending after the items that are being searched; Ctrl-C again ends at once"
+    with _interruptible(waits) as interrupted, _items_bar() as show:
         summary = batch.run(
             arguments.source,
             arguments.out,
@@ -835,14 +835,19 @@ def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:
 
 
 @contextmanager
-def _interruptible():
-    """Turns the first Ctrl-C into a flag, so that the best so far is kept; a second one ends."""
+def _interruptible(said: str = ""):
+    """Turns the first Ctrl-C into a flag, so that the best so far is kept; a second one ends.
+
+    `said` is printed at the first.
+    """
     pressed = []
 
     def on_interrupt(signum, frame) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
+        if said:
+            print(f"\npez: {said}", file=sys.stderr)
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:

@@ -18,7 +18,7 @@ import torch
 
 from .job import Job
 from .output import SCHEMA, Output
-from .worker import Worker, items_at_once, kind_of
+from .worker import DeviceLost, Worker, items_at_once, kind_of
 
 # A chunk that kills its worker is tried again this often.
 _RETRIES = 2
@@ -107,15 +107,18 @@ class InProcess:
 
     def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
         """Whatever ends it, what was found is written."""
-        for chunk in chunks:
-            rows: list[dict[str, Any]] = []
-            try:
-                for some in self.worker.rows(chunk.to_pylist()):
-                    rows += some
-                    yield _kinds(some)
-            finally:
-                if rows:
-                    output.write(rows)
+        items = (item for chunk in chunks for item in chunk.to_pylist())
+        rows: list[dict[str, Any]] = []
+        try:
+            for some in self.worker.rows(items):
+                rows += some
+                if len(rows) >= len(chunks[0]):
+                    rows, full = [], rows
+                    output.write(full)
+                yield _kinds(some)
+        finally:
+            if rows:
+                output.write(rows)
 
 
 class OnRay:
@@ -152,7 +155,7 @@ class OnRay:
             options["include_dashboard"] = False
         self._began_here = not ray.is_initialized()
         if self._began_here:
-            ray.init(cluster.address, **options)
+            ray.init(cluster.address or "local", **options)
         there = ray.cluster_resources()
         gpus = cluster.gpus
         if gpus is None:
@@ -194,11 +197,21 @@ class OnRay:
 
     def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
         """Chunks that kill their workers again and again are left out."""
-        data = self._ray.data
+        data, log = self._ray.data, logging.getLogger("ray.data")
         context = data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.max_errored_blocks = -1
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        before = context.enable_progress_bars, context.max_errored_blocks, log.level
+        context.enable_progress_bars, context.max_errored_blocks = False, -1
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield from self._search(chunks, output)
+        finally:
+            context.enable_progress_bars, context.max_errored_blocks, level = before
+            log.setLevel(level)
+
+    def _search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
+        data = self._ray.data
+        # a chunk that waits for a worker which dies counts as one that has killed it
+        waiting = {"max_tasks_in_flight_per_actor": 1} if len(chunks[0]) == 1 else {}
         with warnings.catch_warnings():
             # there is no other way yet to say how often; without it a chunk is tried for ever
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
@@ -207,7 +220,7 @@ class OnRay:
                 fn_constructor_args=(*self._arguments, output.folder),
                 batch_size=None,  # a chunk
                 batch_format="pyarrow",
-                compute=data.ActorPoolStrategy(size=min(self.workers, len(chunks))),
+                compute=data.ActorPoolStrategy(size=min(self.workers, len(chunks)), **waiting),
                 max_task_retries=_RETRIES,
                 **self.needs,
             )
@@ -231,8 +244,11 @@ class _Actor:
         rows: list[dict[str, Any]] = []
         if not self._output.has(chunk["id"].to_pylist()):
             items = chunk.to_pylist()
-            for some in self._worker.rows(items):
-                rows += some
+            try:
+                for some in self._worker.rows(items):
+                    rows += some
+            except DeviceLost:
+                os._exit(1)  # Ray starts another process, and the chunk there
             order = {item["id"]: k for k, item in enumerate(items)}
             rows.sort(key=lambda row: order[row["id"]])  # `has` asks by their order
             try:

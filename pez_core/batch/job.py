@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..presets import Plan, make_plan
 from ..search import check_integer
@@ -108,8 +108,10 @@ class Job:
         values = {name: getattr(self, name) for name in _TAKES[self.task]}
         if values.get("vocabulary") is not None:
             values["vocabulary"] = self.vocabulary.to_json()
-        if self.task != "score" and self.preset is None and self.steps is None:
-            values["preset"] = "balanced"
+        if self.task != "score":  # what a preset is may change
+            for name in ("preset", "steps", "refine_steps"):
+                del values[name]
+            values["plan"] = asdict(self.plan)
         values = {"task": self.task, "clip": self.clip, "clip_weights": self.clip_weights} | values
         return json.loads(json.dumps(values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ class Output:
         counts: Counter[str] = Counter()
         for path in self._files(_FAILED):
             table = pq.read_table(path, columns=["id", "error"], partitioning=None)
-            table = table.filter(pc.is_in(table["id"], ids))
+            table = table.filter(pc.is_in(table["id"].cast(pa.large_string()), ids))
             counts.update(error.partition(":")[0] for error in table["error"].to_pylist())
         return dict(counts.most_common())
 
@@ -128,10 +129,12 @@ class Output:
                 table = pa.Table.from_pylist(some, SCHEMA)
                 self._put(f"{kind}-{name}.parquet", lambda f, table=table: pq.write_table(table, f))
 
-    def forget_failed(self) -> None:
-        """Remove the rows with errors, whose items then count as not searched yet."""
+    def forget_failed(self, ids: pa.ChunkedArray) -> None:
+        """Remove the rows of these ids with errors; their items count as not searched yet."""
         for path in self._files(_FAILED):
-            path.unlink()
+            table = pq.read_table(path, partitioning=None)
+            known = pc.is_in(table["id"].cast(pa.large_string()), ids)
+            self._replace(path, table.filter(pc.invert(known)))
 
     def tidy(self) -> None:
         """Remove unfinished files, and all but one of the rows with one id.
@@ -155,17 +158,19 @@ class Output:
             start += len(column)
             if kept.all():
                 continue
-            table = pq.read_table(path, partitioning=None).filter(pa.array(kept))
-            if len(table):
-                self._put(path.name, lambda f, table=table: pq.write_table(table, f))
-            else:
-                path.unlink()
+            self._replace(path, pq.read_table(path, partitioning=None).filter(pa.array(kept)))
+
+    def _replace(self, path: Path, table: pa.Table) -> None:
+        if len(table):
+            self._put(path.name, lambda file: pq.write_table(table, file))
+        else:
+            path.unlink()
 
     def _files(self, kind: str) -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*.parquet"))
 
     def _put(self, name: str, write) -> None:
-        beside = self.folder / f".{name}.{os.getpid()}.tmp"
+        beside = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
         try:
             with beside.open("wb") as file:
                 write(file)
@@ -183,9 +188,10 @@ class Output:
 
 
 def _name(ids: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(ids).encode(), digest_size=10).hexdigest()
+    return hashlib.blake2b(json.dumps(list(ids)).encode(), digest_size=10).hexdigest()
 
 
 def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
     chunks = [chunk for column in columns for chunk in column.chunks]
-    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
+    chunks = [chunk.cast(pa.large_string()) for chunk in chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())

@@ -6,8 +6,8 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,9 @@ from .worker import failed_row
 
 # A chunk is lost when its worker is killed: a small part of what a worker has to do, but not so
 # small that a large dataset becomes a great number of files.
-_CHUNKS_PER_WORKER, _LONGEST_CHUNK = 64, 512
+_CHUNKS_PER_WORKER, _LONGEST_CHUNK = 64, 256
+# In a chunk the images of a group are read while the one before is searched.
+_LEAST_GROUPS = 4
 # An empty Parquet file of results.
 _FILE_BYTES = 2800
 
@@ -36,7 +38,7 @@ class Plan:
     Attributes:
         items: in the source, of which `limit` were taken.
         finished: have a row already.
-        failed: have a row with an error.
+        failed: have a row with an error, and are not searched again.
         to_do: will be searched.
         workers: that search them.
         at_once: items that a worker searches side by side.
@@ -125,7 +127,8 @@ def run(
         device, download: as `load_clip` takes them.
         at_once: items that a worker searches side by side, at least 1; None: what pays on its
             device, less where memory ends.
-        chunk: items in a file of the results; None: a 64th of what a worker has to do, at most 512.
+        chunk: items in a file of the results; None: a 64th of what a worker has to do, at most 256,
+            but four times `at_once`.
         limit: take so many of the items, the first ones, or any with `shuffle`; None: all.
         shuffle: take them in an order that their ids and the seed of the job say.
         retry_failed: search the items that have an error again.
@@ -142,26 +145,27 @@ def run(
     job = Job() if job is None else job
     _check(at_once, chunk, limit, cluster)
     output = Output(out)
-    output.check(job.settings)
+    settings = _settings(source, job, columns)
+    output.check(settings)
     items = _taken(find_items(source, job.task, columns), job, limit, shuffle)
-    with output.locked(job.settings):
+    with output.locked(settings):
         output.tidy()
-        if retry_failed:
-            output.forget_failed()
-        to_do, found, failed = _left(items, output)
+        to_do, found, failed = _left(items, output, retry_failed)
         progress = _Progress(len(to_do), callback)
         if len(to_do):
             with _engine(job, device, download, at_once, cluster) as engine:
                 engine.check()
+                if retry_failed:
+                    output.forget_failed(items["id"])
                 progress.begin()
                 for again in (False, True):
                     size = 1 if again else _chunk(chunk, to_do, engine)
                     parts = [to_do[k : k + size] for k in range(0, len(to_do), size)]
-                    searching = engine.search(parts, output)
-                    for kinds in searching:
-                        if progress.add(kinds):
-                            searching.close()  # writes what it has
-                            break
+                    # closed in any case, which writes what it has while OUT is ours
+                    with closing(engine.search(parts, output)) as searching:
+                        for kinds in searching:
+                            if progress.add(kinds):
+                                break
                     to_do, *_ = _left(items, output)
                     # what is missing now was in a chunk whose worker died: which item was it?
                     if progress.stopped or not len(to_do):
@@ -205,12 +209,9 @@ def plan(
     job = Job() if job is None else job
     _check(at_once, chunk, limit, cluster)
     output = Output(out)
-    output.check(job.settings)
+    output.check(_settings(source, job, columns))
     items = _taken(find_items(source, job.task, columns), job, limit, shuffle)
-    to_do, found, failed = _left(items, output)
-    if retry_failed:
-        known, _ = output.ids()
-        to_do = items.filter(pc.invert(pc.is_in(items["id"], known)))
+    to_do, found, failed = _left(items, output, retry_failed)
     with _engine(job, device, download, at_once, cluster) as engine:
         sampled = engine.sample(spread(to_do, max(4, engine.at_once))) if len(to_do) else None
         size = _chunk(chunk, to_do, engine)
@@ -261,11 +262,18 @@ def _taken(items: pa.Table, job: Job, limit: int | None, shuffle: bool) -> pa.Ta
     return items if limit is None else items[:limit]
 
 
-def _left(items: pa.Table, output: Output) -> tuple[pa.Table, int, int]:
-    """The items without a row, and how many have a good one and one with an error."""
+def _left(items: pa.Table, output: Output, retry_failed: bool = False) -> tuple[pa.Table, int, int]:
+    """The items that are to be searched, and of the others how many are good and have an error."""
     found, failed = (pc.is_in(items["id"], ids) for ids in output.ids())
-    left = items.filter(pc.invert(pc.or_(found, failed)))
-    return left, pc.sum(found).as_py() or 0, pc.sum(failed).as_py() or 0
+    done = found if retry_failed else pc.or_(found, failed)
+    bad = 0 if retry_failed else pc.sum(failed).as_py() or 0
+    return items.filter(pc.invert(done)), pc.sum(found).as_py() or 0, bad
+
+
+def _settings(source: str | os.PathLike, job: Job, columns: Columns | None) -> dict:
+    """What rows in one folder have in common."""
+    where = {"source": os.path.abspath(source), "columns": asdict(columns or Columns())}
+    return where | job.settings
 
 
 def _chunk(chunk: int | None, to_do: pa.Table, engine: InProcess | OnRay) -> int:
@@ -273,7 +281,7 @@ def _chunk(chunk: int | None, to_do: pa.Table, engine: InProcess | OnRay) -> int
         return chunk
     share = -(-len(to_do) // engine.workers)
     groups = -(-min(share // _CHUNKS_PER_WORKER, _LONGEST_CHUNK) // engine.at_once)
-    return max(1, min(max(1, groups) * engine.at_once, share))
+    return max(1, min(max(_LEAST_GROUPS, groups) * engine.at_once, share))
 
 
 class _Progress:

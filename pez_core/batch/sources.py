@@ -7,7 +7,6 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +28,12 @@ _USUAL = {"image": ("image", "path", "file_name", "file"), "prompt": ("prompt", 
 
 ITEMS = pa.schema(
     [
-        ("id", pa.string()),
-        ("path", pa.string()),  # of the image, or of the tar that holds it
+        ("id", pa.large_string()),  # ids and prompts of millions of items exceed 2 GiB
+        ("path", pa.large_string()),  # of the image, or of the tar that holds it
         ("offset", pa.int64()),  # of the image in its tar
         ("size", pa.int64()),
-        ("prompt", pa.string()),
-        ("problem", pa.string()),  # why it cannot be searched
+        ("prompt", pa.large_string()),
+        ("problem", pa.large_string()),  # why it cannot be searched
     ]
 )
 
@@ -81,8 +80,7 @@ def find_items(
     """
     columns = columns or Columns()
     root, files = _files(os.fspath(source))
-    texts = {file for file in files if _suffix(file) == CAPTION}
-    rows = _rows(root, files, texts, NEEDS[task], columns)
+    rows = _rows(root, files, NEEDS[task], columns)
     batches = []
     while some := [row for _, row in zip(range(_ROWS), rows, strict=False)]:
         batches.append(pa.RecordBatch.from_pylist(some, ITEMS))
@@ -92,54 +90,79 @@ def find_items(
     return _once(pa.Table.from_batches(batches, ITEMS), columns.id)
 
 
-def _files(source: str) -> tuple[Path, list[Path]]:
-    """The folder that ids begin in, and the files in their order."""
+def _files(source: str) -> tuple[str, list[str]]:
+    """The folder that ids begin in, and the files in their order; links keep their own names."""
     if os.path.isdir(source):
-        root = Path(source).resolve()
-        found = [
-            Path(folder, name)
-            for folder, _, names in os.walk(root)
-            for name in names
-            if not name.startswith(".") and _suffix(name) in IMAGES | {".tar", CAPTION}
-        ]
-        return root, sorted(found)
+        root = os.path.abspath(source)
+        return root, sorted(_walk(root, set()))
     if os.path.isfile(source):
-        path = Path(source).resolve()
-        return path.parent, [path]
+        path = os.path.abspath(source)
+        return os.path.dirname(path), [path]
     if glob.has_magic(source):
-        fixed = Path(source)
-        while glob.has_magic(str(fixed)):
-            fixed = fixed.parent
-        found = [Path(name).resolve() for name in glob.glob(source, recursive=True)]
-        files = sorted(path for path in found if path.is_file())
+        fixed = source
+        while glob.has_magic(fixed):
+            fixed = os.path.dirname(fixed)
+        found = (os.path.abspath(name) for name in glob.glob(source, recursive=True))
+        files = sorted(path for path in found if os.path.isfile(path))
         if files:
-            return fixed.resolve(), files
+            return os.path.abspath(fixed), files
         raise ValueError(f"`source` {source} matches no file; check the pattern.")
     raise ValueError(f"`source` {source} does not exist; give a folder, a file or a pattern.")
 
 
-def _suffix(path: str | Path) -> str:
+def _walk(folder: str, within: set[str]) -> Iterator[str]:
+    """Images, tars and texts of a folder and its subfolders, links to folders among them."""
+    real = os.path.realpath(folder)
+    if real in within:  # a link to where it is
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, within | {real})
+        elif _suffix(entry.name) in IMAGES | {".tar", CAPTION}:
+            yield entry.path
+
+
+def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _rows(
-    root: Path, files: Sequence[Path], texts: set[Path], needs: set[str], columns: Columns
-) -> Iterator[dict]:
+def _rows(root: str, files: Sequence[str], needs: set[str], columns: Columns) -> Iterator[dict]:
     for file in files:
-        kind = _suffix(file)
-        name = os.path.relpath(file, root).replace(os.sep, "/")
-        if kind in TABLES:
-            yield from _from_table(file, needs, columns)
+        kind, name = _suffix(file), os.path.relpath(file, root).replace(os.sep, "/")
+        if not _is_text(file):
+            name = name.encode("utf-8", "replace").decode()
+            yield {"id": name, "problem": "UnicodeError: its name is not UTF-8; rename it."}
+        elif kind in TABLES:
+            yield from _from_table(file, name, needs, columns)
         elif kind == ".tar":
             yield from _from_tar(file, name, needs)
         elif kind in IMAGES and "image" in needs:
-            row = {"id": name, "path": str(file)}
+            row = {"id": name, "path": file}
             if "prompt" in needs:
-                caption = file.with_suffix(CAPTION)
-                row |= _caption(caption.read_bytes() if caption in texts else None, caption.name)
+                row |= _caption_file(os.path.splitext(file)[0] + CAPTION)
             yield row
-        elif kind == CAPTION and needs == {"prompt"}:
-            yield {"id": name} | _caption(file.read_bytes(), file.name)
+        elif kind == CAPTION and "image" not in needs:
+            yield {"id": name} | _caption_file(file)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _caption_file(path: str) -> dict:
+    try:
+        with open(path, "rb") as file:
+            return _caption(file.read(), os.path.basename(path))
+    except FileNotFoundError:
+        return _caption(None, os.path.basename(path))
+    except OSError as error:
+        return {"problem": f"{type(error).__name__}: {error}"}
 
 
 def _caption(data: bytes | None, name: str) -> dict:
@@ -152,19 +175,16 @@ def _caption(data: bytes | None, name: str) -> dict:
     return {"prompt": text} if text else {"problem": f"NoPrompt: {name} is empty."}
 
 
-def _from_tar(file: Path, name: str, needs: set[str]) -> Iterator[dict]:
+def _from_tar(file: str, name: str, needs: set[str]) -> Iterator[dict]:
+    """Its samples and, where it is damaged, a row that says so beside those that are whole."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    damage = None
     try:
         with tarfile.open(file, "r:") as tar:
-            members = [member for member in tar if member.isfile()]
-            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in members:
-                folder, _, last = member.name.rpartition("/")
-                key, _, suffix = last.partition(".")
-                if key:  # what begins with a dot is no sample
-                    sample = samples.setdefault(f"{folder}/{key}" if folder else key, {})
-                    sample.setdefault(f".{suffix.lower()}", member)
+            size = os.path.getsize(file)
+            damage = _read_members(tar, size, samples)
             for key, sample in samples.items():
-                row = {"id": f"{name}/{key}", "path": str(file)}
+                row = {"id": f"{name}/{key}", "path": file}
                 image = next((sample[kind] for kind in sample if kind in IMAGES), None)
                 caption = sample.get(CAPTION)
                 if ("image" in needs and image is None) or (
@@ -178,31 +198,61 @@ def _from_tar(file: Path, name: str, needs: set[str]) -> Iterator[dict]:
                     row |= _caption(data, f"{key}{CAPTION}")
                 yield row
     except (tarfile.TarError, OSError, EOFError) as error:
-        # the other tars are worth having all the same
-        yield {"id": name, "problem": f"TarError: {file} cannot be read as a tar ({error})."}
+        damage = str(error)
+    if damage is not None:  # the others are worth having all the same
+        yield {"id": name, "problem": f"TarError: {file} is damaged or no plain tar ({damage})."}
 
 
-def _from_table(file: Path, needs: set[str], columns: Columns) -> Iterator[dict]:
+def _read_members(
+    tar: tarfile.TarFile, size: int, samples: dict[str, dict[str, tarfile.TarInfo]]
+) -> str | None:
+    """Sort the members of a tar into samples; what is wrong with the tar, if anything is."""
+    while True:
+        try:
+            member = tar.next()
+        except tarfile.TarError as error:
+            return str(error)
+        if member is None:
+            break
+        if member.offset_data + member.size > size:
+            return f"{member.name} is cut"
+        folder, _, last = member.name.rpartition("/")
+        key, _, suffix = last.partition(".")
+        if member.isfile() and key and _is_text(member.name):  # what begins with a dot is none
+            sample = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+            sample.setdefault(f".{suffix.lower()}", member)
+    # tarfile takes a broken header for the end, of which two empty blocks are the mark
+    tar.fileobj.seek(tar.offset)
+    return None if tar.fileobj.read(512) == bytes(512) else "it ends early"
+
+
+def _from_table(file: str, name: str, needs: set[str], columns: Columns) -> Iterator[dict]:
     try:
         table, chosen = _read_table(file, needs, columns)
     except pa.ArrowException as error:
         raise ValueError(f"`source` {file} cannot be read ({error}); check it.") from error
+    folder, number = os.path.dirname(name), 0
     for batch in table.to_batches():
         for values in zip(*(batch.column(name).to_pylist() for name in chosen), strict=True):
+            number += 1
             one = dict(zip(chosen.values(), values, strict=True))
-            parts = [one.get(need) or "" for need in ("image", "prompt") if need in needs]
-            row = {"id": one.get("id") or " | ".join(parts), "prompt": one.get("prompt")}
+            row = {"prompt": one.get("prompt")}
+            parts = [one[need] or "" for need in ("image", "prompt") if need in needs]
             if "image" in needs and one["image"]:
-                row["path"] = os.path.join(file.parent, one["image"])
+                row["path"] = os.path.join(os.path.dirname(file), one["image"])
                 if one["image"].startswith(("http://", "https://")):
                     row["path"] = one["image"]
+                else:  # tables of several folders may have the same names
+                    parts[0] = os.path.join(folder, one["image"])
+            row["id"] = one.get("id") or " | ".join(parts)
             empty = [need for need in sorted(needs) if not (one[need] or "").strip()]
             if empty:
                 row["problem"] = f"EmptyCell: the row has no {empty[0]}."
+                row["id"] = one.get("id") or f"{name}: row {number}"
             yield row
 
 
-def _read_table(file: Path, needs: set[str], columns: Columns) -> tuple[pa.Table, dict[str, str]]:
+def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table, dict[str, str]]:
     """The columns that count, as strings, and what each is: image, prompt or id."""
     if _suffix(file) == ".parquet":
         names = pq.read_schema(file).names
@@ -213,6 +263,8 @@ def _read_table(file: Path, needs: set[str], columns: Columns) -> tuple[pa.Table
         with pa.csv.open_csv(file, parse_options=parse) as reader:
             names = reader.schema.names
     chosen = {_choose(names, need, columns, file): need for need in sorted(needs)}
+    if len(chosen) < len(needs):
+        raise ValueError(f"the image column and the prompt column are both {next(iter(chosen))}.")
     if columns.id is not None:
         if columns.id not in names:
             raise ValueError(_no_column(file, columns.id, names))
@@ -224,15 +276,15 @@ def _read_table(file: Path, needs: set[str], columns: Columns) -> tuple[pa.Table
     else:
         # as they are written: an id like 007 is no number, a prompt like null no missing value
         convert = pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(chosen, pa.string()),
+            column_types=dict.fromkeys(chosen, pa.large_string()),
             include_columns=list(chosen),
             strings_can_be_null=False,
         )
         table = pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
-    return table.cast(pa.schema([(name, pa.string()) for name in table.column_names])), chosen
+    return table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names])), chosen
 
 
-def _choose(names: Sequence[str], need: str, columns: Columns, file: Path) -> str:
+def _choose(names: Sequence[str], need: str, columns: Columns, file: str) -> str:
     named = getattr(columns, need)
     if named is not None:
         if named not in names:
@@ -247,7 +299,7 @@ def _choose(names: Sequence[str], need: str, columns: Columns, file: Path) -> st
     )
 
 
-def _no_column(file: Path, name: str, names: Sequence[str]) -> str:
+def _no_column(file: str, name: str, names: Sequence[str]) -> str:
     return f"`source` {file} has no column {name!r}, but {', '.join(names)}; name one of these."
 
 

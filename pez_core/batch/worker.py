@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..clip.images import load_image, load_image_at
 from ..clip.load import default_dtype
 from ..priors import check_readability
 from ..readability import load_language_model
+from ..targets import encode_targets
 from ..tasks import distill, invert
 from .job import Job
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 # Versions of prompts that are searched side by side where nobody says how many items are. On a CPU
 # more bring nothing (benchmarks/results/batch.md); on a GPU they are halved where memory ends.
 _VERSIONS = {"cpu": 128, "mps": 512, "cuda": 4096}
+_MOST = {"cpu": 16}
 _SCORED = 64
 
 # On a CPU a product of matrices rounds a row differently where it is one of the last of a number of
@@ -39,13 +41,18 @@ class Problem(ValueError):
     """Why an item cannot be searched, as `Kind: message`."""
 
 
+class DeviceLost(Exception):
+    """The device can do nothing more in this process; it is no fault of an item."""
+
+
 def items_at_once(job: Job, device: str) -> int:
     """How many items are searched side by side on a kind of device, if memory allows."""
     if job.task == "distill":  # prompts of other lengths take other lengths
         return 1
     if job.task == "score":
         return _SCORED
-    return max(_FULL, _VERSIONS.get(device, 128) // (job.plan.trials * job.restarts))
+    room = _VERSIONS.get(device, 128) // (job.plan.trials * job.restarts)
+    return max(_FULL, min(room, _MOST.get(device, 64)))
 
 
 class Worker:
@@ -90,11 +97,12 @@ class Worker:
             return
         options = self._options | {"steps": 1, "refine_steps": min(1, self.job.plan.refine_steps)}
         if self.job.task == "distill":
-            distill(self.clip, "a small red bird on a long green branch", **options)
+            longer = "bird " * min(2 * (self.job.prompt_len or 8), self.clip.text.max_prompt_len)
+            distill(self.clip, longer, **options)
         else:
             invert(self.clip, self.clip.encode_texts(["a bird"]), **options)
 
-    def rows(self, items: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    def rows(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """The rows of items, some at a time, in any order; images are read while others are
         searched.
 
@@ -117,7 +125,8 @@ class Worker:
                 item, pending = coming.popleft()
                 try:
                     group.append((item, self._when_read(item, pending)))
-                except _ERRORS as error:
+                except Exception as error:  # decoders of damaged data raise whatever they meet
+                    _check_device(error)
                     yield [self._failed(item, error)]
                 if len(group) >= self.at_once:
                     yield self._search(group)
@@ -151,6 +160,7 @@ class Worker:
         try:
             found = getattr(self, f"_{self.job.task}")(group)
         except _ERRORS as error:
+            _check_device(error)
             if len(group) == 1:
                 return [self._failed(group[0][0], error)]
             size = 1
@@ -184,7 +194,9 @@ class Worker:
     def _score(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
         prompts = [item["prompt"] for item, _ in group]
         images = torch.cat([feature for _, feature in group])
-        similarities = (self.clip.encode_texts(prompts) * images).sum(1).tolist()
+        # each alone: a sum may depend on what else is in the batch
+        texts = torch.cat([encode_targets("prompt", self.clip, [prompt]) for prompt in prompts])
+        similarities = [float(text @ image) for text, image in zip(texts, images, strict=True)]
         encode = self.clip.text.words.encode
         return [
             {"prompt": prompt, "similarity": similarity, "token_ids": encode(prompt), "seed": None}
@@ -196,6 +208,12 @@ class Worker:
         if not isinstance(error, Problem):
             message = f"{type(error.__cause__ or error).__name__}: {message}"
         return failed_row(item["id"], message)
+
+
+def _check_device(error: Exception) -> None:
+    """Raise `DeviceLost` for errors after which every other call fails, too."""
+    if "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        raise DeviceLost(str(error)) from error
 
 
 def failed_row(item: str, error: str) -> dict[str, Any]:
