@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +43,7 @@ from emoji_data import prepare  # noqa: E402
 
 SEARCH = ["--preset", "fast", "--prompt-len", "8"]
 CLUSTER = {"gpus": 64, "items": 10_000_000, "seconds": 0.5}
-LISTED, ROWS_PER_FILE, FILES = 100_000, 512, 2_000
+LISTED, ROWS_PER_FILE, FILES = 100_000, 256, 4_000
 
 
 def _images(work: Path, count: int) -> Path:
@@ -180,6 +181,10 @@ def what_one_driver_does(work: Path) -> dict:
     began = time.perf_counter()
     items = find_items(folder)
     listing = (time.perf_counter() - began) / LISTED
+    tracemalloc.start()
+    find_items(folder)
+    peak = (tracemalloc.get_traced_memory()[1] + items.nbytes) / LISTED  # Arrow's is not traced
+    tracemalloc.stop()
     output, rng = Output(work / "written"), random.Random(0)
     output.folder.mkdir()
     writing = 0.0
@@ -199,6 +204,7 @@ def what_one_driver_does(work: Path) -> dict:
     return {
         "listing": listing,
         "item bytes": items.nbytes / LISTED,
+        "peak bytes": peak,
         "writing a file": writing,
         "reading": reading,
         "tidying": tidying,
@@ -292,10 +298,10 @@ def report(found: dict) -> str:
 def _cluster(driver: dict, added: float, start: float) -> list[str]:
     gpus, items, seconds = CLUSTER["gpus"], CLUSTER["items"], CLUSTER["seconds"]
     hours = items * seconds / gpus / 3600
-    files = items / 512
+    files = items / 256
     alone = items * driver["listing"]
     again = items * (2 * driver["tidying"] + 2 * driver["reading"])
-    chunk = 512 * seconds
+    chunk = 256 * seconds
     chunks = 1 / driver["chunk"]
     return [
         f"## {gpus} GPUs and {items:,} images",
@@ -307,6 +313,8 @@ def _cluster(driver: dict, added: float, start: float) -> list[str]:
         f"| listing a folder, {1e6 * driver['listing']:.1f} µs | {alone:.0f} s |",
         f"| table of items, {driver['item bytes']:.0f} bytes | "
         f"{items * driver['item bytes'] / 1e9:.1f} GB |",
+        f"| memory while it is made, {driver['peak bytes']:.0f} bytes | "
+        f"{items * driver['peak bytes'] / 1e9:.1f} GB |",
         f"| reading which are finished, {1e6 * driver['reading']:.2f} µs | "
         f"{items * driver['reading']:.0f} s |",
         f"| looking for rows that are there twice, {1e6 * driver['tidying']:.2f} µs | "
@@ -317,17 +325,18 @@ def _cluster(driver: dict, added: float, start: float) -> list[str]:
         f"At {seconds} s of a GPU per image (an assumption: GPU figures are not measured yet) the "
         f"searches take {hours:.0f} hours. The driver works alone for {(alone + again) / 60:.1f} "
         f"minutes of a run, {(alone + again) / 3600 / hours:.1%} of that. While the workers "
-        f"search, {gpus} chunks of 512 images come every {chunk:.0f} s, {gpus / chunk:.2f} per "
+        f"search, {gpus} chunks of 256 images come every {chunk:.0f} s, {gpus / chunk:.2f} per "
         f"second; Ray Data hands out {chunks:.0f} empty chunks per second here, so that its driver "
-        f"would be busy at {chunks * chunk:,.0f} GPUs. A file of 512 rows is written in "
+        f"would be busy at {chunks * chunk:,.0f} GPUs. A file of 256 rows is written in "
         f"{1000 * driver['writing a file']:.0f} ms, {driver['writing a file'] / chunk:.2%} of its "
         f"search. The kill of a worker costs at most {chunk / 60:.0f} minutes of one GPU, that of "
         "the driver as much of all.",
         "",
         "Where it stops scaling: first at the storage that all machines share, which has to give "
         f"{gpus / seconds:.0f} images per second, {gpus / seconds * 0.2:.0f} MB/s at 200 kB each; "
-        "then, at hundreds of millions of items, at the memory of the driver, which holds the "
-        "table of items and the ids that are finished: split the source, an OUT for each part.",
+        "then, at some ten times as many items, at the memory of the driver, which lists all of "
+        "them: split the source, an OUT for each part. A driver reads the headers of tars one after "
+        "another, so that very many tars are better listed in parts, too.",
     ]
 
 
@@ -336,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=2000, help="images (2000)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000])
     parser.add_argument(
-        "--again", action="store_true", help="time these sizes again, keep all else that was found"
+        "--again", action="store_true", help="time these sizes and the driver again, keep the rest"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results/batch")
     arguments = parser.parse_args(argv)
@@ -345,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.again:
             found = json.loads(kept.read_text())
             work = Path(folder)
+            found["driver"] = what_one_driver_does(work)
             images = _images(work, arguments.count)
             new = {row["images"]: row for row in cost_by_size(images, work, arguments.sizes)[1:]}
             found["sizes"] = [new.get(row["images"], row) for row in found["sizes"]]

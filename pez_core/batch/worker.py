@@ -22,8 +22,8 @@ from .job import Job
 
 log = logging.getLogger(__name__)
 
-# Versions of prompts that are searched side by side where nobody says how many items are. On a CPU
-# more bring nothing (benchmarks/results/batch.md); on a GPU they are halved where memory ends.
+# Versions of prompts that are searched side by side where nobody says how many items are, and the
+# most items. On a CPU more bring nothing; on a GPU there are fewer where memory ends.
 _VERSIONS = {"cpu": 128, "mps": 512, "cuda": 4096}
 _MOST = {"cpu": 16}
 _SCORED = 64
