@@ -70,12 +70,16 @@ def start(images: Path, out: Path, *flags: str, threads: int | None = None) -> s
 
 def finish(process: subprocess.Popen) -> tuple[dict, float]:
     """What it said, and its greatest memory in MB."""
+    memory, status = 0.0, Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:  # the operating system's own sum has the parent's in it
+        lines = status.read_text().splitlines() if status.exists() else []
+        peak = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+        memory = max([memory, *(kilobytes / 1024 for kilobytes in peak)])
+        time.sleep(0.1)
     said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"pez batch ended with {process.returncode}: {said}")
-    return json.loads(said), usage.ru_maxrss / 1024
+    return json.loads(said), memory
 
 
 def timed(images: Path, out: Path, *flags: str, threads: int | None = None) -> tuple[float, float]:
@@ -335,8 +339,8 @@ def _cluster(driver: dict, added: float, start: float) -> list[str]:
         "Where it stops scaling: first at the storage that all machines share, which has to give "
         f"{gpus / seconds:.0f} images per second, {gpus / seconds * 0.2:.0f} MB/s at 200 kB each; "
         "then, at some ten times as many items, at the memory of the driver, which lists all of "
-        "them: split the source, an OUT for each part. A driver reads the headers of tars one after "
-        "another, so that very many tars are better listed in parts, too.",
+        "them: split the source, an OUT for each part. A driver reads the headers of tars one "
+        "after another, so that very many are better listed in parts, too.",
     ]
 
 
