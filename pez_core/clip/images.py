@@ -90,9 +90,12 @@ def load_image_at(path: str | os.PathLike, offset: int, size: int) -> Image.Imag
 
 
 def _from_path(path: Path) -> Image.Image:
-    if path.is_dir():
-        raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
-    return _opened(lambda: path, str(path))
+    def check() -> Path:
+        if path.is_dir():
+            raise ValueError(f"`images`: {path} is a folder; give the image files in it.")
+        return path
+
+    return _opened(check, str(path))
 
 
 def _opened(read: Callable[[], Path | BytesIO], path: str, size: int | None = None) -> Image.Image:
