@@ -235,3 +235,16 @@ def test_longest_prompt(emoji_clip, images):
 def test_bad_arguments(tiny_clip, options, error, message):
     with pytest.raises(error, match=message):
         invert(tiny_clip, Image.new("RGB", (9, 9)), **options)
+
+
+def test_images_may_have_been_encoded_before(tiny_clip):
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    features = tiny_clip.encode_images(images)
+    again = invert(tiny_clip, features, 3, steps=3)
+    assert [r.prompt for r in again] == [r.prompt for r in invert(tiny_clip, images, 3, steps=3)]
+    with pytest.raises(
+        ValueError, match=r"`images` has shape \(2, 15\), but features of tiny have"
+    ):
+        invert(tiny_clip, features[:, 1:], 3, steps=3)
+    with pytest.raises(ValueError, match="give the features of at least one image"):
+        invert(tiny_clip, features[:0], 3, steps=3)
