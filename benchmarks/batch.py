@@ -262,6 +262,7 @@ def report(found: dict) -> str:
         "# Whole datasets",
         "",
         f"`python benchmarks/batch.py`, {found['machine']}; bundled CLIP, `{' '.join(SEARCH)}`.",
+        *([found["note"]] if "note" in found else []),
         "",
         f"**The cost of an image is flat within {spread:.1%}** from "
         f"{found['sizes'][1]['images']:,} to {found['count']:,} images, in one process with one "

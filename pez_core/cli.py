@@ -808,11 +808,11 @@ def _duration(seconds: float) -> str:
 
 
 def _size(size: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
             return f"{size:.0f} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:,.0f} GB"
 
 
 def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:

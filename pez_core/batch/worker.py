@@ -28,9 +28,9 @@ _VERSIONS = {"cpu": 128, "mps": 512, "cuda": 4096}
 _MOST = {"cpu": 16}
 _SCORED = 64
 
-# On a CPU a product of matrices rounds a row differently where it is one of the last of a number of
-# rows that 4 does not divide (measured with MKL, whatever the number of threads). With groups of so
-# many items no number of rows is like that, and no result depends on what else is in a group.
+# MKL rounds a row of a product of matrices differently where it is one of the last of a number of
+# rows that 4 does not divide. With groups of so many items no number of rows is like that, and no
+# result depends on what else is in a group.
 _FULL = 4
 
 # What one item may raise without an end of the others.
