@@ -368,6 +368,17 @@ def test_a_retry_leaves_other_errors_alone(images, tmp_path):
     assert (again.finished_before, again.failed) == (5, 2)
 
 
+def test_a_retry_that_fails_again_says_why_now(images, tmp_path):
+    bad = [images / f"{letter}-bad.png" for letter in "abcdefgh"]
+    for path in bad:
+        path.write_bytes(b"no image")
+    assert run(images, tmp_path / "out", QUICK).errors == {"UnidentifiedImageError": 8}
+    for path in bad:
+        path.write_bytes(b"")
+    again = run(images, tmp_path / "out", QUICK, retry_failed=True, chunk=1)
+    assert again.errors == {"ValueError": 8} and len(read(tmp_path / "out")) == 13
+
+
 def test_whatever_a_decoder_raises_is_the_error_of_its_image(images, tmp_path):
     Image.new("RGB", (8, 8)).save(images / "odd.png", exif=b"Exif\0\0nonsense")
     with pytest.raises(SyntaxError):  # no error that one would expect
@@ -681,23 +692,23 @@ def test_without_ray_it_says_what_to_install(command, monkeypatch):
 
 
 def test_images_are_read_while_others_are_searched(images, monkeypatch):
-    """The search of the first image waits until the second one is being read."""
-    worker, second = Worker(QUICK, at_once=1), threading.Event()
+    """The second image waits to be read until the search of the first one has begun."""
+    worker, began = Worker(QUICK, at_once=1), threading.Event()
     read, search, counts = worker._read, worker._search, Counter()
 
     def reading(item):
         counts["read"] += 1
-        if counts["read"] == 2:
-            second.set()
+        assert counts["read"] == 1 or began.wait(20)
         return read(item)
 
     def searching(group):
-        assert second.wait(20)
+        began.set()
         counts["searched"] += 1
         assert counts["read"] - counts["searched"] <= 2  # nor are all of them held
         return search(group)
 
     monkeypatch.setattr(worker, "_read", reading)
     monkeypatch.setattr(worker, "_search", searching)
-    assert len(list(worker.rows(find_items(images).to_pylist()))) == 5
+    rows = [row for some in worker.rows(find_items(images).to_pylist()) for row in some]
+    assert [row["error"] for row in rows] == [None] * 5
     assert counts == {"read": 5, "searched": 5}
