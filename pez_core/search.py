@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -27,7 +27,8 @@ class SearchSpace(Protocol):
 
 # (rows, prompt_len, dim) projected embeddings and the step, counted from 0 ->
 # (rows,) loss to descend and (rows,) score, larger is better, that picks the best prompt.
-# The two differ when the loss is taken on a minibatch and the score on everything.
+# The two differ when the loss is taken on a minibatch and the score on everything. A score of -inf
+# says that it was not looked at in this step; such a prompt is never a new best.
 # There is one row per problem; methods that compare candidates give several per problem, all those
 # of a problem in a row.
 Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -65,17 +66,42 @@ class Settings(Budget):
 
     Attributes:
         steps, patience, report_every, time_limit: see `Budget`.
-        lr: AdamW learning rate (gamma in the paper).
-        weight_decay: AdamW weight decay.
+        lr: learning rate (gamma in the paper).
+        weight_decay: of AdamW.
+        optimizer: makes the optimiser of a list of parameters, with a learning rate of its own;
+            None: AdamW with `lr` and `weight_decay`.
     """
 
     lr: float = 0.1
     weight_decay: float = 0.1
+    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("lr", self.lr)
         check_positive("weight_decay", self.weight_decay, or_zero=True)
+
+    def optimizer_of(self, P: torch.Tensor) -> torch.optim.Optimizer:
+        """The optimiser that moves the continuous prompt `P`."""
+        if self.optimizer is not None:
+            return self.optimizer([P])
+        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay)
+
+
+class Checkpoint(Protocol):
+    """Where a search is kept so that it can go on: `pez_core.checkpoint.FileCheckpoint`.
+
+    Attributes:
+        every: steps between two calls of `save`.
+    """
+
+    every: int
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None: nothing yet."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep nested dicts, with keys that are text, of tensors, numbers and lists of numbers."""
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -129,7 +155,7 @@ class Tracker:
     Args:
         ids: (problems, prompt_len) ids that stand for the best until one is accepted.
         budget: how long the search may go on.
-        callback, acceptable: as in `search`.
+        callback, acceptable, checkpoint: as in `search`.
 
     Attributes:
         progress: brought up to date at each report.
@@ -144,6 +170,7 @@ class Tracker:
         budget: Budget,
         callback: Callable[[Progress], bool | None] | None = None,
         acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(
@@ -151,6 +178,7 @@ class Tracker:
                 f"{tuple(ids.shape)}."
             )
         self.budget, self.callback, self.acceptable = budget, callback, acceptable
+        self.checkpoint = checkpoint
         self.forget(ids)
         self._step = 0
         self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -158,6 +186,63 @@ class Tracker:
         self._every = budget.report_every or (1 if ids.device.type == "cpu" else 25)
         self._began = time.monotonic()
         self.progress = Progress(0, budget.steps, self.ids, self.scores, 0.0)
+
+    def begin(
+        self,
+        P: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        draws: Sequence[torch.Generator] = (),
+        also: Sequence[torch.Tensor] = (),
+    ) -> int:
+        """The step to begin with, after all has been put back as the checkpoint has it.
+
+        Args:
+            P: continuous prompt.
+            optimizer: that moves it.
+            draws: generators whose draws the next steps depend on.
+            also: what else belongs to the search and is changed in place.
+        """
+        self._moving = (P, optimizer, draws, also)
+        state = None if self.checkpoint is None else self.checkpoint.load()
+        if state is None:
+            return 0
+        P.data.copy_(state["P"])
+        inner = {int(k): values for k, values in state["optimizer"].items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": inner, "param_groups": groups})
+        for k, draw in enumerate(draws):
+            draw.set_state(state["draws"][str(k)].cpu())
+        for k, values in enumerate(also):
+            values.copy_(state["also"][str(k)])
+        device = self.ids.device
+        kept = (state[name].to(device) for name in ("ids", "scores", "chosen_by", "steps"))
+        self.ids, self.scores, self._chosen_by, self._steps = kept
+        self._step = state["step"]
+        self._began -= state["elapsed"]
+        progress = self.progress
+        progress.step, progress.elapsed = self._step, state["elapsed"]
+        progress.ids, progress.scores = self.ids, self.scores
+        progress.history = [(step, scores) for step, scores in state["history"]]
+        return self._step
+
+    def _save(self) -> None:
+        P, optimizer, draws, also = self._moving
+        inner = optimizer.state_dict()["state"]
+        self.checkpoint.save(
+            {
+                "P": P.detach(),
+                "optimizer": {str(k): dict(values) for k, values in inner.items()},
+                "draws": {str(k): draw.get_state() for k, draw in enumerate(draws)},
+                "also": {str(k): values for k, values in enumerate(also)},
+                "ids": self.ids,
+                "scores": self.scores,
+                "chosen_by": self._chosen_by,
+                "steps": self._steps,
+                "step": self._step,
+                "elapsed": time.monotonic() - self._began,
+                "history": [list(one) for one in self.progress.history],
+            }
+        )
 
     def forget(self, ids: torch.Tensor) -> None:
         """Let (problems, prompt_len) `ids` stand for the best until one is accepted."""
@@ -182,7 +267,11 @@ class Tracker:
         self.scores = torch.where(better, scores.float(), self.scores)
         self._chosen_by = torch.where(better, chosen_by.float(), self._chosen_by)
         self._steps = torch.where(better, self._step, self._steps)
-        self.check_finite(scores)
+        self.check_scores(scores)
+
+    def check_scores(self, scores: torch.Tensor) -> None:
+        """As `check_finite`, but -inf only says that a score was not looked at."""
+        self.check_finite(scores.masked_fill(scores == -torch.inf, 0))
 
     def check_finite(self, *values: torch.Tensor) -> None:
         """Remember whether any of these is NaN or infinite; `end_step` raises then.
@@ -204,7 +293,9 @@ class Tracker:
         last = done >= budget.steps or (
             budget.time_limit is not None and elapsed >= budget.time_limit
         )
-        if not (last or done == 1 or done % self._every == 0):
+        checkpoint = self.checkpoint
+        due = checkpoint is not None and (last or done % checkpoint.every == 0)
+        if not (last or due or done == 1 or done % self._every == 0):
             return False
         if not self._finite:
             raise FloatingPointError(
@@ -217,10 +308,13 @@ class Tracker:
         progress.history.append((done, self.scores.tolist()))
         if self.callback is not None and self.callback(progress):
             progress.stopped = True
-            return True
+        if checkpoint is not None and (due or progress.stopped):
+            self._save()
         patience = budget.patience
-        return last or (
-            patience is not None and bool((self._step - 1 - self._steps >= patience).all())
+        return (
+            last
+            or progress.stopped
+            or (patience is not None and bool((self._step - 1 - self._steps >= patience).all()))
         )
 
 
@@ -231,6 +325,8 @@ def search(
     settings: Settings = Settings(),
     callback: Callable[[Progress], bool | None] | None = None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
 ) -> Progress:
     """Learn hard prompts by gradient descent through the projection (Algorithm 1).
 
@@ -245,6 +341,7 @@ def search(
             end; a true return value ends the search, and the best so far is returned.
         acceptable: (n, prompt_len) ids -> (n,) bool; only these prompts are kept as the best. It is
             asked only about prompts that would be a new best. None accepts every prompt.
+        checkpoint: where the search is kept while it goes on, and goes on from; None: nowhere.
 
     Returns:
         The best prompt of each problem, not the last.
@@ -253,11 +350,11 @@ def search(
         ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
         FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
     """
-    best = Tracker(ids, settings, callback, acceptable)
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).float().clone().requires_grad_()
-        optimizer = torch.optim.AdamW([P], lr=settings.lr, weight_decay=settings.weight_decay)
-        for step in range(settings.steps):
+        optimizer = settings.optimizer_of(P)
+        for step in range(best.begin(P, optimizer), settings.steps):
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ..search import Objective, Progress, SearchSpace, Settings, Tracker
+from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker
 from .common import per_problem
 
 # (problems, prompt_len, dim) embeddings -> (problems,) loss
@@ -24,6 +24,7 @@ def autoprompt_sgd(
     generator: torch.Generator | None = None,
     fluency: Fluency | None = None,
     fluency_weight: float = 0.003,
+    checkpoint: Checkpoint | None = None,
 ) -> Progress:
     """AutoPrompt_SGD of the PEZ paper (section 2): `fluent_prompt` without noise.
 
@@ -37,7 +38,8 @@ def autoprompt_sgd(
     in `search` it adds up.
 
     Args:
-        space, objective, ids, settings, callback, acceptable: as in `pez_core.search.search`.
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in
+            `pez_core.search.search`.
         generator: nothing is drawn; taken so that all rivals are called alike.
         fluency, fluency_weight: as in `fluent_prompt`.
 
@@ -48,7 +50,8 @@ def autoprompt_sgd(
         ValueError: as `fluent_prompt`.
         FloatingPointError: as `search`.
     """
-    return _descend(space, objective, ids, settings, callback, acceptable, fluency, fluency_weight)
+    common = (space, objective, ids, settings, callback, acceptable, checkpoint)
+    return _descend(*common, fluency, fluency_weight)
 
 
 def fluent_prompt(
@@ -62,6 +65,7 @@ def fluent_prompt(
     generator: torch.Generator,
     fluency: Fluency | None = None,
     fluency_weight: float = 0.003,
+    checkpoint: Checkpoint | None = None,
 ) -> Progress:
     """FluentPrompt (Shi et al. 2022): projected Langevin dynamics, as the PEZ authors ran it.
 
@@ -73,7 +77,8 @@ def fluent_prompt(
     images (section 4.1); see `autoprompt_sgd` for what its moments mean here.
 
     Args:
-        space, objective, ids, settings, callback, acceptable: as in `pez_core.search.search`.
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in
+            `pez_core.search.search`.
         generator: on the CPU; draws the noise, for each problem by itself.
         fluency: (problems, prompt_len, dim) embeddings -> (problems,) loss of a language model that
             has the same embeddings. None for CLIP, since there is no such model.
@@ -88,9 +93,8 @@ def fluent_prompt(
         FloatingPointError: as `search`.
     """
     draws = per_problem(generator, len(ids))
-    return _descend(
-        space, objective, ids, settings, callback, acceptable, fluency, fluency_weight, draws
-    )
+    common = (space, objective, ids, settings, callback, acceptable, checkpoint)
+    return _descend(*common, fluency, fluency_weight, draws)
 
 
 def _descend(
@@ -100,17 +104,18 @@ def _descend(
     settings: Settings,
     callback: Callable[[Progress], bool | None] | None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None,
+    checkpoint: Checkpoint | None,
     fluency: Fluency | None,
     fluency_weight: float,
-    draws: list[torch.Generator] | None = None,
+    draws: Sequence[torch.Generator] = (),
 ) -> Progress:
     if not 0 <= fluency_weight <= 1:
         raise ValueError(f"`fluency_weight` has to be from 0 to 1 but is {fluency_weight}.")
-    best = Tracker(ids, settings, callback, acceptable)
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([P], lr=settings.lr, weight_decay=settings.weight_decay)
-        for step in range(settings.steps):
+        optimizer = settings.optimizer_of(P)
+        for step in range(best.begin(P, optimizer, draws), settings.steps):
             projected_ids = space.nearest(P.detach())
             P.data = space.embed(projected_ids)  # P = Proj_E(P), and where it was is forgotten
             loss, scores = objective(P, step)
@@ -120,7 +125,7 @@ def _descend(
             best.offer(projected_ids, scores.detach())
             best.check_finite(P.grad)
             optimizer.step()
-            if draws is not None:
+            if draws:
                 beta = 1e-4 ** (step / settings.steps)
                 z = torch.stack([torch.randn(P.shape[1:], generator=one) for one in draws])
                 P.data += (2 * settings.lr * beta) ** 0.5 * z.to(P.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..search import Objective, Progress, SearchSpace, Settings, Tracker
+from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker
 
 
 @dataclass
@@ -35,6 +35,7 @@ def soft_prompt(
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
     generator: torch.Generator | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> SoftProgress:
     """AdamW on continuous embeddings (Lester et al. 2021), the soft prompt of the PEZ paper.
 
@@ -44,7 +45,7 @@ def soft_prompt(
     makes it as cheap as it can be; the result does not depend on it.
 
     Args:
-        space, objective, ids, callback, acceptable: as in `pez_core.search.search`.
+        space, objective, ids, callback, acceptable, checkpoint: as in `pez_core.search.search`.
         settings: see `Settings`. `patience` has no meaning without a best prompt: it is not used.
         generator: nothing is drawn; taken so that all rivals are called alike.
 
@@ -56,28 +57,33 @@ def soft_prompt(
     """
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([P], lr=settings.lr, weight_decay=settings.weight_decay)
-        soft_scores = torch.empty(0)
+        optimizer = settings.optimizer_of(P)
+        # what is reported: P before the step that moves it on, whose scores are known
+        prompt, soft_scores = P.detach().clone(), torch.zeros(len(ids), device=P.device)
 
         def report(progress: SoftProgress) -> bool | None:
-            projected_ids = space.nearest(P.detach())
+            projected_ids = space.nearest(prompt)
             with torch.no_grad():
                 _, scores = objective(space.embed(projected_ids), progress.step - 1)
             last.forget(ids)
             last.offer(projected_ids, scores)
             progress.ids, progress.scores = last.ids, last.scores
             progress.history[-1] = (progress.step, last.scores.tolist())
-            progress.embeddings, progress.soft_scores = P.detach().clone(), soft_scores
+            progress.embeddings, progress.soft_scores = prompt.clone(), soft_scores.clone()
             return callback is not None and callback(progress)
 
-        last = Tracker(ids, replace(settings, patience=None), report, acceptable)
+        last = Tracker(ids, replace(settings, patience=None), report, acceptable, checkpoint)
         last.progress = SoftProgress(**vars(last.progress))
-        for step in range(settings.steps):
+        begin = last.begin(P, optimizer, also=[prompt, soft_scores])
+        last.progress.embeddings, last.progress.soft_scores = prompt.clone(), soft_scores.clone()
+        for step in range(begin, settings.steps):
             loss, scores = objective(P, step)
             (P.grad,) = torch.autograd.grad(loss.sum(), P)
-            soft_scores = scores.detach().float()
-            last.check_finite(soft_scores, P.grad)
-            if last.end_step():  # before P moves on, so that its score above still is its own
-                break
+            soft_scores.copy_(scores.detach())
+            last.check_scores(soft_scores)
+            last.check_finite(P.grad)
+            prompt.copy_(P.detach())
             optimizer.step()
+            if last.end_step():
+                break
     return last.progress
