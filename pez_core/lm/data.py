@@ -1,0 +1,292 @@
+"""Examples to learn prompts from: the paper's tasks, tasks that come in a package, and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from .text import Example
+
+Splits = tuple[list[Example], list[Example]]
+
+# The sdist that holds the snippets, and the archive inside it.
+_VADER = "vaderSentiment==3.3.2"
+_SNIPPETS = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither: SST-2 leaves such out, too.
+_NEUTRAL = 0.5
+_TEST_SHARE, _SPLIT_SEED = 0.2, 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+        template, verbalizer, max_length: see `pez_core.lm.tune_prompt`.
+        source: where its examples come from, in words.
+        load: source and whether to download -> examples to learn from and examples to test with.
+    """
+
+    template: str
+    verbalizer: Mapping[Hashable, str]
+    max_length: int
+    source: str
+    load: Callable[[str | Path | None, bool], Splits]
+
+
+def load_task(name: str, source: str | Path | None = None, download: bool = False) -> Splits:
+    """The examples of one of `TASKS`: those to learn from, and those to test with.
+
+    "sst2", "amazon-polarity" and "ag-news" are read by the package datasets: what it has on this
+    disk, or `source`, a folder with their files. Their labels are numbers, as there. Of Amazon
+    Polarity 180,000 examples are taken to learn from, about what the paper's code takes.
+
+    The others are made of the snippets that the source package of vaderSentiment 3.3.2 holds
+    (Hutto and Gilbert 2014): movie reviews, Amazon reviews, newspaper editorials and tweets, rated
+    from -4 to 4 by people. "movie-reviews" and "amazon-reviews" ask whether the rating is above 0
+    (snippets within 0.5 of 0 are left out), "sources" asks which of the four a snippet is from.
+    `source` is that source package, or a folder with its `*_GroundTruth.txt`. A fifth, drawn by a
+    fixed seed, is for testing.
+
+    Args:
+        name: one of `TASKS`.
+        source: see above. None: what was downloaded before.
+        download: fetch what is not on this disk, the snippets with pip.
+
+    Raises:
+        ValueError: no such task, or nothing at `source`; says what to do.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; there are {', '.join(TASKS)}.")
+    return TASKS[name].load(source, download)
+
+
+def read_examples(path: str | Path, label: str = "label") -> list[Example]:
+    """Examples from a file: CSV, TSV (with a line of column names) or JSON lines.
+
+    Args:
+        path: ends in .csv, .tsv, .jsonl or .json.
+        label: column of the label, which is read as text. All others are columns for the template.
+
+    Raises:
+        ValueError: no such file, another ending, a line that cannot be read or lacks the label.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`path` is {str(path)!r}, but there is no such file.")
+    readers = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".jsonl": _jsonl}
+    readers[".json"] = _jsonl
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise ValueError(
+            f"`path` is {str(path)!r}; it has to end in {', '.join(readers)} to be read."
+        )
+    examples: list[Example] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in read(file):
+                if row.get(label) is None:
+                    raise ValueError(
+                        f"{path}, line {line}, has no column {label!r}; it has {', '.join(row)}."
+                    )
+                columns = {
+                    name: value if isinstance(value, str) else json.dumps(value)
+                    for name, value in row.items()
+                    if name != label and value is not None
+                }
+                examples.append((columns, str(row[label])))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}).") from error
+    return examples
+
+
+def _csv(file: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(file, delimiter=delimiter, restkey="more than the columns")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _jsonl(file: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} is no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"Line {number} is no JSON object: {line.strip()[:60]!r}.")
+        yield number, row
+
+
+def _of_datasets(
+    name: tuple[str, ...],
+    columns: tuple[str, ...],
+    test: str,
+    limit: int | None,
+    source: str | Path | None,
+    download: bool,
+) -> Splits:
+    """The splits of a dataset of the hub."""
+    if find_spec("datasets") is None:
+        raise ValueError(
+            f"Reading {name[0]} needs the package datasets (pip install datasets); or give a file."
+        )
+    from datasets import DownloadConfig, load_dataset
+
+    given = name if source is None else (str(source),)
+    try:
+        splits = load_dataset(*given, download_config=DownloadConfig(local_files_only=not download))
+        parts = splits["train"], splits[test]
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{given[0]} could not be read ({first_line}); fetch it with download=True or give "
+            f"`source`, a folder with its splits train and {test}."
+        ) from error
+    examples: list[list[Example]] = []
+    for part, most in zip(parts, (limit, None), strict=True):
+        if most is not None and len(part) > most:
+            generator = torch.Generator().manual_seed(_SPLIT_SEED)
+            part = part.select(torch.randperm(len(part), generator=generator)[:most].tolist())
+        examples.append([({c: row[c] for c in columns}, row["label"]) for row in part])
+    return examples[0], examples[1]
+
+
+def _sentiment(file: str, source: str | Path | None, download: bool) -> Splits:
+    rated = _snippets(source, download)[file]
+    return _split(
+        [
+            (text, "positive" if rating > 0 else "negative")
+            for rating, text in rated
+            if abs(rating) >= _NEUTRAL
+        ]
+    )
+
+
+def _origin(source: str | Path | None, download: bool) -> Splits:
+    snippets = _snippets(source, download)
+    return _split([(text, file) for file in _FILES for _, text in snippets[file]])
+
+
+def _split(examples: list[Example]) -> Splits:
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    count = round(len(examples) * _TEST_SHARE)
+    return [examples[k] for k in order[count:]], [examples[k] for k in order[:count]]
+
+
+# By label of the task "sources".
+_FILES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "newspaper": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
+
+
+def _snippets(source: str | Path | None, download: bool) -> dict[str, list[tuple[float, str]]]:
+    """Rating and text of each snippet, by label of the task "sources"."""
+    if source is None:
+        source = _fetched(download)
+    source = Path(source)
+    try:
+        contents = _in_folder(source) if source.is_dir() else _in_sdist(source)
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise ValueError(
+            f"`source` is {str(source)!r}, which is neither the source package of {_VADER} nor a "
+            f"folder with its *_GroundTruth.txt ({error})."
+        ) from error
+    snippets: dict[str, list[tuple[float, str]]] = {}
+    for label, content in contents.items():
+        rows = (line.split("\t", 2) for line in content.decode("utf-8").splitlines())
+        snippets[label] = [(float(rating), text.strip()) for _, rating, text in rows]
+    return snippets
+
+
+def _in_folder(folder: Path) -> dict[str, bytes]:
+    return {label: (folder / file).read_bytes() for label, file in _FILES.items()}
+
+
+def _in_sdist(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as outer:
+        inner = next(one for one in outer.getmembers() if one.name.endswith(_SNIPPETS))
+        data = outer.extractfile(inner).read()
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        names = {Path(one.name).name: one for one in archive.getmembers()}
+        return {label: archive.extractfile(names[file]).read() for label, file in _FILES.items()}
+
+
+def _fetched(download: bool) -> Path:
+    """The source package, which is fetched where it is not there yet and `download` says so."""
+    folder = Path.home() / ".cache" / "pez"
+    found = sorted(folder.glob("vader*3.3.2.tar.gz")) if folder.is_dir() else []
+    if found:
+        return found[0]
+    if not download:
+        raise ValueError(
+            "The snippets are not on this disk; fetch them with download=True (2.4 MB, from PyPI), "
+            f"or give `source`, the source package of {_VADER}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as there:
+        options = ["--no-deps", "--no-binary", ":all:", "--dest", there]
+        command = [sys.executable, "-m", "pip", "download", "-q", *options, _VADER]
+        done = subprocess.run(command, capture_output=True, text=True)
+        files = list(Path(there).glob("*.tar.gz"))
+        if done.returncode or not files:
+            raise ValueError(f"pip could not fetch {_VADER}: {done.stderr.strip()[-300:]}")
+        return files[0].rename(folder / files[0].name)
+
+
+_TWO = {0: "negative", 1: "positive"}
+_REVIEW = {"negative": "negative", "positive": "positive"}
+_PACKAGE = f"source package of {_VADER}"
+
+# Templates, verbalizers and lengths of the first three are those of the paper's code (table 4).
+TASKS: dict[str, Task] = {
+    "sst2": Task(
+        "{sentence}. It was",
+        _TWO,
+        128,
+        "datasets: nyu-mll/glue, sst2",
+        partial(_of_datasets, ("nyu-mll/glue", "sst2"), ("sentence",), "validation", None),
+    ),
+    "amazon-polarity": Task(
+        "{title} {content} It was",
+        _TWO,
+        256,
+        "datasets: fancyzhx/amazon_polarity",
+        partial(_of_datasets, ("fancyzhx/amazon_polarity",), ("title", "content"), "test", 180_000),
+    ),
+    "ag-news": Task(
+        "{text} It was about",
+        {0: "politics", 1: "sports", 2: "business", 3: "technology"},
+        256,
+        "datasets: fancyzhx/ag_news",
+        partial(_of_datasets, ("fancyzhx/ag_news",), ("text",), "test", None),
+    ),
+    "movie-reviews": Task("{text} It was", _REVIEW, 128, _PACKAGE, partial(_sentiment, "movies")),
+    "amazon-reviews": Task(
+        "{text} It was", _REVIEW, 128, _PACKAGE, partial(_sentiment, "products")
+    ),
+    "sources": Task(
+        "{text} It was about",
+        {"movies": "movies", "products": "products", "newspaper": "politics", "tweets": "life"},
+        128,
+        _PACKAGE,
+        _origin,
+    ),
+}

@@ -1,0 +1,87 @@
+"""The methods of the paper's section 5, all called alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..baselines.projected import autoprompt_sgd, fluent_prompt
+from ..baselines.soft import soft_prompt
+from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker, search
+
+
+def pez(
+    space: SearchSpace,
+    objective: Objective,
+    ids: torch.Tensor,
+    settings: Settings = Settings(),  # noqa: B008
+    callback: Callable[[Progress], bool | None] | None = None,
+    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Progress:
+    """`pez_core.search.search`; `generator` is taken so that all methods are called alike."""
+    return search(space, objective, ids, settings, callback, acceptable, checkpoint=checkpoint)
+
+
+def as_released(
+    space: SearchSpace,
+    objective: Objective,
+    ids: torch.Tensor,
+    settings: Settings = Settings(),  # noqa: B008
+    callback: Callable[[Progress], bool | None] | None = None,
+    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Progress:
+    """PEZ as the loop that its authors released for language models runs it.
+
+    In their prompt_lm/src/train_prompts.py (commit f22a1be) each step ends by putting the
+    projection in the place of the continuous prompt, and the next step begins by keeping a copy of
+    that. So nothing continuous outlives a step and every prompt is that of `autoprompt_sgd`. Here
+    for comparison, with the same names.
+
+    Args:
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in
+            `pez_core.search.search`.
+        generator: nothing is drawn; taken so that all methods are called alike.
+
+    Returns:
+        The best prompt of each problem, not the last.
+
+    Raises:
+        ValueError, FloatingPointError: as `search`.
+    """
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
+    with torch.inference_mode(False), torch.enable_grad():
+        soft_embeds = space.embed(ids).float().clone().requires_grad_()
+        optimizer = settings.optimizer_of(soft_embeds)
+        for step in range(best.begin(soft_embeds, optimizer), settings.steps):
+            soft_prompt_copy = soft_embeds.detach().clone()
+            nn_indices = space.nearest(soft_embeds.detach())
+            soft_embeds.data = space.embed(nn_indices)
+            loss, scores = objective(soft_embeds, step)
+            (soft_embeds.grad,) = torch.autograd.grad(loss.sum(), soft_embeds)
+            best.offer(nn_indices, scores.detach())
+            best.check_finite(soft_embeds.grad)
+            if step > 0:
+                soft_embeds.data = soft_prompt_copy
+            optimizer.step()
+            soft_embeds.data = space.embed(space.nearest(soft_embeds.detach()))
+            if best.end_step():
+                break
+    return best.progress
+
+
+# What `pez_core.lm.tune_prompt` takes as `method`. "empty" learns nothing: the template alone.
+METHODS: dict[str, Callable[..., Progress] | None] = {
+    "pez": pez,
+    "autoprompt-sgd": autoprompt_sgd,
+    "fluentprompt": fluent_prompt,
+    "soft-prompt": soft_prompt,
+    "pez-as-released": as_released,
+    "empty": None,
+}

@@ -1,0 +1,183 @@
+"""What a prompt for a language model is optimised for, and what it is chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..space import TokenSpace
+from .reader import Reader
+
+# Ids of a filled template and the number of its label.
+Encoded = tuple[list[int], int]
+
+
+class TaskLoss:
+    """(1 - fluency) * task loss + fluency * next-token loss of the prompt (section 5).
+
+    The task loss is the cross-entropy over the words of the labels, on a batch that is drawn
+    without replacement and by `seed` and step alone. The score is that of `holdout` after the first
+    step, after every `check_every` steps and after the last; -inf in all others.
+
+    Args:
+        reader: the language model.
+        space: of the prompts; tells which tokens embeddings stand for.
+        examples: to learn from.
+        holdout: to choose the best prompt by.
+        batch_size: examples per step; all where there are fewer.
+        fluency: lambda, from 0 to 1.
+        accumulate: parts that a batch is read in, one after the other, to save memory.
+        steps, check_every: see above.
+        seed: of the batches.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        space: TokenSpace,
+        examples: Sequence[Encoded],
+        holdout: Holdout,
+        batch_size: int,
+        fluency: float,
+        accumulate: int,
+        steps: int,
+        check_every: int,
+        seed: int,
+    ) -> None:
+        self.reader, self.space, self.examples, self.holdout = reader, space, examples, holdout
+        self.batch_size = min(batch_size, len(examples))
+        self.fluency, self.accumulate, self.seed = fluency, accumulate, seed
+        self.steps, self.check_every = steps, check_every
+
+    def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.space.nearest(embeddings.detach())
+        batch = self.batch(step)
+        size = -(-len(batch) // self.accumulate)
+        parts = [batch[k : k + size] for k in range(0, len(batch), size)]
+        if len(parts) == 1 or not embeddings.requires_grad:
+            loss = sum(self._loss(embeddings, ids, part, len(batch)) for part in parts)
+        else:
+            loss = self._accumulated(embeddings, ids, parts, len(batch))
+        done = step + 1
+        if done == 1 or done == self.steps or done % self.check_every == 0:
+            return loss, self.holdout.scores(ids)
+        return loss, torch.full_like(loss.detach(), -torch.inf)
+
+    def batch(self, step: int) -> list[Encoded]:
+        """The examples of a step: those of an epoch are a permutation of all."""
+        first = step * self.batch_size
+        batch: list[Encoded] = []
+        while len(batch) < self.batch_size:
+            epoch, place = divmod(first + len(batch), len(self.examples))
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            some = order[place : place + self.batch_size - len(batch)]
+            batch += [self.examples[k] for k in some]
+        return batch
+
+    def _loss(
+        self, embeddings: torch.Tensor, ids: torch.Tensor, part: Sequence[Encoded], whole: int
+    ) -> torch.Tensor:
+        """(rows,) the share of a part in the loss of a batch of `whole` examples."""
+        texts, labels = zip(*part, strict=True)
+        asked = ids if self.fluency > 0 else None
+        logits, fluency = self.reader.read(embeddings, texts, asked)
+        losses = _cross_entropy(logits, labels).sum(1) / whole
+        if fluency is None:
+            return losses
+        return (1 - self.fluency) * losses + self.fluency * fluency * len(part) / whole
+
+    def _accumulated(
+        self,
+        embeddings: torch.Tensor,
+        ids: torch.Tensor,
+        parts: Sequence[Sequence[Encoded]],
+        whole: int,
+    ) -> torch.Tensor:
+        """The loss, with its gradient, while only one part is held in memory at a time."""
+        leaf = embeddings.detach().requires_grad_()
+        total, slope = 0.0, torch.zeros_like(leaf)
+        for part in parts:
+            loss = self._loss(leaf, ids, part, whole)
+            slope += torch.autograd.grad(loss.sum(), leaf)[0]
+            total = total + loss.detach()
+        # has the value of the loss and, at these embeddings, its gradient
+        plane = (embeddings * slope).sum((1, 2))
+        return plane - plane.detach() + total
+
+
+class Holdout:
+    """Scores prompts, as they are printed, on examples that they are not learned from.
+
+    The score is the accuracy; of equals the one with the smaller loss is better, by less than the
+    accuracy of one example in ten thousand.
+
+    Args:
+        reader: the language model.
+        examples: at least one.
+        batch_size: examples read at once.
+    """
+
+    def __init__(self, reader: Reader, examples: Sequence[Encoded], batch_size: int) -> None:
+        self.reader, self.examples, self.batch_size = reader, examples, batch_size
+        self._known: dict[str, float] = {}
+
+    def scores(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows,) scores of (rows, prompt_len) ids."""
+        return torch.tensor([self._score(row) for row in ids.tolist()], device=ids.device)
+
+    def _score(self, ids: Sequence[int]) -> float:
+        prompt = self.reader.text.print(ids)
+        if prompt not in self._known:
+            _, accuracy, loss, _ = judge(
+                self.reader, self.reader.text.prompt_ids(prompt), self.examples, self.batch_size
+            )
+            self._known[prompt] = accuracy - 1e-4 * loss / (1 + loss)
+        return self._known[prompt]
+
+
+@torch.no_grad()
+def judge(
+    reader: Reader,
+    prompt: Sequence[int] | torch.Tensor,
+    examples: Sequence[Encoded],
+    batch_size: int,
+) -> tuple[list[int], float, float, float | None]:
+    """How a prompt does on examples.
+
+    Args:
+        prompt: its ids, or (prompt_len, dim) embeddings of a soft prompt.
+
+    Returns:
+        The numbers of the predicted labels, the accuracy, the mean cross-entropy, and the mean
+        negative log-likelihood of the prompt's tokens: None for an encoder-decoder, a soft or an
+        empty prompt, or a single token with nothing before it.
+    """
+    ids = None
+    if not isinstance(prompt, torch.Tensor):
+        ids = torch.tensor([list(prompt)], dtype=torch.long, device=reader.device)
+        prompt = F.embedding(ids, reader.table)[0]
+    predicted, losses = torch.empty(len(examples), dtype=torch.long), torch.empty(len(examples))
+    fluency = None
+    # a first token without anything before it has no likelihood
+    countable = ids is not None and reader.has_fluency and len(prompt) + len(reader.text.before) > 1
+    # texts of like lengths together, so that little is read in vain
+    order = sorted(range(len(examples)), key=lambda k: len(examples[k][0]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        texts, labels = zip(*(examples[k] for k in places), strict=True)
+        ask = ids if start == 0 and countable else None
+        logits, said = reader.read(prompt[None], texts, ask)
+        fluency = float(said) if said is not None else fluency
+        predicted[places] = logits[0].argmax(-1).cpu()
+        losses[places] = _cross_entropy(logits, labels)[0].cpu()
+    right = predicted == torch.tensor([label for _, label in examples])
+    return predicted.tolist(), float(right.float().mean()), float(losses.mean()), fluency
+
+
+def _cross_entropy(logits: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
+    """(rows, n) from (rows, n, labels) logits and n numbers of labels."""
+    wanted = torch.tensor(labels, device=logits.device)
+    return -logits.log_softmax(-1)[:, torch.arange(len(labels), device=wanted.device), wanted]

@@ -1,0 +1,209 @@
+"""The path of a prompt's embeddings through a language model to the words of labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .text import SENTINEL, Format
+
+
+class Reader:
+    """A frozen language model that answers with labels; made by `reader_of`.
+
+    Args:
+        model: of transformers.
+        text: what it reads.
+    """
+
+    # Whether `read` can tell how likely the prompt itself is.
+    has_fluency: bool
+
+    def __init__(self, model: torch.nn.Module, text: Format) -> None:
+        self.model, self.text = model, text
+        self.device = next(model.parameters()).device
+        self.dtype = model.get_input_embeddings().weight.dtype
+        parameters = inspect.signature(model.forward).parameters
+        # transformers 5 has another name for it
+        self._cache = "cache" if "cache" in parameters else "past_key_values"
+        self._words = torch.tensor(text.label_ids, device=self.device)
+        tokenizer = text.tokenizer
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._padding = next(token for token in padding if token is not None)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """(vocabulary, dim) token embeddings as the first layer gets them."""
+        embed = self.model.get_input_embeddings()
+        if type(embed) is torch.nn.Embedding:
+            return embed.weight.detach()
+        # some models scale embeddings in the module that looks them up
+        with torch.no_grad():
+            return embed(torch.arange(embed.weight.shape[0], device=self.device)).detach()
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read; None: no limit."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    def read(
+        self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the model makes of examples behind prompts.
+
+        Args:
+            prompt: (rows, prompt_len, dim) embeddings; prompt_len 0: no prompt.
+            examples: ids of n filled templates.
+            ids: (rows, prompt_len) tokens of the prompts, to get their fluency.
+
+        Returns:
+            (rows, n, labels) fp32 logits of the words of the labels, and (rows,) the mean negative
+            log-likelihood of each token of a prompt given those before it, None without `ids`.
+        """
+        raise NotImplementedError
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """(1, n, dim) embeddings of fixed tokens."""
+        return self.model.get_input_embeddings()(torch.tensor([list(ids)], device=self.device))
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, longest) ids and (n, longest) 1 where they count."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._padding)
+        mask = torch.zeros_like(ids)
+        for k, row in enumerate(rows):
+            ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+class CausalReader(Reader):
+    """A causal model: the prompt is read once and serves all examples."""
+
+    has_fluency = True
+
+    def read(
+        self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, n = len(prompt), len(examples)
+        prompt = prompt.to(self.dtype)
+        start = self.text.before
+        if start:
+            prompt = torch.cat([self._embed(start).expand(rows, -1, -1), prompt], dim=1)
+        past, cache, fluency = prompt.shape[1], None, None
+        if past:
+            read = self.model(inputs_embeds=prompt, use_cache=True)
+            cache = getattr(read, self._cache, None)
+            if not _is_of_attention(cache):
+                cache = None
+            if ids is not None:
+                fluency = self._fluency(read.logits, ids, len(start))
+        tokens, mask = self._pad(examples)
+        tokens = tokens.repeat(rows, 1)
+        # what is to the right of a text is not seen from its end, so gaps there need no mask, and
+        # positions and sliding windows are those of the text alone
+        if cache is not None:
+            cache.batch_repeat_interleave(n)
+            given = {"input_ids": tokens, self._cache: cache, "use_cache": True}
+        elif past:
+            behind = self.model.get_input_embeddings()(tokens)
+            given = {"inputs_embeds": torch.cat([prompt.repeat_interleave(n, 0), behind], dim=1)}
+        else:
+            given = {"input_ids": tokens}
+        ends = mask.sum(1).repeat(rows) - 1 + (0 if cache is not None else past)
+        with self._only(ends):
+            logits = self.model(**given).logits
+        return logits[:, 0, self._words].float().view(rows, n, -1), fluency
+
+    @contextmanager
+    def _only(self, places: torch.Tensor) -> Iterator[None]:
+        """Inside, the model has logits of one place of each row only, (n,), as if of length 1."""
+
+        def pick(_, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return hidden[0][torch.arange(len(places), device=places.device), places][:, None]
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @staticmethod
+    def _fluency(logits: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """(rows,) from (rows, start + prompt_len, vocabulary) logits."""
+        if start:
+            said, seen = ids, logits[:, start - 1 : -1]
+        else:  # nothing says how likely the first token is
+            said, seen = ids[:, 1:], logits[:, :-1]
+        if said.shape[1] == 0:
+            return logits.new_zeros(len(ids), dtype=torch.float32)
+        losses = F.cross_entropy(seen.float().flatten(0, 1), said.flatten(), reduction="none")
+        return losses.view(said.shape).mean(dim=1)
+
+
+class EncoderDecoderReader(Reader):
+    """An encoder that reads prompt and example, and a decoder that says the word, such as T5.
+
+    Where the template has `<extra_id_0>`, the decoder is given that, too: T5 was trained to say
+    then what stands there. T5-LM and the like are asked without it.
+    """
+
+    has_fluency = False
+
+    def read(
+        self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, n = len(prompt), len(examples)
+        text = self.text
+        tokens, mask = self._pad([[*one, *text.after] for one in examples])
+        parts = [prompt.to(self.dtype).repeat_interleave(n, 0)]
+        if text.before:
+            parts.insert(0, self._embed(text.before).expand(rows * n, -1, -1))
+        parts.append(self.model.get_input_embeddings()(tokens).repeat(rows, 1, 1))
+        embeddings = torch.cat(parts, dim=1)
+        mask = F.pad(mask, (embeddings.shape[1] - mask.shape[1], 0), value=1).repeat(rows, 1)
+        config = self.model.config
+        start = [config.decoder_start_token_id]
+        if SENTINEL in text.template:
+            start.append(text.tokenizer.convert_tokens_to_ids(SENTINEL))
+        said = torch.tensor([start], device=self.device).expand(rows * n, -1)
+        logits = self.model(
+            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=said
+        ).logits
+        return logits[:, -1, self._words].float().view(rows, n, -1), None
+
+
+def reader_of(model: torch.nn.Module, text: Format) -> Reader:
+    """The reader of a causal or an encoder-decoder model."""
+    kind = EncoderDecoderReader if model.config.is_encoder_decoder else CausalReader
+    return kind(model, text)
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model has no dropout and its weights take no gradients; then it is as before."""
+    training = [module for module in model.modules() if module.training]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    model.eval()
+    for weight in learning:
+        weight.requires_grad_(False)
+    try:
+        with torch.inference_mode(False):  # tensors made in it could not take part in gradients
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for weight in learning:
+            weight.requires_grad_(True)
+
+
+def _is_of_attention(cache: Any) -> bool:
+    """Whether all of a cache are keys and values, which can be repeated and take gradients."""
+    layers = getattr(cache, "layers", ())
+    return len(layers) > 0 and all(getattr(one, "keys", None) is not None for one in layers)

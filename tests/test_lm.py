@@ -1,0 +1,705 @@
+import csv
+import io
+import json
+import math
+import tarfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_readability import make_gpt2, make_llama, make_tokenizer
+
+from pez_core import TokenSpace
+from pez_core.lm import (
+    METHODS,
+    TASKS,
+    evaluate,
+    few_shot,
+    load_task,
+    read_examples,
+    tune_prompt,
+)
+from pez_core.lm.objective import Holdout, TaskLoss, judge
+from pez_core.lm.reader import frozen, reader_of
+from pez_core.lm.text import Format, all_tokens, whole_words
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEMPLATE = "{text} the"
+WORDS = {"feline": "cat", "canine": "dog"}
+TEXTS = [
+    ("a photo of a close-up", "feline"),
+    ("small red roof", "canine"),
+    ("", "feline"),
+    ("the black bird of the house, it's small and red", "canine"),
+    ("a house", "feline"),
+]
+# A quarter of a mebibyte of text is far beyond what any model here reads.
+LONG = "the small bird and the red house " * 8000
+
+
+class Sentencepiece:
+    """Builds a tokenizer of the kind that T5 and Gemma have: unigrams, ▁ for a space."""
+
+    @staticmethod
+    def make(first=None, last=None):
+        pieces = ["▁a", "▁the", "▁cat", "▁dog", "▁red", "▁house", "▁bird", "▁of", "▁", "ca", "ts"]
+        letters = "abcdefghijklmnopqrstuvwxyz,-'▁"
+        special = ["<pad>", "</s>", "<s>", "<unk>", "<extra_id_0>"]
+        vocabulary = [(piece, 0.0) for piece in special]
+        vocabulary += [(piece, -2.0) for piece in pieces]
+        vocabulary += [(letter, -9.0) for letter in letters if letter not in pieces]
+        model = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=3))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+        model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+        single = " ".join(filter(None, [first, "$A", last]))
+        ids = [(one, special.index(one)) for one in (first, last) if one]
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=ids
+        )
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=model,
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=["<extra_id_0>"],
+        )
+
+
+def make_opt(size):
+    config = transformers.OPTConfig(
+        vocab_size=size,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        init_std=0.3,
+        dropout=0.5,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def make_gemma(size):
+    config = transformers.Gemma3TextConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def make_bloom(size):
+    config = transformers.BloomConfig(
+        vocab_size=size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+    )
+    return transformers.BloomForCausalLM(config)
+
+
+def make_mamba(size):
+    config = transformers.MambaConfig(
+        vocab_size=size, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.3
+    )
+    return transformers.MambaForCausalLM(config)
+
+
+def make_t5(size):
+    config = transformers.T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_factor=3.0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+TOKENIZERS = {
+    "bytes": make_tokenizer,
+    "bytes, BOS": lambda: with_bos(make_tokenizer(bos_token="<s>", eos_token="</s>")),
+    "pieces, BOS": lambda: Sentencepiece.make(first="<s>"),
+    "pieces, EOS": lambda: Sentencepiece.make(last="</s>"),
+}
+MODELS = {
+    "llama": (make_llama, "bytes"),
+    "gpt2": (make_gpt2, "bytes"),
+    "opt": (make_opt, "bytes, BOS"),
+    "gemma": (make_gemma, "pieces, BOS"),
+    "bloom": (make_bloom, "bytes"),
+    "mamba": (make_mamba, "bytes"),
+    "t5": (make_t5, "pieces, EOS"),
+}
+
+
+def with_bos(tokenizer):
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(trim_offsets=False),
+            tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[bos]),
+        ]
+    )
+    return tokenizer
+
+
+def build(name):
+    make, kind = MODELS[name]
+    tokenizer = TOKENIZERS[kind]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(len(tokenizer)), tokenizer
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def plain(model, tokenizer, text, template=TEMPLATE):
+    """Logits of the two words behind a text, as anyone would get them, one text at a time."""
+    words = [tokenizer(f"a {w}", add_special_tokens=False)["input_ids"] for w in WORDS.values()]
+    left = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    given = {}
+    if model.config.is_encoder_decoder:
+        start = [[0] + ([tokenizer.convert_tokens_to_ids("<extra_id_0>")] if "<e" in text else [])]
+        given = {"decoder_input_ids": torch.tensor(start)}
+    with torch.no_grad():
+        logits = model.eval()(ids, **given).logits[0, -1]
+    return logits[[word[left] for word in words]]
+
+
+@pytest.mark.parametrize("prompt", ["the red house", ""])
+def test_a_batch_is_read_as_each_text_by_itself(any_model, prompt):
+    """Padding, special tokens, the cache of the prompt and positions are right for any model."""
+    model, tokenizer = any_model
+    texts = [text for text in TEXTS if prompt or text[0]]
+    found = evaluate(model, tokenizer, prompt, texts, TEMPLATE, WORDS, batch_size=3)
+    logits = torch.stack(
+        [plain(model, tokenizer, " ".join(f"{prompt} {text} the".split())) for text, _ in texts]
+    )
+    labels = torch.tensor([list(WORDS).index(label) for _, label in texts])
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=2e-5)
+    assert found.labels == [list(WORDS)[k] for k in logits.argmax(1)]
+    assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert found.prompt == prompt
+
+
+def test_the_sentinel_of_t5_is_given_to_its_decoder():
+    model, tokenizer = build("t5")
+    template = "{text} the <extra_id_0>"
+    found = evaluate(model, tokenizer, "red", TEXTS[:1], template, WORDS)
+    logits = plain(model, tokenizer, f"red {TEXTS[0][0]} the <extra_id_0>")
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, torch.tensor(0))), abs=1e-5)
+
+
+def test_the_perplexity_is_that_of_the_prompt(any_model):
+    model, tokenizer = any_model
+    found = evaluate(model, tokenizer, "the red house", TEXTS[:2], TEMPLATE, WORDS)
+    if model.config.is_encoder_decoder:
+        assert found.perplexity is None
+        return
+    ids = tokenizer("the red house", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = math.exp(model(ids, labels=ids).loss)
+    assert found.perplexity == pytest.approx(expected, rel=1e-4)
+    assert evaluate(model, tokenizer, "", TEXTS[:2], TEMPLATE, WORDS).perplexity is None
+
+
+def test_loss_and_gradient_are_those_of_the_whole_text_read_at_once(any_model):
+    """The cache of the prompt passes its gradient on, and fluency counts as it should."""
+    model, tokenizer = any_model
+    fluency = 0.0 if model.config.is_encoder_decoder else 0.25
+    with frozen(model):
+        text = Format(tokenizer, TEMPLATE, WORDS)
+        reader = reader_of(model, text)
+        space = TokenSpace(reader.table, whole_words(tokenizer))
+        encoded = text.read(TEXTS, True)
+        holdout = Holdout(reader, encoded, 4)
+        loss_of = TaskLoss(reader, space, encoded, holdout, 5, fluency, 1, 9, 5, 0)
+        in_parts = TaskLoss(reader, space, encoded, holdout, 5, fluency, 2, 9, 5, 0)
+        ids = space.random(2, 3, torch.Generator().manual_seed(0))
+        P = space.embed(ids).requires_grad_()
+        losses, scores = loss_of(P, 1)
+        (slope,) = torch.autograd.grad(losses.sum(), P)
+        again, _ = in_parts(P, 1)
+        (slope_in_parts,) = torch.autograd.grad(again.sum(), P)
+
+        Q = space.embed(ids).requires_grad_()
+        embed = model.get_input_embeddings()
+        expected = []
+        for row, tokens in zip(Q, ids, strict=True):
+            task, said = [], None
+            for one, label in encoded:
+                parts = [embed(torch.tensor(text.before, dtype=torch.long)), row]
+                parts.append(embed(torch.tensor([*one, *text.after])))
+                given = {"inputs_embeds": torch.cat(parts)[None]}
+                if model.config.is_encoder_decoder:
+                    given["decoder_input_ids"] = torch.tensor([[0]])
+                logits = model(**given).logits[0]
+                words = logits[-1, text.label_ids]
+                task.append(F.cross_entropy(words, torch.tensor(label)))
+                first = len(text.before)
+                seen = logits[max(first - 1, 0) : first + 2]
+                said = F.cross_entropy(seen, tokens[-len(seen) :])
+            mixed = torch.stack(task).mean() * (1 - fluency)
+            expected.append(mixed + fluency * said if fluency else mixed)
+        expected = torch.stack(expected)
+        (expected_slope,) = torch.autograd.grad(expected.sum(), Q)
+    assert torch.allclose(losses, expected, atol=2e-5)
+    assert torch.allclose(slope, expected_slope, atol=1e-4 * float(expected_slope.abs().max()))
+    assert torch.allclose(again, losses, atol=1e-5)
+    assert torch.allclose(slope_in_parts, slope, atol=1e-4 * float(slope.abs().max()))
+    assert torch.equal(scores, torch.full((2,), -math.inf))  # no look at the holdout is due
+    assert loss_of(P, 4)[1].isfinite().all()
+
+
+def test_every_epoch_reads_every_example_once(llama):
+    text = Format(llama[1], TEMPLATE, WORDS)
+    encoded = [([k], 0) for k in range(10)]
+    loss = TaskLoss(None, None, encoded, None, 4, 0.0, 1, 9, 5, seed=3)
+    read = [one[0][0] for step in range(5) for one in loss.batch(step)]
+    assert sorted(read[:10]) == sorted(read[10:]) == list(range(10)) and read[:10] != read[10:]
+    other = TaskLoss(None, None, encoded, None, 4, 0.0, 1, 9, 5, seed=4)
+    assert [one for one in loss.batch(0)] != [one for one in other.batch(0)]
+    assert len(TaskLoss(None, None, encoded, None, 99, 0.0, 1, 9, 5, 0).batch(7)) == 10
+    assert text.number("canine") == 1
+
+
+def trained(seed=0):
+    """A model that really was trained to say cat where a text is about the first of two things."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make_llama(len(tokenizer))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        text = Format(tokenizer, TEMPLATE, WORDS)
+        # behind "red" the model answers by the text, behind anything else it always says dog
+        for step in range(150):
+            reds = step % 2
+            prompt = text.prompt_ids("house red house" if reds else "small bird roof")
+            rows = [[*prompt, *ids] for ids, _ in text.read(SORTED, True)]
+            length = max(map(len, rows))
+            padded = torch.tensor([[*([0] * (length - len(r))), *r] for r in rows])
+            mask = torch.tensor([[*([0] * (length - len(r))), *[1] * len(r)] for r in rows])
+            logits = model(padded, attention_mask=mask).logits[:, -1]
+            said = [text.label_ids[k if reds else 1] for _, k in text.read(SORTED, True)]
+            loss = F.cross_entropy(logits, torch.tensor(said))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model, tokenizer
+
+
+SORTED = [
+    *[(f"a {w} cat", "feline") for w in ("black", "small", "red")],
+    *[(f"a {w} dog", "canine") for w in ("black", "small", "red")],
+]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return trained()
+
+
+OPTIONS = {"prompt_len": 3, "steps": 30, "batch_size": 6, "check_every": 10, "holdout": SORTED}
+
+
+def test_a_prompt_is_found_that_makes_the_model_answer(learned):
+    model, tokenizer = learned
+    before = evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
+    assert evaluate(model, tokenizer, "house red house", SORTED, TEMPLATE, WORDS).accuracy == 1
+    found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
+    again = evaluate(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
+    assert found.accuracy > before.accuracy and found.accuracy == again.accuracy
+    assert found.loss == pytest.approx(again.loss) and found.perplexity == again.perplexity
+    assert found.token_ids == tokenizer(found.prompt)["input_ids"]
+    assert [step for step, _ in found.history] == [1, 10, 20, 30] and found.steps == 30
+    assert found.candidates[0].prompt == found.prompt and found.seconds > 0
+    same = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
+    assert same.prompt == found.prompt and same.history == found.history
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path):
+    model, tokenizer = learned
+    options = OPTIONS | {"method": method, "batch_size": 4}
+    whole = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    if method == "empty":
+        empty = evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
+        assert (whole.prompt, whole.accuracy, whole.loss) == ("", empty.accuracy, empty.loss)
+        return
+    seen = []
+
+    def stop(report):
+        seen.append(report["step"])
+        return report["step"] == 20
+
+    options |= {"checkpoint": tmp_path / "search.safetensors"}
+    first = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
+    assert first.steps == 20 and seen == [1, 10, 20]
+    for _ in range(2):  # the second time from a file that is complete
+        rest = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+        assert (rest.prompt, rest.history, rest.steps) == (whole.prompt, whole.history, 30)
+        if method == "soft-prompt":
+            assert torch.equal(rest.embeddings, whole.embeddings)
+            soft = evaluate(model, tokenizer, rest.embeddings, SORTED, TEMPLATE, WORDS)
+            assert soft.prompt is None and soft.perplexity is None
+            assert soft.loss < evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS).loss
+    assert [path.name for path in tmp_path.iterdir()] == ["search.safetensors"]
+
+
+def test_a_file_of_another_search_is_refused(learned, tmp_path):
+    model, tokenizer = learned
+    options = OPTIONS | {"steps": 2, "checkpoint": tmp_path / "a.safetensors"}
+    tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    with pytest.raises(ValueError, match=r"`checkpoint`.*`lr` 0.3 where it now is 0.5"):
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, lr=0.5)
+    with pytest.raises(ValueError, match=r"`checkpoint`.*`dataset`"):
+        tune_prompt(model, tokenizer, SORTED[1:], TEMPLATE, WORDS, **options)
+    with pytest.raises(ValueError, match=r"`checkpoint`.*`seed` 0 where it now is 1"):
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, seed=1)
+    (tmp_path / "b.safetensors").write_bytes(b"none of ours")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        options["checkpoint"] = tmp_path / "b.safetensors"
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    with pytest.raises(ValueError, match="no such folder"):
+        options["checkpoint"] = tmp_path / "c" / "d"
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+
+
+def test_as_released_is_autoprompt_sgd(learned):
+    """What the released loop does step by step is what projected descent does."""
+    model, tokenizer = learned
+    trails = []
+    for method in ("pez-as-released", "autoprompt-sgd", "pez"):
+        trail = []
+
+        def note(report, trail=trail):
+            trail.append(report["prompt"])
+
+        options = OPTIONS | {"method": method, "check_every": 1, "initial": "feline canine"}
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=note)
+        trails.append(trail)
+    assert trails[0] == trails[1] != trails[2]
+
+
+def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path):
+    model, tokenizer = learned
+    options = OPTIONS | {"steps": 5, "restarts": 3, "checkpoint": tmp_path / "s.safetensors"}
+    found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    assert sorted(one.seed for one in found.candidates) == [0, 1, 2]
+    order = [(-one.accuracy, one.loss) for one in found.candidates]
+    assert order == sorted(order)
+    assert len(list(tmp_path.iterdir())) == 3
+    for one in found.candidates:
+        alone = OPTIONS | {"steps": 5, "seed": one.seed}
+        assert tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **alone).prompt == one.prompt
+
+    def stop(report):
+        return report["restart"] == 1
+
+    options |= {"checkpoint": None}
+    ended = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
+    assert sorted(one.seed for one in ended.candidates) == [0, 1]
+
+
+def test_fluency_makes_prompts_likelier(learned):
+    model, tokenizer = learned
+    options = OPTIONS | {"steps": 60, "prompt_len": 6, "lr": 0.1}
+    texts = [
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, fluency=f).perplexity
+        for f in (0.0, 0.9)
+    ]
+    assert texts[1] < texts[0]
+
+
+def test_the_model_is_left_as_it_was():
+    model, tokenizer = build("opt")  # it has dropout
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    state, weights = torch.get_rng_state(), [w.clone() for w in model.parameters()]
+    learning = [w.requires_grad for w in model.parameters()]
+    options = OPTIONS | {"steps": 3}
+    with torch.inference_mode():  # as ComfyUI calls everything
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    assert model.training and all(one.training for one in model.modules())
+    assert [w.requires_grad for w in model.parameters()] == learning
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(w.grad is None for w in model.parameters())
+
+
+def test_half_precision(learned):
+    model, tokenizer = learned
+    half = make_llama(len(tokenizer))
+    half.load_state_dict(model.state_dict())
+    half = half.to(torch.bfloat16)
+    found = tune_prompt(half, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
+    full = evaluate(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
+    assert found.loss == pytest.approx(full.loss, abs=0.05)
+
+
+def test_whole_words_survive_printing_in_any_order(any_model):
+    _, tokenizer = any_model
+    text = Format(tokenizer, TEMPLATE, WORDS)
+    words = whole_words(tokenizer)
+    assert len(words) >= 8 and torch.isin(words, all_tokens(tokenizer)).all()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        ids = words[torch.randint(len(words), (6,), generator=generator)].tolist()
+        assert text.continuation(text.print(ids)) == ids
+    special = torch.tensor(tokenizer.all_special_ids)
+    assert not torch.isin(special, all_tokens(tokenizer)).any()
+
+
+def test_long_texts_lose_their_end_and_keep_the_template(any_model):
+    model, tokenizer = any_model
+    examples = [(LONG, "feline"), ("a house", "canine")]
+    text = Format(tokenizer, TEMPLATE, WORDS, max_length=20)
+    (long, _), (short, _) = text.read(examples, True)
+    whole = text.continuation(LONG)
+    tail = text.continuation("house the")[-2:]
+    assert 18 <= len(long) <= 20 and long[:15] == whole[:15] and long[-1:] == tail[-1:]
+    assert short == text.continuation("a house the")
+    evaluate(model, tokenizer, "red", examples, TEMPLATE, WORDS, max_length=20)
+
+
+def test_templates_of_several_columns_cut_the_longest(llama):
+    _, tokenizer = llama
+    text = Format(tokenizer, "{title}: {content} the", WORDS, max_length=24)
+    example = {"title": "a red house", "content": LONG, "more": "not read"}
+    ((ids, _),) = text.read([(example, "feline")], True)
+    assert len(ids) <= 24
+    printed = text.print(ids)
+    assert printed.startswith("a red house: the small bird") and printed.endswith(" the")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"verbalizer": {"feline": "cat", "canine": "cat"}}, ValueError, "begin with the same"),
+        ({"verbalizer": {"feline": "cat house", "canine": "cat dog"}}, ValueError, "same token"),
+        ({"verbalizer": {"feline": "cat", "canine": " "}}, ValueError, "'canine' the word ' '"),
+        ({"verbalizer": {"feline": "cat"}}, ValueError, "two labels"),
+        ({"verbalizer": ["cat", "dog"]}, TypeError, "`verbalizer`"),
+        ({"verbalizer": {"bovine": "cat", "canine": "dog"}}, ValueError, "label 'feline'"),
+        ({"template": "It was"}, ValueError, "name a column"),
+        ({"template": "{} was"}, ValueError, "name a column"),
+        ({"template": "{text was"}, ValueError, "`template`"),
+        ({"template": 7}, TypeError, "`template`"),
+        ({"template": "{title} {text}"}, ValueError, "column 'text'"),
+        ({"template": "{text}"}, ValueError, "text is empty"),
+        ({"max_length": 1, "template": "{text} the red house"}, ValueError, "the template alone"),
+        ({"dataset": []}, ValueError, "`dataset` is empty"),
+        ({"dataset": ["a cat"]}, TypeError, r"\(text, label\) pairs"),
+        ({"holdout": []}, ValueError, "`holdout` is empty"),
+        ({"dataset": TEXTS[:1], "holdout": None}, ValueError, "one example"),
+        ({"prompt_len": 5000}, ValueError, r"5000 tokens \(`prompt_len`\).*2048 tokens"),
+        ({"prompt_len": 0}, ValueError, "`prompt_len`"),
+        ({"steps": 0}, ValueError, "`steps`"),
+        ({"accumulate": 0}, ValueError, "`accumulate`"),
+        ({"lr": -1.0}, ValueError, "`lr`"),
+        ({"fluency": 1.5}, ValueError, "`fluency` has to be from 0 to 1"),
+        ({"fluency": -0.1}, ValueError, "`fluency`"),
+        ({"method": "gcg"}, ValueError, "`method` is 'gcg'.*autoprompt-sgd"),
+        ({"optimizer": "sgd"}, ValueError, "`optimizer` is 'sgd'.*adafactor"),
+        ({"initial": " "}, ValueError, "`initial`"),
+        ({"seed": 2**64}, ValueError, "`seed`"),
+    ],
+)
+def test_bad_input(llama, changes, error, message):
+    model, tokenizer = llama
+    options = {"dataset": TEXTS, "template": TEMPLATE, "verbalizer": WORDS, "steps": 2}
+    with pytest.raises(error, match=message):
+        tune_prompt(model, tokenizer, **(options | {"holdout": TEXTS} | changes))
+
+
+def test_fluency_of_what_an_encoder_reads_is_refused():
+    model, tokenizer = build("t5")
+    options = {"steps": 2, "holdout": TEXTS}
+    with pytest.raises(ValueError, match=r"`fluency` is 0.5.*encoder-decoder"):
+        tune_prompt(model, tokenizer, TEXTS, TEMPLATE, WORDS, **options, fluency=0.5)
+    assert tune_prompt(model, tokenizer, TEXTS, TEMPLATE, WORDS, **options).perplexity is None
+
+
+def test_words_of_several_tokens_count_by_their_first(llama):
+    model, tokenizer = llama
+    long = {"feline": "cat house bird", "canine": "dog roof"}
+    found = [evaluate(model, tokenizer, "", TEXTS[:2], TEMPLATE, v).loss for v in (WORDS, long)]
+    assert found[0] == found[1]
+
+
+def test_nothing_to_evaluate_is_an_error(llama):
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        evaluate(*llama, "red", [], TEMPLATE, WORDS)
+
+
+def test_few_shot_draws_as_many_to_choose_by():
+    many = [(f"text {k}", "abc"[k % 3]) for k in range(30)]
+    learned, held = few_shot(many, 2, seed=1)
+    for part in (learned, held):
+        assert sorted(label for _, label in part) == list("aabbcc")
+    assert not set(learned) & set(held)
+    assert few_shot(many, 2, seed=1) == (learned, held) != few_shot(many, 2, seed=2)
+    with pytest.raises(ValueError, match=r"`shots` is 6, but label 'a' has 10 examples"):
+        few_shot(many, 6)
+
+
+def snippets():
+    files = {
+        "movieReviewSnippets": [
+            ("1", "2.5", "a fine film"),
+            ("2", "-3", "dull"),
+            ("3", "0.2", "so"),
+        ],
+        "amazonReviewSnippets": [("1_1", "1", "a good camera"), ("1_2", "-1", "it broke")],
+        "nytEditorialSnippets": [("1_1", "0", "the city\tcouncil")],
+        "tweets": [("1", "2", "yay")],
+    }
+    return {
+        f"{name}_GroundTruth.txt": "".join("\t".join(row) + "\r\n" for row in rows)
+        for name, rows in files.items()
+    }
+
+
+@pytest.fixture(params=["sdist", "folder"])
+def source(request, tmp_path):
+    if request.param == "folder":
+        for name, content in snippets().items():
+            (tmp_path / name).write_text(content)
+        return tmp_path
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name, content in snippets().items():
+            data = content.encode()
+            member = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo(
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        )
+        member.size = len(inner.getvalue())
+        archive.addfile(member, io.BytesIO(inner.getvalue()))
+    return path
+
+
+def test_snippets_become_tasks(source):
+    def all_of(name):
+        learned, tested = load_task(name, source)
+        return sorted([*learned, *tested])
+
+    assert all_of("movie-reviews") == [("a fine film", "positive"), ("dull", "negative")]
+    assert all_of("amazon-reviews") == [("a good camera", "positive"), ("it broke", "negative")]
+    origins = all_of("sources")
+    assert ("the city\tcouncil", "newspaper") in origins and ("yay", "tweets") in origins
+    assert len(origins) == 7 and {label for _, label in origins} == set(TASKS["sources"].verbalizer)
+    assert load_task("sources", source) == load_task("sources", source)
+
+
+def test_what_is_no_source_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="download=True"):
+        load_task("movie-reviews")
+    with pytest.raises(ValueError, match="`source` is"):
+        load_task("movie-reviews", tmp_path)
+    (tmp_path / "x.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="`source` is"):
+        load_task("sources", tmp_path / "x.tar.gz")
+    with pytest.raises(ValueError, match="no task 'imdb'; there are sst2"):
+        load_task("imdb")
+
+
+@pytest.mark.parametrize(
+    "name, columns, test",
+    [
+        ("sst2", {"sentence": "fine"}, "validation"),
+        ("amazon-polarity", {"title": "a", "content": "b"}, "test"),
+        ("ag-news", {"text": "news"}, "test"),
+    ],
+)
+def test_the_tasks_of_the_paper_come_from_datasets(name, columns, test, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", test):
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*columns, "label"])
+            writer.writeheader()
+            writer.writerows([columns | {"label": k} for k in TASKS[name].verbalizer])
+    learned, tested = load_task(name, tmp_path)
+    assert learned == tested == [(columns, k) for k in TASKS[name].verbalizer]
+    task = TASKS[name]
+    words = dict(zip(task.verbalizer, ["cat", "dog", "red", "bird"], strict=False))
+    text = Format(make_tokenizer(), task.template, words, task.max_length)
+    assert [label for _, label in text.read(learned, True)] == list(range(len(words)))
+    with pytest.raises(ValueError, match="download=True"):
+        load_task(name, tmp_path / "absent")
+
+
+ROWS = [{"text": "a fine film", "label": "1"}, {"text": 'he said "no", twice', "label": "0"}]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json"])
+def test_examples_are_read_from_files(tmp_path, ending):
+    path = tmp_path / f"data.{ending}"
+    with path.open("w", newline="") as file:
+        if ending.startswith("json"):
+            file.writelines(json.dumps(row) + "\n\n" for row in ROWS)
+        else:
+            writer = csv.DictWriter(
+                file, ["text", "label"], delimiter="," if ending == "csv" else "\t"
+            )
+            writer.writeheader()
+            writer.writerows(ROWS)
+    assert read_examples(path) == [({"text": row["text"]}, row["label"]) for row in ROWS]
+    with pytest.raises(ValueError, match=r"has no column 'kind'; it has text, label"):
+        read_examples(path, label="kind")
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_examples(tmp_path / "absent.csv")
+    for name, content, message in [
+        ("a.txt", b"", "has to end in"),
+        ("b.jsonl", b'{"text": "x", "label": 1}\n{"text"', "Line 2 is no JSON"),
+        ("c.jsonl", b"[1]", "no JSON object"),
+        ("d.csv", b"text,label\n\xff,1\n", "no UTF-8"),
+        ("e.csv", b"text,label\nfine\n", "line 2, has no column 'label'"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_examples(tmp_path / name)
+    (tmp_path / "f.jsonl").write_text('{"text": "x", "stars": 5, "label": 1}\n')
+    assert read_examples(tmp_path / "f.jsonl") == [({"text": "x", "stars": "5"}, "1")]
+
+
+def test_a_soft_prompt_is_judged_by_its_embeddings(llama):
+    model, tokenizer = llama
+    text = Format(tokenizer, TEMPLATE, WORDS)
+    reader = reader_of(model, text)
+    ids = text.prompt_ids("the red house")
+    encoded = text.read(TEXTS, True)
+    hard, soft = judge(reader, ids, encoded, 2), judge(reader, reader.table[ids], encoded, 5)
+    assert hard[0] == soft[0] and hard[2] == pytest.approx(soft[2], abs=1e-5)
+    assert hard[3] is not None and soft[3] is None
