@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from test_lm import make_llama, make_tokenizer, snippets
 from tiny_diffusion import stable_diffusion
 
 from pez_core import Settings, TokenSpace, baselines, explain, search
@@ -24,6 +25,7 @@ from pez_core.objectives import Similarity
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lm
 import quality
 from unseen import from_folder, unseen
 
@@ -311,3 +313,50 @@ def test_unseen_drawings_are_of_three_sets_and_apart():
     assert {one.name for one in others} & {one.name for one in test}
     assert not {one.name for one in apart} & {one.name for one in test}
     assert [one.name for one in unseen()] == [one.name for one in test]
+
+
+def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
+    words = sorted({word for one in lm.TASKS.values() for word in one.verbalizer.values()})
+    for seed, name in enumerate(("own", "other")):
+        tokenizer = make_tokenizer([*words, "It", "was", "about"])
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            make_llama(len(tokenizer)).save_pretrained(tmp_path / name)
+    for name, content in snippets().items():
+        rows = [f"{k}\t{rating}\ta {word} film {k}\r\n" for k in range(30) for rating, word in
+                [("3", "red"), ("-3", "black")]]  # fmt: skip
+        (tmp_path / name).write_text("".join(rows) if name.startswith("movie") else content)
+    files = ["--model", str(tmp_path / "own"), "--to", f"other={tmp_path / 'other'}"]
+    sizes = "--steps 3 --check-every 2 --batch-size 4 --holdout 8 --seeds 2 --limit 10 --shots 2"
+    common = [*files, "--source", str(tmp_path), "--out", str(tmp_path / "lm"), *sizes.split()]
+    common += ["--device", "cpu", "--rounds", "1"]
+    lm.main(["--tune", "--few-shot", "--test", *common])
+    rows = (tmp_path / "lm.jsonl").read_text().splitlines()
+    prompts = [row for row in map(json.loads, rows) if row["kind"] == "prompt"]
+    assert len(prompts) == 2 * 2 * len(lm.METHODS)
+    tests = [row for row in map(json.loads, rows) if row["kind"] == "test"]
+    assert len(tests) == 2 * len({row["prompt"] for row in prompts})
+    lm.main(["--tune", "--few-shot", "--test", *common])  # nothing is left to do
+    assert (tmp_path / "lm.jsonl").read_text().splitlines() == rows
+    lm.main(["--speed", "--report", *common])
+    report = (tmp_path / "lm.md").read_text()
+    found = next(row for row in prompts if row["method"] == "PEZ" and row["shots"] is None)
+    assert found["prompt"] in report and "times as fast as one of a plain loop" in report
+    accuracies = [
+        100 * row["accuracy"]
+        for seed in range(2)
+        for row in tests
+        if row["model"] == "other"
+        and row["prompt"]
+        == next(
+            one["prompt"]
+            for one in prompts
+            if (one["method"], one["seed"], one["shots"]) == ("PEZ", seed, None)
+        )
+    ]
+    (line,) = [x for x in report.split("learned from")[0].splitlines() if x.startswith("| PEZ |")][
+        :1
+    ]
+    error = statistics.stdev(accuracies) / 2**0.5
+    assert line.split(" | ")[3] == f"{statistics.fmean(accuracies):.1f} ± {error:.1f}"

@@ -25,19 +25,21 @@ CORPUS = [
 WORDS = ["a", "black", "cat", "dog", ",", "small", "bird", "roof", "red", "house", "the", "of"]
 
 
-def make_tokenizer(**special):
-    """A byte-level BPE like those of GPT-2 and SmolLM2, learned from three lines."""
+def make_tokenizer(more=(), **special):
+    """A byte-level BPE like those of GPT-2 and SmolLM2, learned from three lines and `more` words.
+
+    Special tokens are given by name."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=400 + 20 * len(more),
         special_tokens=sorted(special.values()),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     # twice behind spaces and once not, as words are met in text
-    bpe.train_from_iterator(CORPUS + [" ".join(["", *WORDS])] * 2, trainer)
+    bpe.train_from_iterator(CORPUS + [" ".join(["", *WORDS, *more])] * 2, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from ..space import TokenSpace
 from .reader import Reader
 
+# Examples read at once on a CPU, where reading gaps between texts costs more than short batches.
+_ON_CPU = 8
 # Ids of a filled template and the number of its label.
 Encoded = tuple[list[int], int]
 
@@ -28,7 +30,7 @@ class TaskLoss:
         holdout: to choose the best prompt by.
         batch_size: examples per step; all where there are fewer.
         fluency: lambda, from 0 to 1.
-        accumulate: parts that a batch is read in, one after the other, to save memory.
+        accumulate: parts, at least, that a batch is read in one after the other, to save memory.
         steps, check_every: see above.
         seed: of the batches.
     """
@@ -53,8 +55,11 @@ class TaskLoss:
 
     def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = self.space.nearest(embeddings.detach())
-        batch = self.batch(step)
+        # texts of like lengths together, so that little is read in vain
+        batch = sorted(self.batch(step), key=lambda one: len(one[0]))
         size = -(-len(batch) // self.accumulate)
+        if embeddings.device.type == "cpu":
+            size = min(size, _ON_CPU)
         parts = [batch[k : k + size] for k in range(0, len(batch), size)]
         if len(parts) == 1 or not embeddings.requires_grad:
             loss = sum(self._loss(embeddings, ids, part, len(batch)) for part in parts)
