@@ -20,6 +20,8 @@ class Similarity:
             None: their mean.
     """
 
+    recordable = True
+
     def __init__(
         self,
         encode: Callable[[torch.Tensor], torch.Tensor],
@@ -58,6 +60,8 @@ class SampledSimilarity(Similarity):
         batch_size: targets per step, drawn without replacement.
         generator: on the CPU; draws the targets.
     """
+
+    recordable = False
 
     def __init__(
         self,

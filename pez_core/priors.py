@@ -57,6 +57,8 @@ class Reading:
         readability: from 0 to 1, how much it is worth.
     """
 
+    recordable = False
+
     def __init__(
         self,
         language_model: LanguageModel,
@@ -124,6 +126,8 @@ class WordsAlone:
         weight: what each word's own similarity counts beside that of the prompt.
     """
 
+    recordable = True
+
     def __init__(
         self, alone: torch.Tensor, space: TokenSpace, towards: torch.Tensor, weight: float
     ) -> None:
@@ -166,6 +170,7 @@ class Sum:
 
     def __init__(self, priors: Sequence[Prior]) -> None:
         self.priors = priors
+        self.recordable = all(prior.recordable for prior in priors)
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """The sum of those of the priors."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from . import replay
 from .search import Budget, Objective, Progress, Tracker, check_integer
 from .space import TokenSpace
 
@@ -38,7 +40,12 @@ class Prior(Protocol):
     """What counts in the choice between swaps beside the objective, such as how a prompt reads.
 
     The rows of `ids` are those of the problems in their order, as many for each.
+
+    Attributes:
+        recordable: it never waits for the device; see `pez_core.replay`.
     """
+
+    recordable: bool
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
@@ -112,29 +119,54 @@ def refine(
     valid = space.only_allowed(acceptable)
 
     with torch.inference_mode(False):
-        x = ids
+        x = ids.clone()
         scores, worth = _score(space, objective, prior, x)
         best = Tracker(x.view(problems, trials, -1)[:, 0], settings, callback, valid)
         best.offer(*_best_trial(problems, worth, x, scores, worth))
+        swaps: list[torch.Tensor] = []  # ids, scores and worths, which stay where they are
+
+        def swaps_at(i: int) -> None:
+            found, gradient = _swaps(space, objective, prior, x, worth, i, settings)
+            best.check_finite(gradient, *found[1:])
+            if swaps and recordable:
+                _keep(swaps, found)
+            else:
+                swaps[:] = [one.clone() for one in found] if recordable else found
+
+        recordable = settings.record and all(
+            getattr(part, "recordable", False)
+            for part in (space, objective, *([] if prior is None else [prior]))
+        )
+        recorder = replay.recorder_for(x.device) if recordable else None
+        steps = [
+            replay.Replay(partial(swaps_at, i), recorder, warm_up=1) for i in range(prompt_len)
+        ]
         order: list[int] = []
         while True:
             if not order:
                 order = torch.randperm(prompt_len, generator=shuffle).tolist()
-            i = order.pop()
-            swaps, gradient = _swaps(space, objective, prior, x, worth, i, settings)
-            best.check_finite(gradient, *swaps[1:])
-            x, scores, worth = _improved((x, scores, worth), swaps, valid)
+            steps[order.pop()]()
+            _keep((x, scores, worth), _improved((x, scores, worth), swaps, valid))
             best.offer(*_best_trial(problems, worth, x, scores, worth))
             if best.end_step():
                 break
             if not order:
                 kicks = zip(best.ids, generators, strict=True)
-                x = torch.cat([space.changed(row, trials, one) for row, one in kicks])
+                kicked = torch.cat([space.changed(row, trials, one) for row, one in kicks])
                 if valid is not None:
-                    x = torch.where(valid(x)[:, None], x, best.ids.repeat_interleave(trials, dim=0))
-                scores, worth = _score(space, objective, prior, x)
+                    leads = best.ids.repeat_interleave(trials, dim=0)
+                    kicked = torch.where(valid(kicked)[:, None], kicked, leads)
+                x.copy_(kicked)
+                _keep((scores, worth), _score(space, objective, prior, x))
     log.debug("refined %d problems for %d steps", problems, best.progress.step)
     return best.progress
+
+
+@torch.no_grad()
+def _keep(where: Sequence[torch.Tensor], what: Sequence[torch.Tensor]) -> None:
+    """Put new values where the recorded steps look for them."""
+    for old, new in zip(where, what, strict=True):
+        old.copy_(new)
 
 
 # Ids (..., prompt_len), their scores (...) and what they are worth with the prior (...).

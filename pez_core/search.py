@@ -7,10 +7,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
+
+from . import replay
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ class SearchSpace(Protocol):
 # says that it was not looked at in this step; such a prompt is never a new best.
 # There is one row per problem; methods that compare candidates give several per problem, all those
 # of a problem in a row.
+# One whose attribute `recordable` is true makes nothing of the step and never waits for the device.
 Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -44,12 +48,15 @@ class Budget:
         report_every: steps between two calls of the callback. None: every step on the CPU, every 25
             elsewhere, where each report has to wait for the device.
         time_limit: seconds after which the step at hand is the last, above 0; None: no limit.
+        record: on CUDA, record a step once and launch it as a whole from then on, where everything
+            that takes part can be recorded; see `pez_core.replay`.
     """
 
     steps: int = 3000
     patience: int | None = None
     report_every: int | None = None
     time_limit: float | None = None
+    record: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "report_every"):
@@ -65,7 +72,7 @@ class Settings(Budget):
     """How to search by gradient descent.
 
     Attributes:
-        steps, patience, report_every, time_limit: see `Budget`.
+        steps, patience, report_every, time_limit, record: see `Budget`.
         lr: learning rate (gamma in the paper).
         weight_decay: of AdamW.
         optimizer: makes the optimiser of a list of parameters, with a learning rate of its own;
@@ -85,7 +92,9 @@ class Settings(Budget):
         """The optimiser that moves the continuous prompt `P`."""
         if self.optimizer is not None:
             return self.optimizer([P])
-        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay)
+        # the fused one is a single kernel and keeps its count of steps on the device
+        fused = P.device.type == "cuda"
+        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay, fused=fused)
 
 
 class Checkpoint(Protocol):
@@ -150,7 +159,8 @@ class Tracker:
     """Keeps the best prompt of each problem, reports, and says when to end.
 
     Every method of search has one, so that they all mean the same by best, patience and progress.
-    Nothing in it waits for the device between two reports, unless prompts have to be acceptable.
+    Nothing in it waits for the device between two reports, unless prompts have to be acceptable,
+    and what it keeps stays where it is, so that `offer` can be recorded.
 
     Args:
         ids: (problems, prompt_len) ids that stand for the best until one is accepted.
@@ -180,12 +190,12 @@ class Tracker:
         self.budget, self.callback, self.acceptable = budget, callback, acceptable
         self.checkpoint = checkpoint
         self.forget(ids)
-        self._step = 0
+        self._step, self._now = 0, torch.zeros((), dtype=torch.long, device=ids.device)
         self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
         self._every = budget.report_every or (1 if ids.device.type == "cpu" else 25)
         self._began = time.monotonic()
-        self.progress = Progress(0, budget.steps, self.ids, self.scores, 0.0)
+        self.progress = Progress(0, budget.steps, self.ids.clone(), self.scores.clone(), 0.0)
 
     def begin(
         self,
@@ -214,14 +224,20 @@ class Tracker:
             draw.set_state(state["draws"][str(k)].cpu())
         for k, values in enumerate(also):
             values.copy_(state["also"][str(k)])
-        device = self.ids.device
-        kept = (state[name].to(device) for name in ("ids", "scores", "chosen_by", "steps"))
-        self.ids, self.scores, self._chosen_by, self._steps = kept
+        kept = {
+            "ids": self.ids,
+            "scores": self.scores,
+            "chosen_by": self._chosen_by,
+            "steps": self._steps,
+        }
+        for name, values in kept.items():
+            values.copy_(state[name])
         self._step = state["step"]
+        self._now.fill_(self._step)
         self._began -= state["elapsed"]
         progress = self.progress
         progress.step, progress.elapsed = self._step, state["elapsed"]
-        progress.ids, progress.scores = self.ids, self.scores
+        progress.ids, progress.scores = self.ids.clone(), self.scores.clone()
         progress.history = [(step, scores) for step, scores in state["history"]]
         return self._step
 
@@ -248,7 +264,7 @@ class Tracker:
         """Let (problems, prompt_len) `ids` stand for the best until one is accepted."""
         self.ids = ids.clone()
         self.scores = torch.full((len(ids),), -torch.inf, device=ids.device)
-        self._chosen_by = self.scores
+        self._chosen_by = self.scores.clone()
 
     def offer(
         self, ids: torch.Tensor, scores: torch.Tensor, chosen_by: torch.Tensor | None = None
@@ -260,13 +276,13 @@ class Tracker:
         chosen_by = scores if chosen_by is None else chosen_by
         better = chosen_by > self._chosen_by
         if self.budget.patience is not None:
-            better &= self._step - self._steps <= self.budget.patience
+            better &= self._now - self._steps <= self.budget.patience
         if self.acceptable is not None and better.any():
             better[better.clone()] = self.acceptable(ids[better])
-        self.ids = torch.where(better[:, None], ids, self.ids)
-        self.scores = torch.where(better, scores.float(), self.scores)
-        self._chosen_by = torch.where(better, chosen_by.float(), self._chosen_by)
-        self._steps = torch.where(better, self._step, self._steps)
+        self.ids.copy_(torch.where(better[:, None], ids, self.ids))
+        self.scores.copy_(torch.where(better, scores, self.scores))
+        self._chosen_by.copy_(torch.where(better, chosen_by, self._chosen_by))
+        self._steps.copy_(torch.where(better, self._now, self._steps))
         self.check_scores(scores)
 
     def check_scores(self, scores: torch.Tensor) -> None:
@@ -279,7 +295,7 @@ class Tracker:
         It has to be remembered, since a NaN moves prompts to where scores may look fine again.
         """
         for value in values:
-            self._finite = self._finite & value.isfinite().all()
+            self._finite.logical_and_(value.isfinite().all())
 
     def end_step(self) -> bool:
         """Count a step and report it where that is due; True: the search is to end.
@@ -288,6 +304,7 @@ class Tracker:
             FloatingPointError: a score or gradient was NaN or infinite; at the next report.
         """
         self._step += 1
+        self._now += 1
         done, budget = self._step, self.budget
         elapsed = time.monotonic() - self._began
         last = done >= budget.steps or (
@@ -303,8 +320,8 @@ class Tracker:
                 "model with dtype=torch.float32, or with torch.bfloat16 if it was float16."
             )
         progress = self.progress
-        progress.step, progress.ids, progress.scores = done, self.ids, self.scores
-        progress.elapsed = elapsed
+        progress.step, progress.elapsed = done, elapsed
+        progress.ids, progress.scores = self.ids.clone(), self.scores.clone()
         progress.history.append((done, self.scores.tolist()))
         if self.callback is not None and self.callback(progress):
             progress.stopped = True
@@ -350,18 +367,39 @@ def search(
         ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
         FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
     """
-    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
+        best = Tracker(ids, settings, callback, acceptable, checkpoint)
         P = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
-        for step in range(best.begin(P, optimizer), settings.steps):
+        first = best.begin(P, optimizer)
+        # what a step found, for those whom it has to be asked about
+        at = best.ids.clone(), best.scores.clone()
+
+        def step_of(step: int) -> None:
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)
             (P.grad,) = torch.autograd.grad(loss.sum(), P_projected)  # the gradient at P' ...
-            best.offer(projected_ids, scores.detach())
+            if acceptable is None:
+                best.offer(projected_ids, scores.detach())
+            else:
+                at[0].copy_(projected_ids), at[1].copy_(scores.detach())
             best.check_finite(P.grad)
             optimizer.step()  # ... moves the continuous P
+
+        recordable = (
+            settings.record
+            and settings.optimizer is None
+            and getattr(space, "recordable", False)
+            and getattr(objective, "recordable", False)
+        )
+        recorded = replay.Replay(
+            partial(step_of, 0), replay.recorder_for(P.device) if recordable else None
+        )
+        for step in range(first, settings.steps):
+            recorded() if recordable else step_of(step)
+            if acceptable is not None:
+                best.offer(*at)
             if best.end_step():
                 break
     log.debug("searched %d problems for %d steps", len(ids), best.progress.step)

@@ -28,6 +28,9 @@ class TokenSpace:
         ValueError: `allowed` is empty or holds ids outside the table.
     """
 
+    # nothing in it waits for the device; see `pez_core.replay`
+    recordable = True
+
     def __init__(
         self,
         table: torch.Tensor,

@@ -1,0 +1,171 @@
+"""Recorded steps: that a record made once does what the step does, without a card to record on."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from conftest import make_clip
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pez_core import JointClip, Refinement, Settings, TokenSpace, invert, refine, search
+from pez_core.objectives import SampledSimilarity, Similarity
+from pez_core.priors import Sum, WordsAlone
+from pez_core.replay import Replay, recorder_for
+
+
+class Traced:
+    """A recorder for CPUs. As in a CUDA graph every number that Python has becomes a constant, and
+    reading one from a tensor is an error. Unlike there, the step is run while it is recorded."""
+
+    def __init__(self):
+        self.records = self.replays = 0
+
+    def warm_up(self, step):
+        step()
+
+    def record(self, step):
+        with NoWaiting():
+            graph = make_fx(lambda: step())()
+        self.records += 1
+        done = [True]
+
+        def replay():
+            if done:
+                done.pop()
+                return
+            self.replays += 1
+            graph()
+
+        return replay
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a CUDA device would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        ):
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    recorder = Traced()
+    monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: recorder)
+    fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
+    monkeypatch.setattr(
+        Settings, "optimizer_of", lambda self, P: fused([P], lr=self.lr, weight_decay=0.1)
+    )
+    return recorder
+
+
+@pytest.fixture
+def problem(tiny_clip):
+    space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
+    targets = tiny_clip.encode_texts(["a red fish", "two small dogs", "a house"])[:, None]
+    objective = Similarity(tiny_clip.text.encoder(), targets)
+    ids = space.random(3, 5, torch.Generator().manual_seed(0))
+    return space, objective, ids
+
+
+def same(a, b):
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.scores, b.scores)
+    assert a.history == b.history and a.step == b.step
+
+
+@pytest.mark.parametrize("patience", [None, 4])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_recorded_search_is_the_search(traced, problem, patience, asked):
+    acceptable = (lambda rows: rows[:, 0] % 3 > 0) if asked else None
+    options = {"steps": 40, "patience": patience, "lr": 0.5}
+    plain = search(*problem, Settings(**options, record=False), None, acceptable)
+    assert traced.records == 0
+    recorded = search(*problem, Settings(**options), None, acceptable)
+    same(recorded, plain)
+    assert traced.records == 1 and traced.replays == plain.step - 4
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, tiny_clip):
+    space, objective, ids = problem
+    acceptable = (lambda rows: rows[:, 0] % 3 > 0) if asked else None
+    ids = space.random(3 * 4, 5, torch.Generator().manual_seed(1))
+    words = None
+    if prior:
+        alone = torch.randn(len(space.allowed), 16, generator=torch.Generator().manual_seed(2))
+        words = Sum([WordsAlone(alone, space, objective.target, 0.1)])
+    options = {"steps": 22, "trials": 4, "screened": 16}
+    found = [
+        refine(
+            space, objective, ids, Refinement(**options, record=record), None, acceptable,
+            seeds=[0, 1, 2], prior=words,
+        )
+        for record in (False, True)
+    ]  # fmt: skip
+    same(*found)
+    assert traced.records == 5  # once for each position
+    assert traced.replays == 22 - 2 * 5
+
+
+def test_several_encoders_and_fixed_text_are_recorded_too(traced, emoji_clip, vit_clip):
+    clip = JointClip([emoji_clip, vit_clip], [0.25, 0.75])
+    options = {"template": "a drawing of {}", "prompt_len": 3, "steps": 8, "refine_steps": 9}
+    features = clip.encode_texts(["a fish"])
+    found = invert(clip, features, **options)
+    assert traced.replays > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pez_core.replay.recorder_for", lambda device: None)
+        again = invert(clip, features, **options)
+    assert again[0].prompt == found[0].prompt and again[0].history == found[0].history
+
+
+def test_what_draws_at_random_is_not_recorded(traced, problem, tiny_clip):
+    space, _, ids = problem
+    targets = tiny_clip.encode_texts(["a fish", "two dogs", "a house"])[None].expand(3, -1, -1)
+    draws = torch.Generator().manual_seed(0)
+    sampled = SampledSimilarity(tiny_clip.text.encoder(), targets, None, 1, draws)
+    search(space, sampled, ids, Settings(steps=9))
+    assert traced.records == 0
+
+
+def test_a_step_without_a_record_goes_on_as_it_is(caplog):
+    class Fails:
+        def warm_up(self, step):
+            step()
+
+        def record(self, step):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    calls = []
+    replay = Replay(lambda: calls.append(0), Fails(), warm_up=2)
+    with caplog.at_level(logging.WARNING, "pez_core"):
+        for _ in range(5):
+            replay()
+    assert len(calls) == 5
+    (record,) = caplog.records
+    assert record.getMessage().endswith("(operation not permitted when stream is capturing)")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
+def test_other_devices_have_no_recorder(kind):
+    assert recorder_for(torch.device(kind)) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_find_the_same(problem):
+    space, objective, ids = problem
+    space = TokenSpace(space.table.cuda(), space.allowed.cuda())
+    clip = make_clip()
+    clip.model.cuda()
+    objective = Similarity(clip.text.encoder(), objective.target[:, None].cuda())
+    found = [
+        search(space, objective, ids.cuda(), Settings(steps=60, record=r)) for r in (False, True)
+    ]
+    same(*found)
