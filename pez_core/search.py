@@ -189,10 +189,11 @@ class Tracker:
             )
         self.budget, self.callback, self.acceptable = budget, callback, acceptable
         self.checkpoint = checkpoint
-        self.forget(ids)
-        self._step, self._now = 0, torch.zeros((), dtype=torch.long, device=ids.device)
-        self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
+        with torch.inference_mode(False):  # what is made in it could not be changed outside
+            self.forget(ids)
+            self._step, self._now = 0, torch.zeros((), dtype=torch.long, device=ids.device)
+            self._steps = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+            self._finite = torch.ones((), dtype=torch.bool, device=ids.device)
         self._every = budget.report_every or (1 if ids.device.type == "cpu" else 25)
         self._began = time.monotonic()
         self.progress = Progress(0, budget.steps, self.ids.clone(), self.scores.clone(), 0.0)
@@ -367,8 +368,8 @@ def search(
         ValueError: `ids` is not a non-empty (problems, prompt_len) tensor.
         FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
     """
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
-        best = Tracker(ids, settings, callback, acceptable, checkpoint)
         P = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
         first = best.begin(P, optimizer)

@@ -50,12 +50,12 @@ def gcg(
     """
     check_integer("topk", topk, 1)
     check_integer("width", width, 1)
+    best = Tracker(ids, settings, callback, acceptable)
     problems, prompt_len = ids.shape
     every = torch.arange(problems, device=ids.device)
     k = min(topk, len(space.allowed))
     draws = per_problem(generator, problems)
     with torch.inference_mode(False):
-        best = Tracker(ids, settings, callback, acceptable)
         E = space.embed(space.allowed)
         for step in range(settings.steps):
             _, scores, slope = gradient(space, objective, ids, step)

@@ -48,12 +48,12 @@ def autoprompt(
         FloatingPointError: as `search`.
     """
     check_integer("candidates", candidates, 1)
+    best = Tracker(ids, settings, callback, acceptable)
     problems, prompt_len = ids.shape
     every = torch.arange(problems, device=ids.device)
     k = min(candidates, len(space.allowed))
     draws = per_problem(generator, problems)
     with torch.inference_mode(False):
-        best = Tracker(ids, settings, callback, acceptable)
         E = space.embed(space.allowed)
         for step in range(settings.steps):
             loss, scores, slope = gradient(space, objective, ids, step)

@@ -111,8 +111,8 @@ def _descend(
 ) -> Progress:
     if not 0 <= fluency_weight <= 1:
         raise ValueError(f"`fluency_weight` has to be from 0 to 1 but is {fluency_weight}.")
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
-        best = Tracker(ids, settings, callback, acceptable, checkpoint)
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
         for step in range(best.begin(P, optimizer, draws), settings.steps):

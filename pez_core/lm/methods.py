@@ -55,8 +55,8 @@ def as_released(
     Raises:
         ValueError, FloatingPointError: as `search`.
     """
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
-        best = Tracker(ids, settings, callback, acceptable, checkpoint)
         soft_embeds = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(soft_embeds)
         for step in range(best.begin(soft_embeds, optimizer), settings.steps):
