@@ -43,7 +43,7 @@ def targets_for(clip: Clip, batch: int) -> torch.Tensor:
 
 def time_ours(clip: Clip, batch: int, prompt_len: int, steps: int, allowed) -> float:
     """Seconds per step, set-up and result included."""
-    targets = targets_for(clip, batch)
+    targets = targets_for(clip, batch).to(clip.device)
     began = time.perf_counter()
     space = TokenSpace(clip.text.token_embedding, allowed)
     ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
@@ -85,10 +85,10 @@ class Reference:
         )
         model.forward_text_embedding = types.MethodType(_forward_text_embedding, model)
         words = open_clip.SimpleTokenizer()
-        targets = targets_for(clip, batch)[:, 0]
+        targets = targets_for(clip, batch)[:, 0].to(clip.device)
         began = time.perf_counter()
         self.module.optimize_prompt_loop(
-            model, words, model.token_embedding, targets, arguments, "cpu"
+            model, words, model.token_embedding, targets, arguments, str(clip.device)
         )
         return (time.perf_counter() - began) / steps
 

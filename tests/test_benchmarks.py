@@ -25,6 +25,7 @@ from pez_core.objectives import Similarity
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu
 import lm
 import quality
 from unseen import from_folder, unseen
@@ -360,3 +361,25 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     ]
     error = statistics.stdev(accuracies) / 2**0.5
     assert line.split(" | ")[3] == f"{statistics.fmean(accuracies):.1f} ± {error:.1f}"
+
+
+def test_speed_is_held_against_the_limit(tmp_path):
+    sizes = "--models ViT-S-32-alt --prompt-len 2 3 --batch 1 2 --steps 3 --copy-bytes 4000000"
+    gpu.main(
+        [*sizes.split(), "--dtype", "float32", "--device", "cpu", "--out", str(tmp_path / "gpu")]
+    )
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["prompt_len"], row["batch"]) for row in rows] == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    (line,) = [
+        x
+        for x in (tmp_path / "gpu.md").read_text().splitlines()
+        if x.startswith("| ViT-S-32-alt | 3 | 2 ")
+    ]
+    first, last = rows[0], rows[3]
+    cells = line.split(" | ")
+    assert cells[4] == f"{last['unrecorded']['ms'] / last['ours']['ms']:.2f}x"
+    assert cells[9] == f"{2 * 60e3 / (last['ours']['ms'] * 3000):.1f}"
+    assert (tmp_path / "gpu.png").stat().st_size > 0
+    # twice the prompts and four tokens in place of three: 8 / 3 of the products; weights as before
+    assert first["limit"]["memory"] == last["limit"]["memory"]
+    assert 2.6 < last["limit"]["arithmetic"] / first["limit"]["arithmetic"] < 3.1

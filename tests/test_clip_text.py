@@ -116,6 +116,29 @@ def test_gradient_equals_the_whole_towers(tiny_clip):
     torch.testing.assert_close(ours, theirs[:, 1:9], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows, prompt_len", [(1, 8), (5, 8), (2, 30)])
+def test_the_memory_of_a_prompt_is_about_what_is_kept_for_its_gradient(
+    emoji_clip, rows, prompt_len
+):
+    weights = {p.untyped_storage().data_ptr() for p in emoji_clip.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    width = emoji_clip.text.token_embedding.shape[1]
+    embeddings = torch.randn(rows, prompt_len, width).requires_grad_()
+    encode = emoji_clip.text.encoder()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = encode(embeddings)
+    found = sum(storage.nbytes() for storage in kept.values())
+    assert features.requires_grad
+    assert 0.75 < found / (rows * emoji_clip.text.memory_per_prompt(prompt_len)) < 1.1
+
+
 def test_coca_model_equals_its_own_encode_text():
     options = {"context_length": 76, "embed_cls": True, "output_tokens": True, "pad_id": 0}
     model = make_model(

@@ -33,6 +33,9 @@ _SCORED = 64
 # result depends on what else is in a group.
 _FULL = 4
 
+# Of the memory that is free, the part for what grows with the number of items.
+_SHARE = 0.5
+
 # What one item may raise without an end of the others.
 _ERRORS = (ValueError, RuntimeError, FloatingPointError, MemoryError, OSError)
 
@@ -53,6 +56,11 @@ def items_at_once(job: Job, device: str) -> int:
         return _SCORED
     room = _VERSIONS.get(device, 128) // (job.plan.trials * job.restarts)
     return max(_FULL, min(room, _MOST.get(device, 64)))
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes; None where it cannot be told, or where there is enough."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class Worker:
@@ -78,7 +86,7 @@ class Worker:
         self.clip = load_clip(
             list(job.clip), device=device, download=download, weights=job.clip_weights
         )
-        self.at_once = at_once or items_at_once(job, self.clip.device.type)
+        self.at_once = at_once or self._that_fit(items_at_once(job, self.clip.device.type))
         self._options = job.options()
         if job.task != "score":
             given = job.language_model and load_language_model(job.language_model)
@@ -86,6 +94,15 @@ class Worker:
             if model is not None:
                 model.model.to(self.clip.device, default_dtype(self.clip.device))
             self._options["language_model"] = model
+
+    def _that_fit(self, items: int) -> int:
+        """So many items, or those for which the device has memory."""
+        free = _free_memory(self.clip.device)
+        if free is None or self.job.task != "invert":
+            return items
+        versions = self.job.plan.trials * self.job.restarts
+        each = versions * self.clip.text.memory_per_prompt(self.job.prompt_len)
+        return max(1, min(items, int(_SHARE * free) // each))
 
     def check(self) -> None:
         """Search for a moment, so that settings that do not fit the CLIP are told at once.

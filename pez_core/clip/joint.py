@@ -41,6 +41,10 @@ class JointText:
         """As `TextTower.encoder`, for embeddings and features side by side."""
         return _JointEncoder(self, [tower.encoder(fixed) for tower in self.towers])
 
+    def memory_per_prompt(self, prompt_len: int) -> int:
+        """As `TextTower.memory_per_prompt`, of all towers."""
+        return sum(tower.memory_per_prompt(prompt_len) for tower in self.towers)
+
     def join(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """The features of each encoder -> joint unit features."""
         return torch.cat(

@@ -17,6 +17,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
+# Numbers of the size of its input that a block keeps for the way back: two of norms, four of
+# attention, one behind it, eight of the MLP; fewer where none of them is copied.
+_KEPT = 14
+
 
 class Words:
     """One face for open_clip's two kinds of tokenizer: text to ids, ids to text, nothing added.
@@ -163,6 +167,17 @@ class TextTower:
         after = self._embed(self._ids([*fixed[0][1], *self._after[:1]]))
         nothing = _Causal(self, after, 0, [None] * len(self.tower.transformer.resblocks))
         return nothing.given(before)
+
+    def memory_per_prompt(self, prompt_len: int) -> int:
+        """About how many bytes a step holds for each prompt until its gradient is there.
+
+        What the blocks keep for the way back; beside it a search takes what the weights and the
+        allowed vocabulary take, whatever the number of prompts.
+        """
+        blocks = len(self.tower.transformer.resblocks)
+        positions = prompt_len + 1 if self._plain_blocks else self.context_length
+        width, size = self.token_embedding.shape[1], self.token_embedding.element_size()
+        return _KEPT * blocks * positions * width * size
 
     def _mask(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         """The additive attention mask that the tower's own forward would use for these ids."""

@@ -1,0 +1,255 @@
+"""How near to the limit of the hardware a step is: ours, ours unrecorded, the authors'.
+
+    python benchmarks/gpu.py [--reference PATH] [--models ...] [--prompt-len ...] [--batch ...]
+
+Models have random weights, on which speed does not depend. The image tower is off the device, as
+after images are encoded. PATH is a checkout of the authors' repository, whose loop runs as it is,
+in fp32, as they run it (see step_time.py). All that are compared run one after the other in one
+process. Milliseconds are those of a whole search of STEPS steps, set-up included, divided by STEPS;
+prompts per minute are for the paper's 3,000 steps.
+
+The limit of a step is the longer of two times that are measured here, too: what has to be read at
+the bandwidth of a copy (the weights of the text tower forward and backward, the allowed vocabulary
+once), or the products of matrices at the speed of a large one.
+
+Writes OUT.md, OUT.json and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+from step_time import Reference, machine, targets_for
+
+from pez_core import Clip, Settings, TokenSpace, search
+from pez_core.objectives import Similarity
+
+HERE = Path(__file__).parent
+MODELS = ("ViT-L-14", "ViT-H-14", "ViT-bigG-14")
+PAPER_STEPS = 3000
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def random_clip(name: str, dtype: torch.dtype, device: str) -> Clip:
+    """A CLIP of random weights whose text tower alone is on the device."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False)
+    model.to(dtype).to(device)
+    model.visual.to("cpu")
+    return Clip(model, open_clip.get_tokenizer(name), name)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    wait(device)
+    began = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> dict:
+    """Milliseconds per step, and the greatest memory in GB."""
+    device = clip.device
+    targets = targets_for(clip, batch).to(device)
+
+    def run(steps: int) -> None:
+        space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
+        ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
+        objective = Similarity(clip.text.encoder(), targets)
+        search(space, objective, ids, Settings(steps=steps, record=record))
+
+    run(5)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = seconds(lambda: run(steps), device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return {"ms": 1e3 * taken / steps, "gigabytes": peak}
+
+
+class Limits:
+    """What the device can do at best, as measured on it.
+
+    Attributes:
+        bytes_per_second: read and written by a copy.
+        operations: per second in a product of large matrices, by dtype.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        goal = torch.empty_like(source)
+        goal.copy_(source)
+        taken = min(seconds(lambda: goal.copy_(source), device) for _ in range(5))
+        self.bytes_per_second = 2 * size / taken
+        self.operations = {}
+        n = max(256, round((size / 8) ** 0.5) // 128 * 128)
+        for kind in {dtype, torch.float32}:
+            a = torch.ones(n, n, dtype=kind, device=device)
+            a @ a
+            taken = min(seconds(lambda a=a: a @ a, device) for _ in range(3))
+            self.operations[kind] = 2 * n**3 / taken
+
+    def milliseconds(self, clip: Clip, batch: int, prompt_len: int) -> dict[str, float]:
+        """Of a step, by what it is bound by."""
+        tower = clip.text.tower
+        parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
+        projection = tower.text_projection
+        parts += [projection] if isinstance(projection, torch.Tensor) else []
+        weights = sum(part.numel() for part in parts)
+        allowed, width = len(clip.vocabulary), clip.text.token_embedding.shape[1]
+        moved = 2 * weights * parts[0].element_size() + allowed * width * 4
+        # forward and backward, of the learned tokens and the end token
+        tower_operations = 4 * weights * batch * (prompt_len + 1)
+        nearest = 2 * batch * prompt_len * allowed * width
+        return {
+            "memory": 1e3 * moved / self.bytes_per_second,
+            "arithmetic": 1e3
+            * (
+                tower_operations / self.operations[clip.dtype]
+                + nearest / self.operations[torch.float32]
+            ),
+        }
+
+
+def measure(arguments: argparse.Namespace) -> list[dict]:
+    device = torch.device(arguments.device)
+    dtype = DTYPES[arguments.dtype]
+    limits = Limits(device, dtype, arguments.copy_bytes)
+    reference = Reference(arguments.reference) if arguments.reference else None
+    rows = []
+    for name in arguments.models:
+        clip = random_clip(name, dtype, arguments.device)
+        for prompt_len in arguments.prompt_len:
+            for batch in arguments.batch:
+                row = {"model": name, "prompt_len": prompt_len, "batch": batch}
+                row["ours"] = ours(clip, batch, prompt_len, arguments.steps, True)
+                row["unrecorded"] = ours(clip, batch, prompt_len, arguments.steps, False)
+                row["limit"] = limits.milliseconds(clip, batch, prompt_len)
+                rows.append(row)
+                print(row, file=sys.stderr)
+        del clip
+        if reference is None:
+            continue
+        clip = random_clip(name, torch.float32, arguments.device)
+        for row in rows:
+            if row["model"] == name:
+                case = (row["batch"], row["prompt_len"], arguments.reference_steps)
+                reference.time(clip, row["batch"], row["prompt_len"], 2)
+                row["authors"] = 1e3 * reference.time(clip, *case)
+                print(row, file=sys.stderr)
+        del clip
+    return rows
+
+
+def report(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
+    where = machine()
+    if arguments.device.startswith("cuda"):
+        where = f"{torch.cuda.get_device_name()}, {where}"
+    lines = [
+        "# Speed of a step",
+        "",
+        f"{where}; {arguments.dtype} tower, {arguments.steps} steps. See benchmarks/gpu.py.",
+        "",
+        "| model | tokens | batch | authors / ours | unrecorded / ours | share of the limit | ours "
+        "ms/step | unrecorded | authors | prompts per minute | peak GB |",
+        "|---" * 11 + "|",
+    ]
+    for row in rows:
+        mine, plain, authors = row["ours"]["ms"], row["unrecorded"]["ms"], row.get("authors")
+        bound = max(row["limit"], key=row["limit"].get)
+        cells = [
+            row["model"],
+            row["prompt_len"],
+            row["batch"],
+            f"{authors / mine:.1f}x" if authors else "-",
+            f"{plain / mine:.2f}x",
+            f"{100 * row['limit'][bound] / mine:.0f} % ({bound})",
+            f"{mine:.2f}",
+            f"{plain:.2f}",
+            f"{authors:.1f}" if authors else "-",
+            f"{row['batch'] * 60e3 / (mine * PAPER_STEPS):.1f}",
+            f"{row['ours']['gigabytes']:.2f}" if row["ours"]["gigabytes"] else "-",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, *per_problem(rows)]) + "\n"
+
+
+def per_problem(rows: Sequence[dict]) -> list[str]:
+    """Memory that each further problem takes."""
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        for prompt_len in dict.fromkeys(row["prompt_len"] for row in rows):
+            some = [r for r in rows if (r["model"], r["prompt_len"]) == (name, prompt_len)]
+            first, last = some[0], some[-1]
+            if len(some) > 1 and first["ours"]["gigabytes"]:
+                more = last["ours"]["gigabytes"] - first["ours"]["gigabytes"]
+                megabytes = 1e3 * more / (last["batch"] - first["batch"])
+                lines.append(f"- {name}, {prompt_len} tokens: {megabytes:.1f} MB")
+    return ["", "Memory of each further problem:", "", *lines] if lines else []
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Milliseconds per step against the batch, and the limit; one panel per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(4.5 * len(names), 4), squeeze=False, layout="constrained"
+    )
+    for name, axes in zip(names, panels[0], strict=True):
+        for k, prompt_len in enumerate(dict.fromkeys(row["prompt_len"] for row in rows)):
+            some = [r for r in rows if (r["model"], r["prompt_len"]) == (name, prompt_len)]
+            batches = [row["batch"] for row in some]
+            color = f"C{k}"
+            label = f"{prompt_len} tokens"
+            axes.plot(batches, [r["ours"]["ms"] for r in some], "o-", color=color, label=label)
+            best = [max(r["limit"].values()) for r in some]
+            axes.plot(batches, best, ":", color=color)
+            if "authors" in some[0]:
+                axes.plot(batches, [r["authors"] for r in some], "x--", color=color)
+        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per step", title=name)
+    panels[0][0].legend(title="solid ours, dotted limit, dashed authors", fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--prompt-len", nargs="+", type=int, default=[8, 16, 32, 75])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--reference-steps", type=int, default=30)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--copy-bytes", type=int, default=2**30, help="size of the copy")
+    parser.add_argument("--out", type=Path, default=HERE / "results/gpu")
+    arguments = parser.parse_args(argv)
+    rows = measure(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine(), "dtype": arguments.dtype, "steps": arguments.steps}
+    whole = json.dumps(about | {"rows": rows}, indent=1)
+    arguments.out.with_suffix(".json").write_text(whole, encoding="utf-8")
+    arguments.out.with_suffix(".md").write_text(report(rows, arguments), encoding="utf-8")
+    draw(rows, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
