@@ -380,6 +380,11 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--download", action="store_true", help="fetch the CLIP's weights if they are not here"
     )
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="leave the image tower off the device but while images are encoded",
+    )
     command.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
@@ -390,6 +395,7 @@ def _load_clip(arguments: argparse.Namespace) -> AnyClip:
         device=arguments.device,
         download=arguments.download,
         weights=arguments.clip_weight,
+        low_memory=arguments.low_memory,
     )
 
 

@@ -1,10 +1,12 @@
 """Loading: what is there loads, what is not is named with its size and place."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import threading
 from contextlib import contextmanager, nullcontext
@@ -483,3 +485,31 @@ def test_the_image_tower_is_lent_for_as_long_as_it_is_used(tiny_clip):
     finally:
         tiny_clip.image_tower = nullcontext
     assert events == ["lent", "back"]
+
+
+def test_with_low_memory_the_image_tower_only_visits_the_device(monkeypatch, emoji_clip):
+    clip = load_clip(device="meta", low_memory=True)  # a device that holds nothing
+    assert clip.device.type == "meta"
+    weights = dict(clip.model.named_parameters())
+    for name, weight in weights.items():
+        assert weight.device.type == ("cpu" if name.startswith("visual.") else "meta")
+
+    clip, moves = load_clip(device="cpu", low_memory=True), []
+    move = clip.model.visual.to
+    monkeypatch.setattr(
+        clip.model.visual, "to", lambda where: moves.append(str(where)) or move(where)
+    )
+    picture = load_image(EXAMPLES[0])
+    assert torch.equal(clip.encode_images([picture]), emoji_clip.encode_images([picture]))
+    assert moves == ["cpu", "cpu"]  # there and back
+    with pytest.raises(OSError):
+        clip.encode_images([Image.open(io.BytesIO(EXAMPLES[0].read_bytes()[:300]))])
+    assert len(moves) % 2 == 0
+
+
+def test_several_clips_have_low_memory_each(tmp_path):
+    shutil.copytree(loading.BUNDLED["emoji-clip"], tmp_path / "other")
+    joint = load_clip(["emoji-clip", str(tmp_path / "other")], device="meta", low_memory=True)
+    for part in joint.clips:
+        assert next(part.model.visual.parameters()).device.type == "cpu"
+        assert part.device.type == "meta"

@@ -13,8 +13,10 @@ import pickle
 import re
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -93,6 +95,7 @@ def load_clip(
     dtype: torch.dtype | None = None,
     download: bool = False,
     weights: Sequence[float] | None = None,
+    low_memory: bool = False,
 ) -> Clip | JointClip:
     """Load a CLIP to search prompts on, or several to search as one.
 
@@ -113,6 +116,8 @@ def load_clip(
         download: fetch the weights of a tag that are not on disk. Off: an error says what would be
             fetched and how to place it by hand.
         weights: how much each of several CLIPs counts; None: all the same.
+        low_memory: the image tower, which is the larger one, stays in main memory and visits the
+            device only while images are encoded.
 
     Raises:
         ValueError: unknown architecture, tag, device or dtype; weights that are missing, damaged or
@@ -132,7 +137,8 @@ def load_clip(
         if len(set(name)) < len(name):
             raise ValueError(f"`name` holds one CLIP twice: {', '.join(name)}.")
         if len(name) > 1:
-            clips = [load_clip(one, None, device, dtype, download) for one in name]
+            options = {"dtype": dtype, "download": download, "low_memory": low_memory}
+            clips = [load_clip(one, None, device, **options) for one in name]
             with torch.inference_mode(False):
                 return JointClip(clips, weights)
         if not name:
@@ -152,6 +158,9 @@ def load_clip(
         name, pretrained = name.split(":", 1)
     device = _pick_device(device)
     precision = _precision(device, dtype)
+    if low_memory:
+        kind = default_dtype(device) if dtype is None else dtype
+        return _apart(load_clip(name, pretrained, "cpu", kind, download), device)
 
     # Under ComfyUI's inference mode, weights would be created unfit for backward.
     with torch.inference_mode(False):
@@ -208,6 +217,25 @@ def load_clip(
         )
         built = _config(config, tag.get("quick_gelu", False), name)
         return Clip(model, tokenizer, f"{name}:{pretrained}", config=built)
+
+
+def _apart(clip: Clip, device: torch.device) -> Clip:
+    """A CLIP on the CPU with all but its image tower, which visits, on the device."""
+    model, tower = clip.model, clip.model.visual
+    model.visual = torch.nn.Identity()
+    model.to(device)
+    model.visual = tower
+    clip.image_tower = partial(_visiting, tower, device)
+    return clip
+
+
+@contextmanager
+def _visiting(tower: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    tower.to(device)
+    try:
+        yield
+    finally:
+        tower.to("cpu")
 
 
 def _load_folder(folder: Path, name: str, precision: str, device: torch.device) -> Clip:
