@@ -274,7 +274,7 @@ def _add_batch(commands) -> None:
         "--avoid-weight", type=float, default=0.5, metavar="X", help="what these count (0.5)"
     )
     _add_vocabulary(command)
-    _add_common(command)
+    _add_common(command, low_memory=False)  # images come all the time
     command.set_defaults(run=_batch)
 
 
@@ -361,7 +361,7 @@ def _add_vocabulary(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
     command.add_argument(
         "--clip",
         action="append",
@@ -380,11 +380,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--download", action="store_true", help="fetch the CLIP's weights if they are not here"
     )
-    command.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="leave the image tower off the device but while images are encoded",
-    )
+    if low_memory:
+        command.add_argument(
+            "--low-memory",
+            action="store_true",
+            help="leave the image tower off the device but while images are encoded",
+        )
     command.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
