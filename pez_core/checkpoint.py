@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+log = logging.getLogger(__name__)
 
 
 class FileCheckpoint:
@@ -29,11 +32,23 @@ class FileCheckpoint:
 
     def __init__(self, path: str | Path, search: dict[str, Any], every: int = 100) -> None:
         self.path, self.every = Path(path), every
-        self.search = json.loads(json.dumps(search))
-        if not self.path.parent.is_dir():
-            raise ValueError(f"`checkpoint` is {str(path)!r}, but there is no such folder.")
+        # numbers of numpy are as good as others
+        self.search = json.loads(json.dumps(search, default=lambda value: value.item()))
+        if not self.path.name or self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"`checkpoint` is {str(path)!r}, which names no file in a folder.")
         if self.path.exists():
             self._check(self._metadata()["search"])
+        try:
+            self._beside.touch()
+            self._beside.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"`checkpoint` is {str(path)!r}, where nothing can be written ({error})."
+            ) from error
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
 
     def _check(self, other: dict[str, Any]) -> None:
         names = sorted(self.search.keys() | other.keys())
@@ -49,7 +64,8 @@ class FileCheckpoint:
     def _metadata(self) -> dict[str, Any]:
         try:
             with safe_open(self.path, "pt") as file:
-                return json.loads(file.metadata()["pez"])
+                content = json.loads(file.metadata()["pez"])
+                return {name: content[name] for name in ("search", "state")}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`checkpoint` is {str(self.path)!r}, which is no checkpoint of a search; name "
@@ -71,15 +87,20 @@ class FileCheckpoint:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep `state`: nested dicts of tensors and of what JSON can hold."""
+        """Keep `state`: nested dicts of tensors and of what JSON can hold.
+
+        Where the disk is full the search goes on, and a warning is logged.
+        """
         tensors: dict[str, torch.Tensor] = {}
         rest = _split(state, "", tensors)
-        beside = self.path.with_name(self.path.name + ".part")
         metadata = {"pez": json.dumps({"search": self.search, "state": rest})}
-        save_file(tensors, beside, metadata)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        try:
+            save_file(tensors, self._beside, metadata)
+            with open(self._beside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(self._beside, self.path)
+        except (OSError, SafetensorError) as error:
+            log.warning("%s could not be written (%s); the search goes on", self.path, error)
 
 
 def _split(state: dict[str, Any], prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .clip.load import default_dtype
 
@@ -52,6 +53,7 @@ def load_model(
         AutoTokenizer,
     )
 
+    dtype = default_dtype(torch.device(device)) if dtype is None else dtype
     if not path.exists():
         source = str(name_or_path) if download else _cached(str(name_or_path))
     else:
@@ -62,15 +64,21 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             two_parts = AutoConfig.from_pretrained(source, **options).is_encoder_decoder
             kind = AutoModelForSeq2SeqLM if two_parts else AutoModelForCausalLM
-            model = kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+            # not cast afterwards: parts of a model stay in float32 whatever the rest is in
+            model = kind.from_pretrained(source, **{_dtype_name(): dtype}, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(
             f"`name_or_path` is {str(name_or_path)!r}, which cannot be loaded ({first_line}); "
             "give a GGUF file, a folder of transformers or a model of the hub."
         ) from error
-    dtype = default_dtype(torch.device(device)) if dtype is None else dtype
-    return model.to(device, dtype).eval(), tokenizer
+    return model.to(device).eval(), tokenizer
+
+
+def _dtype_name() -> str:
+    import transformers
+
+    return "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 
 
 def _bundled() -> Path:

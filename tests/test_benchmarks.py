@@ -328,7 +328,7 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
         rows = [f"{k}\t{rating}\ta {word} film {k}\r\n" for k in range(30) for rating, word in
                 [("3", "red"), ("-3", "black")]]  # fmt: skip
         (tmp_path / name).write_text("".join(rows) if name.startswith("movie") else content)
-    files = ["--model", str(tmp_path / "own"), "--to", f"other={tmp_path / 'other'}"]
+    files = ["--model", f"own={tmp_path / 'own'}", "--to", f"other={tmp_path / 'other'}"]
     sizes = "--steps 3 --check-every 2 --batch-size 4 --holdout 8 --seeds 2 --limit 10 --shots 2"
     common = [*files, "--source", str(tmp_path), "--out", str(tmp_path / "lm"), *sizes.split()]
     common += ["--device", "cpu", "--rounds", "1"]

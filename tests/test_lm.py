@@ -1,8 +1,11 @@
+import copy
 import csv
+import gzip
 import io
 import json
 import math
 import re
+import socket
 import tarfile
 from importlib.util import find_spec
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_readability import make_gpt2, make_llama, make_tokenizer
 
 from pez_core import TokenSpace
@@ -355,23 +359,37 @@ def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path)
         return
     seen = []
 
-    def stop(report):
+    def note(report):
         seen.append(report["step"])
+
+    def stop(report):
+        note(report)
         return report["step"] == 20
 
+    at_once = options | {"checkpoint": tmp_path / "whole.safetensors"}
+    tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **at_once)
     options |= {"checkpoint": tmp_path / "search.safetensors"}
     first = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
     looks = [1, 10, 20] if method == "soft-prompt" else list(range(1, 21))
     assert first.steps == 20 and seen == looks
-    for _ in range(2):  # the second time from a file that is complete
-        rest = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    for goes_on in (True, False):  # the second time from a file that is complete
+        del seen[:]
+        rest = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=note)
+        looks = [30] if method == "soft-prompt" else list(range(21, 31))
+        assert seen == (looks if goes_on else [])
         assert (rest.prompt, rest.history, rest.steps) == (whole.prompt, whole.history, 30)
         if method == "soft-prompt":
             assert torch.equal(rest.embeddings, whole.embeddings)
             soft = evaluate(model, tokenizer, rest.embeddings, SORTED, TEMPLATE, WORDS)
             assert soft.prompt is None and soft.perplexity is None
             assert soft.loss < evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS).loss
-    assert [path.name for path in tmp_path.iterdir()] == ["search.safetensors"]
+    # all that moves is where it is without the stop, to the last bit
+    ended = [load_file(tmp_path / f"{name}.safetensors") for name in ("search", "whole")]
+    assert ended[0].keys() == ended[1].keys() and "P" in ended[0]
+    assert any(name.startswith("optimizer/") for name in ended[0])
+    assert ("draws/0" in ended[0]) == (method == "fluentprompt")
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_of_another_search_is_refused(learned, tmp_path):
@@ -388,7 +406,24 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint"):
         options["checkpoint"] = tmp_path / "b.safetensors"
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
-    with pytest.raises(ValueError, match="no such folder"):
+    for content in ({}, {"pez": "{}"}):
+        save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors", content)
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    other = {"feline": "red", "canine": "house"}
+    options["checkpoint"] = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=r"`checkpoint`.*`verbalizer`"):
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, other, **options)
+    retrained = copy.deepcopy(model)
+    retrained.lm_head.weight.data[0] += 1
+    with pytest.raises(ValueError, match=r"`checkpoint`.*`model`"):
+        tune_prompt(retrained, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    for name in ("", tmp_path):
+        with pytest.raises(ValueError, match="names no file"):
+            tune_prompt(
+                model, tokenizer, SORTED, TEMPLATE, WORDS, **(options | {"checkpoint": name})
+            )
+    with pytest.raises(ValueError, match="names no file"):
         options["checkpoint"] = tmp_path / "c" / "d"
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
 
@@ -407,6 +442,68 @@ def test_as_released_is_autoprompt_sgd(learned):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=note)
         trails.append(trail)
     assert trails[0] == trails[1] != trails[2]
+
+
+def test_a_gradient_of_zero_is_no_end(learned):
+    model, tokenizer = copy.deepcopy(learned[0]), learned[1]
+    model.lm_head.weight.data.zero_()
+    found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
+    assert found.steps == 30 and found.loss == pytest.approx(math.log(2))
+
+
+def test_what_is_not_finite_is_an_error_that_says_what_to_try(learned):
+    model, tokenizer = copy.deepcopy(learned[0]), learned[1]
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="float32"):
+        evaluate(model, tokenizer, "red", SORTED, TEMPLATE, WORDS)
+    with pytest.raises(FloatingPointError, match="float32"):
+        tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS)
+
+
+def test_a_restart_that_fails_loses_no_other(learned, monkeypatch):
+    model, tokenizer = learned
+    search, seeds = METHODS["pez"], []
+
+    def fails(*arguments, **options):
+        seeds.append(0)
+        if len(seeds) == 2:
+            raise FloatingPointError("NaN")
+        return search(*arguments, **options)
+
+    monkeypatch.setitem(METHODS, "pez", fails)
+    options = OPTIONS | {"steps": 3, "restarts": 3}
+    found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    assert sorted(one.seed for one in found.candidates) == [0, 2]
+
+
+def test_a_full_disk_ends_no_search(learned, tmp_path, monkeypatch, caplog):
+    model, tokenizer = learned
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pez_core.checkpoint.save_file", full)
+    options = OPTIONS | {"checkpoint": tmp_path / "a.safetensors"}
+    assert tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options).steps == 30
+    assert "No space left on device" in caplog.text
+
+
+def test_a_printed_prompt_that_grows_beyond_the_context_is_not_taken(learned):
+    tokenizer = learned[1]
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    text = Format(tokenizer, TEMPLATE, WORDS)
+    length = 24 - max(len(ids) for ids, _ in text.read(SORTED, True))
+    options = OPTIONS | {"prompt_len": length, "steps": 3, "whole_words_only": False}
+    for seed in range(4):
+        try:
+            found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, seed=seed)
+        except ValueError as error:
+            assert "the 24 tokens that the model reads" in str(error)
+        else:
+            assert len(found.token_ids) <= length
 
 
 def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path):
@@ -511,6 +608,10 @@ def test_templates_of_several_columns_cut_the_longest(llama):
         ({"verbalizer": {"bovine": "cat", "canine": "dog"}}, ValueError, "label 'feline'"),
         ({"template": "It was"}, ValueError, "name a column"),
         ({"template": "{} was"}, ValueError, "name a column"),
+        ({"template": "{text:d} was"}, ValueError, "name a column"),
+        ({"dataset": [(None, "feline")] * 2}, TypeError, "has to have text"),
+        ({"dataset": [("x", ["feline"])] * 2}, TypeError, "A label has to be"),
+        ({"initial": 5}, TypeError, "`initial`"),
         ({"template": "{text was"}, ValueError, "`template`"),
         ({"template": 7}, TypeError, "`template`"),
         ({"template": "{title} {text}"}, ValueError, "column 'text'"),
@@ -555,9 +656,41 @@ def test_words_of_several_tokens_count_by_their_first(llama):
     assert found[0] == found[1]
 
 
-def test_nothing_to_evaluate_is_an_error(llama):
-    with pytest.raises(ValueError, match="`dataset` is empty"):
-        evaluate(*llama, "red", [], TEMPLATE, WORDS)
+@pytest.mark.parametrize(
+    "prompt, dataset, error, message",
+    [
+        ("red", [], ValueError, "`dataset` is empty"),
+        ("red", ["a cat"], TypeError, r"\(text, label\) pairs"),
+        (None, TEXTS, TypeError, "`prompt`"),
+        (torch.zeros(3, 7), TEXTS, ValueError, r"\(prompt_len, 32\).*\(3, 7\)"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_an_error(llama, prompt, dataset, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(*llama, prompt, dataset, TEMPLATE, WORDS)
+
+
+@pytest.mark.parametrize("text", ["😀" * 40, "é" * 100, "漢字" * 50, "\ud83d" * 30, " " * 500])
+def test_any_text_can_be_cut_to_any_length(llama, text):
+    tokenizer = llama[1]
+    for length in range(3, 40):
+        frame = Format(tokenizer, "{text} the", WORDS, max_length=length)
+        for prompted in (True, False):
+            ((ids, _),) = frame.read([(text, "feline")], prompted)
+            assert len(ids) <= length and frame.print(ids).endswith("the")
+
+
+def test_a_template_has_to_fit_without_a_prompt_too(llama):
+    tokenizer = llama[1]
+    template = "{text} bird house"
+    lengths = [len(tokenizer(f"{s}bird house")["input_ids"]) for s in ("", "a ")]
+    for length in range(1, 8):
+        try:
+            frame = Format(tokenizer, template, WORDS, max_length=length)
+        except ValueError:
+            assert length < max(lengths[0], lengths[1] - 1)
+        else:
+            assert len(frame.read([("", "feline")], False)[0][0]) <= length
 
 
 def test_few_shot_draws_as_many_to_choose_by():
@@ -630,9 +763,14 @@ def test_what_is_no_source_is_an_error(tmp_path, monkeypatch):
         load_task("movie-reviews")
     with pytest.raises(ValueError, match="`source` is"):
         load_task("movie-reviews", tmp_path)
-    (tmp_path / "x.tar.gz").write_bytes(b"no archive")
+    for content in (b"no archive", gzip.compress(b""), gzip.compress(b"x" * 999)[:-9]):
+        (tmp_path / "x.tar.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="`source` is"):
+            load_task("sources", tmp_path / "x.tar.gz")
+    for name in snippets():
+        (tmp_path / name).write_text("no number\tat all\n")
     with pytest.raises(ValueError, match="`source` is"):
-        load_task("sources", tmp_path / "x.tar.gz")
+        load_task("sources", tmp_path)
     with pytest.raises(ValueError, match="no task 'imdb'; there are sst2"):
         load_task("imdb")
 
@@ -661,6 +799,17 @@ def test_the_tasks_of_the_paper_come_from_datasets(name, columns, test, tmp_path
     assert [label for _, label in text.read(learned, True)] == list(range(len(words)))
     with pytest.raises(ValueError, match="download=True"):
         load_task(name, tmp_path / "absent")
+    (tmp_path / f"{test}.csv").write_text("other,label\n1,1\n")
+    with pytest.raises(ValueError, match=f"of columns {', '.join(columns)} and label"):
+        load_task(name, tmp_path)
+
+    def refused(*arguments):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    with pytest.raises(ValueError, match="download=True"):
+        load_task(name)
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 ROWS = [{"text": "a fine film", "label": "1"}, {"text": 'he said "no", twice', "label": "0"}]
@@ -688,7 +837,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         read_examples(tmp_path / "absent.csv")
     for name, content, message in [
         ("a.txt", b"", "has to end in"),
-        ("b.jsonl", b'{"text": "x", "label": 1}\n{"text"', "Line 2 is no JSON"),
+        ("b.jsonl", b'{"text": "x", "label": 1}\n{"text"', "b.jsonl, line 2, is no JSON"),
         ("c.jsonl", b"[1]", "no JSON object"),
         ("d.csv", b"text,label\n\xff,1\n", "no UTF-8"),
         ("e.csv", b"text,label\nfine\n", "line 2, has no column 'label'"),
@@ -696,6 +845,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_examples(tmp_path / name)
+    (tmp_path / "g.csv").write_text(f"text,label\n{LONG},1\n")
+    assert read_examples(tmp_path / "g.csv") == [({"text": LONG}, "1")]
     (tmp_path / "f.jsonl").write_text('{"text": "x", "stars": 5, "label": 1}\n')
     assert read_examples(tmp_path / "f.jsonl") == [({"text": "x", "stars": "5"}, "1")]
 
@@ -750,8 +901,13 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
     (model,) = json.loads(capsys.readouterr().out)
     assert model["prompts"][0] == row and model["empty"] == empty["accuracy"]
     assert model["mean"] == pytest.approx(sum(o["accuracy"] for o in model["prompts"]) / 2)
-    assert main(["lm", "transfer", str(files / "found.json"), *common, "--limit", "2"]) == 0
+    transfer = ["lm", "transfer", str(files / "found.json"), *common]
+    assert main([*transfer, "--limit", "2"]) == 0
     assert "(the template alone)" in capsys.readouterr().out
+    assert main([*transfer, "--model", "absent/model", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == [model]  # what was measured before
+    assert main(transfer[:3] + common[:2]) == 2
+    assert "give it with --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -760,12 +916,18 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
         (["tune"], "--task, or --data"),
         (["tune", "--data", "DATA", "--template", TEMPLATE], "--word LABEL=WORD"),
         (["tune", "--model", "absent/model", "--data", "DATA", *FRAME], "--model"),
-        (["eval", "--task", "movie-reviews", "--source", "absent"], "`source` is"),
+        (["eval", "--task", "movie-reviews", "--source", "absent"], "--source is"),
         (["transfer", "DATA", "--model", "x"], "is not what `pez lm tune --json` prints"),
         (["tune", "--data", "DATA", "--shots", "9", *FRAME], "`shots` is 9"),
+        (["tune", "--data", "DATA", "--shots", "0", *FRAME], "`shots` has to be at least 1"),
+        (["tune", "--data", "DATA", "--max-length", "0", *FRAME], "`max_length`"),
+        (["eval", "--data", "DATA", "--limit", "0", *FRAME], "`limit`"),
+        (["eval", "--data", "DATA", "--device", "there", *FRAME], "`device` is 'there'"),
+        (["eval", "--task", "movie-reviews"], "--download"),
     ],
 )
-def test_the_command_says_what_is_wrong(files, capsys, command, message):
+def test_the_command_says_what_is_wrong(files, capsys, monkeypatch, command, message):
+    monkeypatch.setenv("HOME", str(files))
     command = [str(files / "data.jsonl") if word == "DATA" else word for word in command]
     assert main(["lm", *command]) == 2
     assert message in capsys.readouterr().err

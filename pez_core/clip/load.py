@@ -156,7 +156,7 @@ def load_clip(
         )
     if pretrained is None and ":" in name and not Path(name).is_dir():
         name, pretrained = name.split(":", 1)
-    device = _pick_device(device)
+    device = pick_device(device)
     precision = _precision(device, dtype)
     if low_memory:
         kind = default_dtype(device) if dtype is None else dtype
@@ -392,7 +392,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
-def _pick_device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """CUDA, then MPS, then the CPU, whichever is there first, or the one that is asked for."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

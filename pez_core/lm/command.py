@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..clip.load import pick_device
 from ..interrupts import interruptible
 from ..language_models import load_model
+from ..search import check_integer
 from .data import TASKS, Splits, load_task, read_examples
 from .methods import METHODS
 from .text import Example
@@ -142,21 +145,36 @@ def _add_test(part: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace, name: str | None) -> tuple[torch.nn.Module, Any]:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = pick_device(arguments.device)
+    with _as_options({"`name_or_path`": "--model"}):
         return load_model(name, device, _DTYPES.get(arguments.dtype), arguments.download)
+
+
+@contextmanager
+def _as_options(names: dict[str, str]) -> Iterator[None]:
+    """Inside, errors name what is given on the command line."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(str(error).replace("`name_or_path`", "--model")) from error
+        text = str(error)
+        for name, option in ({"download=True": "--download"} | names).items():
+            text = text.replace(name, option)
+        raise ValueError(text) from error
 
 
 def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
     """Template, verbalizer and length of the task, or as given."""
-    words = dict(one.partition("=")[::2] for one in arguments.word)
+    words: dict[Hashable, str] = dict(one.partition("=")[::2] for one in arguments.word)
+    if arguments.max_length is not None:
+        check_integer("max_length", arguments.max_length, 1)
     if not arguments.task and not (arguments.data and arguments.template and words):
         raise ValueError(
             "Give --task, or --data with --template and a --word LABEL=WORD for each label."
         )
     task = TASKS[arguments.task] if arguments.task else None
+    if task and not arguments.data:  # its labels may be numbers
+        labels = {str(label): label for label in task.verbalizer}
+        words = {labels.get(label, label): word for label, word in words.items()}
     return {
         "template": arguments.template or task.template,
         "verbalizer": words or dict(task.verbalizer),
@@ -166,8 +184,11 @@ def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _splits(arguments: argparse.Namespace, task: str | None, verbalizer: dict) -> Splits:
     """Examples to learn from and to test with; those of a file serve both."""
+    if arguments.data is None and task is None:
+        raise ValueError(f"{arguments.tuned} is about a file of its own; give it with --data.")
     if arguments.data is None:
-        return load_task(task, arguments.source, arguments.download)
+        with _as_options({"`source`": "--source"}):
+            return load_task(task, arguments.source, arguments.download)
     # what a file has as text may be a number in the verbalizer of a task
     known = {str(label): label for label in verbalizer}
     examples = [
@@ -181,7 +202,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     frame = _frame(arguments)
     learned, _ = _splits(arguments, arguments.task, frame["verbalizer"])
     holdout = None
-    if arguments.shots:
+    if arguments.shots is not None:
         learned, holdout = few_shot(learned, arguments.shots, arguments.seed)
     settings = {
         name: getattr(arguments, name)
@@ -231,11 +252,11 @@ def _rows(found: Tuned) -> dict[str, Any]:
 def _evaluate(arguments: argparse.Namespace) -> int:
     frame = _frame(arguments)
     _, examples = _splits(arguments, arguments.task, frame["verbalizer"])
-    rows = _measure(arguments, arguments.model, ["", *arguments.prompt], examples, frame)
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    _print(rows)
+    rows: list[dict[str, Any]] = []
+    try:
+        _measure(arguments, arguments.model, ["", *arguments.prompt], examples, frame, rows)
+    finally:  # what is measured is shown, whatever ends it
+        print(json.dumps(rows, indent=2) if arguments.json else _table(rows))
     return 0
 
 
@@ -249,24 +270,23 @@ def _transfer(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{arguments.tuned} is not what `pez lm tune --json` prints ({error!r})."
         ) from error
+    check_integer("top", arguments.top, 1)
     _, examples = _splits(arguments, tuned["task"], frame["verbalizer"])
-    models = []
-    for name in arguments.model:
-        rows = _measure(arguments, name, ["", *prompts[: arguments.top]], examples, frame)
-        accuracies = [row["accuracy"] for row in rows[1:]]
-        models.append(
-            {
-                "model": name,
-                "empty": rows[0]["accuracy"],
-                "mean": statistics.fmean(accuracies),
-                "prompts": rows[1:],
-            }
-        )
-        if not arguments.json:
-            print(f"{name}: mean of {len(accuracies)}: {models[-1]['mean']:.4f}")
-            _print(rows)
-    if arguments.json:
-        print(json.dumps(models, indent=2))
+    models: list[dict[str, Any]] = []
+    try:
+        for name in arguments.model:
+            rows: list[dict[str, Any]] = []
+            _measure(arguments, name, ["", *prompts[: arguments.top]], examples, frame, rows)
+            empty, *rest = rows
+            mean = statistics.fmean(row["accuracy"] for row in rest)
+            models.append(
+                {"model": name, "empty": empty["accuracy"], "mean": mean, "prompts": rest}
+            )
+            if not arguments.json:
+                print(f"{name}: mean of {len(rest)}: {mean:.4f}\n{_table(rows)}", flush=True)
+    finally:
+        if arguments.json:
+            print(json.dumps(models, indent=2))
     return 0
 
 
@@ -276,20 +296,21 @@ def _measure(
     prompts: list[str],
     examples: list[Example],
     frame: dict[str, Any],
-) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]],
+) -> None:
+    """Add what is measured of each prompt to `rows`."""
+    if arguments.limit is not None:
+        check_integer("limit", arguments.limit, 1)
     model, tokenizer = _load(arguments, name)
     examples = examples[: arguments.limit]
-    rows = []
     for prompt in tqdm(prompts, disable=None, leave=False):
         found = evaluate(
             model, tokenizer, prompt, examples, batch_size=arguments.batch_size, **frame
         )
         names = ("prompt", "accuracy", "loss", "perplexity")
         rows.append({one: getattr(found, one) for one in names} | {"examples": len(examples)})
-    return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        print(f"  {row['accuracy']:.4f}  {row['prompt'] or '(the template alone)'}")
-    sys.stdout.flush()
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"  {r['accuracy']:.4f}  {r['prompt'] or '(the template alone)'}" for r in rows]
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -94,6 +95,8 @@ def read_examples(path: str | Path, label: str = "label") -> list[Example]:
             f"`path` is {str(path)!r}; it has to end in {', '.join(readers)} to be read."
         )
     examples: list[Example] = []
+    # a whole book may be one text
+    most = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, row in read(file):
@@ -109,6 +112,10 @@ def read_examples(path: str | Path, label: str = "label") -> list[Example]:
                 examples.append((columns, str(row[label])))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}).") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as a table ({error}).") from error
+    finally:
+        csv.field_size_limit(most)
     return examples
 
 
@@ -118,16 +125,16 @@ def _csv(file: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, dict[
         yield reader.line_num, row
 
 
-def _jsonl(file: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
+def _jsonl(file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} is no JSON ({error}).") from error
+            raise ValueError(f"{file.name}, line {number}, is no JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise ValueError(f"Line {number} is no JSON object: {line.strip()[:60]!r}.")
+            raise ValueError(f"{file.name}, line {number}, is no JSON object.")
         yield number, row
 
 
@@ -144,18 +151,23 @@ def _of_datasets(
         raise ValueError(
             f"Reading {name[0]} needs the package datasets (pip install datasets); or give a file."
         )
-    from datasets import DownloadConfig, load_dataset
+    import datasets
 
     given = name if source is None else (str(source),)
+    # the only thing that it looks at before it asks the network
+    offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not download
     try:
-        splits = load_dataset(*given, download_config=DownloadConfig(local_files_only=not download))
-        parts = splits["train"], splits[test]
-    except (OSError, ValueError, KeyError) as error:
+        splits = datasets.load_dataset(*given)
+        parts = [splits[part].select_columns([*columns, "label"]) for part in ("train", test)]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(
             f"{given[0]} could not be read ({first_line}); fetch it with download=True or give "
-            f"`source`, a folder with its splits train and {test}."
+            f"`source`, a folder with its splits train and {test}, of columns "
+            f"{', '.join(columns)} and label."
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     examples: list[list[Example]] = []
     for part, most in zip(parts, (limit, None), strict=True):
         if most is not None and len(part) > most:
@@ -204,16 +216,18 @@ def _snippets(source: str | Path | None, download: bool) -> dict[str, list[tuple
     source = Path(source)
     try:
         contents = _in_folder(source) if source.is_dir() else _in_sdist(source)
-    except (OSError, KeyError, tarfile.TarError) as error:
+        snippets = {label: _rated(content) for label, content in contents.items()}
+    except (OSError, EOFError, LookupError, ValueError, tarfile.TarError) as error:
         raise ValueError(
             f"`source` is {str(source)!r}, which is neither the source package of {_VADER} nor a "
             f"folder with its *_GroundTruth.txt ({error})."
         ) from error
-    snippets: dict[str, list[tuple[float, str]]] = {}
-    for label, content in contents.items():
-        rows = (line.split("\t", 2) for line in content.decode("utf-8").splitlines())
-        snippets[label] = [(float(rating), text.strip()) for _, rating, text in rows]
     return snippets
+
+
+def _rated(content: bytes) -> list[tuple[float, str]]:
+    rows = (line.split("\t", 2) for line in content.decode("utf-8").splitlines())
+    return [(float(rating), text.strip()) for _, rating, text in rows]
 
 
 def _in_folder(folder: Path) -> dict[str, bytes]:
@@ -222,7 +236,7 @@ def _in_folder(folder: Path) -> dict[str, bytes]:
 
 def _in_sdist(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as outer:
-        inner = next(one for one in outer.getmembers() if one.name.endswith(_SNIPPETS))
+        (inner,) = [one for one in outer.getmembers() if one.name.endswith(_SNIPPETS)]
         data = outer.extractfile(inner).read()
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         names = {Path(one.name).name: one for one in archive.getmembers()}

@@ -52,6 +52,7 @@ class TaskLoss:
         self.batch_size = min(batch_size, len(examples))
         self.fluency, self.accumulate, self.seed = fluency, accumulate, seed
         self.steps, self.check_every = steps, check_every
+        self._epoch, self._order = -1, []
 
     def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = self.space.nearest(embeddings.detach())
@@ -79,9 +80,11 @@ class TaskLoss:
         batch: list[Encoded] = []
         while len(batch) < self.batch_size:
             epoch, place = divmod(first + len(batch), len(self.examples))
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
-            some = order[place : place + self.batch_size - len(batch)]
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+                order = torch.randperm(len(self.examples), generator=generator)
+                self._epoch, self._order = epoch, order.tolist()
+            some = self._order[place : place + self.batch_size - len(batch)]
             batch += [self.examples[k] for k in some]
         return batch
 
@@ -139,11 +142,21 @@ class Holdout:
     def _score(self, ids: Sequence[int]) -> float:
         prompt = self.reader.text.print(ids)
         if prompt not in self._known:
-            _, accuracy, loss, _ = judge(
-                self.reader, self.reader.text.prompt_ids(prompt), self.examples, self.batch_size
-            )
+            read = self.reader.text.prompt_ids(prompt)
+            if room_for(self.reader, len(read), self.examples) < 0:  # it may have grown
+                return float("-inf")
+            _, accuracy, loss, _ = judge(self.reader, read, self.examples, self.batch_size)
             self._known[prompt] = accuracy - 1e-4 * loss / (1 + loss)
         return self._known[prompt]
+
+
+def room_for(reader: Reader, prompt_len: int, examples: Sequence[Encoded]) -> float:
+    """Tokens that the model could read beside a prompt and the longest example; below 0: not it."""
+    text = reader.text
+    if reader.context is None:
+        return float("inf")
+    longest = max(len(ids) for ids, _ in examples)
+    return reader.context - len(text.before) - prompt_len - longest - len(text.after)
 
 
 @torch.no_grad()
@@ -162,6 +175,9 @@ def judge(
         The numbers of the predicted labels, the accuracy, the mean cross-entropy, and the mean
         negative log-likelihood of the prompt's tokens: None for an encoder-decoder, a soft or an
         empty prompt, or a single token with nothing before it.
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
     """
     ids = None
     if not isinstance(prompt, torch.Tensor):
@@ -170,7 +186,8 @@ def judge(
     predicted, losses = torch.empty(len(examples), dtype=torch.long), torch.empty(len(examples))
     fluency = None
     # a first token without anything before it has no likelihood
-    countable = ids is not None and reader.has_fluency and len(prompt) + len(reader.text.before) > 1
+    countable = ids is not None and reader.has_fluency and len(prompt) > 0
+    countable = countable and len(prompt) + len(reader.text.before) > 1
     # texts of like lengths together, so that little is read in vain
     order = sorted(range(len(examples)), key=lambda k: len(examples[k][0]))
     for start in range(0, len(order), batch_size):
@@ -181,8 +198,13 @@ def judge(
         fluency = float(said) if said is not None else fluency
         predicted[places] = logits[0].argmax(-1).cpu()
         losses[places] = _cross_entropy(logits, labels)[0].cpu()
+    if not losses.isfinite().all():
+        raise FloatingPointError(
+            "The losses of examples became NaN or infinite; load the model with "
+            "dtype=torch.float32, or with torch.bfloat16 if it was float16."
+        )
     right = predicted == torch.tensor([label for _, label in examples])
-    return predicted.tolist(), float(right.float().mean()), float(losses.mean()), fluency
+    return predicted.tolist(), int(right.sum()) / len(right), float(losses.mean()), fluency
 
 
 def _cross_entropy(logits: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:

@@ -33,9 +33,6 @@ class Reader:
         # transformers 5 has another name for it
         self._cache = "cache" if "cache" in parameters else "past_key_values"
         self._words = torch.tensor(text.label_ids, device=self.device)
-        tokenizer = text.tokenizer
-        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._padding = next(token for token in padding if token is not None)
 
     @cached_property
     def table(self) -> torch.Tensor:
@@ -51,7 +48,8 @@ class Reader:
     def context(self) -> int | None:
         """Tokens that the model can read; None: no limit."""
         config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        length = getattr(config, "max_position_embeddings", None)
+        return length if length and length > 0 else None
 
     def read(
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
@@ -76,7 +74,7 @@ class Reader:
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, longest) ids and (n, longest) 1 where they count."""
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._padding)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any token will do
         mask = torch.zeros_like(ids)
         for k, row in enumerate(rows):
             ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
@@ -84,7 +82,7 @@ class Reader:
 
 
 class CausalReader(Reader):
-    """A causal model: the prompt is read once and serves all examples."""
+    """A causal model: the prompt is read once for all examples of a call."""
 
     has_fluency = True
 
@@ -92,7 +90,7 @@ class CausalReader(Reader):
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, n = len(prompt), len(examples)
-        prompt = prompt.to(self.dtype)
+        prompt = prompt.to(self.dtype, copy=True)  # some models write into what they are given
         start = self.text.before
         if start:
             prompt = torch.cat([self._embed(start).expand(rows, -1, -1), prompt], dim=1)
@@ -168,8 +166,9 @@ class EncoderDecoderReader(Reader):
         parts.append(self.model.get_input_embeddings()(tokens).repeat(rows, 1, 1))
         embeddings = torch.cat(parts, dim=1)
         mask = F.pad(mask, (embeddings.shape[1] - mask.shape[1], 0), value=1).repeat(rows, 1)
-        config = self.model.config
-        start = [config.decoder_start_token_id]
+        places = (self.model.config, self.model.generation_config)
+        starts = (getattr(place, "decoder_start_token_id", None) for place in places)
+        start = [next(token for token in starts if token is not None)]
         if SENTINEL in text.template:
             start.append(text.tokenizer.convert_tokens_to_ids(SENTINEL))
         said = torch.tensor([start], device=self.device).expand(rows * n, -1)
@@ -206,4 +205,5 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 def _is_of_attention(cache: Any) -> bool:
     """Whether all of a cache are keys and values, which can be repeated and take gradients."""
     layers = getattr(cache, "layers", ())
-    return len(layers) > 0 and all(getattr(one, "keys", None) is not None for one in layers)
+    kinds = {type(layer).__name__ for layer in layers}
+    return bool(kinds) and kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}

@@ -13,6 +13,8 @@ Example = tuple["str | Mapping[str, str]", Hashable]
 
 # Stands in for what is to the left while something in running text is tokenized.
 _LEFT = "a"
+# No token has more characters, so that texts beyond so many of them need not be looked at.
+_LONGEST = 256
 # Where the templates of T5 have the word that its decoder is to say.
 SENTINEL = "<extra_id_0>"
 
@@ -41,8 +43,8 @@ class Format:
 
     Raises:
         TypeError: `template` is no text, or `verbalizer` no mapping from labels to text.
-        ValueError: a template without a column or longer than `max_length`; fewer than two labels,
-            a word that is empty, or words that begin with the same token.
+        ValueError: a template without a plain column or longer than `max_length`; fewer than two
+            labels, a word that is empty, or words that begin with the same token.
     """
 
     def __init__(
@@ -65,15 +67,18 @@ class Format:
             raise TypeError(f"`template` has to be text but is {template!r}.")
         self.template = template.rstrip()
         try:
-            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            parts = [part for part in Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"`template` is {template!r}, which has {error}.") from error
-        if not names or not all(name.isidentifier() for name in names):
+        names = [name for _, name, _, _ in parts]
+        plain = all(n.isidentifier() and not spec and not how for _, n, spec, how in parts)
+        if not names or not plain:
             raise ValueError(
                 f"`template` is {template!r}; it has to name a column, such as '{{text}} It was'."
             )
         self.columns = list(dict.fromkeys(names))
-        needed = len(self.continuation(self.template.format(**dict.fromkeys(names, ""))))
+        nothing = dict.fromkeys(names, "")
+        needed = max(len(self._encode(nothing, prompted)) for prompted in (True, False))
         if needed > self.max_length:
             raise ValueError(
                 f"`max_length` is {self.max_length}, but the template alone has {needed} tokens."
@@ -105,6 +110,8 @@ class Format:
         Raises:
             ValueError: the verbalizer has no word for it.
         """
+        if not isinstance(label, Hashable):
+            raise TypeError(f"A label has to be a number or text but is {label!r}.")
         if label not in self._numbers:
             raise ValueError(
                 f"The examples have the label {label!r}, for which `verbalizer` has no word; it "
@@ -122,6 +129,8 @@ class Format:
         return [(self._fill(text, prompted), self.number(label)) for text, label in examples]
 
     def _fill(self, text: str | Mapping[str, str], prompted: bool) -> list[int]:
+        if not isinstance(text, (str, Mapping)):
+            raise TypeError(f"An example has to have text, or columns of it, but has {text!r}.")
         columns = {self.columns[0]: text} if isinstance(text, str) else dict(text)
         for name in self.columns:
             if not isinstance(columns.get(name), str):
@@ -129,20 +138,36 @@ class Format:
                     f"`template` names the column {name!r}, but an example has "
                     f"{columns.get(name)!r} there; its columns are {', '.join(columns)}."
                 )
-        while True:
-            filled = self.template.format(**columns).strip()
-            if not filled:
-                raise ValueError(
-                    f"`template` is {self.template!r}, which leaves nothing of an example whose "
-                    "text is empty; add words to it or leave such examples out."
-                )
-            ids = self.continuation(filled) if prompted else self._ids(filled)
-            over = len(ids) - self.max_length
-            if over <= 0:
-                return ids
-            tokens = {name: self._ids(columns[name]) for name in self.columns}
-            longest = max(self.columns, key=lambda name: len(tokens[name]))
-            columns[longest] = self.tokenizer.decode(tokens[longest][:-over])
+        columns = {name: columns[name][: self.max_length * _LONGEST] for name in self.columns}
+        ids = self._encode(columns, prompted)
+        if not ids:
+            raise ValueError(
+                f"`template` is {self.template!r}, which leaves nothing of an example whose text "
+                "is empty; add words to it or leave such examples out."
+            )
+        # the longest column first; where it does not do to leave it out, the others, too
+        for name in sorted(self.columns, key=lambda name: -len(columns[name])):
+            if len(ids) <= self.max_length:
+                break
+            whole, fits, too_long = columns[name], 0, len(columns[name])
+            while too_long - fits > 1:
+                middle = (fits + too_long) // 2
+                columns[name] = whole[:middle]
+                if len(self._encode(columns, prompted)) <= self.max_length:
+                    fits = middle
+                else:
+                    too_long = middle
+            columns[name] = whole[:fits]
+            ids = self._encode(columns, prompted)
+        return ids
+
+    def _encode(self, columns: Mapping[str, str], prompted: bool) -> list[int]:
+        filled = self.template.format(**columns).strip()
+        # halves of surrogate pairs, which damaged data have, cannot be encoded
+        filled = filled.encode("utf-8", "replace").decode("utf-8")
+        if not filled:
+            return []
+        return self.continuation(filled) if prompted else self._ids(filled)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt as it is printed."""
@@ -163,7 +188,8 @@ class Format:
 def whole_words(tokenizer: Any) -> torch.Tensor:
     """Ids, in rising order, of the tokens that begin a word and are read back as they are printed.
 
-    Such tokens may stand in any order: none fuses with the one before it.
+    Such tokens may stand in any order: none fuses with the one before it. Only at the beginning of
+    a text, where there is no space, a tokenizer may have another token for the same word.
     """
     ids = _plain(tokenizer)
     (left,) = tokenizer([_LEFT], add_special_tokens=False)["input_ids"]

@@ -21,7 +21,7 @@ from ..checkpoint import FileCheckpoint
 from ..search import Progress, Settings, check_integer, check_positive
 from ..space import TokenSpace
 from .methods import METHODS
-from .objective import Encoded, Holdout, TaskLoss, judge
+from .objective import Encoded, Holdout, TaskLoss, judge, room_for
 from .reader import Reader, frozen, reader_of
 from .text import Example, Format, all_tokens, whole_words
 
@@ -68,7 +68,8 @@ class TunedPrompt:
         steps: that were done.
         history: `(step, best score so far)` of each look at the holdout; `Holdout` says what the
             score is.
-        embeddings: (prompt_len, dim) of a soft prompt, the last ones; else None.
+        embeddings: (prompt_len, dim) of a soft prompt, those that the last step began with; else
+            None.
     """
 
     prompt: str
@@ -152,7 +153,8 @@ def tune_prompt(
         restarts: searches one after the other, at least 1.
         initial: text to start from, repeated and cut to `prompt_len`. None: random tokens.
         whole_words_only: only tokens that begin a word, so that the printed prompt is read back as
-            it was learned. False: all tokens, as in the paper.
+            it was learned, but for the first word, which has no space before it. False: all tokens,
+            as in the paper. What is printed is what is chosen by and reported in either case.
         check_every: steps between two looks at the holdout, at least 1.
         accumulate: parts that a batch is read in to save memory, at least 1.
         max_length: tokens of an example with its template; longer texts are cut at their end.
@@ -185,8 +187,11 @@ def tune_prompt(
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,
-        # a soft prompt is projected and read once more for each report
-        report_every=check_every if method == "soft-prompt" else None,
+        # a soft prompt is projected and read once more for each report; on a GPU, where a report
+        # waits for the device, there is one for each look at the holdout and a few between
+        report_every=check_every
+        if method == "soft-prompt"
+        else (None if _device(model).type == "cpu" else math.gcd(25, check_every)),
         optimizer=_optimizer(optimizer, lr, weight_decay),
     )
     dataset, holdout = _held_out(dataset, holdout)
@@ -204,8 +209,10 @@ def tune_prompt(
         space = TokenSpace(reader.table, words.to(reader.device))
         # what a checkpoint has to agree on
         search = {
-            "model": _digest(reader.table[:256].float().cpu().numpy().tobytes()),
+            "model": _digest_of(model),
             "dataset": _digest(json.dumps([examples, held]).encode()),
+            "template": template,
+            "verbalizer": text.label_ids,
             "method": method,
             "prompt_len": prompt_len,
             "steps": steps,
@@ -218,7 +225,13 @@ def tune_prompt(
             "whole_words_only": whole_words_only,
             "check_every": check_every,
         }
-        found = []
+        files: list[FileCheckpoint | None] = [None] * restarts
+        if checkpoint is not None:
+            files = [
+                FileCheckpoint(path, search | {"seed": seed + restart}, check_every)
+                for restart, path in enumerate(_paths(Path(checkpoint), restarts))
+            ]
+        found: list[TunedPrompt] = []
         for restart in range(restarts):
             generator = torch.Generator().manual_seed((seed + restart) % 2**63)
             chooser = Holdout(reader, held, batch_size)
@@ -226,21 +239,21 @@ def tune_prompt(
                 reader, space, examples, chooser, batch_size, fluency, accumulate, steps,
                 check_every, seed + restart,
             )  # fmt: skip
-            file = None
-            if checkpoint is not None:
-                path = Path(checkpoint)
-                if restarts > 1:
-                    path = path.with_name(f"{path.stem}-{restart}{path.suffix}")
-                file = FileCheckpoint(path, search | {"seed": seed + restart}, check_every)
-            progress = METHODS[method](
-                space,
-                loss,
-                _initial(initial, text, space, prompt_len, generator),
-                settings,
-                callback and partial(_report, callback, text, restart, restarts),
-                generator=generator,
-                checkpoint=file,
-            )
+            try:
+                progress = METHODS[method](
+                    space,
+                    loss,
+                    _initial(initial, text, space, prompt_len, generator),
+                    settings,
+                    callback and partial(_report, callback, text, restart, restarts),
+                    generator=generator,
+                    checkpoint=files[restart],
+                )
+            except FloatingPointError as error:
+                if not found:
+                    raise
+                log.warning("restart %d of %d failed: %s", restart + 1, restarts, error)
+                continue
             soft = progress.embeddings[0].cpu() if isinstance(progress, SoftProgress) else None
             history = [
                 (step, scores[0])
@@ -278,14 +291,23 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
+        FloatingPointError: losses are NaN or infinite, as half precision may make them.
     """
     check_integer("batch_size", batch_size, 1)
-    if len(dataset) == 0:
-        raise ValueError("`dataset` is empty; give at least one example.")
+    check_integer("max_length", max_length, 1)
+    soft = isinstance(prompt, torch.Tensor)
+    if not soft and not isinstance(prompt, str):
+        raise TypeError(f"`prompt` has to be text or embeddings but is {prompt!r}.")
+    _check_examples("dataset", dataset)
     with frozen(model):
         text = Format(tokenizer, template, verbalizer, max_length)
         reader = reader_of(model, text)
-        soft = isinstance(prompt, torch.Tensor)
+        width = reader.table.shape[1]
+        if soft and (prompt.ndim != 2 or prompt.shape[1] != width):
+            raise ValueError(
+                f"`prompt` has to be (prompt_len, {width}) embeddings for this model but is "
+                f"{tuple(prompt.shape)}."
+            )
         given = prompt.to(reader.device) if soft else text.prompt_ids(prompt)
         examples = text.read(dataset, len(given) > 0)
         _check_context(reader, len(given), examples)
@@ -340,9 +362,11 @@ def _optimizer(
 
             fixed = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
             optimizer = Adafactor(parameters, lr=lr, weight_decay=weight_decay, **fixed)
-        optimizer.register_step_pre_hook(
-            lambda *_: torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM) and None
-        )
+
+        def cut(*_: object) -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
+
+        optimizer.register_step_pre_hook(cut)
         return optimizer
 
     return make
@@ -352,13 +376,9 @@ def _held_out(
     dataset: Sequence[Example], holdout: Sequence[Example] | None
 ) -> tuple[list[Example], list[Example]]:
     dataset = list(dataset)
-    for name, examples in [("dataset", dataset), ("holdout", holdout)]:
-        if examples is not None and len(examples) == 0:
-            raise ValueError(f"`{name}` is empty; give at least one example.")
-        for example in examples or ():
-            if not isinstance(example, (tuple, list)) or len(example) != 2:
-                raise TypeError(f"`{name}` has to hold (text, label) pairs but holds {example!r}.")
+    _check_examples("dataset", dataset)
     if holdout is not None:
+        _check_examples("holdout", holdout)
         return dataset, list(holdout)
     if len(dataset) < 2:
         raise ValueError("`dataset` has one example; give more, or a `holdout`.")
@@ -366,6 +386,14 @@ def _held_out(
     order = torch.randperm(len(dataset), generator=generator).tolist()
     count = min(len(dataset) // 2, _HELD_OUT)
     return [dataset[k] for k in order[count:]], [dataset[k] for k in order[:count]]
+
+
+def _check_examples(name: str, examples: Sequence[Example]) -> None:
+    if len(examples) == 0:
+        raise ValueError(f"`{name}` is empty; give at least one example.")
+    for example in examples:
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise TypeError(f"`{name}` has to hold (text, label) pairs but holds {example!r}.")
 
 
 def _fluency(fluency: float | None, reader: Reader) -> float:
@@ -383,14 +411,12 @@ def _fluency(fluency: float | None, reader: Reader) -> float:
 
 
 def _check_context(reader: Reader, prompt_len: int, examples: Sequence[Encoded]) -> None:
-    text, context = reader.text, reader.context
-    longest = max(len(ids) for ids, _ in examples)
-    needed = len(text.before) + prompt_len + longest + len(text.after)
-    if context is not None and needed > context:
+    if room_for(reader, prompt_len, examples) < 0:
+        longest = max(len(ids) for ids, _ in examples)
         raise ValueError(
             f"A prompt of {prompt_len} tokens (`prompt_len`) and an example of {longest} do not "
-            f"fit in the {context} tokens that the model reads; take a shorter prompt or a lower "
-            f"`max_length`."
+            f"fit in the {reader.context} tokens that the model reads; take a shorter prompt or a "
+            "lower `max_length`."
         )
 
 
@@ -404,6 +430,8 @@ def _initial(
     """(1, prompt_len) ids to start from."""
     if initial is None:
         return space.random(1, prompt_len, generator)
+    if not isinstance(initial, str):
+        raise TypeError(f"`initial` has to be text or None but is {initial!r}.")
     ids = text.continuation(initial.strip())
     if not initial.strip():
         raise ValueError(f"`initial` is {initial!r}; give words, or None for random tokens.")
@@ -442,6 +470,7 @@ def _result(
     embeddings: torch.Tensor | None = None,
 ) -> TunedPrompt:
     ids = reader.text.prompt_ids(prompt)
+    _check_context(reader, len(ids), held)
     _, accuracy, loss, said = judge(reader, ids, held, batch_size)
     measured = (accuracy, loss, _perplexity(said))
     return TunedPrompt(prompt, *measured, ids, seed, steps, list(history), embeddings)
@@ -449,6 +478,24 @@ def _result(
 
 def _perplexity(fluency: float | None) -> float | None:
     return None if fluency is None else math.exp(fluency)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _paths(path: Path, restarts: int) -> list[Path]:
+    """The file of each restart."""
+    if restarts == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(restarts)]
+
+
+def _digest_of(model: torch.nn.Module) -> str:
+    """Differs where the architecture or any weight matrix begins otherwise."""
+    beginnings = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return _digest(config.encode() + torch.cat(beginnings).numpy().tobytes())
 
 
 def _digest(data: bytes) -> str:
