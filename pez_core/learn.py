@@ -326,6 +326,7 @@ def learn(
                 time_limit=_time_left(learning, began, len(best.spans) - turn),
                 trials=trials,
                 screened=plan.screened,
+                record=learning.settings.record,
             ),
             callback
             and (lambda progress, span=span: callback(best.report(span, progress, plan.steps))),

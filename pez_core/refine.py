@@ -25,6 +25,8 @@ from .space import TokenSpace
 
 log = logging.getLogger(__name__)
 
+# Visits of each position below which recording costs more than it brings.
+_VISITS = 5
 # Candidates encoded at once.
 _ROWS = 2048
 
@@ -133,7 +135,9 @@ def refine(
             else:
                 swaps[:] = [one.clone() for one in found] if recordable else found
 
-        recordable = settings.record and all(
+        # a graph is made at the second visit of a position, and pays from the fourth on
+        recordable = settings.record and settings.steps >= _VISITS * prompt_len
+        recordable = recordable and all(
             getattr(part, "recordable", False)
             for part in (space, objective, *([] if prior is None else [prior]))
         )

@@ -2,19 +2,29 @@
 
 What a step computes takes a graphics card less time than Python takes to ask for it. A CUDA graph
 asks once: the kernels of a step are recorded, and launched together from then on.
+
+This has not been run on a card yet, so that it is off unless the environment variable `PEZ_RECORD`
+is 1 or a search is told by its settings.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 from collections.abc import Callable
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[], None]
+
+# What was said already: a search that cannot be recorded is not told of twice.
+_said: set[str] = set()
 
 
 class Recorder(Protocol):
@@ -31,11 +41,38 @@ class Recorder(Protocol):
         """
 
 
+class NoWaiting(TorchDispatchMode):
+    """Inside, what would make Python wait for a device, or copy from another, raises instead.
+
+    CUDA would find that out too, but leave its allocator in the middle of a recording.
+
+    Raises:
+        RuntimeError: names the operation.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [one for one in args if isinstance(one, torch.Tensor)]
+        packet, aten = func.overloadpacket, torch.ops.aten
+        waits = packet in (aten._local_scalar_dense, aten.nonzero, aten.equal)
+        if packet in (aten.index, aten.index_put, aten.index_put_):
+            masks = (one for one in args[1] if one is not None)
+            waits = any(one.dtype in (torch.bool, torch.uint8) for one in masks)
+        elif packet in (aten.copy_, aten._to_copy):
+            where = {one.device for one in tensors} | {kwargs.get("device") or tensors[0].device}
+            waits = len({torch.device(one).type for one in where}) > 1
+        if waits:
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
 class CudaRecorder:
     """Records CUDA graphs that share their memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), None
+        self._stream, self._pool = _stream(device), None
 
     def warm_up(self, step: Step) -> None:
         current = torch.cuda.current_stream(self._stream.device)
@@ -47,31 +84,51 @@ class CudaRecorder:
     def record(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._stream.device)
-        # torch.cuda.graph would collect garbage and empty the cache of memory each time
-        with torch.cuda.stream(self._stream):
-            # only this thread is looked at: others may well allocate memory meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                step()
-            finally:
-                graph.capture_end()
+        if self._pool is None:  # what warming up has left is of no use to the graphs
+            torch.cuda.empty_cache()
+        collects = gc.isenabled()
+        gc.disable()  # a finalizer may do what cannot be recorded
+        try:
+            with torch.cuda.stream(self._stream), NoWaiting():
+                # only this thread is looked at: others may well allocate memory meanwhile
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         # the graphs never run side by side and leave nothing behind but what is copied
         self._pool = graph.pool()
         return graph.replay
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # one for good: libraries keep workspaces for each stream that they ever saw
+    return torch.cuda.Stream(device)
+
+
+def wanted() -> bool:
+    """Whether steps are recorded where a search is not told otherwise."""
+    return os.environ.get("PEZ_RECORD") == "1"
+
+
 def recorder_for(device: torch.device) -> Recorder | None:
-    """Records on this device; None: steps are run as they are there."""
+    """Records on this device; None: steps are run as they are there, which is logged once."""
     if device.type != "cuda" or torch.version.cuda is None:
+        _say(f"steps cannot be recorded on {device.type}; they are launched one kernel at a time")
         return None
-    return CudaRecorder(device)
+    return None if _said else CudaRecorder(device)
 
 
 class Replay:
     """Runs a step as it is some times, and then from a record, if there can be one.
 
     A step that is to be recorded works on tensors that stay where they are, changes them in place,
-    and takes nothing else that changes from the outside.
+    and takes nothing else that changes from the outside. Where it cannot be recorded it is run as
+    it is, and so is every other step from then on.
 
     Args:
         step: what is done at each call.
@@ -83,19 +140,25 @@ class Replay:
         self._step, self._recorder, self._left = step, recorder, warm_up
 
     def __call__(self) -> None:
-        if self._recorder is None:
+        if self._recorder is None or _said:
             self._step()
         elif self._left > 0:
             self._left -= 1
             self._recorder.warm_up(self._step)
         else:
-            self._record()
+            self._record(self._recorder)
             self._step()
 
-    def _record(self) -> None:
-        recorder, self._recorder = self._recorder, None
+    def _record(self, recorder: Recorder) -> None:
+        self._recorder = None
         try:
             self._step = recorder.record(self._step)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            log.warning("steps are launched one kernel at a time (%s)", first_line)
+            _say(f"steps are launched one kernel at a time ({first_line})")
+
+
+def _say(what: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        log.warning(what)

@@ -49,14 +49,14 @@ class Budget:
             elsewhere, where each report has to wait for the device.
         time_limit: seconds after which the step at hand is the last, above 0; None: no limit.
         record: on CUDA, record a step once and launch it as a whole from then on, where everything
-            that takes part can be recorded; see `pez_core.replay`.
+            that takes part can be recorded; see `pez_core.replay`, also for the default.
     """
 
     steps: int = 3000
     patience: int | None = None
     report_every: int | None = None
     time_limit: float | None = None
-    record: bool = field(default=True, kw_only=True)
+    record: bool = field(default_factory=replay.wanted, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "report_every"):
@@ -92,9 +92,9 @@ class Settings(Budget):
         """The optimiser that moves the continuous prompt `P`."""
         if self.optimizer is not None:
             return self.optimizer([P])
-        # the fused one is a single kernel and keeps its count of steps on the device
-        fused = P.device.type == "cuda"
-        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        # a single kernel, whose count of steps is on the device
+        where = dict.fromkeys(("fused", "capturable"), P.device.type == "cuda")
+        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay, **where)
 
 
 class Checkpoint(Protocol):
@@ -373,6 +373,7 @@ def search(
         P = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
         first = best.begin(P, optimizer)
+        P.grad = torch.zeros_like(P)
         # what a step found, for those whom it has to be asked about
         at = best.ids.clone(), best.scores.clone()
 
@@ -380,12 +381,13 @@ def search(
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)
-            (P.grad,) = torch.autograd.grad(loss.sum(), P_projected)  # the gradient at P' ...
+            (gradient,) = torch.autograd.grad(loss.sum(), P_projected)
+            P.grad.copy_(gradient)  # the gradient at P' ...
             if acceptable is None:
                 best.offer(projected_ids, scores.detach())
             else:
                 at[0].copy_(projected_ids), at[1].copy_(scores.detach())
-            best.check_finite(P.grad)
+            best.check_finite(gradient)
             optimizer.step()  # ... moves the continuous P
 
         recordable = (

@@ -174,6 +174,8 @@ class PhraseSpace(TokenSpace):
             are near it.
     """
 
+    recordable = False  # which phrases fit where is asked in Python
+
     def __init__(
         self,
         table: torch.Tensor,

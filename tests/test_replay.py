@@ -7,12 +7,20 @@ import pytest
 import torch
 from conftest import make_clip
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pez_core import JointClip, Refinement, Settings, TokenSpace, invert, refine, search
+from pez_core import (
+    JointClip,
+    PhraseSpace,
+    Refinement,
+    Settings,
+    TokenSpace,
+    invert,
+    refine,
+    search,
+)
 from pez_core.objectives import SampledSimilarity, Similarity
 from pez_core.priors import Sum, WordsAlone
-from pez_core.replay import Replay, recorder_for
+from pez_core.replay import NoWaiting, Replay, recorder_for
 
 
 class Traced:
@@ -41,22 +49,10 @@ class Traced:
         return replay
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raises where a CUDA device would be waited for."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.equal,
-        ):
-            raise RuntimeError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def traced(monkeypatch):
     recorder = Traced()
+    monkeypatch.setenv("PEZ_RECORD", "1")
     monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: recorder)
     fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
     monkeypatch.setattr(
@@ -101,7 +97,7 @@ def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, 
     if prior:
         alone = torch.randn(len(space.allowed), 16, generator=torch.Generator().manual_seed(2))
         words = Sum([WordsAlone(alone, space, objective.target, 0.1)])
-    options = {"steps": 22, "trials": 4, "screened": 16}
+    options = {"steps": 26, "trials": 4, "screened": 16}
     found = [
         refine(
             space, objective, ids, Refinement(**options, record=record), None, acceptable,
@@ -111,12 +107,12 @@ def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, 
     ]  # fmt: skip
     same(*found)
     assert traced.records == 5  # once for each position
-    assert traced.replays == 22 - 2 * 5
+    assert traced.replays == 26 - 2 * 5
 
 
 def test_several_encoders_and_fixed_text_are_recorded_too(traced, emoji_clip, vit_clip):
     clip = JointClip([emoji_clip, vit_clip], [0.25, 0.75])
-    options = {"template": "a drawing of {}", "prompt_len": 3, "steps": 8, "refine_steps": 9}
+    options = {"template": "a drawing of {}", "prompt_len": 3, "steps": 8, "refine_steps": 15}
     features = clip.encode_texts(["a fish"])
     found = invert(clip, features, **options)
     assert traced.replays > 0
@@ -154,8 +150,76 @@ def test_a_step_without_a_record_goes_on_as_it_is(caplog):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
-def test_other_devices_have_no_recorder(kind):
-    assert recorder_for(torch.device(kind)) is None
+def test_other_devices_have_no_recorder_and_say_so_once(kind, caplog):
+    for _ in range(2):
+        assert recorder_for(torch.device(kind)) is None
+    (record,) = caplog.records
+    assert f"cannot be recorded on {kind}" in record.getMessage()
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr("pez_core.replay._said", set())
+
+
+def test_it_is_off_unless_it_is_asked_for(monkeypatch):
+    assert not Settings().record and not Refinement().record
+    monkeypatch.setenv("PEZ_RECORD", "1")
+    assert Settings().record and Refinement().record and not Settings(record=False).record
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.index_put_([x > 0], torch.ones(())),
+        lambda x: torch.equal(x, x),
+        lambda x: x.to("meta"),
+    ],
+)
+def test_what_waits_for_the_device_is_found_before_it_does(waits):
+    x = torch.ones(3)
+    with NoWaiting(), pytest.raises(RuntimeError, match="waits for the device"):
+        waits(x)
+    with NoWaiting():  # and this does not
+        (x.to(torch.float16) @ x.half())[None][torch.zeros(1, dtype=torch.long)].copy_(x[:1])
+
+
+def test_the_optimiser_of_cuda_can_be_recorded(monkeypatch):
+    """What torch asks before it lets an optimiser step be recorded, without a card."""
+    asked = []
+    made = torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim,
+        "AdamW",
+        lambda parameters, **options: asked.append(options) or made(parameters),
+    )
+    Settings().optimizer_of(torch.zeros(1, requires_grad=True))
+    Settings().optimizer_of(Cuda())
+    assert [(one["fused"], one["capturable"]) for one in asked] == [(False, False), (True, True)]
+
+
+class Cuda(torch.Tensor):
+    """Says that it is on a card."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_phrases_are_refined_as_ever(tiny_clip):
+    phrases = [[320], [321], *([400 + k, 500 + k] for k in range(18))]
+    space = PhraseSpace(tiny_clip.text.token_embedding, phrases, 6)
+    target = tiny_clip.encode_texts(["a red fish"])[:, None]
+    objective = Similarity(tiny_clip.text.encoder(), target)
+    ids = space.random(4, 6, torch.Generator().manual_seed(0))
+    found = [
+        refine(space, objective, ids, Refinement(steps=40, trials=4, record=r), seeds=[0])
+        for r in (False, True)
+    ]
+    same(*found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -165,7 +229,12 @@ def test_cuda_graphs_find_the_same(problem):
     clip = make_clip()
     clip.model.cuda()
     objective = Similarity(clip.text.encoder(), objective.target[:, None].cuda())
-    found = [
-        search(space, objective, ids.cuda(), Settings(steps=60, record=r)) for r in (False, True)
-    ]
+    graphs, record = [], torch.cuda.CUDAGraph.replay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: graphs.append(g) or record(g))
+        found = [
+            search(space, objective, ids.cuda(), Settings(steps=60, record=r))
+            for r in (False, True)
+        ]
     same(*found)
+    assert len(graphs) == 57

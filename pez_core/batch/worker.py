@@ -34,7 +34,7 @@ _SCORED = 64
 _FULL = 4
 
 # Of the memory that is free, the part for what grows with the number of items.
-_SHARE = 0.5
+_SHARE = 0.4
 
 # What one item may raise without an end of the others.
 _ERRORS = (ValueError, RuntimeError, FloatingPointError, MemoryError, OSError)
@@ -86,7 +86,6 @@ class Worker:
         self.clip = load_clip(
             list(job.clip), device=device, download=download, weights=job.clip_weights
         )
-        self.at_once = at_once or self._that_fit(items_at_once(job, self.clip.device.type))
         self._options = job.options()
         if job.task != "score":
             given = job.language_model and load_language_model(job.language_model)
@@ -94,6 +93,7 @@ class Worker:
             if model is not None:
                 model.model.to(self.clip.device, default_dtype(self.clip.device))
             self._options["language_model"] = model
+        self.at_once = at_once or self._that_fit(items_at_once(job, self.clip.device.type))
 
     def _that_fit(self, items: int) -> int:
         """So many items, or those for which the device has memory."""

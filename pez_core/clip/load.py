@@ -160,7 +160,9 @@ def load_clip(
     precision = _precision(device, dtype)
     if low_memory:
         kind = default_dtype(device) if dtype is None else dtype
-        return _apart(load_clip(name, pretrained, "cpu", kind, download), device)
+        clip = load_clip(name, pretrained, "cpu", kind, download)
+        with torch.inference_mode(False):
+            return apart(clip, device)
 
     # Under ComfyUI's inference mode, weights would be created unfit for backward.
     with torch.inference_mode(False):
@@ -219,7 +221,7 @@ def load_clip(
         return Clip(model, tokenizer, f"{name}:{pretrained}", config=built)
 
 
-def _apart(clip: Clip, device: torch.device) -> Clip:
+def apart(clip: Clip, device: torch.device) -> Clip:
     """A CLIP on the CPU with all but its image tower, which visits, on the device."""
     model, tower = clip.model, clip.model.visual
     model.visual = torch.nn.Identity()

@@ -230,11 +230,17 @@ class _Causal:
         tower, after = self.text.tower, self.after.expand(len(embeddings), -1, -1)
         x = torch.cat([embeddings.to(after.dtype), after], dim=1)
         x = x + self.text._positions(self.start, x.shape[1])
+        mask = self._mask(x)
         *blocks, last = zip(tower.transformer.resblocks, self.past, strict=True)
         for block, keys_values in blocks:
-            x, _ = _causal_block(block, x, keys_values)
-        x, _ = _causal_block(last[0], x, last[1], only_last=True)
+            x, _ = _causal_block(block, x, mask, keys_values)
+        x, _ = _causal_block(last[0], x, mask[-1:], last[1], only_last=True)
         return self.text._project(tower.ln_final(x)[:, 0])
+
+    def _mask(self, x: torch.Tensor) -> torch.Tensor:
+        """(length, start + length) what each position of x may look at; one for all blocks."""
+        shape = x.shape[1], self.start + x.shape[1]
+        return torch.ones(shape, dtype=torch.bool, device=x.device).tril(self.start)
 
     @torch.no_grad()
     def given(self, embeddings: torch.Tensor) -> _Causal:
@@ -242,8 +248,9 @@ class _Causal:
         if length == 0:
             return self
         x = embeddings.to(self.after.dtype) + self.text._positions(self.start, length)
+        mask = self._mask(x)
         for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
-            x, keys_values = _causal_block(block, x, before)
+            x, keys_values = _causal_block(block, x, mask, before)
             past.append(keys_values)
         return _Causal(self.text, self.after, self.start + length, past)
 
@@ -309,14 +316,16 @@ class _Given:
 def _causal_block(
     block: ResidualAttentionBlock,
     x: torch.Tensor,
+    mask: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     only_last: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """One pre-norm transformer block; with `only_last` just the output at the last position.
 
-    The same sums as the block's own forward, but told that the mask is causal and what keys and
-    values precede. Nothing but the last position of the last block is ever read. Returns the output
-    (problems, length, width) and keys and values (problems, heads, length, width / heads).
+    The same sums as the block's own forward, but told what keys and values precede; `mask` is that
+    of the positions whose output is wanted. Nothing but the last position of the last block is ever
+    read. Returns the output (problems, length, width) and keys and values (problems, heads, length,
+    width / heads).
     """
     attn, width = block.attn, block.attn.embed_dim
     normed = block.ln_1(x)
@@ -333,8 +342,6 @@ def _causal_block(
             torch.cat([before.repeat_interleave(len(x) // len(before), dim=0), now], dim=2)
             for before, now in zip(past, (keys, values), strict=True)
         )
-    lengths = query.shape[2], keys.shape[2]
-    mask = torch.ones(lengths, dtype=torch.bool, device=x.device).tril(lengths[1] - lengths[0])
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     x = x + block.ls_1(attn.out_proj(mixed.transpose(1, 2).reshape(x.shape)))
     return x + block.ls_2(block.mlp(block.ln_2(x))), (keys, values)
