@@ -222,10 +222,7 @@ def report(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
             f"{authors:.1f}" if authors else "-",
             f"{row['ours']['set_up']:.0f}",
             f"{row['batch'] * 60e3 / (mine * PAPER_STEPS + row['ours']['set_up']):.1f}",
-            *(
-                f"{row['ours'][k]:.2f}" if row["ours"][k] else "-"
-                for k in ("gigabytes", "reserved")
-            ),
+            *(f"{one:.2f}" if one else "-" for one in memory),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, *per_problem(rows)]) + "\n"
@@ -237,8 +234,8 @@ def per_problem(rows: Sequence[dict]) -> list[str]:
     for name in dict.fromkeys(row["model"] for row in rows):
         for prompt_len in dict.fromkeys(row["prompt_len"] for row in rows):
             some = [r for r in rows if (r["model"], r["prompt_len"]) == (name, prompt_len)]
-            first, last = some[0], some[-1]
-            if len(some) > 1 and first["ours"]["gigabytes"]:
+            if len(some) > 1 and some[0]["ours"]["gigabytes"]:
+                first, last = some[0], some[-1]
                 more = last["ours"]["gigabytes"] - first["ours"]["gigabytes"]
                 megabytes = 1e3 * more / (last["batch"] - first["batch"])
                 lines.append(f"- {name}, {prompt_len} tokens: {megabytes:.1f} MB")
