@@ -437,7 +437,8 @@ def test_where_memory_ends_fewer_are_searched_at_once(images, tmp_path, monkeypa
 
 def test_as_many_items_are_searched_at_once_as_there_is_memory_for(monkeypatch):
     each = Worker(QUICK).clip.text.memory_per_prompt(2) * QUICK.plan.trials
-    for free, items in [(None, 16), (10**12, 16), (2 * 7 * each, 7), (each // 2, 1)]:
+    each /= worker_module._SHARE  # the rest is for what does not grow
+    for free, items in [(None, 16), (10**12, 16), (round(7.5 * each), 7), (each // 2, 1)]:
         monkeypatch.setattr(worker_module, "_free_memory", lambda device, free=free: free)
         assert Worker(QUICK).at_once == items
     assert Worker(QUICK, at_once=3).at_once == 3
