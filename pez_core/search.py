@@ -386,7 +386,8 @@ def search(
             if acceptable is None:
                 best.offer(projected_ids, scores.detach())
             else:
-                at[0].copy_(projected_ids), at[1].copy_(scores.detach())
+                at[0].copy_(projected_ids)
+                at[1].copy_(scores.detach())
             best.check_finite(gradient)
             optimizer.step()  # ... moves the continuous P
 
@@ -400,7 +401,10 @@ def search(
             partial(step_of, 0), replay.recorder_for(P.device) if recordable else None
         )
         for step in range(first, settings.steps):
-            recorded() if recordable else step_of(step)
+            if recordable:
+                recorded()
+            else:
+                step_of(step)
             if acceptable is not None:
                 best.offer(*at)
             if best.end_step():

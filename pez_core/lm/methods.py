@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,19 +12,9 @@ from ..baselines.soft import soft_prompt
 from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker, search
 
 
-def pez(
-    space: SearchSpace,
-    objective: Objective,
-    ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    *,
-    generator: torch.Generator | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> Progress:
+def pez(*problem: Any, generator: torch.Generator | None = None, **options: Any) -> Progress:
     """`pez_core.search.search`; `generator` is taken so that all methods are called alike."""
-    return search(space, objective, ids, settings, callback, acceptable, checkpoint=checkpoint)
+    return search(*problem, **options)
 
 
 def as_released(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from .text import SENTINEL, Format
 
 
-class Reader:
+class Reader(ABC):
     """A frozen language model that answers with labels; made by `reader_of`.
 
     Args:
@@ -51,6 +52,7 @@ class Reader:
         length = getattr(config, "max_position_embeddings", None)
         return length if length and length > 0 else None
 
+    @abstractmethod
     def read(
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -65,7 +67,6 @@ class Reader:
             (rows, n, labels) fp32 logits of the words of the labels, and (rows,) the mean negative
             log-likelihood of each token of a prompt given those before it, None without `ids`.
         """
-        raise NotImplementedError
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """(1, n, dim) embeddings of fixed tokens."""
