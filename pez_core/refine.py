@@ -130,10 +130,10 @@ def refine(
         def swaps_at(i: int) -> None:
             found, gradient = _swaps(space, objective, prior, x, worth, i, settings)
             best.check_finite(gradient, *found[1:])
-            if swaps and recordable:
+            if swaps and recorder is not None:
                 _keep(swaps, found)
             else:
-                swaps[:] = [one.clone() for one in found] if recordable else found
+                swaps[:] = found if recorder is None else [one.clone() for one in found]
 
         # a graph is made at the second visit of a position, and pays from the fourth on
         recordable = settings.record and settings.steps >= _VISITS * prompt_len
@@ -143,7 +143,10 @@ def refine(
         )
         recorder = replay.recorder_for(x.device) if recordable else None
         steps = [
-            replay.Replay(partial(swaps_at, i), recorder, warm_up=1) for i in range(prompt_len)
+            replay.Replay(
+                partial(swaps_at, i), recorder, lambda: [*swaps, *best.changed()], warm_up=1
+            )
+            for i in range(prompt_len)
         ]
         order: list[int] = []
         while True:

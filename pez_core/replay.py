@@ -3,8 +3,8 @@
 What a step computes takes a graphics card less time than Python takes to ask for it. A CUDA graph
 asks once: the kernels of a step are recorded, and launched together from then on.
 
-This has not been run on a card yet, so that it is off unless the environment variable `PEZ_RECORD`
-is 1 or a search is told by its settings.
+A record is not trusted: it is held against the step itself before it takes its place. The
+environment variable `PEZ_RECORD=0` turns recording off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -23,18 +23,26 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 
+# By how much a record may differ from the step: a share of the greatest value. Half precision and
+# sums in any order account for less, a record of something else differs by more.
+_TOLERANCE = 0.05
 # What was said already: a search that cannot be recorded is not told of twice.
 _said: set[str] = set()
+# Why nothing is recorded any more, on any device.
+_failures: list[str] = []
 
 
 class Recorder(Protocol):
-    """Records steps of one search, which have to run one after the other on one device."""
+    """Records steps of one search, which have to run one after the other on one device.
+
+    It may run a step while it records it: what the step changes is put back after that.
+    """
 
     def warm_up(self, step: Step) -> None:
         """Run a step where it is going to be recorded."""
 
     def record(self, step: Step) -> Step:
-        """What does the same as `step`, which is not run by this.
+        """What does the same as `step`.
 
         Raises:
             RuntimeError: the step waits for the device or does something else that has no record.
@@ -112,53 +120,99 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def wanted() -> bool:
     """Whether steps are recorded where a search is not told otherwise."""
-    return os.environ.get("PEZ_RECORD") == "1"
+    return os.environ.get("PEZ_RECORD") != "0"
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """Records on this device; None: steps are run as they are there, which is logged once."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        _say(f"steps cannot be recorded on {device.type}; they are launched one kernel at a time")
-        return None
-    return None if _said else CudaRecorder(device)
+    if device.type == "cuda" and torch.version.cuda is not None:
+        return None if _failures else CudaRecorder(device)
+    kind = "ROCm" if device.type == "cuda" else device.type
+    _say(logging.INFO, f"steps are not recorded on {kind}, but launched one kernel at a time")
+    return None
 
 
 class Replay:
     """Runs a step as it is some times, and then from a record, if there can be one.
 
     A step that is to be recorded works on tensors that stay where they are, changes them in place,
-    and takes nothing else that changes from the outside. Where it cannot be recorded it is run as
-    it is, and so is every other step from then on.
+    and takes nothing else that changes from the outside. Where it cannot be recorded, or its record
+    does something else, it is run as it is, and nothing is recorded from then on.
 
     Args:
         step: what is done at each call.
         recorder: None: the step is always run as it is.
-        warm_up: calls before the step is recorded.
+        changed: called once the step has run: the tensors that it changes.
+        warm_up: calls before the step is recorded, at least 1.
     """
 
-    def __init__(self, step: Step, recorder: Recorder | None, warm_up: int = 3) -> None:
+    def __init__(
+        self,
+        step: Step,
+        recorder: Recorder | None,
+        changed: Callable[[], Sequence[torch.Tensor]],
+        warm_up: int = 3,
+    ) -> None:
         self._step, self._recorder, self._left = step, recorder, warm_up
+        self._changed = changed
 
     def __call__(self) -> None:
-        if self._recorder is None or _said:
+        if self._recorder is None or _failures:
             self._step()
         elif self._left > 0:
             self._left -= 1
             self._recorder.warm_up(self._step)
         else:
-            self._record(self._recorder)
-            self._step()
+            recorder, self._recorder = self._recorder, None
+            self._record(recorder)
 
     def _record(self, recorder: Recorder) -> None:
-        self._recorder = None
+        """Run the step as it is and from a record, which is kept if both come to the same."""
+        changed = self._changed()
+        before = _copies(changed)
         try:
-            self._step = recorder.record(self._step)
+            recorded = recorder.record(self._step)
         except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            _say(f"steps are launched one kernel at a time ({first_line})")
+            _give_up(str(error).partition("\n")[0])
+            recorded = None
+        _put(changed, before)  # whether or not the recorder has run the step
+        recorder.warm_up(self._step)
+        if recorded is None:
+            return
+        right = _copies(changed)
+        _put(changed, before)
+        recorded()
+        if all(map(_alike, changed, right)):
+            self._step = recorded
+        else:
+            _give_up("the record of a step did something else than the step")
+        _put(changed, right)
 
 
-def _say(what: str) -> None:
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.detach().clone() for one in tensors]
+
+
+@torch.no_grad()
+def _put(where: Sequence[torch.Tensor], what: Sequence[torch.Tensor]) -> None:
+    for old, new in zip(where, what, strict=True):
+        old.copy_(new)
+
+
+@torch.no_grad()
+def _alike(found: torch.Tensor, right: torch.Tensor) -> bool:
+    if not right.is_floating_point():  # of two that are nearly equal either may be chosen
+        return True
+    greatest = right.abs().nan_to_num(0, 0, 0).max().item()
+    return torch.allclose(found, right, rtol=0, atol=_TOLERANCE * greatest, equal_nan=True)
+
+
+def _give_up(why: str) -> None:
+    _failures.append(why)
+    _say(logging.WARNING, f"steps are launched one kernel at a time from now on ({why})")
+
+
+def _say(level: int, what: str) -> None:
     if what not in _said:
         _said.add(what)
-        log.warning(what)
+        log.log(level, what)

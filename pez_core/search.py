@@ -49,7 +49,8 @@ class Budget:
             elsewhere, where each report has to wait for the device.
         time_limit: seconds after which the step at hand is the last, above 0; None: no limit.
         record: on CUDA, record a step once and launch it as a whole from then on, where everything
-            that takes part can be recorded; see `pez_core.replay`, also for the default.
+            that takes part can be recorded; see `pez_core.replay`. Default: unless the environment
+            variable `PEZ_RECORD` is 0.
     """
 
     steps: int = 3000
@@ -286,6 +287,10 @@ class Tracker:
         self._steps.copy_(torch.where(better, self._now, self._steps))
         self.check_scores(scores)
 
+    def changed(self) -> list[torch.Tensor]:
+        """What `offer` and `check_finite` change in place."""
+        return [self.ids, self.scores, self._chosen_by, self._steps, self._finite]
+
     def check_scores(self, scores: torch.Tensor) -> None:
         """As `check_finite`, but -inf only says that a score was not looked at."""
         self.check_finite(scores.masked_fill(scores == -torch.inf, 0))
@@ -398,7 +403,9 @@ def search(
             and getattr(objective, "recordable", False)
         )
         recorded = replay.Replay(
-            partial(step_of, 0), replay.recorder_for(P.device) if recordable else None
+            partial(step_of, 0),
+            replay.recorder_for(P.device) if recordable else None,
+            lambda: [P, P.grad, *optimizer.state[P].values(), *best.changed(), *at],
         )
         for step in range(first, settings.steps):
             if recordable:

@@ -332,13 +332,19 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     sizes = "--steps 3 --check-every 2 --batch-size 4 --holdout 8 --seeds 2 --limit 10 --shots 2"
     common = [*files, "--source", str(tmp_path), "--out", str(tmp_path / "lm"), *sizes.split()]
     common += ["--device", "cpu", "--rounds", "1"]
+    lm.main(["--rates", *common, "--methods", "PEZ", "soft prompt"])
     lm.main(["--tune", "--few-shot", "--test", *common])
     rows = (tmp_path / "lm.jsonl").read_text().splitlines()
+    rates = [row for row in map(json.loads, rows) if row["kind"] == "rate"]
+    assert [row["lr"] for row in rates] == [0.1, 0.3, 1.0] * 2
     prompts = [row for row in map(json.loads, rows) if row["kind"] == "prompt"]
+    best = max(rates[:3], key=lambda row: (row["holdout"], -row["loss"]))
+    assert {row["lr"] for row in prompts if row["method"] == "PEZ"} == {best["lr"]}
     assert len(prompts) == 2 * 2 * len(lm.METHODS)
     tests = [row for row in map(json.loads, rows) if row["kind"] == "test"]
     assert len(tests) == 2 * len({row["prompt"] for row in prompts})
-    lm.main(["--tune", "--few-shot", "--test", *common])  # nothing is left to do
+    lm.main(["--rates", *common, "--methods", "PEZ", "soft prompt"])  # nothing is left to do
+    lm.main(["--tune", "--few-shot", "--test", *common])
     assert (tmp_path / "lm.jsonl").read_text().splitlines() == rows
     lm.main(["--speed", "--report", *common])
     report = (tmp_path / "lm.md").read_text()

@@ -37,12 +37,8 @@ class Traced:
         with NoWaiting():
             graph = make_fx(lambda: step())()
         self.records += 1
-        done = [True]
 
         def replay():
-            if done:
-                done.pop()
-                return
             self.replays += 1
             graph()
 
@@ -52,7 +48,6 @@ class Traced:
 @pytest.fixture
 def traced(monkeypatch):
     recorder = Traced()
-    monkeypatch.setenv("PEZ_RECORD", "1")
     monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: recorder)
     fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
     monkeypatch.setattr(
@@ -84,7 +79,7 @@ def test_a_recorded_search_is_the_search(traced, problem, patience, asked):
     assert traced.records == 0
     recorded = search(*problem, Settings(**options), None, acceptable)
     same(recorded, plain)
-    assert traced.records == 1 and traced.replays == plain.step - 4
+    assert traced.records == 1 and traced.replays == plain.step - 3
 
 
 @pytest.mark.parametrize("prior", [False, True])
@@ -107,7 +102,7 @@ def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, 
     ]  # fmt: skip
     same(*found)
     assert traced.records == 5  # once for each position
-    assert traced.replays == 26 - 2 * 5
+    assert traced.replays == 26 - 5
 
 
 def test_several_encoders_and_fixed_text_are_recorded_too(traced, emoji_clip, vit_clip):
@@ -140,7 +135,7 @@ def test_a_step_without_a_record_goes_on_as_it_is(caplog):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     calls = []
-    replay = Replay(lambda: calls.append(0), Fails(), warm_up=2)
+    replay = Replay(lambda: calls.append(0), Fails(), list, warm_up=2)
     with caplog.at_level(logging.WARNING, "pez_core"):
         for _ in range(5):
             replay()
@@ -149,23 +144,57 @@ def test_a_step_without_a_record_goes_on_as_it_is(caplog):
     assert record.getMessage().endswith("(operation not permitted when stream is capturing)")
 
 
+class Wrong(Traced):
+    """All records but so many first ones do nothing."""
+
+    def __init__(self, good):
+        super().__init__()
+        self.good = good
+
+    def record(self, step):
+        right = super().record(step)
+        return right if self.records <= self.good else lambda: None
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_record_that_does_something_else_is_not_used(traced, problem, monkeypatch, caplog, good):
+    space, objective, ids = problem
+    wrong = Wrong(good)
+    monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: wrong)
+
+    def find(record):
+        if good == 0:
+            return search(space, objective, ids, Settings(steps=9, record=record))
+        x = space.random(3 * 2, 5, torch.Generator().manual_seed(1))
+        settings = Refinement(steps=25, trials=2, screened=16, record=record)
+        return refine(space, objective, x, settings, seeds=[0, 1, 2])
+
+    with caplog.at_level(logging.WARNING, "pez_core"):
+        same(find(True), find(False))
+    (record,) = caplog.records
+    assert record.getMessage().endswith("did something else than the step)")
+    assert wrong.records == 1 + good  # nothing is recorded after the one that is wrong
+
+
 @pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
 def test_other_devices_have_no_recorder_and_say_so_once(kind, caplog):
-    for _ in range(2):
-        assert recorder_for(torch.device(kind)) is None
+    with caplog.at_level(logging.INFO, "pez_core"):
+        for _ in range(2):
+            assert recorder_for(torch.device(kind)) is None
     (record,) = caplog.records
-    assert f"cannot be recorded on {kind}" in record.getMessage()
+    assert f"not recorded on {kind}" in record.getMessage()
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr("pez_core.replay._said", set())
+    monkeypatch.setattr("pez_core.replay._failures", [])
 
 
-def test_it_is_off_unless_it_is_asked_for(monkeypatch):
-    assert not Settings().record and not Refinement().record
-    monkeypatch.setenv("PEZ_RECORD", "1")
+def test_it_can_be_turned_off(monkeypatch):
     assert Settings().record and Refinement().record and not Settings(record=False).record
+    monkeypatch.setenv("PEZ_RECORD", "0")
+    assert not Settings().record and not Refinement().record and Settings(record=True).record
 
 
 @pytest.mark.parametrize(
