@@ -19,6 +19,11 @@ Writes OUT.md, OUT.json and OUT.png.
 
 finds prompts for so many drawings of build/emoji with the bundled CLIP in each precision, with the
 same seeds, has the CLIP in float32 judge the printed prompts of all, and writes OUT-precision.md.
+
+    python benchmarks/gpu.py --memory
+
+counts, without a card, the bytes of all tensors that a search on one would hold at once, for the
+same models, tokens and batches, and writes OUT-memory.md.
 """
 
 from __future__ import annotations
@@ -30,12 +35,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
+from unittest.mock import patch
 
 import open_clip
 import torch
 from step_time import Reference, machine, targets_for
+from torch.profiler import ProfilerActivity, profile
 from unseen import unseen
 
 from pez_core import Clip, Settings, TokenSpace, invert, load_clip, replay, search
@@ -102,7 +109,7 @@ def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> d
     row = per_step(run, steps, device)
     row["gigabytes"] = torch.cuda.max_memory_allocated(device) / 1e9 if on_card else None
     row["reserved"] = torch.cuda.max_memory_reserved(device) / 1e9 if on_card else None
-    row["recorded"] = record and not replay._failures
+    row["recorded"] = record and replay.recorder_for(device) is not None
     return row
 
 
@@ -305,6 +312,48 @@ def precision(arguments: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory(arguments: argparse.Namespace) -> str:
+    """Bytes of the text tower, and of all that a search adds at its greatest."""
+    lines = [
+        "# Memory, counted without a card",
+        "",
+        f"What the tensors of a search take in {arguments.dtype}, the image tower elsewhere, as "
+        "torch's CPU allocator counted them over three steps (attention is that of the CPU). A "
+        "card needs its workspaces for products of matrices, too: some 10 to 70 MB.",
+        "",
+        "| model | tokens | batch | text tower GB | greatest GB |",
+        "|---|---|---|---|---|",
+    ]
+    for name in arguments.models:
+        clip = random_clip(name, DTYPES[arguments.dtype], "cpu")
+        clip.model.visual = torch.nn.Identity()
+        tensors = [*clip.model.parameters(), *clip.model.buffers()]
+        tower = sum(one.numel() * one.element_size() for one in tensors)
+        for prompt_len, batch in product(arguments.prompt_len, arguments.batch):
+            greatest = tower + added(clip, prompt_len, batch)
+            cells = name, prompt_len, batch, f"{tower / 1e9:.3f}", f"{greatest / 1e9:.3f}"
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            print(lines[-1], file=sys.stderr)
+    return "\n".join(lines) + "\n"
+
+
+def added(clip: Clip, prompt_len: int, batch: int) -> int:
+    """Bytes that a search has at once, but for the model."""
+    targets = targets_for(clip, batch)
+    with (
+        # on a card the vocabulary is neither packed nor cut into blocks
+        patch("pez_core.space._similarity_to", lambda directions: lambda rows: rows @ directions.T),
+        patch("pez_core.space._CPU_BLOCK", len(clip.text.token_embedding)),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
+        ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
+        search(space, Similarity(clip.text.encoder(), targets), ids, Settings(steps=3))
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path)
@@ -317,12 +366,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--copy-bytes", type=int, default=2**30, help="size of the copy")
     parser.add_argument("--precision", type=int, metavar="N", help="see above")
+    parser.add_argument("--memory", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, default=HERE / "results/gpu")
     arguments = parser.parse_args(argv)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.precision:
         path = arguments.out.with_name(arguments.out.name + "-precision.md")
         path.write_text(precision(arguments), encoding="utf-8")
+        return
+    if arguments.memory:
+        path = arguments.out.with_name(arguments.out.name + "-memory.md")
+        path.write_text(memory(arguments), encoding="utf-8")
         return
     about = {"machine": machine(), "dtype": arguments.dtype, "steps": arguments.steps}
     rows = []

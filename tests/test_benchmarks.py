@@ -336,7 +336,7 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     lm.main(["--tune", "--few-shot", "--test", *common])
     rows = (tmp_path / "lm.jsonl").read_text().splitlines()
     rates = [row for row in map(json.loads, rows) if row["kind"] == "rate"]
-    assert [row["lr"] for row in rates] == [0.1, 0.3, 1.0] * 2
+    assert [row["lr"] for row in rates] == [*lm.RATES] * 2
     prompts = [row for row in map(json.loads, rows) if row["kind"] == "prompt"]
     best = max(rates[:3], key=lambda row: (row["holdout"], -row["loss"]))
     assert {row["lr"] for row in prompts if row["method"] == "PEZ"} == {best["lr"]}
@@ -367,6 +367,21 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     ]
     error = statistics.stdev(accuracies) / 2**0.5
     assert line.split(" | ")[3] == f"{statistics.fmean(accuracies):.1f} ± {error:.1f}"
+
+
+def test_memory_is_counted_without_a_card(tmp_path):
+    sizes = "--memory --models ViT-S-32-alt --prompt-len 3 --batch 1 64 --dtype bfloat16"
+    gpu.main([*sizes.split(), "--out", str(tmp_path / "gpu")])
+    rows = (tmp_path / "gpu-memory.md").read_text().splitlines()[-2:]
+    (tower, one), (_, many) = ([float(cell) for cell in row.split("|")[4:6]] for row in rows)
+    with torch.random.fork_rng():
+        clip = gpu.random_clip("ViT-S-32-alt", torch.bfloat16, "cpu")
+    text = [x for name, x in clip.model.state_dict().items() if not name.startswith("visual")]
+    mask = clip.model.attn_mask.nbytes
+    assert tower == round((sum(x.nbytes for x in text) + mask) / 1e9, 3)
+    # with one prompt most is the vocabulary, in half precision and in single
+    vocabulary = len(clip.vocabulary) * clip.model.token_embedding.weight.shape[1] * 6 / 1e9
+    assert tower + vocabulary - 1e-3 < one < tower + 1.3 * vocabulary < many
 
 
 def test_speed_is_held_against_the_limit(tmp_path):
