@@ -8,8 +8,9 @@
     python benchmarks/lm.py --report                # write OUT.md
 
 What is found goes to OUT.jsonl at once, and a run that is started again goes on from there;
-several with different --methods or --tasks may fill one file side by side. Steps, batches, tokens,
-shots and the seeds of --few-shot are the paper's unless they are given; on a processor take fewer:
+several with different --methods, --tasks or --on may fill one file side by side. Steps, batches,
+tokens, shots and the seeds of --few-shot are the paper's unless they are given; on a processor take
+fewer:
 
     --rates --steps 40 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16
     --tune --steps 100 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16 --seeds 3
@@ -232,7 +233,7 @@ def test(bench: Bench) -> None:
     done = {(row["model"], row["task"], row["prompt"]) for row in bench.rows("test")}
     wanted = {(row["task"], row["prompt"]) for row in bench.rows("prompt")}
     wanted |= {(task, "") for task, _ in wanted}
-    for model in [bench.own, *carried_to(arguments)]:
+    for model in arguments.on or [bench.own, *carried_to(arguments)]:
         for task, prompt in sorted(wanted):
             if task not in arguments.tasks or (model, task, prompt) in done:
                 continue
@@ -449,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of --speed")
     parser.add_argument("--model", metavar="NAME=PATH", help="that prompts are learned on")
     parser.add_argument("--to", action="append", metavar="NAME=PATH")
+    parser.add_argument("--on", nargs="+", metavar="NAME", help="models of --test (default: all)")
     parser.add_argument("--source")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])

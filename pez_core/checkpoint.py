@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 log = logging.getLogger(__name__)
 
+# What a text begins with that stands for something too long to be kept.
+DIGEST = "sha256:"
+
 
 class FileCheckpoint:
     """Keeps a search in one safetensors file; see `pez_core.search.Checkpoint`.
@@ -35,7 +38,7 @@ class FileCheckpoint:
         # numbers of numpy are as good as others
         self.search = json.loads(json.dumps(search, default=lambda value: value.item()))
         if not self.path.name or self.path.is_dir() or not self.path.parent.is_dir():
-            raise ValueError(f"`checkpoint` is {str(path)!r}, which names no file in a folder.")
+            raise ValueError(f"`checkpoint` is {str(path)!r}, which is a folder, or lies in none.")
         if self.path.exists():
             self._check(self._metadata()["search"])
         try:
@@ -55,10 +58,12 @@ class FileCheckpoint:
         for name in names:
             ours, theirs = self.search.get(name), other.get(name)
             if ours != theirs:
+                how = f"with `{name}` {_short(theirs)} where it now is {_short(ours)}"
+                if str(ours).startswith(DIGEST):
+                    how = f"with another `{name}`"
                 raise ValueError(
-                    f"`checkpoint` is {str(self.path)!r}, which holds a search with `{name}` "
-                    f"{_short(theirs)} where it now is {_short(ours)}; remove the file or name "
-                    "another."
+                    f"`checkpoint` is {str(self.path)!r}, which holds a search {how}; remove the "
+                    "file or name another."
                 )
 
     def _metadata(self) -> dict[str, Any]:

@@ -419,11 +419,11 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
     with pytest.raises(ValueError, match=r"`checkpoint`.*`model`"):
         tune_prompt(retrained, tokenizer, SORTED, TEMPLATE, WORDS, **options)
     for name in ("", tmp_path):
-        with pytest.raises(ValueError, match="names no file"):
+        with pytest.raises(ValueError, match="is a folder, or lies in none"):
             tune_prompt(
                 model, tokenizer, SORTED, TEMPLATE, WORDS, **(options | {"checkpoint": name})
             )
-    with pytest.raises(ValueError, match="names no file"):
+    with pytest.raises(ValueError, match="is a folder, or lies in none"):
         options["checkpoint"] = tmp_path / "c" / "d"
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
 
@@ -928,11 +928,18 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
         (["eval", "--data", "DATA", "--limit", "0", *FRAME], "`limit`"),
         (["eval", "--data", "DATA", "--device", "there", *FRAME], "`device` is 'there'"),
         (["eval", "--task", "movie-reviews"], "--download"),
+        (["tune", "--data", "DATA", "--template", TEMPLATE, "--word", "cat"], "--word is 'cat'"),
+        (["tune", "--data", "DATA", *FRAME[:4], "--word", "other=dog"], "the label 'canine'"),
+        (["eval", "--data", "DATA", "--template", "{txt}", *FRAME[2:]], "has no column 'txt'"),
+        (["eval", "--data", "EMPTY", *FRAME], "holds no examples"),
+        (["eval", "--data", "absent.csv", *FRAME], "--data is 'absent.csv'"),
     ],
 )
 def test_the_command_says_what_is_wrong(files, capsys, monkeypatch, command, message):
     monkeypatch.setenv("HOME", str(files))
-    command = [str(files / "data.jsonl") if word == "DATA" else word for word in command]
+    (files / "empty.csv").write_text("text,label\n")
+    names = {"DATA": str(files / "data.jsonl"), "EMPTY": str(files / "empty.csv")}
+    command = [names.get(word, word) for word in command]
     assert main(["lm", *command]) == 2
     assert message in capsys.readouterr().err
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Hashable, Iterator
+import sys
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..language_models import load_model
 from ..search import check_integer
 from .data import TASKS, Splits, load_task, read_examples
 from .methods import METHODS
-from .text import Example
+from .text import Example, columns_of
 from .tune import OPTIMIZERS, Tuned, evaluate, few_shot, tune_prompt
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,9 +69,16 @@ def add_commands(commands: Any) -> None:
     part.add_argument(
         "--check-every", type=int, default=100, metavar="N", help="steps between looks at holdout"
     )
-    part.add_argument("--shots", type=int, metavar="K", help="learn from K examples of each label")
     part.add_argument(
-        "--checkpoint", metavar="FILE", help="keep the search here, and go on from it"
+        "--shots",
+        type=int,
+        metavar="K",
+        help="learn from K examples of each label, choose by K others",
+    )
+    part.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="keep the search here, and go on from it with the same options",
     )
     part.add_argument("--json", action="store_true", help="print JSON, as `transfer` reads it")
     part.set_defaults(run=_tune)
@@ -130,7 +138,7 @@ def _add_data(part: argparse.ArgumentParser, task: bool = True) -> None:
             action="append",
             default=[],
             metavar="LABEL=WORD",
-            help="word that stands for a label, once for each",
+            help="word that stands for a label, once for each; its first token is what counts",
         )
         data.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
     data.add_argument("--source", metavar="PATH", help="where the data of --task lie")
@@ -164,6 +172,9 @@ def _as_options(names: dict[str, str]) -> Iterator[None]:
 
 def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
     """Template, verbalizer and length of the task, or as given."""
+    for one in arguments.word:
+        if "=" not in one:
+            raise ValueError(f"--word is {one!r}; give LABEL=WORD, such as --word 1=good.")
     words: dict[Hashable, str] = dict(one.partition("=")[::2] for one in arguments.word)
     if arguments.max_length is not None:
         check_integer("max_length", arguments.max_length, 1)
@@ -182,7 +193,7 @@ def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _splits(arguments: argparse.Namespace, task: str | None, verbalizer: dict) -> Splits:
+def _splits(arguments: argparse.Namespace, task: str | None, frame: dict[str, Any]) -> Splits:
     """Examples to learn from and to test with; those of a file serve both."""
     if arguments.data is None and task is None:
         raise ValueError(f"{arguments.tuned} is about a file of its own; give it with --data.")
@@ -190,17 +201,36 @@ def _splits(arguments: argparse.Namespace, task: str | None, verbalizer: dict) -
         with _as_options({"`source`": "--source"}):
             return load_task(task, arguments.source, arguments.download)
     # what a file has as text may be a number in the verbalizer of a task
-    known = {str(label): label for label in verbalizer}
-    examples = [
-        (text, known.get(label, label))
-        for text, label in read_examples(arguments.data, arguments.label)
-    ]
+    known = {str(label): label for label in frame["verbalizer"]}
+    with _as_options({"`path`": "--data"}):
+        read = read_examples(arguments.data, arguments.label)
+    _check_file(arguments.data, read, known, frame["template"])
+    examples = [(text, known[label]) for text, label in read]
     return examples, examples
+
+
+def _check_file(path: str, examples: list[Example], known: Collection[str], template: str) -> None:
+    """Find what is wrong before a model is loaded, which takes a while."""
+    if not examples:
+        raise ValueError(f"--data is {path}, which holds no examples.")
+    for _, label in examples:
+        if label not in known:
+            raise ValueError(
+                f"{path} has the label {label!r}, which has no word; there are words for "
+                f"{', '.join(map(repr, known))}. Give it one with --word."
+            )
+    columns = list(examples[0][0])
+    for name in columns_of(template):
+        if name not in columns:
+            raise ValueError(
+                f"--template is {template!r}, but {path} has no column {name!r}; it has "
+                f"{', '.join(map(repr, columns))}."
+            )
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     frame = _frame(arguments)
-    learned, _ = _splits(arguments, arguments.task, frame["verbalizer"])
+    learned, _ = _splits(arguments, arguments.task, frame)
     holdout = None
     if arguments.shots is not None:
         learned, holdout = few_shot(learned, arguments.shots, arguments.seed)
@@ -232,9 +262,14 @@ def _tune(arguments: argparse.Namespace) -> int:
             callback=show,
         )
         status = 130 if interrupted() else 0
+    if status:
+        again = "; the same command goes on from there" if arguments.checkpoint else ""
+        done = max(one.steps for one in found.candidates)
+        print(f"pez: interrupted after {done} steps{again}", file=sys.stderr)
     if arguments.json:
         frame["verbalizer"] = list(frame["verbalizer"].items())  # JSON would make all labels text
-        about = {"model": arguments.model, "task": arguments.task, **frame, **settings}
+        names = ("model", "task", "data", "shots")
+        about = {name: getattr(arguments, name) for name in names} | frame | settings
         print(json.dumps(about | _rows(found), indent=2))
         return status
     for one in found.candidates:
@@ -251,7 +286,7 @@ def _rows(found: Tuned) -> dict[str, Any]:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     frame = _frame(arguments)
-    _, examples = _splits(arguments, arguments.task, frame["verbalizer"])
+    _, examples = _splits(arguments, arguments.task, frame)
     rows: list[dict[str, Any]] = []
     try:
         _measure(arguments, arguments.model, ["", *arguments.prompt], examples, frame, rows)
@@ -271,7 +306,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
             f"{arguments.tuned} is not what `pez lm tune --json` prints ({error!r})."
         ) from error
     check_integer("top", arguments.top, 1)
-    _, examples = _splits(arguments, tuned["task"], frame["verbalizer"])
+    _, examples = _splits(arguments, tuned["task"], frame)
     models: list[dict[str, Any]] = []
     try:
         for name in arguments.model:

@@ -19,6 +19,27 @@ _LONGEST = 256
 SENTINEL = "<extra_id_0>"
 
 
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, in its order.
+
+    Raises:
+        ValueError: it names none, or something that is not a plain column.
+    """
+    try:
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"`template` is {template!r}, which is cut or damaged: {error}."
+        ) from error
+    names = [name for _, name, _, _ in parts]
+    plain = all(n.isidentifier() and not spec and not how for _, n, spec, how in parts)
+    if not names or not plain:
+        raise ValueError(
+            f"`template` is {template!r}; it has to name a column, such as '{{text}} It was'."
+        )
+    return list(dict.fromkeys(names))
+
+
 class Format:
     """Turns prompts, examples and labels into token ids.
 
@@ -66,18 +87,8 @@ class Format:
         if not isinstance(template, str):
             raise TypeError(f"`template` has to be text but is {template!r}.")
         self.template = template.rstrip()
-        try:
-            parts = [part for part in Formatter().parse(template) if part[1] is not None]
-        except ValueError as error:
-            raise ValueError(f"`template` is {template!r}, which has {error}.") from error
-        names = [name for _, name, _, _ in parts]
-        plain = all(n.isidentifier() and not spec and not how for _, n, spec, how in parts)
-        if not names or not plain:
-            raise ValueError(
-                f"`template` is {template!r}; it has to name a column, such as '{{text}} It was'."
-            )
-        self.columns = list(dict.fromkeys(names))
-        nothing = dict.fromkeys(names, "")
+        self.columns = columns_of(template)
+        nothing = dict.fromkeys(self.columns, "")
         needed = max(len(self._encode(nothing, prompted)) for prompted in (True, False))
         if needed > self.max_length:
             raise ValueError(
@@ -92,7 +103,9 @@ class Format:
         first: dict[int, Hashable] = {}
         for label, word in verbalizer.items():
             if not isinstance(word, str) or not word.strip():
-                raise ValueError(f"`verbalizer` gives label {label!r} the word {word!r}.")
+                raise ValueError(
+                    f"`verbalizer` gives label {label!r} the word {word!r}; give it text."
+                )
             token = self.continuation(word.strip())[0]
             if token in first:
                 raise ValueError(

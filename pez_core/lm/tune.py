@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..baselines.soft import SoftProgress
-from ..checkpoint import FileCheckpoint
+from ..checkpoint import DIGEST, FileCheckpoint
 from ..search import Progress, Settings, check_integer, check_positive
 from ..space import TokenSpace
 from .methods import METHODS
@@ -499,4 +499,4 @@ def _digest_of(model: torch.nn.Module) -> str:
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return DIGEST + hashlib.sha256(data).hexdigest()[:16]
