@@ -360,8 +360,8 @@ def about(bench: Bench, prompts: Sequence[dict], tests: Sequence[dict]) -> Itera
     """What was measured, and the speed."""
     learned = [row for row in prompts if row["steps"]]
     if learned:
-        steps = sorted({row["steps"] for row in learned})
-        counts = sorted({row["examples"] for row in tests})
+        steps = " or ".join(map(str, sorted({row["steps"] for row in learned})))
+        counts = " or ".join(map(str, sorted({row["examples"] for row in tests})))
         yield (
             f"Accuracy in percent, mean and standard error over seeds, on {counts} test examples; "
             f"{steps} steps of {learned[0]['batch_size']} examples in "
