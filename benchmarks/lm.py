@@ -284,7 +284,7 @@ def speed(bench: Bench) -> None:
         {
             "kind": "speed",
             "seconds": seconds,
-            "machine": machine(),
+            "machine": machine().removesuffix("fp32") + str(reader.dtype).removeprefix("torch."),
             "task": task,
             "batch_size": arguments.batch_size,
         }
@@ -326,7 +326,8 @@ def plain_loop(
         task = F.cross_entropy(logits[:, -1, words], labels)
         said = logits[:, : len(nearest) - 1].flatten(0, 1)
         fluency = F.cross_entropy(said, nearest[1:].repeat(len(batch)))
-        (P.grad,) = torch.autograd.grad(0.997 * task + 0.003 * fluency, hard)
+        (gradient,) = torch.autograd.grad(0.997 * task + 0.003 * fluency, hard)
+        P.grad = gradient.float()
         optimizer.step()
 
 
