@@ -131,7 +131,7 @@ def refine(
             found, gradient = _swaps(space, objective, prior, x, worth, i, settings)
             best.check_finite(gradient, *found[1:])
             if swaps and recorder is not None:
-                _keep(swaps, found)
+                replay.put(swaps, found)
             else:
                 swaps[:] = found if recorder is None else [one.clone() for one in found]
 
@@ -153,7 +153,7 @@ def refine(
             if not order:
                 order = torch.randperm(prompt_len, generator=shuffle).tolist()
             steps[order.pop()]()
-            _keep((x, scores, worth), _improved((x, scores, worth), swaps, valid))
+            replay.put((x, scores, worth), _improved((x, scores, worth), swaps, valid))
             best.offer(*_best_trial(problems, worth, x, scores, worth))
             if best.end_step():
                 break
@@ -164,16 +164,9 @@ def refine(
                     leads = best.ids.repeat_interleave(trials, dim=0)
                     kicked = torch.where(valid(kicked)[:, None], kicked, leads)
                 x.copy_(kicked)
-                _keep((scores, worth), _score(space, objective, prior, x))
+                replay.put((scores, worth), _score(space, objective, prior, x))
     log.debug("refined %d problems for %d steps", problems, best.progress.step)
     return best.progress
-
-
-@torch.no_grad()
-def _keep(where: Sequence[torch.Tensor], what: Sequence[torch.Tensor]) -> None:
-    """Put new values where the recorded steps look for them."""
-    for old, new in zip(where, what, strict=True):
-        old.copy_(new)
 
 
 # Ids (..., prompt_len), their scores (...) and what they are worth with the prior (...).

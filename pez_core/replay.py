@@ -175,18 +175,18 @@ class Replay:
         except RuntimeError as error:
             _give_up(str(error).partition("\n")[0])
             recorded = None
-        _put(changed, before)  # whether or not the recorder has run the step
+        put(changed, before)  # whether or not the recorder has run the step
         recorder.warm_up(self._step)
         if recorded is None:
             return
         right = _copies(changed)
-        _put(changed, before)
+        put(changed, before)
         recorded()
-        if all(map(_alike, changed, right)):
+        if all(map(_alike, changed, right, before)):
             self._step = recorded
         else:
             _give_up("the record of a step did something else than the step")
-        _put(changed, right)
+        put(changed, right)
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -194,13 +194,16 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def _put(where: Sequence[torch.Tensor], what: Sequence[torch.Tensor]) -> None:
+def put(where: Sequence[torch.Tensor], what: Sequence[torch.Tensor]) -> None:
+    """Give tensors new values where they are, which is where records look for them."""
     for old, new in zip(where, what, strict=True):
         old.copy_(new)
 
 
 @torch.no_grad()
-def _alike(found: torch.Tensor, right: torch.Tensor) -> bool:
+def _alike(found: torch.Tensor, right: torch.Tensor, before: torch.Tensor) -> bool:
+    if torch.equal(found, before) and not torch.equal(right, before):
+        return False  # a change may well be smaller than the tolerance
     if not right.is_floating_point():  # of two that are nearly equal either may be chosen
         return True
     greatest = right.abs().nan_to_num(0, 0, 0).max().item()

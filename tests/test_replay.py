@@ -143,6 +143,23 @@ def test_a_step_without_a_record_goes_on_as_it_is(caplog):
     assert record.getMessage().endswith("(operation not permitted when stream is capturing)")
 
 
+def test_a_record_that_does_nothing_is_not_used():
+    """However little the step does."""
+
+    class Idle:
+        def warm_up(self, step):
+            step()
+
+        def record(self, step):
+            return lambda: None
+
+    x = torch.ones(3)
+    replay = Replay(lambda: x.add_(1e-3), Idle(), lambda: [x], warm_up=1)
+    for _ in range(4):
+        replay()
+    torch.testing.assert_close(x, torch.full((3,), 1.004))
+
+
 class Wrong(Traced):
     """All records but so many first ones do nothing."""
 
