@@ -316,6 +316,18 @@ def test_unseen_drawings_are_of_three_sets_and_apart():
     assert [one.name for one in unseen()] == [one.name for one in test]
 
 
+def test_the_learning_rate_with_the_best_prompt_is_taken(tmp_path):
+    bench = lm.Bench(SimpleNamespace(model=None, out=tmp_path / "lm"))
+    assert bench.rate("PEZ") == 0.3
+    for method, lr, holdout, loss in [
+        ("PEZ", 0.3, 0.5, 0.1), ("PEZ", 1.0, 0.7, 0.6), ("PEZ", 3.0, 0.7, 0.5),
+        ("PEZ", 9.0, 0.6, 0.2), ("FluentPrompt", 0.1, 0.9, 0.1),
+    ]:  # fmt: skip
+        bench.add({"kind": "rate", "method": method, "lr": lr, "holdout": holdout, "loss": loss})
+    assert bench.rate("PEZ") == bench.rate("PEZ, no fluency") == 3.0
+    assert bench.rate("PEZ as released") == 0.3 and bench.rate("FluentPrompt") == 0.1
+
+
 def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     words = sorted({word for one in lm.TASKS.values() for word in one.verbalizer.values()})
     for seed, name in enumerate(("own", "other")):

@@ -398,7 +398,7 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
     tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
     with pytest.raises(ValueError, match=r"`checkpoint`.*`lr` 0.3 where it now is 0.5"):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, lr=0.5)
-    with pytest.raises(ValueError, match=r"`checkpoint`.*`dataset`"):
+    with pytest.raises(ValueError, match=r"`checkpoint`.*with another `dataset`; remove"):
         tune_prompt(model, tokenizer, SORTED[1:], TEMPLATE, WORDS, **options)
     with pytest.raises(ValueError, match=r"`checkpoint`.*`seed` 0 where it now is 1"):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, seed=1)
@@ -416,7 +416,7 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, other, **options)
     retrained = copy.deepcopy(model)
     retrained.lm_head.weight.data[0] += 1
-    with pytest.raises(ValueError, match=r"`checkpoint`.*`model`"):
+    with pytest.raises(ValueError, match=r"`checkpoint`.*with another `model`; remove"):
         tune_prompt(retrained, tokenizer, SORTED, TEMPLATE, WORDS, **options)
     for name in ("", tmp_path):
         with pytest.raises(ValueError, match="is a folder, or lies in none"):
