@@ -65,7 +65,11 @@ class Reader(ABC):
 
         Returns:
             (rows, n, labels) fp32 logits of the words of the labels, and (rows,) the mean negative
-            log-likelihood of each token of a prompt given those before it, None without `ids`.
+            log-likelihood of each token of a prompt given those before it, None without `ids`. Its
+            gradient reaches an embedding as what later tokens follow and, where the model has one
+            table for what it reads and what it says, as what is said:
+            p(e_m | e_<m) = exp(h_<m e_m) / sum over v of exp(h_<m e_v)
+            (FluentPrompt, section 3.3, arXiv 2212.10539).
         """
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -97,7 +101,8 @@ class CausalReader(Reader):
             prompt = torch.cat([self._embed(start).expand(rows, -1, -1), prompt], dim=1)
         past, cache, fluency = prompt.shape[1], None, None
         if past:
-            read = self.model(inputs_embeds=prompt, use_cache=True)
+            with self._said(prompt, ids, len(start)):
+                read = self.model(inputs_embeds=prompt, use_cache=True)
             cache = getattr(read, self._cache, None)
             if not _is_of_attention(cache):
                 cache = None
@@ -119,6 +124,39 @@ class CausalReader(Reader):
         with self._only(ends):
             logits = self.model(**given).logits
         return logits[:, 0, self._words].float().view(rows, n, -1), fluency
+
+    @cached_property
+    def _tied(self) -> float | None:
+        """What the output layer has for a token, as a multiple of its embedding; None: another."""
+        said = self.model.get_output_embeddings().weight
+        if said is not self.model.get_input_embeddings().weight:
+            return None
+        return float(said.float().norm() / self.table.float().norm())
+
+    @contextmanager
+    def _said(self, prompt: torch.Tensor, ids: torch.Tensor | None, start: int) -> Iterator[None]:
+        """Inside, the logits of the tokens of prompts have gradients to their embeddings."""
+        first = max(start, 1)  # nothing says how likely a first token without any before it is
+        if ids is None or not prompt.requires_grad or self._tied is None:
+            yield
+            return
+        said = prompt[:, first:]
+        nothing = self._tied * (said - said.detach())
+        places = ids[:, first - start :, None]
+
+        def add(_, hidden: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+            seen = hidden[0][:, first - 1 : -1]
+            slope = torch.zeros_like(logits)
+            slope[:, first - 1 : -1].scatter_(
+                -1, places, (seen * nothing).sum(-1, keepdim=True).to(logits.dtype)
+            )
+            return logits + slope
+
+        hook = self.model.get_output_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _only(self, places: torch.Tensor) -> Iterator[None]:
