@@ -55,7 +55,8 @@ class FileCheckpoint:
 
     def _check(self, other: dict[str, Any]) -> None:
         names = sorted(self.search.keys() | other.keys())
-        for name in names:
+        # a digest differs for whatever went into it, so what is named itself comes first
+        for name in sorted(names, key=lambda name: str(self.search.get(name)).startswith(DIGEST)):
             ours, theirs = self.search.get(name), other.get(name)
             if ours != theirs:
                 how = f"with `{name}` {_short(theirs)} where it now is {_short(ours)}"

@@ -7,6 +7,7 @@ import math
 import re
 import socket
 import tarfile
+from collections import Counter, defaultdict
 from importlib.util import find_spec
 
 import pytest
@@ -558,6 +559,38 @@ def test_fluency_makes_prompts_likelier(learned):
     assert texts[1] < texts[0]
 
 
+def test_examples_are_read_with_several_templates(learned, tmp_path, monkeypatch):
+    """As many of each label with each, the same for every seed, however labels are ordered."""
+    model, tokenizer = learned
+    read = defaultdict(list)
+    init = TaskLoss.__init__
+
+    def note(self, reader, space, examples, holdout, *rest):
+        seed = rest[-1]
+        for ids, label in [*examples, *holdout.examples]:
+            read[seed].append((tokenizer.decode(ids).split()[-1], label))
+        init(self, reader, space, examples, holdout, *rest)
+
+    monkeypatch.setattr(TaskLoss, "__init__", note)
+    alternating = [(f"the {word}", label) for word, label in SORTED[2:4]] * 200
+    options = OPTIONS | {"steps": 1, "restarts": 2, "holdout": alternating}
+    others = ["{text} of", "{text} bird"]
+    found = tune_prompt(
+        model, tokenizer, alternating, TEMPLATE, WORDS, **options, other_templates=others
+    )
+    first, second = (read[one.seed] for one in sorted(found.candidates, key=lambda c: c.seed))
+    assert first == second
+    counts = Counter(first)
+    assert sorted({template for template, _ in counts}) == ["bird", "of", "the"]
+    assert min(counts.values()) > 90
+    # the same search with other templates is another
+    path = tmp_path / "search.safetensors"
+    options |= {"restarts": 1, "checkpoint": path}
+    tune_prompt(model, tokenizer, alternating, TEMPLATE, WORDS, **options, other_templates=others)
+    with pytest.raises(ValueError, match="other_templates"):
+        tune_prompt(model, tokenizer, alternating, TEMPLATE, WORDS, **options)
+
+
 def test_the_model_is_left_as_it_was():
     model, tokenizer = build("opt")  # it has dropout
     model.train()
@@ -654,6 +687,9 @@ def test_templates_of_several_columns_cut_the_longest(llama):
         ({"optimizer": "sgd"}, ValueError, "`optimizer` is 'sgd'.*adafactor"),
         ({"initial": " "}, ValueError, "`initial`"),
         ({"seed": 2**64}, ValueError, "`seed`"),
+        ({"other_templates": "{text} of"}, TypeError, "`other_templates`.*list"),
+        ({"other_templates": ["of"]}, ValueError, "'of'.*name a column"),
+        ({"other_templates": ["{text} <extra_id_0>"]}, ValueError, "in all of them or in none"),
     ],
 )
 def test_bad_input(llama, changes, error, message):

@@ -6,8 +6,9 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def add_commands(commands: Any) -> None:
     part.add_argument("--seed", type=int, default=0, metavar="N")
     part.add_argument("--restarts", type=int, default=1, metavar="N", help="searches (1)")
     part.add_argument("--initial", metavar="TEXT", help="text to start from (default: random)")
+    part.add_argument(
+        "--other-template",
+        action="append",
+        default=[],
+        metavar="TEMPLATE",
+        help="read a share of the examples with this one, so that the prompt carries further; may "
+        "be repeated",
+    )
     part.add_argument(
         "--all-tokens", action="store_true", help="not only tokens that begin a word, as the paper"
     )
@@ -193,7 +202,12 @@ def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _splits(arguments: argparse.Namespace, task: str | None, frame: dict[str, Any]) -> Splits:
+def _splits(
+    arguments: argparse.Namespace,
+    task: str | None,
+    frame: dict[str, Any],
+    other_templates: Sequence[str] = (),
+) -> Splits:
     """Examples to learn from and to test with; those of a file serve both."""
     if arguments.data is None and task is None:
         raise ValueError(f"{arguments.tuned} is about a file of its own; give it with --data.")
@@ -204,12 +218,14 @@ def _splits(arguments: argparse.Namespace, task: str | None, frame: dict[str, An
     known = {str(label): label for label in frame["verbalizer"]}
     with _as_options({"`path`": "--data"}):
         read = read_examples(arguments.data, arguments.label)
-    _check_file(arguments.data, read, known, frame["template"])
+    _check_file(arguments.data, read, known, [frame["template"], *other_templates])
     examples = [(text, known[label]) for text, label in read]
     return examples, examples
 
 
-def _check_file(path: str, examples: list[Example], known: Collection[str], template: str) -> None:
+def _check_file(
+    path: str, examples: list[Example], known: Collection[str], templates: Sequence[str]
+) -> None:
     """Find what is wrong before a model is loaded, which takes a while."""
     if not examples:
         raise ValueError(f"--data is {path}, which holds no examples.")
@@ -220,17 +236,18 @@ def _check_file(path: str, examples: list[Example], known: Collection[str], temp
                 f"{', '.join(map(repr, known))}. Give it one with --word."
             )
     columns = list(examples[0][0])
-    for name in columns_of(template):
-        if name not in columns:
-            raise ValueError(
-                f"--template is {template!r}, but {path} has no column {name!r}; it has "
-                f"{', '.join(map(repr, columns))}."
-            )
+    for option, template in zip_longest(["--template"], templates, fillvalue="--other-template"):
+        for name in columns_of(template):
+            if name not in columns:
+                raise ValueError(
+                    f"{option} is {template!r}, but {path} has no column {name!r}; it has "
+                    f"{', '.join(map(repr, columns))}."
+                )
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     frame = _frame(arguments)
-    learned, _ = _splits(arguments, arguments.task, frame)
+    learned, _ = _splits(arguments, arguments.task, frame, arguments.other_template)
     holdout = None
     if arguments.shots is not None:
         learned, holdout = few_shot(learned, arguments.shots, arguments.seed)
@@ -258,6 +275,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             **settings,
             holdout=holdout,
             whole_words_only=not arguments.all_tokens,
+            other_templates=arguments.other_template,
             checkpoint=arguments.checkpoint,
             callback=show,
         )
@@ -270,6 +288,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         frame["verbalizer"] = list(frame["verbalizer"].items())  # JSON would make all labels text
         names = ("model", "task", "data", "shots")
         about = {name: getattr(arguments, name) for name in names} | frame | settings
+        about["other_templates"] = arguments.other_template
         print(json.dumps(about | _rows(found), indent=2))
         return status
     for one in found.candidates:

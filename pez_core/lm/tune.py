@@ -23,7 +23,7 @@ from ..space import TokenSpace
 from .methods import METHODS
 from .objective import Encoded, Holdout, TaskLoss, judge, room_for
 from .reader import Reader, frozen, reader_of
-from .text import Example, Format, all_tokens, whole_words
+from .text import SENTINEL, Example, Format, all_tokens, whole_words
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ _MAX_GRAD_NORM = 1.0
 _FLUENCY = 0.003
 # Examples that are held out where no holdout is given, and the seed that draws them.
 _HELD_OUT, _HOLDOUT_SEED = 500, 0
+# Draws the template that each example is read with.
+_TEMPLATES_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def tune_prompt(
     restarts: int = 1,
     initial: str | None = None,
     whole_words_only: bool = True,
+    other_templates: Sequence[str] = (),
     check_every: int = 100,
     accumulate: int = 1,
     max_length: int = 128,
@@ -155,6 +158,9 @@ def tune_prompt(
         whole_words_only: only tokens that begin a word, so that the printed prompt is read back as
             it was learned, but for the first word, which has no space before it. False: all tokens,
             as in the paper. What is printed is what is chosen by and reported in either case.
+        other_templates: further templates, such as "{text} The film is". Each example, those of the
+            holdout, too, is read with one of them or with `template`, drawn once. A prompt that
+            suits several carries over to other models better.
         check_every: steps between two looks at the holdout, at least 1.
         accumulate: parts that a batch is read in to save memory, at least 1.
         max_length: tokens of an example with its template; longer texts are cut at their end.
@@ -196,13 +202,14 @@ def tune_prompt(
     )
     dataset, holdout = _held_out(dataset, holdout)
     with frozen(model):
-        text = Format(tokenizer, template, verbalizer, max_length)
+        texts = _formats(tokenizer, template, other_templates, verbalizer, max_length)
+        text = texts[0]
         reader = reader_of(model, text)
         fluency = _fluency(fluency, reader)
-        examples, held = text.read(dataset, True), text.read(holdout, True)
+        examples, held = _read(texts, dataset, True), _read(texts, holdout, True)
         _check_context(reader, prompt_len, [*examples, *held])
         if METHODS[method] is None:
-            held = text.read(holdout, False)
+            held = _read(texts, holdout, False)
             found = [_result(reader, "", held, batch_size, seed)]
             return Tuned(**vars(found[0]), candidates=found, seconds=time.monotonic() - began)
         words = whole_words(tokenizer) if whole_words_only else all_tokens(tokenizer)
@@ -212,6 +219,7 @@ def tune_prompt(
             "model": _digest_of(model),
             "dataset": _digest(json.dumps([examples, held]).encode()),
             "template": template,
+            "other_templates": list(other_templates),
             "verbalizer": text.label_ids,
             "method": method,
             "prompt_len": prompt_len,
@@ -394,6 +402,35 @@ def _check_examples(name: str, examples: Sequence[Example]) -> None:
     for example in examples:
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise TypeError(f"`{name}` has to hold (text, label) pairs but holds {example!r}.")
+
+
+def _formats(
+    tokenizer: Any,
+    template: str,
+    other_templates: Sequence[str],
+    verbalizer: Mapping[Hashable, str],
+    max_length: int,
+) -> list[Format]:
+    """One for each template."""
+    if isinstance(other_templates, str) or not isinstance(other_templates, Sequence):
+        raise TypeError(
+            f"`other_templates` has to be a list of templates but is {other_templates!r}."
+        )
+    templates = (template, *other_templates)
+    texts = [Format(tokenizer, one, verbalizer, max_length) for one in templates]
+    if len({SENTINEL in text.template for text in texts}) > 1:
+        raise ValueError(
+            f"`other_templates` is {other_templates!r} and `template` {template!r}; {SENTINEL} has "
+            "to be in all of them or in none."
+        )
+    return texts
+
+
+def _read(texts: Sequence[Format], dataset: Sequence[Example], prompted: bool) -> list[Encoded]:
+    """Examples, each with one of the templates, whichever the seed of a search is."""
+    generator = torch.Generator().manual_seed(_TEMPLATES_SEED)
+    drawn = torch.randint(len(texts), (len(dataset),), generator=generator).tolist()
+    return [texts[k].read([one], prompted)[0] for k, one in zip(drawn, dataset, strict=True)]
 
 
 def _fluency(fluency: float | None, reader: Reader) -> float:
