@@ -318,14 +318,15 @@ def test_unseen_drawings_are_of_three_sets_and_apart():
 
 def test_the_learning_rate_with_the_best_prompt_is_taken(tmp_path):
     bench = lm.Bench(SimpleNamespace(model=None, out=tmp_path / "lm"))
-    assert bench.rate("PEZ") == 0.3
+    soft = "soft prompt"
+    assert bench.rate(soft) == 0.3
     for method, lr, holdout, loss in [
-        ("PEZ", 0.3, 0.5, 0.1), ("PEZ", 1.0, 0.7, 0.6), ("PEZ", 3.0, 0.7, 0.5),
-        ("PEZ", 9.0, 0.6, 0.2), ("FluentPrompt", 0.1, 0.9, 0.1),
+        (soft, 0.3, 0.5, 0.1), (soft, 1.0, 0.7, 0.6), (soft, 3.0, 0.7, 0.5),
+        (soft, 9.0, 0.6, 0.2), ("FluentPrompt", 0.1, 0.9, 0.1),
     ]:  # fmt: skip
         bench.add({"kind": "rate", "method": method, "lr": lr, "holdout": holdout, "loss": loss})
-    assert bench.rate("PEZ") == bench.rate("PEZ, no fluency") == 3.0
-    assert bench.rate("PEZ as released") == 0.3 and bench.rate("FluentPrompt") == 0.1
+    assert bench.rate(soft) == 3.0 and bench.rate("FluentPrompt") == 0.1
+    assert bench.rate("PEZ") == 0.3
 
 
 def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
@@ -344,18 +345,20 @@ def test_language_models_are_measured_and_gone_on_with(tmp_path, capsys):
     sizes = "--steps 3 --check-every 2 --batch-size 4 --holdout 8 --seeds 2 --limit 10 --shots 2"
     common = [*files, "--source", str(tmp_path), "--out", str(tmp_path / "lm"), *sizes.split()]
     common += ["--device", "cpu", "--rounds", "1"]
-    lm.main(["--rates", *common, "--methods", "PEZ", "soft prompt"])
+    tried = ["--methods", "PEZ", "FluentPrompt", "soft prompt"]
+    lm.main(["--rates", *common, *tried])
     lm.main(["--tune", "--few-shot", "--test", *common])
     rows = (tmp_path / "lm.jsonl").read_text().splitlines()
     rates = [row for row in map(json.loads, rows) if row["kind"] == "rate"]
     assert [row["lr"] for row in rates] == [*lm.RATES] * 2
     prompts = [row for row in map(json.loads, rows) if row["kind"] == "prompt"]
     best = max(rates[:3], key=lambda row: (row["holdout"], -row["loss"]))
-    assert {row["lr"] for row in prompts if row["method"] == "PEZ"} == {best["lr"]}
+    assert {row["lr"] for row in prompts if row["method"] == "FluentPrompt"} == {best["lr"]}
+    assert {row["lr"] for row in prompts if row["method"] == "PEZ"} == {0.3}
     assert len(prompts) == 2 * 2 * len(lm.METHODS)
     tests = [row for row in map(json.loads, rows) if row["kind"] == "test"]
     assert len(tests) == 2 * len({row["prompt"] for row in prompts})
-    lm.main(["--rates", *common, "--methods", "PEZ", "soft prompt"])  # nothing is left to do
+    lm.main(["--rates", *common, *tried])  # nothing is left to do
     lm.main(["--tune", "--few-shot", "--test", *common])
     assert (tmp_path / "lm.jsonl").read_text().splitlines() == rows
     lm.main(["--speed", "--report", *common])

@@ -942,11 +942,12 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
     common = ["--model", str(files / "model"), "--device", "cpu", *data]
     options = "--prompt-len 3 --steps 30 --check-every 10 --fluency 0 --shots 1 --restarts 2"
     file = ["--checkpoint", str(files / "search.safetensors")]
-    tune = ["lm", "tune", *common, *FRAME, *options.split(), *file]
+    tune = ["lm", "tune", *common, *FRAME, *options.split(), *file, "--other-template", "{text} a"]
     assert main([*tune, "--json"]) == 0
     printed = capsys.readouterr().out
     found = json.loads(printed)
     assert found["prompt"] == found["candidates"][0]["prompt"] and found["template"] == TEMPLATE
+    assert found["other_templates"] == ["{text} a"]
     assert len(list(files.glob("search*"))) == 2
     assert main(tune) == 0  # from the files
     lines = capsys.readouterr().out.splitlines()
@@ -965,7 +966,8 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
     assert model["mean"] == pytest.approx(sum(o["accuracy"] for o in model["prompts"]) / 2)
     transfer = ["lm", "transfer", str(files / "found.json"), *common]
     assert main([*transfer, "--limit", "2"]) == 0
-    assert "(the template alone)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(the template alone)" in shown and "accuracy on 2 examples" in shown
     assert main([*transfer, "--model", "absent/model", "--json"]) == 2
     assert json.loads(capsys.readouterr().out) == [model]  # what was measured before
     assert main(transfer[:3] + common[:2]) == 2
@@ -989,6 +991,7 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
         (["tune", "--data", "DATA", "--template", TEMPLATE, "--word", "cat"], "--word is 'cat'"),
         (["tune", "--data", "DATA", *FRAME[:4], "--word", "other=dog"], "the label 'canine'"),
         (["eval", "--data", "DATA", "--template", "{txt}", *FRAME[2:]], "has no column 'txt'"),
+        (["tune", "--data", "DATA", *FRAME, "--other-template", "{txt}"], "--other-template is"),
         (["eval", "--data", "EMPTY", *FRAME], "holds no examples"),
         (["eval", "--data", "absent.csv", *FRAME], "--data is 'absent.csv'"),
     ],

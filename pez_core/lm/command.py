@@ -337,7 +337,8 @@ def _transfer(arguments: argparse.Namespace) -> int:
                 {"model": name, "empty": empty["accuracy"], "mean": mean, "prompts": rest}
             )
             if not arguments.json:
-                print(f"{name}: mean of {len(rest)}: {mean:.4f}\n{_table(rows)}", flush=True)
+                print(f"{name}, mean of {len(rest)} prompts: {mean:.4f}")
+                print(_table(rows), flush=True)
     finally:
         if arguments.json:
             print(json.dumps(models, indent=2))
@@ -367,4 +368,6 @@ def _measure(
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"  {r['accuracy']:.4f}  {r['prompt'] or '(the template alone)'}" for r in rows]
+    if rows:
+        lines.insert(0, f"accuracy on {rows[0]['examples']} examples:")
     return "\n".join(lines)
