@@ -145,7 +145,7 @@ class Bench:
     def rate(self, method: str) -> float:
         """The learning rate of a method."""
         rows = [row for row in self.rows("rate") if row["method"] == method]
-        if not rows:
+        if not rows or method not in TRIED:
             return PAPER_RATE
         return max(rows, key=lambda row: (row["holdout"], -row["loss"]))["lr"]
 
@@ -394,8 +394,8 @@ def about(bench: Bench, prompts: Sequence[dict], tests: Sequence[dict]) -> Itera
             f"Accuracy in percent, mean and standard error over seeds, on {counts} test examples; "
             f"{steps} steps of {learned[0]['batch_size']} examples in "
             f"{learned[0]['dtype']}. Prompts begin as the words of the labels, are learned and "
-            "chosen with five templates (holdout) and measured with one; those with the best "
-            "accuracy on the holdout are taken, as printed and read again."
+            "chosen with five templates (those of one template with that alone) and measured with "
+            "one; those with the best accuracy on the holdout are taken, as printed and read again."
         )
     for row in bench.rows("speed"):
         seconds = row["seconds"]

@@ -322,7 +322,7 @@ def test_the_learning_rate_with_the_best_prompt_is_taken(tmp_path):
     assert bench.rate(soft) == 0.3
     for method, lr, holdout, loss in [
         (soft, 0.3, 0.5, 0.1), (soft, 1.0, 0.7, 0.6), (soft, 3.0, 0.7, 0.5),
-        (soft, 9.0, 0.6, 0.2), ("FluentPrompt", 0.1, 0.9, 0.1),
+        (soft, 9.0, 0.6, 0.2), ("FluentPrompt", 0.1, 0.9, 0.1), ("PEZ", 9.0, 0.9, 0.1),
     ]:  # fmt: skip
         bench.add({"kind": "rate", "method": method, "lr": lr, "holdout": holdout, "loss": loss})
     assert bench.rate(soft) == 3.0 and bench.rate("FluentPrompt") == 0.1

@@ -65,9 +65,9 @@ class Reader(ABC):
 
         Returns:
             (rows, n, labels) fp32 logits of the words of the labels, and (rows,) the mean negative
-            log-likelihood of each token of a prompt given those before it, None without `ids`. Its
-            gradient reaches an embedding as what later tokens follow and, where the model has one
-            table for what it reads and what it says, as what is said:
+            log-likelihood of each token of a prompt given those before it, None without `ids`.
+            Where the model has one table for what it reads and what it says, embeddings are what
+            is said, in the places of their tokens' rows, so that gradients reach them as that, too:
             p(e_m | e_<m) = exp(h_<m e_m) / sum over v of exp(h_<m e_v)
             (FluentPrompt, section 3.3, arXiv 2212.10539).
         """
@@ -128,29 +128,27 @@ class CausalReader(Reader):
     @cached_property
     def _tied(self) -> float | None:
         """What the output layer has for a token, as a multiple of its embedding; None: another."""
-        said = self.model.get_output_embeddings().weight
+        said = getattr(self.model.get_output_embeddings(), "weight", None)
         if said is not self.model.get_input_embeddings().weight:
             return None
         return float(said.float().norm() / self.table.float().norm())
 
     @contextmanager
     def _said(self, prompt: torch.Tensor, ids: torch.Tensor | None, start: int) -> Iterator[None]:
-        """Inside, the logits of the tokens of prompts have gradients to their embeddings."""
+        """Inside, the logits of the tokens of prompts are those of their embeddings."""
         first = max(start, 1)  # nothing says how likely a first token without any before it is
-        if ids is None or not prompt.requires_grad or self._tied is None:
+        if ids is None or self._tied is None:
             yield
             return
-        said = prompt[:, first:]
-        nothing = self._tied * (said - said.detach())
-        places = ids[:, first - start :, None]
+        said = ids[:, first - start :]
+        # nothing for a hard prompt, but with a gradient
+        beside = self._tied * (prompt[:, first:] - F.embedding(said, self.table))
 
         def add(_, hidden: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
-            seen = hidden[0][:, first - 1 : -1]
-            slope = torch.zeros_like(logits)
-            slope[:, first - 1 : -1].scatter_(
-                -1, places, (seen * nothing).sum(-1, keepdim=True).to(logits.dtype)
-            )
-            return logits + slope
+            more = (hidden[0][:, first - 1 : -1] * beside).sum(-1, keepdim=True)
+            added = torch.zeros_like(logits)
+            added[:, first - 1 : -1].scatter_(-1, said[..., None], more.to(logits.dtype))
+            return logits + added
 
         hook = self.model.get_output_embeddings().register_forward_hook(add)
         try:

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,8 @@ _MAX_GRAD_NORM = 1.0
 _FLUENCY = 0.003
 # Examples that are held out where no holdout is given, and the seed that draws them.
 _HELD_OUT, _HOLDOUT_SEED = 500, 0
-# Draws the template that each example is read with.
-_TEMPLATES_SEED = 0
+# Draws the template that each example is read with, and how many of a label for each are few.
+_TEMPLATES_SEED, _FEW = 0, 5
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ def tune_prompt(
             it was learned, but for the first word, which has no space before it. False: all tokens,
             as in the paper. What is printed is what is chosen by and reported in either case.
         other_templates: further templates, such as "{text} The film is". Each example, those of the
-            holdout, too, is read with one of them or with `template`, drawn once. A prompt that
-            suits several carries over to other models better.
+            holdout, too, is read with one of them or with `template`, drawn once; where a label has
+            few, each is read with all. A prompt that suits several carries over to other models
+            better.
         check_every: steps between two looks at the holdout, at least 1.
         accumulate: parts that a batch is read in to save memory, at least 1.
         max_length: tokens of an example with its template; longer texts are cut at their end.
@@ -416,8 +418,10 @@ def _formats(
         raise TypeError(
             f"`other_templates` has to be a list of templates but is {other_templates!r}."
         )
-    templates = (template, *other_templates)
-    texts = [Format(tokenizer, one, verbalizer, max_length) for one in templates]
+    texts = []
+    for k, one in enumerate((template, *other_templates)):
+        with _naming(k):
+            texts.append(Format(tokenizer, one, verbalizer, max_length))
     if len({SENTINEL in text.template for text in texts}) > 1:
         raise ValueError(
             f"`other_templates` is {other_templates!r} and `template` {template!r}; {SENTINEL} has "
@@ -426,11 +430,31 @@ def _formats(
     return texts
 
 
+@contextmanager
+def _naming(k: int) -> Iterator[None]:
+    """Inside, errors about the template with number `k` name the argument that it comes from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = f"`other_templates[{k - 1}]`" if k else "`template`"
+        raise type(error)(str(error).replace("`template`", name)) from error
+
+
 def _read(texts: Sequence[Format], dataset: Sequence[Example], prompted: bool) -> list[Encoded]:
-    """Examples, each with one of the templates, whichever the seed of a search is."""
+    """Examples, each with one of the templates, whichever the seed of a search is.
+
+    Where a label has few, each is read with all: else a template would tell the label.
+    """
     generator = torch.Generator().manual_seed(_TEMPLATES_SEED)
     drawn = torch.randint(len(texts), (len(dataset),), generator=generator).tolist()
-    return [texts[k].read([one], prompted)[0] for k, one in zip(drawn, dataset, strict=True)]
+    each = list(zip(drawn, dataset, strict=True))
+    if min(Counter(str(label) for _, label in dataset).values()) < _FEW * len(texts):
+        each = [(k, one) for one in dataset for k in range(len(texts))]
+    rows: list[Encoded] = []
+    for k, one in each:
+        with _naming(k):
+            rows += texts[k].read([one], prompted)
+    return rows
 
 
 def _fluency(fluency: float | None, reader: Reader) -> float:
