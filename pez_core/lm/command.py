@@ -69,8 +69,8 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="TEMPLATE",
-        help="read a share of the examples with this one, so that the prompt carries further; may "
-        "be repeated",
+        help="read a share of the examples with this one, so that the prompt depends less on one; "
+        "may be repeated",
     )
     part.add_argument(
         "--all-tokens", action="store_true", help="not only tokens that begin a word, as the paper"

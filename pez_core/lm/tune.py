@@ -161,8 +161,8 @@ def tune_prompt(
             as in the paper. What is printed is what is chosen by and reported in either case.
         other_templates: further templates, such as "{text} The film is". Each example, those of the
             holdout, too, is read with one of them or with `template`, drawn once; where a label has
-            few, each is read with all. A prompt that suits several carries over to other models
-            better.
+            few, each is read with all. Prompts that suit several carry over to other models more
+            evenly.
         check_every: steps between two looks at the holdout, at least 1.
         accumulate: parts that a batch is read in to save memory, at least 1.
         max_length: tokens of an example with its template; longer texts are cut at their end.
