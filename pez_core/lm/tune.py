@@ -436,8 +436,11 @@ def _naming(k: int) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        name = f"`other_templates[{k - 1}]`" if k else "`template`"
-        raise type(error)(str(error).replace("`template`", name)) from error
+        if k == 0:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        text = str(error).replace("`template`", f"`other_templates[{k - 1}]`")
+        raise kind(text) from error
 
 
 def _read(texts: Sequence[Format], dataset: Sequence[Example], prompted: bool) -> list[Encoded]:
