@@ -1,0 +1,108 @@
+"""Errors about arguments, in a form that every front end can show under its own names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+_NAME = re.compile(r"`(\w+)`")
+
+
+class ArgumentError(ValueError):
+    """An argument has a value that cannot be used.
+
+    Both texts name arguments in backticks, so that a front end can show its own names for them.
+
+    Args:
+        argument: its name in `pez_core`.
+        problem: what is wrong with it, to be read behind the name: "has to be above 0 but is -1".
+        remedy: what to do, "" where `problem` says it.
+    """
+
+    def __init__(self, argument: str, problem: str, remedy: str = "") -> None:
+        self.argument, self.problem, self.remedy = argument, problem, remedy
+        super().__init__(self.render())
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.argument, self.problem, self.remedy)
+
+    def render(self, name_of: Callable[[str], str] = "`{}`".format) -> str:
+        """The message with other names for the arguments.
+
+        Args:
+            name_of: the name of an argument in `pez_core` -> what stands for it in the message.
+        """
+        end = f"; {self.remedy}." if self.remedy else "."
+        text = f"`{self.argument}` {self.problem}".rstrip(".") + end
+        return _NAME.sub(lambda found: name_of(found[1]), text)
+
+    def about(self, argument: str) -> ArgumentError:
+        """The same error about another argument, through which the value came."""
+        return type(self)(argument, self.problem, self.remedy)
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument has a value of the wrong type."""
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless the argument `name` is an integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentTypeError(name, f"has to be an integer but is {value!r}")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ArgumentError(name, f"has to be {span} but is {value}")
+
+
+def check_number(
+    name: str, value: object, low: float = 0, high: float | None = None, *, above: bool = False
+) -> float:
+    """The number; raise unless it is finite and from `low` to `high`.
+
+    Args:
+        name: of the argument.
+        value: what was given for it.
+        low, high: the range; None: without end.
+        above: `low` itself is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(name, f"has to be a number but is {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    below = number < low or (above and number == low)
+    if not math.isfinite(number) or below or (high is not None and number > high):
+        if high is not None:
+            bound = f"above {low} and at most {high}" if above else f"from {low} to {high}"
+        else:
+            bound = f"finite and above {low}" if above else f"finite and {low} or more"
+        raise ArgumentError(name, f"has to be {bound} but is {value}")
+    return number
+
+
+def check_string(name: str, value: object) -> str:
+    """The string; raise where it is something else."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(name, f"has to be a string but is {value!r}")
+    return value
+
+
+def check_weights(name: str, weights: object, count: int) -> list[float]:
+    """One number above 0 for each of `count`; raise where there are others."""
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise ArgumentTypeError(name, f"has to be a list of numbers but is {weights!r}")
+    numbers = [check_number(name, weight, above=True) for weight in weights]
+    if len(numbers) != count:
+        raise ArgumentError(name, f"has to hold {count} numbers but holds {len(numbers)}")
+    return numbers
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless the argument `name` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ArgumentError(name, f"has to be one of {listed} but is {value!r}")
