@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from .clip.images import ImageInput, load_image
+from .errors import ArgumentError
 from .prompt_text import chunks
 
 if TYPE_CHECKING:
@@ -41,9 +42,8 @@ def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch
         else:
             try:
                 pictures[k] = load_image(target)
-            except (TypeError, ValueError) as error:
-                message = str(error).replace("`images`", f"`{name}`")
-                raise type(error)(message) from error
+            except ArgumentError as error:
+                raise error.about(name) from error
     if pictures:
         encoded = clip.encode_images(list(pictures.values()))
         features |= dict(zip(pictures, encoded, strict=True))
