@@ -137,7 +137,7 @@ class Frame:
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
         # beside a space nothing fuses; beside a comma other punctuation does, but words do not
         self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
-        if self.room > 0 and not self.survives([clip.text.known_word]):
+        if self.room > 0 and not self.survives([clip.text.example_token]):
             raise ValueError(
                 f"`template` is {template!r}, whose text would fuse with the learned words; put a "
                 "space on both sides of {}."
@@ -158,7 +158,7 @@ class Frame:
     def survives(self, learned: Sequence[int]) -> bool:
         """Whether the printed prompt means these very tokens."""
         if not self.before and not self.after:
-            return self._words.survives(learned)
+            return self._words.round_trips(learned)
         special = self._words.special_ids & set(learned)
         return not special and self._words.encode(self.text(learned)) == self.ids(learned)
 
@@ -439,7 +439,7 @@ def _surviving_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
     default = clip.vocabulary.tolist()
     if lexicon is None:
         return default
-    default, survives = set(default), clip.text.words.survives
+    default, survives = set(default), clip.text.words.round_trips
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
     return [token for token in single if token in default or survives([token])]
 
@@ -681,7 +681,7 @@ def _readable(clip: AnyClip, frame: Frame, ids: list[int]) -> list[int]:
     if frame.survives(ids):
         return ids
     log.warning("The prompt found does not survive being printed; taking the tokens it prints as.")
-    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    ids = [i for i in words.encode(words.decode(ids)) if words.round_trips([i])][:limit]
     while ids and not frame.survives(ids):
         ids.pop()
     return ids or clip.vocabulary[:1].tolist()

@@ -11,29 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .clip import AnyClip
 
 UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 """A list of words that many people do not want to see; source and limits are in its head."""
-
-
-class Tokenizer(Protocol):
-    """What the rules need to know of a tokenizer; `pez_core.clip.text.Words` is one."""
-
-    def survives(self, ids: Sequence[int]) -> bool:
-        """Whether text made of `ids` is read back as the same ids."""
-
-
-def round_trip_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Sorted `ids` of the tokens that survive decode -> encode on their own.
-
-    In CLIP's tokenizer these are whole words and punctuation, 34,277 of 49,408 tokens: a word piece
-    without its word end would fuse with its neighbour when it is printed.
-    """
-    return [i for i in sorted(set(ids)) if tokenizer.survives([i])]
 
 
 class Blocklist:
@@ -335,8 +319,8 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
 
 
 def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
-    known = clip.known is None or clip.known.issuperset(phrase)
-    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
+    known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
+    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.round_trips(phrase)
 
 
 def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> str:

@@ -41,7 +41,8 @@ def test_saved_and_loaded_again(kind, tmp_path):
     for other in (model.clip, loaded.clip):
         assert _close(other.encode_texts(TEXTS), clip.encode_texts(TEXTS))
         assert _close(other.encode_images(pictures), clip.encode_images(pictures))
-        assert torch.equal(other.vocabulary, clip.vocabulary) and other.known == clip.known
+        assert torch.equal(other.vocabulary, clip.vocabulary)
+        assert other.trained_tokens == clip.trained_tokens
         assert other.text.parts == clip.text.parts and other.name == clip.name
     settings = {"prompt_len": 3, "steps": 5}
     expected = invert(clip, EXAMPLES[0], **settings)
@@ -86,7 +87,7 @@ def test_a_folder_is_known_by_its_config(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model = PezClipModel.from_clip(load_clip(str(tmp_path), device="cpu"))
     assert model.config.towers[0]["config"]["model_cfg"]["embed_dim"] == 256
-    assert model.clip.known == load_clip("emoji-clip", device="cpu").known
+    assert model.clip.trained_tokens == load_clip("emoji-clip", device="cpu").trained_tokens
 
 
 def test_a_clip_that_does_not_know_what_it_was_built_from_is_refused():

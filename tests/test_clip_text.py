@@ -214,7 +214,7 @@ def test_words_print_and_read():
     words = Words(open_clip.SimpleTokenizer())
     ids = words.encode("a red apple")
     assert words.decode(ids) == "a red apple"
-    assert words.survives(ids)
+    assert words.round_trips(ids)
     piece = words.tokenizer.encoder["app"]  # no word end: fuses with what follows
-    assert not words.survives([piece])
-    assert not words.survives([49407]) and not words.survives([*ids, 49406])
+    assert not words.round_trips([piece])
+    assert not words.round_trips([49407]) and not words.round_trips([*ids, 49406])

@@ -63,7 +63,7 @@ def same_text(clip, model):
 def test_bundled(emoji_clip):
     assert emoji_clip.name == "emoji-clip" and emoji_clip.dtype == torch.float32
     assert 2_000 < len(emoji_clip.vocabulary) < 6_000
-    assert all(emoji_clip.text.words.survives([i]) for i in emoji_clip.vocabulary.tolist())
+    assert all(emoji_clip.text.words.round_trips([i]) for i in emoji_clip.vocabulary.tolist())
 
 
 def test_a_file_gives_its_weights(architecture, weights):

@@ -73,7 +73,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
                 "name": part.name,
                 "config": part.config,
                 "preprocess_cfg": part.model.visual.preprocess_cfg,
-                "vocabulary": None if part.known is None else sorted(part.known),
+                "vocabulary": None if part.trained_tokens is None else sorted(part.trained_tokens),
             }
             for part in parts
         ]
