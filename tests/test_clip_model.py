@@ -8,8 +8,9 @@ import torch
 from conftest import EXAMPLES, TEXT, CustomTextCLIP, make_clip
 
 from pez_core import Clip, JointClip, invert, load_clip
+from pez_core.clip.build import from_config, saved_config
 from pez_core.clip.images import load_image
-from pez_core.clip.load import BUNDLED, from_config
+from pez_core.clip.models import BUNDLED
 from pez_core.diffusion import PezClipModel
 
 TEXTS = ["a red cat", "blue fish at night"]
@@ -71,12 +72,10 @@ def test_what_open_clip_knows_by_name_is_built_alike(name):
     """Names and shapes of all weights, without the weights."""
     from open_clip.factory import get_model_config
 
-    from pez_core.clip import load
-
     theirs = open_clip.create_model(name, load_weights=False, device="meta")
-    config = load._config(get_model_config(name), False, None)
+    config = saved_config(get_model_config(name))
     with torch.device("meta"):
-        ours, _ = load.from_config(config, theirs.visual.preprocess_cfg)
+        ours, _ = from_config(config, theirs.visual.preprocess_cfg)
     assert type(ours) is type(theirs)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
     assert shapes[0] == shapes[1]

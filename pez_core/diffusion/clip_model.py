@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..clip import AnyClip, Clip, JointClip, load_clip
-from ..clip.load import from_config
+from ..clip.build import from_config
 
 T = TypeVar("T")
 # what `from_pretrained` takes to find files, of which `load_config` knows these
