@@ -46,7 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 from unseen import unseen
 
 from pez_core import Clip, Settings, TokenSpace, invert, load_clip, replay, search
-from pez_core.clip.load import apart
+from pez_core.clip.device import keep_image_tower_in_main_memory
 from pez_core.objectives import Similarity
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def random_clip(name: str, dtype: torch.dtype, device: str) -> Clip:
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False)
     clip = Clip(model.to(dtype), open_clip.get_tokenizer(name), name)
-    return apart(clip, torch.device(device))
+    return keep_image_tower_in_main_memory(clip, torch.device(device))
 
 
 def wait(device: torch.device) -> None:

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from . import presets
 from .clip import PRESETS, AnyClip, load_clip
+from .clip.device import default_dtype
 from .clip.images import load_image
-from .clip.load import BUNDLED, default_dtype, find_on_disk, models_folder
+from .clip.models import BUNDLED
+from .clip.weights import find_on_disk, models_folder
 from .interrupts import interruptible
 from .judge import explain, prune, score
 from .learn import Result

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .clip.load import default_dtype
+from .clip.device import default_dtype
 
 
 def load_model(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from .errors import ArgumentError, ArgumentTypeError, check_bool, check_number
 
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
 
 UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 """A list of unsafe words; its head states source and limits."""
-
-
-class Tokenizer(Protocol):
-    """What the rules need to know of a tokenizer; `pez_core.clip.text.Words` is one."""
-
-    def survives(self, ids: Sequence[int]) -> bool:
-        """Whether text made of `ids` is read back as the same ids."""
-        ...
-
-
-def round_trip_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Sorted `ids` of the tokens that survive decode -> encode on their own.
-
-    In CLIP's tokenizer these are whole words and punctuation, 34,277 of 49,408 tokens: a word piece
-    without its word end would fuse with its neighbour when it is printed.
-    """
-    return [i for i in sorted(set(ids)) if tokenizer.survives([i])]
 
 
 class Blocklist:
@@ -350,8 +333,8 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
 
 
 def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
-    known = clip.known is None or clip.known.issuperset(phrase)
-    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
+    known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
+    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.round_trips(phrase)
 
 
 def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> ArgumentError:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..clip import load_clip
+from ..clip.device import default_dtype
 from ..clip.images import load_image, load_image_at
-from ..clip.load import default_dtype
 from ..priors import check_readability
 from ..readability import load_language_model
 from ..targets import encode_targets
