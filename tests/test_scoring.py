@@ -21,9 +21,9 @@ def test_every_prompt_with_every_image(emoji_clip, vit_clip):
     prompts = ["a cat", PROMPT]
     scores = score(emoji_clip, prompts, EXAMPLES[:3])
     torch.testing.assert_close(scores.similarity, plain(emoji_clip, prompts, EXAMPLES[:3]))
-    assert scores.held_out is None
-    judged = score(emoji_clip, prompts, EXAMPLES[:3], held_out=vit_clip)
-    torch.testing.assert_close(judged.held_out, plain(vit_clip, prompts, EXAMPLES[:3]))
+    assert scores.judge is None
+    judged = score(emoji_clip, prompts, EXAMPLES[:3], judge=vit_clip)
+    torch.testing.assert_close(judged.judge, plain(vit_clip, prompts, EXAMPLES[:3]))
     assert score(emoji_clip, "a cat", FISH).similarity.shape == (1, 1)
 
 
