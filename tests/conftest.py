@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 
 
-
 def all_words(**fields) -> SearchOptions:
     """Options without the list of unsafe words, as independent implementations search."""
     return SearchOptions(block_unsafe=False, **fields)
