@@ -60,6 +60,99 @@ def best_swap(space, objective, row, i):
     return rows[scores.argmax()], scores.max()
 
 
+def plain_cosines(model, rows, target):
+    """Cosines of (n, prompt_len, dim) embeddings with a target, by all 77 tokens."""
+    table, n = model.token_embedding.weight, rows.shape[1]
+    edge = table[[49406, 49407]].detach().expand(len(rows), -1, -1)
+    padding = table[:1].detach().expand(len(rows), 77 - n - 2, -1)
+    x = torch.cat([edge[:, :1], rows, edge[:, 1:], padding], dim=1) + model.positional_embedding
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+    return torch.cosine_similarity(x[:, n + 1] @ model.text_projection, target[None])
+
+
+def plain_refine(model, allowed, ids, target, steps, screened, candidates, seed, kicks=True):
+    """The refinement of one prompt, slowly and independently of pez_core.
+
+    Returns the best prompt after each step. Without `kicks` no token changes at random after a
+    round.
+    """
+    table = model.token_embedding.weight.detach()
+    order = torch.Generator().manual_seed(0)
+    draws = torch.Generator().manual_seed(seed)
+    x = [row.clone() for row in ids]
+
+    def cosines(rows):
+        with torch.no_grad():
+            return plain_cosines(model, table[torch.stack(rows)], target).tolist()
+
+    scores = cosines(x)
+    best_score = max(scores)
+    best = x[scores.index(best_score)].clone()
+    places, trace = [], []
+    for _ in range(steps):
+        if not places:
+            places = torch.randperm(len(best), generator=order).tolist()
+        place = places.pop()
+        embeddings = table[torch.stack(x)].requires_grad_()
+        loss = (1 - plain_cosines(model, embeddings, target)).sum()
+        gradient = torch.autograd.grad(loss, embeddings)[0][:, place].mean(0)
+
+        def swapped(row, token, place=place):
+            row = row.clone()
+            row[place] = token
+            return row
+
+        # the tokens with the best slope, compared in the best trial
+        slopes = (table[allowed] @ gradient).tolist()
+        likely = sorted(range(len(allowed)), key=slopes.__getitem__)[:screened]
+        lead = x[scores.index(max(scores))]
+        exact = cosines([swapped(lead, allowed[k]) for k in likely])
+        ranked = sorted(range(len(likely)), key=lambda k: -exact[k])[:candidates]
+        tokens = [allowed[likely[k]] for k in ranked]
+        # the best of them in each trial, where it is better
+        for k, row in enumerate(x):
+            tried = cosines([swapped(row, token) for token in tokens])
+            if max(tried) > scores[k]:
+                x[k], scores[k] = swapped(row, tokens[tried.index(max(tried))]), max(tried)
+        if max(scores) > best_score:
+            best_score = max(scores)
+            best = x[scores.index(best_score)].clone()
+        trace.append((best.tolist(), best_score))
+        if not places and kicks:
+            fresh = torch.randint(len(allowed), (len(x), len(best)), generator=draws)
+            where = torch.randint(len(best), (len(x), 1), generator=draws)[:, 0].tolist()
+            x = [best.clone() for _ in x]
+            for k, i in enumerate(where):
+                x[k][i] = allowed[fresh[k, i]]
+            scores = cosines(x)
+    return trace
+
+
+@pytest.mark.parametrize("name", ["tiny", "emoji-clip"])
+def test_every_step_equals_a_plain_implementation(name, tiny_clip, emoji_clip):
+    """Rounds, candidates and the random changes between the rounds."""
+    clip = {"tiny": tiny_clip, "emoji-clip": emoji_clip}[name]
+    space = TokenSpace(clip.text.token_embedding, clip.vocabulary[::10])
+    ids = begin(space, 2, 3, 4)
+    targets = clip.encode_texts(["a red fish", "two small dogs"])
+    settings = SwapSettings(steps=15, trials=4, screened=12, candidates=3)
+    found = []
+
+    def record(progress):
+        found.append((progress.ids.tolist(), progress.scores.tolist()))
+
+    refine(space, objective(clip, targets), ids, settings, record, seeds=[5, 6])
+    for k in range(2):
+        given = (clip.model, space.allowed, ids[4 * k : 4 * k + 4], targets[k])
+        plain = plain_refine(*given, 15, 12, 3, seed=5 + k)
+        assert [rows[k] for rows, _ in found] == [row for row, _ in plain]
+        assert [scores[k] for _, scores in found] == pytest.approx(
+            [score for _, score in plain], abs=1e-5
+        )
+        # the random changes matter here
+        assert plain_refine(*given, 15, 12, 3, seed=5 + k, kicks=False)[-1] != plain[-1]
+
+
 def test_one_step_is_the_best_of_all_swaps_where_all_are_candidates(emoji_clip, features):
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::40])
     ids = begin(space, 2, 5, 1)
@@ -296,7 +389,7 @@ def test_single_words_count_by_similarity_and_familiarity(emoji_clip, features):
     swapped = ids.clone()
     swapped[:, 2] = space.allowed[7]
     screen = prior.screen(ids, 2)
-    places = torch.searchsorted(space.allowed, ids[:, 2])
+    places = torch.searchsorted(space.allowed, ids[:, 2].contiguous())
     change = screen[:, 7] - screen[torch.arange(6), places]
     torch.testing.assert_close(prior.score(swapped) - prior.score(ids), change)
 
