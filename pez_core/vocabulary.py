@@ -129,8 +129,8 @@ class Vocabulary:
             trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
 
     Raises:
-        ValueError: a file cannot be read or holds no phrase; `min_embedding_std` is negative.
-        TypeError: `only` or `blocked` is neither a path nor a list of strings.
+        ArgumentError: a file cannot be read or holds no phrase, `only` or `block` is neither a path
+            nor a list of strings, or `min_embedding_std` is negative.
     """
 
     only: tuple[str, ...] | Sequence[str] | str | os.PathLike | None = None
@@ -232,7 +232,7 @@ class Vocabulary:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file cannot be read or is not a saved vocabulary.
+            ArgumentError: the file cannot be read or is not a saved vocabulary.
         """
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
