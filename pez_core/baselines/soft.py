@@ -1,4 +1,4 @@
-"""A soft prompt: continuous embeddings, made into text only when they are done."""
+"""A soft prompt: continuous embeddings, projected to tokens only at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker
+from ..pez import Objective, PezSettings, SearchSpace
+from ..tracker import Acceptable, Checkpoint, Progress, Tracker
 
 
 @dataclass
@@ -15,11 +16,11 @@ class SoftProgress(Progress):
     """`Progress` of a soft prompt.
 
     Attributes:
-        ids: (problems, prompt_len) the projection of the present prompt: the last, not the best.
-            The initial ids where that is not acceptable.
+        ids: (problems, prompt_len) the projection of the current prompt: the last, not the best;
+            the initial ids where the projection is not acceptable.
         scores: (problems,) their scores; -inf where the projection is not acceptable.
-        embeddings: (problems, prompt_len, dim) the present continuous prompt.
-        soft_scores: (problems,) its own scores.
+        embeddings: (problems, prompt_len, dim) the current continuous prompt.
+        soft_scores: (problems,) the scores of `embeddings`.
     """
 
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -30,43 +31,42 @@ def soft_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),  # noqa: B008
     callback: Callable[[SoftProgress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> SoftProgress:
     """AdamW on continuous embeddings (Lester et al. 2021), the soft prompt of the PEZ paper.
 
-    Nothing is projected while it learns. What counts as the result is, as in the paper, the
-    projection of the prompt that there is in the end, not the best of those on the way. Projecting
-    and scoring the projection happens at each report and nowhere else, so a `report_every` above 1
-    makes it as cheap as it can be; the result does not depend on it.
+    Nothing is projected during the descent. As in the paper, the result is the projection of the
+    last continuous prompt, not the best projection on the way. Prompts are projected and scored
+    only at each report, so a high `report_every` saves time; the result does not depend on it.
 
     Args:
-        space, objective, ids, callback, acceptable, checkpoint: as in `pez_core.search.search`.
-        settings: see `Settings`. `patience` has no meaning without a best prompt: it is not used.
-        generator: nothing is drawn; taken so that all rivals are called alike.
+        space, objective, ids, callback, acceptable, checkpoint: as in `pez_core.search`.
+        settings: see `PezSettings`. `patience` is ignored, since there is no best prompt.
+        generator: belongs to the common signature and is not used.
 
     Returns:
-        The last projection of each problem, and the continuous prompt that it belongs to.
+        The last projection of each problem, and its continuous prompt.
 
     Raises:
-        ValueError, FloatingPointError: as `search`.
+        ArgumentError, FloatingPointError: as `search`.
     """
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
-        # what is reported: P before the step that moves it on, whose scores are known
+        # reported is P before the step that moves it, of which the scores are known
         prompt, soft_scores = P.detach().clone(), torch.zeros(len(ids), device=P.device)
 
         def report(progress: SoftProgress) -> bool | None:
             projected_ids = space.nearest(prompt)
             with torch.no_grad():
                 _, scores = objective(space.embed(projected_ids), progress.step - 1)
-            last.forget(ids)
-            last.offer(projected_ids, scores)
+            last.reset(ids)
+            last.update(projected_ids, scores)
             progress.ids, progress.scores = last.ids, last.scores
             progress.history[-1] = (progress.step, last.scores.tolist())
             progress.embeddings, progress.soft_scores = prompt.clone(), soft_scores.clone()
@@ -74,7 +74,7 @@ def soft_prompt(
 
         last = Tracker(ids, replace(settings, patience=None), report, acceptable, checkpoint)
         last.progress = SoftProgress(**vars(last.progress))
-        begin = last.begin(P, optimizer, also=[prompt, soft_scores])
+        begin = last.resume(P, optimizer, tensors=[prompt, soft_scores])
         last.progress.embeddings, last.progress.soft_scores = prompt.clone(), soft_scores.clone()
         for step in range(begin, settings.steps):
             loss, scores = objective(P, step)
