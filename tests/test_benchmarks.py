@@ -23,7 +23,6 @@ from tiny_diffusion import stable_diffusion
 
 from pez_core import PezSettings, TokenSpace, baselines, explain, search
 from pez_core.clip.images import load_image
-from pez_core.diffusion.evaluation import evaluate
 from pez_core.objectives import Similarity
 
 pytest.importorskip("matplotlib")
@@ -31,7 +30,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench
-import denoising
 import draw_icon
 import draw_results
 import get_comfyui
@@ -291,6 +289,8 @@ def test_images_of_the_prompts_are_made_once(run, calibrated, images, emoji_clip
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
     rows = [row for row in lines(out / "quality.jsonl") if row["budget"] == 0.2]
     picture = from_folder(images)[1].image
+    from pez_core.diffusion.evaluation import evaluate
+
     alone = evaluate(
         pipe,
         rows[1]["prompt"],
@@ -463,6 +463,8 @@ def test_step_times_are_compared(tmp_path, monkeypatch, emoji_clip):
 
 
 def test_a_step_through_a_pipeline_is_measured(tmp_path):
+    import denoising
+
     out = tmp_path / "denoising.md"
     denoising.main(["--tiny", "--steps", "1", "--cases", "2,1", "--out", str(out)])
     lines = out.read_text().splitlines()

@@ -2,6 +2,7 @@ import argparse
 import copy
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import tarfile
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -886,6 +888,31 @@ def test_what_is_no_source_is_an_error(tmp_path, monkeypatch):
         load_task("sources", tmp_path)
     with pytest.raises(ValueError, match=r"`name` .*'sst2'.* but is 'imdb'"):
         load_task("imdb")
+
+
+def test_a_downloaded_source_is_checked_by_its_hash(tmp_path, monkeypatch):
+    """Another archive in the cache is not read, and pip gets the hash before it runs anything."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("pez_core.lm.data._VADER_SHA256", hashlib.sha256(b"right").hexdigest())
+    cache = tmp_path / ".cache/pez"
+    cache.mkdir(parents=True)
+    (cache / "vadersentiment-3.3.2.tar.gz").write_bytes(b"wrong")
+    with pytest.raises(ArgumentError, match="the snippets are not on this disk"):
+        load_task("sources")
+    commands = []
+
+    def pip(command, **_):
+        commands.append([*command, Path(command[-1]).read_text()])
+        (Path(command[-1]).parent / "vadersentiment-3.3.2.tar.gz").write_bytes(b"right")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ArgumentError, match=r"`source` is .*neither the source package"):
+            load_task("sources", download=True)
+    (command,) = commands
+    assert "--require-hashes" in command and hashlib.sha256(b"right").hexdigest() in command[-1]
+    assert (cache / "vadersentiment-3.3.2.tar.gz").read_bytes() == b"right"
 
 
 @pytest.mark.parametrize(

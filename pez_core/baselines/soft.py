@@ -31,7 +31,7 @@ def soft_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callable[[SoftProgress], bool | None] | None = None,
     acceptable: Acceptable | None = None,
     *,
