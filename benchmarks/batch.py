@@ -154,14 +154,14 @@ def with_kills(images: Path, out: Path, count: int) -> dict:
                 raise SystemExit("the run ended before its turn")
             time.sleep(0.2)
 
-    seen = {"worker killed at": wait_for(1 / 3)}
+    counts = {"worker killed at": wait_for(1 / 3)}
     os.kill(_workers()[0], signal.SIGKILL)
-    seen["driver killed at"] = wait_for(2 / 3)
+    counts["driver killed at"] = wait_for(2 / 3)
     driver.kill()
     driver.wait()
     summary, _ = finish(start(images, out, "--ray", "--workers", "2"))
-    seen |= {"rows": len(rows(out)), "found before": summary["finished_before"]}
-    return seen | {"seconds": time.perf_counter() - began}
+    counts |= {"rows": len(rows(out)), "found before": summary["finished_before"]}
+    return counts | {"seconds": time.perf_counter() - began}
 
 
 def _workers() -> list[int]:

@@ -212,15 +212,15 @@ def find(
 
 def run(method: Method, problems: Problems, plan: dict[float | None, int]) -> dict:
     """The prompts after the steps of each budget, or at the end of a shorter run."""
-    seen = {}
+    noted = {}
 
     def note(step: int, read: Callable) -> bool:
         if step in plan.values():
-            seen[step] = read()
+            noted[step] = read()
         return step >= max(plan.values())
 
     last = method.run(problems, note)
-    return {budget: seen.get(steps, last) for budget, steps in plan.items()}
+    return {budget: noted.get(steps, last) for budget, steps in plan.items()}
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -231,8 +231,8 @@ def table_lines(bench: Bench, judge: Clip) -> list[str]:
     lines = [
         "## The methods (table 1)",
         "",
-        "Eight tokens, where nothing else is said, after 10 seconds each. *Paper* is the mean of "
-        "its four datasets; all are less PEZ as published.",
+        "Eight tokens, unless the name has another number, after 10 seconds each. *Paper* is the "
+        "mean of its four datasets; all are less PEZ as published.",
         "",
         "| method | paper | neutral | own |",
         "|---|---|---|---|",

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 PUBLISHED = "PEZ as published"
 TEXTS = 256  # encoded at once
 EXPLANATION = """\
-*Own* is the similarity with the image by the CLIP that was searched, of the printed prompt; *in the
-loop*, as the search saw it. *Neutral* is that by a CLIP that took no part. *True keyword* is the
-share of prompts with a word of the image's own name or keywords and, in brackets, of the other
-images'. *Lost per word* is the similarity lost when a word is dropped, the mean over the words.
-*Perplexity* is that by a small language model, a geometric mean. Behind ± is one standard error:
-over the images, of the mean over the seeds. Differences are with PEZ as published in the same
-seconds (in the most seconds, for what has no budget), paired by image."""
+*Own* is the similarity of the printed prompt with the image by the CLIP of the search; *in the
+loop* is that of the search itself. *Neutral* is the similarity by a held-out CLIP. *True keyword*
+is the share of prompts with a word of the image's own name or keywords and, in brackets, of the
+other images'. *Lost per word* is the similarity lost when a word is dropped, the mean over the
+words. *Perplexity* is that by a small language model, a geometric mean. Behind ± is one standard
+error: over the images, of the mean over the seeds. Differences are with PEZ as published in the
+same seconds (in the most seconds, for methods without a budget), paired by image."""
 
 # (method, prompt_len, budget) -> its rows
 Cells = dict[tuple[str, int, float | None], list[dict]]
@@ -199,15 +199,15 @@ def table(cells: Cells, bench: Bench, prompt_len: int) -> list[str]:
             keyword(rows),
             with_error(rows, "lost_neutral"),
             with_error(rows, "lost"),
-            perplexity(rows) if known(rows, "nats") else "-",
-            with_error(rows, "images") if known(rows, "images") else "-",
+            perplexity(rows) if measured_for(rows, "nats") else "-",
+            with_error(rows, "images") if measured_for(rows, "images") else "-",
             f"{rows[0]['steps']:,}" if budget else "-",
         ]
         lines.append(f"| {seconds(bench, rows[0])} | {name} | {' | '.join(texts)} |")
     return lines
 
 
-def known(rows: Sequence[dict], measure: str) -> bool:
+def measured_for(rows: Sequence[dict], measure: str) -> bool:
     return all(row[measure] is not None for row in rows)
 
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     drawings = Drawings(arguments.folder)
-    seen, accuracy = drawings.best_named_styles()
+    best, accuracy = drawings.best_named_styles()
     lines = [
         "# Style prompts on new subjects",
         "",
@@ -68,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"tokens and come from {IMAGES} drawings of other things. {arguments.trials} trials; one "
         f"standard error is about {100 * (0.18 / arguments.trials) ** 0.5:.0f} points.",
     ]
-    for name, known in (("best named", seen), ("different to a person", DIFFERENT)):
-        styles = [HELD_OUT_STYLE, *known]
+    for name, others in (("best named", best), ("different to a person", DIFFERENT)):
+        styles = [HELD_OUT_STYLE, *others]
         trials = drawings.trials(styles, arguments.trials, arguments.seed)
         lines += report(drawings, name, styles, trials, learn_all(drawings, trials, arguments))
     lines += [
         "",
-        "How often its own words pick a style among all ten that the model knows: "
+        "How often its own words pick a style among all ten of the training data: "
         + ", ".join(f"{style} {100 * share:.0f} %" for style, share in accuracy.items())
         + ".",
     ]
