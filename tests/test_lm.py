@@ -1,4 +1,5 @@
 import argparse
+import ast
 import copy
 import csv
 import gzip
@@ -1150,6 +1151,15 @@ ROOMS = ("pez_core.lm", "pez_core.baselines", "pez_core.checkpoint")
 def test_users_of_images_import_no_language_model_room():
     every = "import pez_core; [getattr(pez_core, name) for name in pez_core.__all__]"
     assert imported(every, *ROOMS) == "[]"
+
+
+def test_image_commands_import_the_options_of_the_language_model_room_alone(tmp_path):
+    pytest.importorskip("pez_core.cli.main")
+    arguments = ["invert", str(ROOT / "examples/noto-fish.png"), "--effort", "fast"]
+    arguments += ["--steps", "1", "--swaps", "1", "--prompt-len", "2", "--device", "cpu"]
+    code = f"from pez_core.cli import main; assert main({arguments!r}) == 0"
+    names = {"pez_core.lm", "pez_core.lm.command", "pez_core.lm.choices"}
+    assert set(ast.literal_eval(imported(code, *ROOMS))) <= names
 
 
 def test_the_options_of_the_command_need_no_torch():
