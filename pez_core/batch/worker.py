@@ -18,8 +18,8 @@ from ..clip.load import default_dtype
 from ..errors import ArgumentError
 from ..readability import load_language_model
 from ..results import Result
-from ..scoring import score_pairs
-from ..targets import Avoid
+from ..scoring import check_finite
+from ..targets import Avoid, encode_targets
 from ..tasks import distill, invert
 from .job import Job
 
@@ -211,11 +211,15 @@ class Worker:
     def _score(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
         prompts = [item["prompt"] for item, _ in group]
         images = torch.cat([feature for _, feature in group])
+        # each text alone: a sum may depend on the others in the batch
+        texts = torch.cat([encode_targets("prompt", self.clip, [prompt]) for prompt in prompts])
+        pairs = zip(texts, images, strict=True)
+        similarities = torch.stack([text @ image for text, image in pairs])
         encode = self.clip.text.words.encode
         return [
             {"prompt": prompt, "similarity": similarity, "token_ids": encode(prompt), "seed": None}
             for prompt, similarity in zip(
-                prompts, score_pairs(self.clip, prompts, images), strict=True
+                prompts, check_finite(similarities, self.clip).tolist(), strict=True
             )
         ]
 

@@ -25,6 +25,7 @@ _NAMES = {
     "name": "--clip",
     "pretrained": "--clip",
     "name_or_path": "--language-model",
+    "path": "--vocabulary",
     "images": "IMAGE",
     "prompt": "PROMPT",
     "prompts": "PROMPT",

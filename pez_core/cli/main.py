@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ArgumentError
-from . import batch, learn, lm, models, score
+from ..lm import command as lm
+from . import batch, learn, models, score
 from .arguments import option_name
 
 # Errors that a user can do something about; a traceback would not help.
