@@ -257,7 +257,7 @@ def _taken(items: pa.Table, job: Job, limit: int | None, shuffle: bool) -> pa.Ta
     """The items to take, in an order that does not depend on their number."""
     if shuffle:
         keys = [
-            hashlib.blake2b(f"{job.seed}/{item}".encode(), digest_size=8).digest()
+            hashlib.blake2b(f"{job.options.seed}/{item}".encode(), digest_size=8).digest()
             for item in items["id"].to_pylist()
         ]
         items = items.take(pa.array(np.argsort(np.array(keys, "S8"), kind="stable")))

@@ -39,6 +39,10 @@ _FULL = 4
 _SHARE = 0.4
 
 
+# Arguments of the tasks, as the errors of items name them.
+_SHOWN = {"images": "the item", "prompt": "the prompt"}
+
+
 class Problem(ValueError):
     """Why an item cannot be searched, as `Kind: message`."""
 
@@ -228,7 +232,9 @@ class Worker:
             return failed_row(item["id"], str(error))
         cause = error.__cause__ or error
         kind = "ValueError" if isinstance(cause, ArgumentError) else type(cause).__name__
-        message = error.reason if isinstance(error, ArgumentError) else str(error)
+        message = str(error)
+        if isinstance(error, ArgumentError):
+            message = error.render(lambda name: _SHOWN.get(name, name))
         return failed_row(item["id"], f"{kind}: {message}")
 
 
