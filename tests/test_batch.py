@@ -342,10 +342,13 @@ def test_a_damaged_table_is_an_item_with_a_problem(tmp_path, suffix):
     ("job", "message"),
     [
         ({"task": "paint"}, "`task` has to be one of 'invert'"),
-        ({"task": "distill", "caption": "a {}"}, r"`caption` is 'a \{\}', but task 'distill'"),
-        ({"task": "invert", "ratio": 0.5}, "`ratio` is 0.5, but task 'invert'"),
-        ({"task": "score", "options": SearchOptions(steps=3)}, "`steps` is 3, but task 'score'"),
-        ({"task": "score", "language_model": "x"}, "`language_model` is 'x', but task 'score'"),
+        ({"task": "distill", "caption": "a {}"}, "`caption` is given, but task 'distill'"),
+        ({"task": "invert", "ratio": 0.5}, "`ratio` is given, but task 'invert'"),
+        (
+            {"task": "score", "options": SearchOptions(steps=3)},
+            "`steps` is given, but task 'score'",
+        ),
+        ({"task": "score", "language_model": "x"}, "`language_model` is given, but task 'score'"),
         ({"options": SearchOptions(time_limit=3)}, "`time_limit` cannot be an option of a batch"),
         ({"options": SearchOptions(batch_size=3)}, "`batch_size` cannot be an option of a batch"),
         ({"options": SearchOptions(seed=[1, 2])}, "`seed` has to be an integer"),
@@ -1044,12 +1047,13 @@ def test_the_tasks_of_the_command_are_those_of_a_job():
     [
         (["--workers", "2"], "--workers requires --ray; add it"),
         (["--address", "auto"], "--address requires --ray; add it"),
-        (["--task", "distill", "--caption", "a {}"], "--caption is 'a {}', but task 'distill'"),
+        (["--task", "distill", "--caption", "a {}"], "--caption is given, but task 'distill'"),
         (["--limit", "0"], "--limit has to be at least 1"),
         (["--batch-size", "0"], "--batch-size has to be at least 1"),
         (["--clip", "nothing-here"], "nothing-here"),
         (["--language-model", "x"], "--language-model requires --readability above 0"),
-        (["--avoid", str(EXAMPLES[0])], "--avoid is the text"),
+        (["--avoid", str(EXAMPLES[0])], "a batch can avoid only texts"),
+        (["--task", "score", "--allow-unsafe"], "--allow-unsafe is given, but task 'score'"),
         (["--image-column", "a"], None),
     ],
 )

@@ -650,6 +650,13 @@ def test_errors_of_models_name_options(call, arguments, message, tmp_path, monke
     assert done.code == 2 and message in done.err and done.out == ""
 
 
+def test_a_vocabulary_that_is_nested_too_deeply_is_named(call, loads, tmp_path):
+    file = tmp_path / "deep.json"
+    file.write_text('{"operation": "&", "left": ' * 5000)
+    done = call("invert", IMAGES[0], "--vocabulary", str(file))
+    assert done.code == 2 and str(file) in done.err and done.out == ""
+
+
 def test_options_are_checked_before_a_clip_is_loaded(call, loads):
     assert call("invert", IMAGES[0], "--restarts", "0").code == 2
     assert call("score", "a", "--image", "missing.png").code == 2

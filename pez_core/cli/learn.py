@@ -229,12 +229,13 @@ def _fill(
         return
     try:
         results = search(images)
+        found = [row_of(result) for result in results]
     except (RuntimeError, ArithmeticError, MemoryError) as error:
         for row in good:
             row["error"] = str(error) or type(error).__name__
         return
-    for row, result in zip(good, results, strict=True):
-        row |= row_of(result) | {"seconds": round(result.seconds / len(good), 3)}
+    for row, result, fields in zip(good, results, found, strict=True):
+        row |= fields | {"seconds": round(result.seconds / len(good), 3)}
         if not arguments.json:
             print(row["image"])
             print("  ", end="")
