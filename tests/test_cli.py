@@ -22,6 +22,7 @@ import pez_core
 from pez_core import Clip, SearchOptions, Vocabulary
 from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
+from pez_core.clip import images
 from pez_core.readability import as_written
 from pez_core.results import Report, Result
 from pez_core.tasks import DistillResult, FuseResult, StyleResult
@@ -383,22 +384,20 @@ def test_the_judge_is_another_clip(as_json, loads, tiny):
 
 
 def test_score_explains_and_prunes(call, as_json, loads, tiny):
-    images = ["--image", IMAGES[0], "--image", IMAGES[1]]
-    rows = as_json("score", "a happy face", "dog", *images, "--explain", "--prune")
+    given = ["--image", IMAGES[0], "--image", IMAGES[1]]
+    rows = as_json("score", "a happy face", "dog", *given, "--explain", "--prune")
     assert [len(row["similarities"]) for row in rows] == [2, 2]
     assert [entry["word"] for entry in rows[0]["words"]] == ["a", "happy", "face"]
     assert rows[1]["pruned"]["prompt"] == "dog" and rows[1]["pruned"]["dropped"] == []
-    done = call("score", "a happy face", *images, "--explain", "--judge", "judge")
+    done = call("score", "a happy face", *given, "--explain", "--judge", "judge")
     lines = done.out.splitlines()
     assert lines[0] == "a happy face" and lines[1].endswith(IMAGES[0]) and "judge" in lines[1]
     assert len(lines) == 6
 
 
 def test_images_are_loaded_once(call, loads, monkeypatch):
-    opened, load = [], pez_core.clip.images.Image.open
-    monkeypatch.setattr(
-        pez_core.clip.images.Image, "open", lambda file: opened.append(str(file)) or load(file)
-    )
+    opened, load = [], images._from_path
+    monkeypatch.setattr(images, "_from_path", lambda path: opened.append(str(path)) or load(path))
     call("score", "a red dog", "--image", IMAGES[0], "--explain", "--prune", "--judge", "judge")
     call("invert", IMAGES[1], *QUICK)
     assert opened == IMAGES[:2]
@@ -490,7 +489,7 @@ def test_a_bad_file_beside_good_ones(call, searches, tmp_path):
     rows = json.loads(done.out)
     assert done.code == 1 and [row["image"] for row in rows] == names
     assert "prompt" in rows[0] and "prompt" in rows[4]
-    for row, message in zip(rows[1:4], ["not an image", "does not exist", "opened"], strict=True):
+    for row, message in zip(rows[1:4], ["image", "not exist", "cannot be"], strict=True):
         assert set(row) == {"image", "error"} and message in row["error"]
     assert "`" not in rows[1]["error"] and str(bad) in rows[1]["error"]
     done = call("invert", *names)
