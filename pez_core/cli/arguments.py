@@ -270,7 +270,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
     options = with_language_model(arguments, search_options(arguments))
     clip = load_clip(arguments)
     if options.language_model is not None:
-        from ..clip.load import default_dtype
+        from ..clip.device import default_dtype
 
         options.language_model.model.to(clip.device, default_dtype(clip.device))
     return clip, options
