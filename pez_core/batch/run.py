@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from ..errors import check_integer
 from .engine import Cluster, InProcess, OnRay, spread
@@ -19,6 +20,8 @@ from .job import Job
 from .output import Output
 from .sources import Columns, find_items
 from .worker import failed_row
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 # A chunk is lost when its worker is killed: a small part of the items of a worker, but not so small
 # that a large dataset becomes a great number of files.

@@ -104,7 +104,7 @@ class Worker:
         if free is None or self.job.task != "invert":
             return items
         variants = self.job.options.work.trials * self.job.options.restarts
-        each = variants * self.clip.text.memory_per_prompt(self.job.prompt_len)
+        each = variants * self.clip.text.memory_per_prompt(self.job.prompt_len or 1)
         return max(1, min(items, int(_SHARE * free) // each))
 
     def check(self) -> None:
@@ -209,8 +209,9 @@ class Worker:
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
         ((item, prompt),) = group
-        options = replace(self._options, seed=self.job.seed_of(item["id"]))
-        return [_row(distill(self.clip, prompt, options, ratio=self.job.ratio), options.seed)]
+        seed = self.job.seed_of(item["id"])
+        options = replace(self._options, seed=seed)
+        return [_row(distill(self.clip, prompt, options, ratio=self.job.ratio), seed)]
 
     def _score(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
         prompts = [item["prompt"] for item, _ in group]
