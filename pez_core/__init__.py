@@ -10,12 +10,13 @@ from .refine import Refinement, refine
 from .search import Progress, Settings, search
 from .space import PhraseSpace, TokenSpace
 from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract_style, invert
+from .version import read_version
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
     from .diffusion import PezPipeline as PezPipeline
 
-__version__ = "0.1.0"
+__version__ = read_version()
 
 __all__ = [
     "PRESETS",

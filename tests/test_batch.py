@@ -697,7 +697,7 @@ def test_usage_errors(command, arguments, message):
 def test_without_ray_it_says_what_to_install(command, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     status, said = command("--ray")
-    assert status == 2 and "install the extra `batch`" in said.err
+    assert status == 2 and "install the extra `ray`" in said.err
 
 
 def test_images_are_read_while_others_are_searched(images, monkeypatch):

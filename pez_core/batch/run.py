@@ -122,7 +122,7 @@ def run(
             both None before anything is done. A true return value ends the run; in this process
             what was found is kept, and on Ray the chunks that were being searched are lost.
         columns: which columns of a table are meant.
-        cluster: run on Ray, with a worker per GPU or core, which needs the extra `batch`; None: in
+        cluster: run on Ray, with a worker per GPU or core, which needs the extra `ray`; None: in
             this process.
         device, download: as `load_clip` takes them.
         at_once: items that a worker searches side by side, at least 1; None: what pays on its
