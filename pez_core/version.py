@@ -28,3 +28,6 @@ def read_version(pyproject: Path = _PYPROJECT) -> str:
         return installed_version("pez-core")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+__version__ = read_version()
