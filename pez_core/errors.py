@@ -35,9 +35,12 @@ class ArgumentError(ValueError):
         Args:
             name_of: the name of an argument in `pez_core` -> what stands for it in the message.
         """
-        end = f"; {self.remedy}." if self.remedy else "."
-        text = f"`{self.argument}` {self.problem}".rstrip(".") + end
-        return _NAME.sub(lambda found: name_of(found[1]), text)
+        return _NAME.sub(lambda found: name_of(found[1]), f"`{self.argument}` {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        """The message without the name of the argument, for places where it has none."""
+        return self.problem.rstrip(".") + (f"; {self.remedy}." if self.remedy else ".")
 
     def about(self, argument: str) -> ArgumentError:
         """The same error about another argument, through which the value came."""

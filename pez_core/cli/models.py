@@ -1,0 +1,36 @@
+"""`pez models`: the CLIPs that can be searched on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add `models` to the subparsers of `pez`."""
+    command = commands.add_parser(
+        "models", help="list the CLIPs on this disk and those that can be downloaded"
+    )
+    command.set_defaults(run=_models)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    import open_clip
+
+    from ..clip.load import BUNDLED, PRESETS, find_on_disk, models_folder
+
+    print("Bundled (no download):")
+    for name in BUNDLED:
+        print(f"  {name}")
+    print("\nOn this disk:")
+    tags = [(name, tag) for name, tag in open_clip.list_pretrained() if find_on_disk(name, tag)]
+    for name, tag in tags:
+        print(f"  {name}:{tag}")
+    if not tags:
+        print("  none")
+    print(f"  (searched: the Hugging Face cache, and {models_folder()} for NAME.TAG.safetensors)")
+    print("\nFor download (only with --download):")
+    for preset in PRESETS:
+        name = f"{preset.name}:{preset.pretrained}"
+        print(f"  {name:32s} {preset.size:5.2f} GB  {preset.purpose}")
+    return 0
