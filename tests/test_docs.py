@@ -151,6 +151,7 @@ def run_bash(code: str, folder) -> None:
         assert main(arguments) == 0, line
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page, desk, tiny, tiny_clip, capsys):
     if page.stem == "datasets":

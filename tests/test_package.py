@@ -97,6 +97,7 @@ def test_an_index_gets_absolute_links_once_the_repository_has_an_address():
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """The source distribution, unpacked."""
+    pytest.importorskip("setuptools", minversion="77", reason="install the extra `test` again")
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"  # a build writes into its tree
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "__pycache__")
@@ -109,6 +110,7 @@ def sdist(tmp_path_factory):
     return folder / archive.name.removesuffix(".tar.gz")
 
 
+@pytest.mark.timeout(900)
 def test_the_sdist_has_all_that_its_tests_read(sdist):
     assert (sdist / "pez_core/py.typed").exists()
     assert (sdist / "pez_core/models/emoji-clip/open_clip_model.safetensors").exists()
@@ -119,7 +121,7 @@ def test_the_sdist_has_all_that_its_tests_read(sdist):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/test_space.py", "tests/test_docs.py"],
         cwd=sdist,
-        env=os.environ | {"PYTHONPATH": str(sdist), "PYTEST_ADDOPTS": "-k 'not blocks'"},
+        env=os.environ | {"PYTHONPATH": str(sdist), "PYTEST_ADDOPTS": "-k 'space or link_leads'"},
         capture_output=True,
         text=True,
     )
