@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .targets import Avoid, objective_for
     from .tasks import DistillResult, FuseResult, StyleResult, distill, fuse, invert, style
     from .tracker import Progress
-    from .version import __version__
+    from .version import __version__ as __version__
     from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 __all__ = [
