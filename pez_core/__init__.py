@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from .targets import Avoid, objective_for
     from .tasks import DistillResult, FuseResult, StyleResult, distill, fuse, invert, style
     from .tracker import Progress
+    from .version import __version__ as __version__
     from .vocabulary import UNSAFE_WORDS, Vocabulary
-
-__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",
@@ -89,6 +88,7 @@ _MODULES = {
         "style",
     ),
     "tracker": ("Progress",),
+    "version": ("__version__",),
     "vocabulary": ("UNSAFE_WORDS", "Vocabulary"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -141,8 +141,8 @@ class OnRay:
             import ray.data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
-                f"a run on Ray needs the package {error.name}; install the extra `batch`: "
-                "pip install -e '.[batch]' in the clone."
+                f"a run on Ray needs the package {error.name}; install the extra `ray`: "
+                "pip install -e '.[ray]' in the clone."
             ) from error
         self._ray, self._job, self._cluster = ray, job, cluster
         self._arguments = (job, device, download, batch_size)

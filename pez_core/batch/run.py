@@ -126,7 +126,7 @@ def run(
             both None before anything is done. A true return value ends the run; in this process
             all finished rows are kept, and on Ray the chunks that were being searched are lost.
         columns: of tables.
-        cluster: run on Ray, with a worker per GPU or core, which needs the extra `batch`; None: in
+        cluster: run on Ray, with a worker per GPU or core, which needs the extra `ray`; None: in
             this process.
         device, download: as `load_clip` takes them.
         batch_size: items that a worker searches side by side, at least 1; None: a number for its
