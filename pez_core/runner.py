@@ -253,7 +253,7 @@ def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
     default = clip.vocabulary.tolist()
     if lexicon is None:
         return default
-    known, round_trips = set(default), clip.text.words.survives
+    known, round_trips = set(default), clip.text.words.round_trips
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
     return [token for token in single if token in known or round_trips([token])]
 
@@ -285,7 +285,7 @@ class _Start:
         if self.lexicon is None:
             return self.space
         single, phrases = set(self.single), self.lexicon.phrases
-        good = frozenset(p for p in phrases if len(p) > 1 or p[0] in single)
+        good = frozenset(p for p in phrases if len(p) > 1 or single.issuperset(p))
         if not good or len(good) == len(phrases):
             return self.space
         return _space(self.clip, self.options, Lexicon(good), self.prompt_len)
@@ -621,8 +621,9 @@ def _final_scores(
         scores = (features @ target.features.T @ target.weights).tolist()
     else:
         scores = (features @ target.direction).tolist()
-    if losses is not None:
-        weight = problem.options.extra_loss.weight
+    extra = problem.options.extra_loss
+    if losses is not None and extra is not None:
+        weight = extra.weight
         pairs = zip(scores, losses, strict=True)
         scores = [(1 - weight) * score - weight * loss for score, loss in pairs]
     if problem.readability is not None:
@@ -637,7 +638,7 @@ def _round_trip(clip: AnyClip, caption: Caption, ids: list[int]) -> list[int]:
     if caption.round_trips(ids):
         return ids
     log.warning("The prompt found does not round-trip; taking the tokens of its printed text.")
-    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    ids = [i for i in words.encode(words.decode(ids)) if words.round_trips([i])][:limit]
     while ids and not caption.round_trips(ids):
         ids.pop()
     return ids or clip.vocabulary[:1].tolist()

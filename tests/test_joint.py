@@ -117,7 +117,7 @@ def test_tokenizers_that_differ(emoji_clip):
             return torch.tensor([row + [1] * (77 - len(row)) for row in rows])
 
     clip = Clip(make_clip().model, Other(), "other")
-    with pytest.raises(ValueError, match="tokenizers of emoji-clip and other differ"):
+    with pytest.raises(ValueError, match="emoji-clip and other, whose tokenizers differ"):
         JointClip([emoji_clip, clip])
 
 
@@ -127,13 +127,13 @@ def test_bad_lists(emoji_clip, vit_clip):
     with pytest.raises(ValueError, match="holds one CLIP twice"):
         JointClip([emoji_clip, emoji_clip])
     for weights in ([1], [1, 0], [1, float("nan")]):
-        with pytest.raises(ValueError, match="`weights` has to hold one number above 0"):
+        with pytest.raises(ValueError, match=r"`weights` has to (hold 2 numbers|be finite)"):
             JointClip([emoji_clip, vit_clip], weights)
     with pytest.raises(ValueError, match="`name` is an empty list"):
         load_clip([])
     with pytest.raises(ValueError, match="`name` holds one CLIP twice"):
         load_clip(["emoji-clip", "emoji-clip"])
-    with pytest.raises(ValueError, match="one number for each of 2 CLIPs"):
+    with pytest.raises(ValueError, match="`weights` has to hold 2 numbers"):
         load_clip(["emoji-clip", "x"], weights=[1])
     with pytest.raises(ValueError, match="but there is one CLIP"):
         load_clip("emoji-clip", weights=[1])

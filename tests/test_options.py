@@ -238,7 +238,7 @@ def test_the_vocabulary_with_the_list_of_unsafe_words():
 def clip():
     """All tokens may be used."""
     clip = make_clip()
-    clip.known = None
+    clip.trained_tokens = None
     return clip
 
 

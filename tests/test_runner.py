@@ -49,7 +49,7 @@ def small_clip():
 def all_tokens_clip():
     """A CLIP whose prompts may have every token."""
     clip = make_clip()
-    clip.known = None
+    clip.trained_tokens = None
     return clip
 
 

@@ -85,7 +85,7 @@ def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
 
 def test_a_word_of_several_pieces_from_a_bank():
     clip = make_clip()
-    clip.known = None
+    clip.trained_tokens = None
     bank = Vocabulary(only=["rutkowski", "cat"])
     assert sorted(map(len, bank.lexicon(clip).phrases))[-1] > 1
     assert phrases(bank, clip) == {"rutkowski", "cat"}

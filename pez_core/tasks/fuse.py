@@ -13,6 +13,7 @@ from ..options import SearchOptions
 from ..prompt_text import SYNTAX, read, tags
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn
+from ..scoring import check_finite
 from ..targets import Target, as_list, check_text, encode_targets
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def fuse(
         f"The join has {len(ids)} tokens, more than max_tokens {longest}; one prompt was learned "
         "instead."
     )
-    return FuseResult(**(vars(result) | {"note": note if could_join else ""}), fused=True)
+    return FuseResult(**vars(replace(result, note=note if could_join else "")), fused=True)
 
 
 def _joined(
@@ -103,7 +104,7 @@ def _joined(
     """The plain join of texts, scored."""
     feature = clip.encode_chunks([ids])
     parts, targets = clip.split(feature), clip.split(features)
-    similarities = (features @ feature).tolist()
+    similarities = check_finite(features @ feature, clip).tolist()
     return FuseResult(
         prompt=prompt,
         similarity=sum(s * w for s, w in zip(similarities, shares.tolist(), strict=True)),
