@@ -616,10 +616,8 @@ def test_larger():
 
 def test_faults_are_those_of_code_that_runs():
     found = mutate.mutants("small.py", FAULTY)
-    assert [(one.kind, one.before, one.after) for one in found[-2:]] == [
-        ("comparison", "b == 7", "b != 7"),
-        ("constant", "7", "8"),
-    ]
+    changes = {(one.kind, one.before, one.after) for one in found}
+    assert {("comparison", "b == 7", "b != 7"), ("constant", "7", "8")} < changes
     assert Counter(one.kind for one in found) == {
         "constant": 2, "condition": 1, "removed": 2, "and, or": 1, "comparison": 2, "unary": 1,
     }  # fmt: skip

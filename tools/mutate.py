@@ -40,9 +40,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # File -> tests that cover it.
 TESTS = {
     "pez_core/pez.py": ("tests/test_pez.py", "tests/test_tasks.py"),
-    "pez_core/tracker.py": ("tests/test_pez.py", "tests/test_swaps.py", "tests/test_capture.py"),
+    "pez_core/tracker.py": ("tests/test_pez.py", "tests/test_runner.py", "tests/test_capture.py"),
     "pez_core/swaps.py": ("tests/test_swaps.py", "tests/test_capture.py"),
-    "pez_core/runner.py": ("tests/test_tasks.py", "tests/test_swaps.py", "tests/test_steering.py"),
+    "pez_core/runner.py": (
+        "tests/test_runner.py",
+        "tests/test_tasks.py",
+        "tests/test_swaps.py",
+        "tests/test_steering.py",
+    ),
     "pez_core/vocabulary.py": ("tests/test_vocabulary.py", "tests/test_steering.py"),
     "pez_core/prompt_text.py": ("tests/test_prompt_text.py", "tests/test_tasks_on_text.py"),
 }
