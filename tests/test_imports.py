@@ -16,12 +16,8 @@ LONGEST = 60
 EXEMPT = {
     "nodes/learning.py",
     "nodes/words.py",
-    "pez_core/cli.py",
-    "pez_core/clip/load.py",
     "pez_core/diffusion/evaluation.py",
     "pez_core/diffusion/pipeline.py",
-    "pez_core/lm/command.py",
-    "pez_core/lm/tune.py",
 }
 
 
