@@ -7,7 +7,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..pez_core.clip.load import default_dtype
+from ..pez_core.clip.device import default_dtype
 from . import models
 from .inputs import CATEGORY, PezClip, naming_widgets
 from .live import tell

@@ -36,12 +36,9 @@ class ArgumentError(ValueError):
         Args:
             name_of: the name of an argument in `pez_core` -> what stands for it in the message.
         """
-        return _NAME.sub(lambda found: name_of(found[1]), f"`{self.argument}` {self.reason}")
-
-    @property
-    def reason(self) -> str:
-        """The message without the name of the argument, for places where it has none."""
-        return self.problem.rstrip(".") + (f"; {self.remedy}." if self.remedy else ".")
+        end = f"; {self.remedy}." if self.remedy else "."
+        text = f"`{self.argument}` {self.problem}".rstrip(".") + end
+        return _NAME.sub(lambda found: name_of(found[1]), text)
 
     def about(self, argument: str) -> ArgumentError:
         """The same error about another argument, through which the value came."""
@@ -114,6 +111,14 @@ def check_weights(name: str, weights: object, count: int) -> list[float]:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless the argument `name` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ArgumentError(name, f"has to be one of {listed} but is {value!r}")
+    problem = f"has to be one of {', '.join(map(repr, choices))} but is {value!r}"
+    if not isinstance(value, str):
+        raise ArgumentTypeError(name, problem)
+    if value not in choices:
+        raise ArgumentError(name, problem)
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise unless the argument `name` is of a class."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(name, f"has to be a {kind.__name__} but is {value!r}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .clip.load import default_dtype
+from .clip.device import default_dtype
 from .errors import ArgumentError
 
 _REMEDY = "give a GGUF file, a folder of transformers, or a model of the hub"

@@ -62,13 +62,13 @@ def repeated_share(text: str) -> float:
     "the" and marks may occur again, but neither twice in a row nor behind the same word.
     """
     words = ["0" if w.isdigit() else w for w in _WORD_OR_MARK.findall(text.casefold())]
-    seen: set[str] = set()
+    earlier: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     repeated = 0
     for before, word in zip(["", *words], words, strict=False):
         free = word in _FUNCTION_WORDS and word != before and (before, word) not in pairs
-        repeated += word in seen and not free
-        seen.add(word)
+        repeated += word in earlier and not free
+        earlier.add(word)
         pairs.add((before, word))
     return repeated / max(1, len(words))
 
@@ -118,9 +118,9 @@ class LanguageModel:
 
     def __init__(self, model: torch.nn.Module, tokenizer, opening: str = "Image:") -> None:
         self.model, self.tokenizer, self.opening = model.eval(), tokenizer, opening
-        known = tokenizer.get_vocab()
+        vocabulary = tokenizer.get_vocab()
         special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        first = known.get("<|endoftext|>")
+        first = vocabulary.get("<|endoftext|>")
         self.start = next(i for i in [first, *special] if i is not None)
         self._given = 1 + len(self._ids([opening])[0])
         after = len(self._ids(["a"])[0])

@@ -11,7 +11,7 @@ import torch
 from .clip.images import ImageInput, load_images
 from .errors import ArgumentError, ArgumentTypeError, check_number
 from .prompt_text import chunks
-from .targets import Target, as_list, encode_targets
+from .targets import Target, as_list, check_text, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -59,6 +59,7 @@ def score(
     for text in texts:
         if not isinstance(text, str):
             raise ArgumentTypeError("prompts", f"has to hold strings but holds {text!r}")
+        check_text("prompts", text, "give the file as one of the `images`")
     pictures, _ = load_images(images)
 
     def pairs(one: AnyClip) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,6 +196,7 @@ def _split(prompt: str) -> list[str]:
     words = prompt.split()
     if not words:
         raise ArgumentError("prompt", "is empty", "give at least one word")
+    check_text("prompt", prompt, "give a text, and the file as the `target`")
     return words
 
 

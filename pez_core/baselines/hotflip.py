@@ -15,7 +15,7 @@ def autoprompt(
     space: TokenSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Budget = Budget(),  # noqa: B008
+    settings: Budget = Budget(),
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,

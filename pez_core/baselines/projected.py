@@ -19,7 +19,7 @@ def autoprompt_sgd(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,
@@ -59,7 +59,7 @@ def fluent_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,

@@ -31,7 +31,7 @@ def soft_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callable[[SoftProgress], bool | None] | None = None,
     acceptable: Acceptable | None = None,
     *,
@@ -58,7 +58,7 @@ def soft_prompt(
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
-        # reported is P before the step that moves it, of which the scores are known
+        # the reported P is that before the step of the optimiser, whose scores are computed
         prompt, soft_scores = P.detach().clone(), torch.zeros(len(ids), device=P.device)
 
         def report(progress: SoftProgress) -> bool | None:

@@ -137,8 +137,8 @@ class OnRay:
         self, job: Job, device: str | None, download: bool, batch_size: int | None, cluster: Cluster
     ) -> None:
         try:
-            import ray
-            import ray.data
+            import ray  # pyright: ignore[reportMissingImports]
+            import ray.data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"a run on Ray needs the package {error.name}; install the extra `ray`: "

@@ -7,7 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
-from ..errors import ArgumentError, check_choice, check_integer, check_number, check_string
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+    check_integer,
+    check_number,
+    check_string,
+)
 from ..options import SearchOptions
 from ..targets import check_text
 from ..tasks.invert import PROMPT_LEN
@@ -76,7 +83,7 @@ class Job:
         self._check_use()
         check_string("caption", self.caption)
         for text in self.avoid:
-            check_text("avoid", check_string("avoid", text))
+            _check_avoided(text)
         check_number("avoid_weight", self.avoid_weight)
         check_number("ratio", self.ratio, 0, 1, above=True)
 
@@ -91,7 +98,7 @@ class Job:
             if value != one.default:
                 raise ArgumentError(
                     one.name,
-                    f"is {value!r}, but task {self.task!r} does not use it",
+                    f"is given, but task {self.task!r} does not use it",
                     "leave it out",
                 )
 
@@ -113,6 +120,15 @@ class Job:
         """The seed of the item with this id, below 2^48."""
         text = f"{self.options.seed}/{item}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+
+
+def _check_avoided(text: object) -> None:
+    try:
+        check_text("avoid", check_string("avoid", text))
+    except ArgumentTypeError:
+        raise
+    except ArgumentError as error:
+        raise ArgumentError("avoid", error.problem, "a batch can avoid only texts") from error
 
 
 def _settings_of(options: SearchOptions) -> dict:

@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..errors import ArgumentError
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 SCHEMA = pa.schema(
     [
@@ -208,7 +211,8 @@ def _read_settings(path: Path) -> dict:
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            return file.read(columns)
     except Exception as error:  # damaged files make pyarrow raise all kinds of errors
         raise ArgumentError(
             "out",

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from ..errors import check_integer
 from .engine import Cluster, InProcess, OnRay, spread
@@ -19,6 +20,8 @@ from .job import Job
 from .output import Output
 from .sources import Columns, find_items
 from .worker import failed_row
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 # A chunk is lost when its worker is killed: a small part of the items of a worker, but not so small
 # that a large dataset becomes a great number of files.
@@ -257,7 +260,7 @@ def _taken(items: pa.Table, job: Job, limit: int | None, shuffle: bool) -> pa.Ta
     """The items to take, in an order that does not depend on their number."""
     if shuffle:
         keys = [
-            hashlib.blake2b(f"{job.seed}/{item}".encode(), digest_size=8).digest()
+            hashlib.blake2b(f"{job.options.seed}/{item}".encode(), digest_size=8).digest()
             for item in items["id"].to_pylist()
         ]
         items = items.take(pa.array(np.argsort(np.array(keys, "S8"), kind="stable")))

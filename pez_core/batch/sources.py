@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
+import pyarrow.compute
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from ..errors import ArgumentError, check_choice
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 IMAGES = frozenset(
     [".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"]
@@ -331,13 +333,12 @@ def _from_table(
 
 def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table, dict[str, str]]:
     """The needed columns, as strings, and the role of each: image, prompt or id."""
+    delimiter = "\t" if _suffix(file) == ".tsv" else ","
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     if _suffix(file) == ".parquet":
         names = pq.read_schema(file).names
     else:
-        parse = pa.csv.ParseOptions(
-            delimiter="\t" if _suffix(file) == ".tsv" else ",", newlines_in_values=True
-        )
-        with pa.csv.open_csv(file, parse_options=parse) as reader:
+        with csv.open_csv(file, parse_options=parse) as reader:
             names = reader.schema.names
     chosen = {_choose(names, need, columns, file): need for need in sorted(needs)}
     if len(chosen) < len(needs):
@@ -360,12 +361,12 @@ def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table,
         table = pq.read_table(file, columns=list(chosen))
     else:
         # as they are written: an id like 007 is no number, a prompt like null no missing value
-        convert = pa.csv.ConvertOptions(
+        convert = csv.ConvertOptions(
             column_types=dict.fromkeys(chosen, pa.large_string()),
             include_columns=list(chosen),
             strings_can_be_null=False,
         )
-        table = pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
+        table = csv.read_csv(file, parse_options=parse, convert_options=convert)
     table = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names]))
     table.validate(full=True)  # Parquet may hold strings that are not UTF-8
     return table, chosen

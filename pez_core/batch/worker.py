@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..clip import load_clip
+from ..clip.device import default_dtype
 from ..clip.images import load_image, load_image_at
-from ..clip.load import default_dtype
 from ..errors import ArgumentError
 from ..readability import load_language_model
 from ..results import Result
@@ -37,6 +37,10 @@ _FULL = 4
 
 # The share of the free memory for what grows with the number of items.
 _SHARE = 0.4
+
+
+# Arguments of the tasks, as the errors of items name them.
+_SHOWN = {"images": "the item", "prompt": "the prompt"}
 
 
 class Problem(ValueError):
@@ -100,7 +104,7 @@ class Worker:
         if free is None or self.job.task != "invert":
             return items
         variants = self.job.options.work.trials * self.job.options.restarts
-        each = variants * self.clip.text.memory_per_prompt(self.job.prompt_len)
+        each = variants * self.clip.text.memory_per_prompt(self.job.prompt_len or 1)
         return max(1, min(items, int(_SHARE * free) // each))
 
     def check(self) -> None:
@@ -205,8 +209,9 @@ class Worker:
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
         ((item, prompt),) = group
-        options = replace(self._options, seed=self.job.seed_of(item["id"]))
-        return [_row(distill(self.clip, prompt, options, ratio=self.job.ratio), options.seed)]
+        seed = self.job.seed_of(item["id"])
+        options = replace(self._options, seed=seed)
+        return [_row(distill(self.clip, prompt, options, ratio=self.job.ratio), seed)]
 
     def _score(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
         prompts = [item["prompt"] for item, _ in group]
@@ -228,7 +233,9 @@ class Worker:
             return failed_row(item["id"], str(error))
         cause = error.__cause__ or error
         kind = "ValueError" if isinstance(cause, ArgumentError) else type(cause).__name__
-        message = error.reason if isinstance(error, ArgumentError) else str(error)
+        message = str(error)
+        if isinstance(error, ArgumentError):
+            message = error.render(lambda name: _SHOWN.get(name, name))
         return failed_row(item["id"], f"{kind}: {message}")
 
 

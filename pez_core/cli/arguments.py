@@ -210,7 +210,7 @@ def vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
         else []
     )
     if arguments.vocabulary is not None:
-        bases.append(Vocabulary.load(arguments.vocabulary))
+        bases.append(_saved_in(arguments.vocabulary))
     # rules that only block must not restrict a saved vocabulary of word pieces to whole words
     rules = [_blocked_in(file) for file in arguments.block_list]
     if arguments.block or arguments.ascii:
@@ -223,6 +223,13 @@ def vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
     for rule in others:
         first &= rule
     return first
+
+
+def _saved_in(file: str) -> Vocabulary:
+    try:
+        return Vocabulary.load(file)
+    except RecursionError as error:
+        raise ArgumentError("vocabulary", f"is {file!r}, which is nested too deeply") from error
 
 
 def _blocked_in(file: str) -> Vocabulary:
@@ -263,7 +270,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
     options = with_language_model(arguments, search_options(arguments))
     clip = load_clip(arguments)
     if options.language_model is not None:
-        from ..clip.load import default_dtype
+        from ..clip.device import default_dtype
 
         options.language_model.model.to(clip.device, default_dtype(clip.device))
     return clip, options

@@ -11,7 +11,6 @@ from .arguments import (
     add_clip,
     add_search,
     add_vocabulary,
-    check_texts,
     search_options,
 )
 from .learn import add_ratio, add_steering
@@ -125,7 +124,6 @@ def _batch(arguments: argparse.Namespace) -> int:
     # pyarrow takes a second to import
     from .. import batch
 
-    check_texts("avoid", arguments.avoid, "a text")
     job, cluster = _job(arguments), _cluster(arguments)
     columns = batch.Columns(arguments.image_column, arguments.prompt_column, arguments.id_column)
     settings = {

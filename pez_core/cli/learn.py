@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..interrupts import interruptible
-from .arguments import add_clip, add_search, add_vocabulary, check_texts, prepare
+from .arguments import (
+    add_clip,
+    add_search,
+    add_vocabulary,
+    check_texts,
+    option_name,
+    prepare,
+)
 from .show import print_json, print_result, row_of, search_bar
 
 if TYPE_CHECKING:
@@ -155,19 +162,25 @@ def _invert_each(
                         options=limited,
                         callback=lambda report, show=show: show(report) or interrupted(),
                     )
-                    _fill(group, watched, arguments.json)
+                    _fill(arguments, group, watched)
             was_interrupted = interrupted()
     finally:  # results are printed whatever ends the search
         for row in rows:
             if "prompt" not in row:
                 row.setdefault("error", "not searched: the command ended before")
                 if not arguments.json:
-                    print(f"pez: error: {row['image']}: {row['error']}", file=sys.stderr)
+                    print(f"pez: error: {_naming(row)}", file=sys.stderr)
         if arguments.json:
             print_json(rows)
     if was_interrupted:
         return 130
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _naming(row: dict[str, Any]) -> str:
+    """The error of a row, with the name of its image."""
+    image, error = row["image"], row["error"]
+    return error if image in error else f"{image}: {error}"
 
 
 def _images_side_by_side(options: SearchOptions) -> int:
@@ -193,9 +206,11 @@ def _label(start: int, count: int, total: int) -> str:
 
 
 def _fill(
-    rows: Sequence[dict[str, Any]], search: Callable[..., list[Result]], as_json: bool
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    search: Callable[..., list[Result]],
 ) -> None:
-    """Search the images of `rows` together, fill in their rows, and print these unless `as_json`.
+    """Search the images of `rows` together, fill in their rows, and print them.
 
     An image that cannot be read has an error in its row, and so have all where the search fails.
     """
@@ -207,20 +222,21 @@ def _fill(
             images.append(load_image(row["image"]))
             good.append(row)
         except ArgumentError as error:
-            row["error"] = error.reason
+            row["error"] = error.render(lambda name: option_name(arguments, name))
         except (ValueError, OSError) as error:
             row["error"] = str(error)
     if not good:
         return
     try:
         results = search(images)
+        found = [row_of(result) for result in results]
     except (RuntimeError, ArithmeticError, MemoryError) as error:
         for row in good:
             row["error"] = str(error) or type(error).__name__
         return
-    for row, result in zip(good, results, strict=True):
-        row |= row_of(result) | {"seconds": round(result.seconds / len(good), 3)}
-        if not as_json:
+    for row, result, fields in zip(good, results, found, strict=True):
+        row |= fields | {"seconds": round(result.seconds / len(good), 3)}
+        if not arguments.json:
             print(row["image"])
             print("  ", end="")
             print_result(result)

@@ -15,15 +15,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    import open_clip
-
-    from ..clip.load import BUNDLED, PRESETS, find_on_disk, models_folder
+    from ..clip.models import BUNDLED, PRESETS
+    from ..clip.weights import models_folder, tags_on_disk
 
     print("Bundled (no download):")
     for name in BUNDLED:
         print(f"  {name}")
     print("\nOn this disk:")
-    tags = [(name, tag) for name, tag in open_clip.list_pretrained() if find_on_disk(name, tag)]
+    tags = tags_on_disk()
     for name, tag in tags:
         print(f"  {name}:{tag}")
     if not tags:

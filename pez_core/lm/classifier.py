@@ -128,10 +128,10 @@ class CausalClassifier(PromptedClassifier):
     @cached_property
     def _tied(self) -> float | None:
         """The output row of a token as a multiple of its embedding; None: they are not tied."""
-        said = getattr(self.model.get_output_embeddings(), "weight", None)
-        if said is not self.model.get_input_embeddings().weight:
+        output = getattr(self.model.get_output_embeddings(), "weight", None)
+        if output is not self.model.get_input_embeddings().weight:
             return None
-        return float(said.float().norm() / self.table.float().norm())
+        return float(output.float().norm() / self.table.float().norm())
 
     @contextmanager
     def _tied_outputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import subprocess
@@ -26,6 +27,7 @@ Splits = tuple[list[Example], list[Example]]
 
 # The sdist that holds the snippets, and the archive inside it.
 _VADER = "vaderSentiment==3.3.2"
+_VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _SNIPPETS = "additional_resources/hutto_ICWSM_2014.tar.gz"
 # Snippets with a mean rating, from -4 to 4, closer to 0 are left out as neutral, as in SST-2.
 _NEUTRAL = 0.5
@@ -257,8 +259,9 @@ def _fetched(download: bool) -> Path:
     """The source package; where it is missing and `download` is set, it is fetched."""
     folder = Path.home() / ".cache" / "pez"
     found = sorted(folder.glob("vader*3.3.2.tar.gz")) if folder.is_dir() else []
-    if found:
-        return found[0]
+    for file in found:
+        if hashlib.sha256(file.read_bytes()).hexdigest() == _VADER_SHA256:
+            return file
     if not download:
         raise ArgumentError(
             "source",
@@ -268,13 +271,16 @@ def _fetched(download: bool) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as there:
-        options = ["--no-deps", "--no-binary", ":all:", "--dest", there]
-        command = [sys.executable, "-m", "pip", "download", "-q", *options, _VADER]
+        # pip runs code of a source package, so it is checked before
+        wanted = Path(there) / "wanted.txt"
+        wanted.write_text(f"{_VADER} --hash=sha256:{_VADER_SHA256}\n")
+        options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "--dest", there]
+        command = [sys.executable, "-m", "pip", "download", "-q", *options, "-r", str(wanted)]
         done = subprocess.run(command, capture_output=True, text=True)
         files = list(Path(there).glob("*.tar.gz"))
         if done.returncode or not files:
             raise OSError(f"pip could not fetch {_VADER}: {done.stderr.strip()[-300:]}")
-        return files[0].rename(folder / files[0].name)
+        return files[0].replace(folder / files[0].name)
 
 
 _TWO = {0: "negative", 1: "positive"}

@@ -22,7 +22,7 @@ def as_released(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,

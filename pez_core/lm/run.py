@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..clip.load import pick_device
+from ..clip.device import pick_device
 from ..errors import ArgumentError, check_integer
 from ..interrupts import interruptible
 from ..language_models import load_model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError, check_bool, check_integer, check_weights
+from ..errors import ArgumentError, check_bool, check_integer, check_type, check_weights
 from ..options import SearchOptions
 from ..prompt_text import SYNTAX, read, tags
 from ..results import ReportCallback, Result
@@ -70,6 +70,7 @@ def fuse(
         ArgumentError: fewer than two sources, an empty text, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_type("options", options, SearchOptions)
     given = as_list(sources)
     if len(given) < 2:
         raise ArgumentError("sources", f"has to hold at least two but holds {len(given)}")
