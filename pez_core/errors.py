@@ -51,9 +51,13 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise unless the argument `name` is an integer from `low` to `high`."""
+    problem = f"has to be an integer but is {value!r}"
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise ArgumentTypeError(name, f"has to be an integer but is {value!r}")
-    number = operator.index(value)
+        raise ArgumentTypeError(name, problem)
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # arrays and tensors of other numbers
+        raise ArgumentTypeError(name, problem) from error
     if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ArgumentError(name, f"has to be {span} but is {value}")

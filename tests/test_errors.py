@@ -4,7 +4,9 @@ import math
 import pickle
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from conftest import EXAMPLES, paper
 
 from pez_core import (
@@ -90,6 +92,8 @@ def test_the_kinds_of_errors():
         (lambda: check_integer("n", 9, 1, 8), ArgumentError, "`n` has to be from 1 to 8 but is 9."),
         (lambda: check_integer("n", True, 0), ArgumentTypeError, "`n` has to be an integer"),
         (lambda: check_integer("n", 2.0, 0), ArgumentTypeError, "`n` has to be an integer"),
+        (lambda: check_integer("n", np.arange(2), 0), ArgumentTypeError, "`n` has to be an int"),
+        (lambda: check_integer("n", torch.ones(()), 0), ArgumentTypeError, "`n` has to be an int"),
         (lambda: check_number("x", -1), ArgumentError, "`x` has to be finite and 0 or more"),
         (lambda: check_number("x", 0, above=True), ArgumentError, "`x` has to be finite and above"),
         (lambda: check_number("x", 2, 0, 1), ArgumentError, "`x` has to be from 0 to 1 but is 2."),
@@ -127,6 +131,7 @@ def test_checks(check, kind, message):
 
 def test_good_values_pass():
     check_integer("n", 1, 1, 1)
+    check_integer("n", np.int64(1), 1, 1)
     assert check_number("x", 0) == 0.0 and check_number("x", 1, 0, 1) == 1.0
     assert check_string("t", "a") == "a"
     check_bool("b", False)
