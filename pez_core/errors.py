@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -39,6 +39,15 @@ class ArgumentError(ValueError):
         end = f"; {self.remedy}." if self.remedy else "."
         text = f"`{self.argument}` {self.problem}".rstrip(".") + end
         return _NAME.sub(lambda found: name_of(found[1]), text)
+
+    def renamed(self, names: Mapping[str, str]) -> ArgumentError:
+        """The same error with other names for the arguments that `names` holds."""
+
+        def rename(text: str) -> str:
+            return _NAME.sub(lambda found: f"`{names.get(found[1], found[1])}`", text)
+
+        argument = names.get(self.argument, self.argument)
+        return type(self)(argument, rename(self.problem), rename(self.remedy))
 
     def about(self, argument: str) -> ArgumentError:
         """The same error about another argument, through which the value came."""

@@ -6,7 +6,7 @@ They are in its repository alone, so a checkout of it is needed, best of the ver
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
     .venv/bin/python tests/diffusers_own.py diffusers
 
-Further arguments go to pytest. What is overridden below says why.
+Further arguments go to pytest. Each override below has its reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.pipelines.testing_utils import (
 )
 from tiny_diffusion import stable_diffusion, stable_diffusion_xl
 
-from pez_core import PezPipeline
+from pez_core import PezPipeline, SearchOptions
 from pez_core.diffusion import PezClipModel
 
 
@@ -57,9 +57,7 @@ class StableDiffusionConfig(BasePipelineTesterConfig):
         return {
             "image": Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 100),
             "generator": self.get_generator(0),
-            "prompt_len": 4,
-            "pez_steps": 3,
-            "restarts": 2,
+            "options": SearchOptions(prompt_len=4, effort="paper", steps=3, restarts=2),
             "num_inference_steps": 2,
             "guidance_scale": 6.0,
             "num_images_per_prompt": 1,  # as theirs suppose

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -21,10 +22,11 @@ from PIL import Image
 from tiny_diffusion import stable_diffusion, stable_diffusion_xl, text_config, tokenizer, unet
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from pez_core import JointClip, PezPipeline, Vocabulary, invert
+from pez_core import ArgumentError, JointClip, PezPipeline, SearchOptions, Vocabulary, invert
 from pez_core.diffusion import DenoisingLoss
 from pez_core.diffusion.denoising import denoising_loss
 
+PAPER = SearchOptions(effort="paper")
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
 COLOURS = {
     "red": (220, 30, 30),
@@ -36,7 +38,7 @@ SQUARES = [Image.new("RGB", (8, 8), colour) for colour in COLOURS.values()]
 
 
 def attentive(pipe):
-    """Words that differ, and a UNet that looks at them: random weights hardly do."""
+    """Words that differ, and a UNet that attends to them: random weights hardly do."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
         for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
@@ -141,22 +143,22 @@ def test_the_loss_is_what_it_is_defined_as(pipe):
 
 
 @pytest.mark.parametrize("template", ["{}", "a photo of {} at night"])
-def test_the_search_sees_what_the_public_path_sees(pipe, template, emoji_clip):
+def test_the_loss_of_the_search_is_that_of_the_public_path(pipe, template, emoji_clip):
     loss = DenoisingLoss(pipe, [FISH, GLASSES], emoji_clip, samples=2)
     words = emoji_clip.text.words
     before, after = map(words.encode, template.split("{}"))
     ids = some_ids(emoji_clip, 3, 4)
     texts = [template.replace("{}", words.decode(row)) for row in ids.tolist()]
-    seen = loss.objective(before, after, [0, 1, 1])(embeddings_of(loss, ids))
+    ours = loss.objective(before, after, [0, 1, 1])(embeddings_of(loss, ids))
     public = loss.losses(texts, [0, 1, 1])
     assert public.std() > 1e-3
-    torch.testing.assert_close(seen, public, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, public, atol=1e-5, rtol=0)
     both = denoising_loss(pipe, texts, [FISH, GLASSES], samples=2)
     torch.testing.assert_close(public, both[[0, 1, 2], [0, 1, 1]], atol=1e-5, rtol=0)
 
     shared = DenoisingLoss(pipe, [FISH, GLASSES], emoji_clip, samples=2, shared=True)
-    seen = shared.objective(before, after, [0, 0, 0])(embeddings_of(shared, ids))
-    torch.testing.assert_close(seen, both.mean(1), atol=1e-5, rtol=0)
+    ours = shared.objective(before, after, [0, 0, 0])(embeddings_of(shared, ids))
+    torch.testing.assert_close(ours, both.mean(1), atol=1e-5, rtol=0)
 
 
 def test_the_gradient_is_that_of_finite_differences(pipe, emoji_clip):
@@ -166,7 +168,7 @@ def test_the_gradient_is_that_of_finite_differences(pipe, emoji_clip):
     (gradient,) = torch.autograd.grad(objective(x).sum(), x)
     for seed in range(3):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-        # towards the gradient, so that there is something to see beside the rounding
+        # towards the gradient, so that the change is larger than the rounding
         way = F.normalize(gradient + 0.3 * gradient.std() * noise, dim=(1, 2)) * 1e-3
         with torch.no_grad():
             change = (objective(x + way) - objective(x - way)) / 2
@@ -223,7 +225,7 @@ def test_losses_need_no_activations(sd, emoji_clip):
 
 
 def test_pictures_are_cropped_to_the_centre(sd):
-    """Pictures of another shape are seen as the pipeline would make them, not squeezed."""
+    """Pictures of another shape are cropped to that of the pipeline, not squeezed."""
     square = Image.open(FISH).convert("RGB").resize((64, 64))
     wide = Image.new("RGB", (128, 64), "red")
     wide.paste(square, (32, 0))
@@ -247,7 +249,7 @@ def test_noise_and_timesteps(sd, emoji_clip):
 
 @pytest.fixture(scope="module")
 def painter():
-    """Predicts velocities, where late timesteps ask most for what the prompt says."""
+    """Predicts velocities, which depend most on the prompt at late timesteps."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         pipe = stable_diffusion(prediction_type="v_prediction")
@@ -303,7 +305,7 @@ def _read(pipe, ids, words):
 
 
 def _teach_vae(pipe):
-    """Latents of -1 and 1 that tell the four colours apart."""
+    """Different latents of -1 and 1 for each of the four colours."""
     pipe.vae.register_to_config(scaling_factor=1.0)
     pixels = pipe.image_processor.preprocess(SQUARES, 8, 8)
     wanted = torch.eye(4).mul(2).sub(1)[..., None, None]
@@ -318,7 +320,7 @@ def _teach_vae(pipe):
 
 
 # the embeddings of this encoder have norm 4, so that steps have to be longer than usual
-PAINT = {"steps": 60, "lr": 0.3}
+PAINT = SearchOptions(effort="paper", steps=60, lr=0.3, restarts=2)
 
 
 @pytest.fixture(scope="module")
@@ -328,16 +330,9 @@ def painted(painter, emoji_clip):
 
 @pytest.mark.parametrize("start", COLOURS)
 def test_the_right_word_is_found_from_any_other(painted, emoji_clip, start):
-    results = invert(
-        emoji_clip,
-        SQUARES,
-        prompt_len=1,
-        restarts=2,
-        vocabulary=Vocabulary(bank=list(COLOURS)),
-        initial=start,
-        extra=painted,
-        **PAINT,
-    )
+    words = {"vocabulary": Vocabulary(only=list(COLOURS)), "start_from": start}
+    options = replace(PAINT, prompt_len=1, extra_loss=painted, **words)
+    results = invert(emoji_clip, SQUARES, options)
     assert [result.prompt for result in results] == list(COLOURS)
     assert all(result.extra_loss < 0.3 for result in results)
 
@@ -345,13 +340,13 @@ def test_the_right_word_is_found_from_any_other(painted, emoji_clip, start):
 def test_the_whole_vocabulary_has_prompts_as_good_as_the_true_word(painted, painter, emoji_clip):
     """Far better ones than as many random prompts have among them."""
     options = {"samples": 2, "batch_size": 32}
-    results = invert(emoji_clip, SQUARES, prompt_len=4, restarts=2, extra=painted, **PAINT)
+    results = invert(emoji_clip, SQUARES, replace(PAINT, prompt_len=4, extra_loss=painted))
     prompts = [*COLOURS, *(result.prompt for result in results)]
     losses = denoising_loss(painter, prompts, SQUARES, **options)
     true, found = losses[:4].diag(), losses[4:].diag()
     assert found.tolist() == pytest.approx([r.extra_loss for r in results], abs=1e-5)
     assert (found < true + 0.05).all() and (found < 0.3).all()
-    ids = some_ids(emoji_clip, 2 * PAINT["steps"], 4)
+    ids = some_ids(emoji_clip, 2 * PAINT.steps, 4)
     texts = [emoji_clip.text.words.decode(row) for row in ids.tolist()]
     random = denoising_loss(painter, texts, SQUARES, **options).amin(0)
     assert (found < 0.7 * random).all()
@@ -364,23 +359,23 @@ def test_each_weight_gets_its_share(painter, emoji_clip):
         extra = weight and DenoisingLoss(
             painter, target, emoji_clip, weight, samples=2, batch_size=8
         )
-        found[weight] = invert(
-            emoji_clip, target, prompt_len=6, restarts=2, extra=extra or None, **PAINT
-        )
+        options = replace(PAINT, prompt_len=6, extra_loss=extra or None)
+        (found[weight],) = invert(emoji_clip, target, options)
     assert found[0].extra_loss is None
     alone = denoising_loss(painter, found[0].prompt, target, samples=2).item()
     assert found[1].extra_loss < found[0.5].extra_loss < alone
     assert found[1].similarity < found[0.5].similarity < found[0].similarity
 
 
-# What the search has beside: restarts, templates, vocabularies, seeds, several CLIPs.
+# What the search has beside: restarts, captions, vocabularies, seeds, several CLIPs.
 
 
 def test_restarts_are_ranked_by_both(sd, emoji_clip):
     # losses differ less than similarities, and should count here
     extra = DenoisingLoss(sd, [FISH, GLASSES], emoji_clip, weight=0.95, samples=1, batch_size=4)
     reports = []
-    results = invert(emoji_clip, [FISH, GLASSES], 4, 4, 3, extra=extra, callback=reports.append)
+    options = replace(PAPER, prompt_len=4, steps=4, restarts=3, extra_loss=extra)
+    results = invert(emoji_clip, [FISH, GLASSES], options, callback=reports.append)
     for k, result in enumerate(results):
         scores = [0.05 * c.similarity - 0.95 * c.extra_loss for c in result.candidates]
         assert scores == sorted(scores, reverse=True) and len(scores) == 3
@@ -389,53 +384,61 @@ def test_restarts_are_ranked_by_both(sd, emoji_clip):
         assert public[:, k].tolist() == pytest.approx(expected, abs=1e-6)
         assert result.extra_loss == result.candidates[0].extra_loss
         assert result.history[-1][1] == pytest.approx(scores[0], abs=1e-5)
-        assert reports[-1]["similarities"][k] == pytest.approx(scores[0], abs=1e-5)
+        assert reports[-1].similarities[k] == pytest.approx(scores[0], abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "options",
+    "changed, arguments",
     [
-        {"template": "a photo of {} at night"},
-        {"vocabulary": Vocabulary(bank=["oil painting", "red", "snow white", "sky", "a b c"])},
-        {"vocabulary": Vocabulary(blocked=["chevron"]), "initial": "fish", "seed": [3, 4]},
-        {"negative": "a fish", "patience": 3},
+        ({}, {"caption": "a photo of {} at night"}),
+        ({"vocabulary": Vocabulary(only=["oil painting", "red", "snow white", "sky", "a b"])}, {}),
+        (
+            {"vocabulary": Vocabulary(block=["chevron"]), "start_from": "fish", "seed": [3, 4]},
+            {},
+        ),
+        ({"patience": 3}, {"avoid": "a fish"}),
     ],
 )
-def test_the_rest_of_the_search_goes_with_it(sd, emoji_clip, options):
-    options = {"prompt_len": 4, "steps": 5, "restarts": 2} | options
+def test_the_rest_of_the_search_goes_with_it(sd, emoji_clip, changed, arguments):
     both = DenoisingLoss(sd, [FISH, GLASSES], emoji_clip, weight=0.5, samples=1, batch_size=4)
-    results = invert(emoji_clip, [FISH, GLASSES], extra=both, **options)
-    again = invert(emoji_clip, [FISH, GLASSES], extra=both, **options)
+    options = replace(PAPER, prompt_len=4, steps=5, restarts=2, extra_loss=both, **changed)
+    results = invert(emoji_clip, [FISH, GLASSES], options, **arguments)
+    again = invert(emoji_clip, [FISH, GLASSES], options, **arguments)
     assert [r.prompt for r in again] == [r.prompt for r in results]
-    one_by_one = invert(emoji_clip, [FISH, GLASSES], extra=both, at_once=1, **options)
+    one_by_one = invert(emoji_clip, [FISH, GLASSES], replace(options, batch_size=1), **arguments)
     assert [r.prompt for r in one_by_one] == [r.prompt for r in results]
     # an image alone meets the same noise
-    seed = options.get("seed", [0, 0])[1]
     single = DenoisingLoss(sd, GLASSES, emoji_clip, weight=0.5, samples=1, batch_size=4)
-    alone = invert(emoji_clip, GLASSES, extra=single, **options | {"seed": seed})
+    own = replace(options, seed=changed.get("seed", [0, 0])[1], extra_loss=single)
+    (alone,) = invert(emoji_clip, GLASSES, own, **arguments)
     assert alone.prompt == results[1].prompt
     assert alone.extra_loss == pytest.approx(results[1].extra_loss, abs=1e-6)
     public = denoising_loss(sd, alone.prompt, GLASSES, samples=1).item()
     assert alone.extra_loss == pytest.approx(public, abs=1e-6)
-    if "template" in options:
+    if "caption" in arguments:
         assert alone.prompt.startswith("a photo of ") and alone.prompt.endswith(" at night")
+
+
+def short(extra, prompt_len=3, steps=3, **others):
+    return replace(PAPER, prompt_len=prompt_len, steps=steps, extra_loss=extra, **others)
 
 
 def test_one_prompt_for_several_images(sd, emoji_clip):
     extra = DenoisingLoss(sd, [FISH, GLASSES], emoji_clip, 0.5, samples=2, shared=True)
-    result = invert(emoji_clip, [FISH, GLASSES], 3, 4, shared=True, extra=extra)
+    (result,) = invert(emoji_clip, [FISH, GLASSES], short(extra, 3, 4), shared=True)
     public = denoising_loss(sd, result.prompt, [FISH, GLASSES], samples=2).mean().item()
     assert result.extra_loss == pytest.approx(public, abs=1e-6)
 
 
 def test_with_weight_1_the_clip_takes_no_part(sd, emoji_clip, tiny_clip, monkeypatch):
     """Two CLIPs that share nothing but words find the same."""
-    words = Vocabulary(bank=["red", "blue", "snow", "sky", "cat", "house", "fish"])
+    words = Vocabulary(only=["red", "blue", "snow", "sky", "cat", "house", "fish"])
     found = []
     for clip in (emoji_clip, tiny_clip):
         extra = DenoisingLoss(sd, FISH, clip, samples=1)
         monkeypatch.setattr(clip.text, "encoder", None)
-        found.append(invert(clip, FISH, 3, 6, vocabulary=words, extra=extra).prompt)
+        (result,) = invert(clip, FISH, short(extra, 3, 6, vocabulary=words))
+        found.append(result.prompt)
     assert found[0] == found[1]
 
 
@@ -444,7 +447,7 @@ def test_both_encoders_of_xl_with_several_clips(emoji_clip):
     pipe = KINDS["xl"]()
     extra = DenoisingLoss(pipe, FISH, joint, weight=0.4, samples=1)
     assert extra.parts == [(16, 0.5), (24, 0.5)] and extra.token_embedding.shape == (49408, 40)
-    result = invert(joint, FISH, 4, 4, extra=extra)
+    (result,) = invert(joint, FISH, short(extra, 4, 4))
     public = denoising_loss(pipe, result.prompt, FISH, samples=1).item()
     assert result.extra_loss == pytest.approx(public, abs=1e-6)
     assert set(result.encoders) == {"emoji-clip", "tiny"}
@@ -455,9 +458,7 @@ def test_in_the_pipeline(sd, emoji_clip):
     pez.set_progress_bar_config(disable=True)
     output = pez(
         image=FISH,
-        prompt_len=3,
-        pez_steps=3,
-        restarts=1,
+        options=short(None),
         denoising_weight=0.5,
         denoising_kwargs={"samples": 1},
         num_inference_steps=1,
@@ -513,7 +514,7 @@ def test_nothing_of_the_pipeline_changes_in_any_precision(kind, dtype, emoji_cli
     pipe.scheduler.set_timesteps(7)
     before = state(pipe)
     extra = DenoisingLoss(pipe, FISH, emoji_clip, weight=0.5, samples=1)
-    result = invert(emoji_clip, FISH, 3, 3, extra=extra)
+    (result,) = invert(emoji_clip, FISH, short(extra))
     assert_same(before, state(pipe))
     assert 0.5 < result.extra_loss < 1.5
 
@@ -564,7 +565,7 @@ def test_an_offloaded_pipeline_gives_the_same(kind, emoji_clip):
             pipe.enable_model_cpu_offload(device="cpu")
             hooks = len(pipe._all_hooks)
         extra = DenoisingLoss(pipe, FISH, emoji_clip, weight=0.5, samples=1)
-        results.append(invert(emoji_clip, FISH, 3, 3, extra=extra))
+        results += invert(emoji_clip, FISH, short(extra))
     assert results[0].prompt == results[1].prompt and len(pipe._all_hooks) == hooks
 
 
@@ -598,8 +599,10 @@ def test_gradients_use_weights_only_while_they_are_there(kind, emoji_clip):
 def test_under_inference_mode(sd, emoji_clip):
     with torch.inference_mode():
         extra = DenoisingLoss(sd, FISH, emoji_clip, weight=0.5, samples=1)
-        result = invert(emoji_clip, FISH, 2, 2, extra=extra)
-    assert result.extra_loss == pytest.approx(denoising_loss(sd, result.prompt, FISH, 1).item())
+        (result,) = invert(emoji_clip, FISH, short(extra, 2, 2))
+    assert result.extra_loss == pytest.approx(
+        denoising_loss(sd, result.prompt, FISH, samples=1).item()
+    )
 
 
 def test_the_benchmark_runs(tmp_path):
@@ -617,13 +620,13 @@ def test_the_benchmark_runs(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"weight": 0}, "`weight` has to be finite and above 0"),
+        ({"weight": 0}, "`weight` has to be above 0 and at most 1"),
         ({"weight": 1.5}, "`weight` has to be above 0 and at most 1"),
         ({"samples": 0}, "`samples` has to be at least 1"),
         ({"batch_size": 1.5}, "`batch_size` has to be an integer"),
         ({"timesteps": 0.5}, "`timesteps` has to hold two numbers"),
         ({"timesteps": (0.9, 0.5)}, "`timesteps` has to rise"),
-        ({"timesteps": (0.5, 2)}, "`timesteps` has to rise and end at most at 1"),
+        ({"timesteps": (0.5, 2)}, "`timesteps` has to be from 0 to 1 but is 2"),
         ({"images": []}, "`images` is empty"),
     ],
 )
@@ -679,7 +682,7 @@ def _offloaded():
             "FlowMatchEulerDiscreteScheduler has None",
         ),
         (_with(scheduler=lambda: DDPMScheduler(prediction_type="sample")), "and sample"),
-        (_offloaded, "`enable_sequential_cpu_offload`"),
+        (_offloaded, "by enable_sequential_cpu_offload"),
     ],
 )
 def test_other_pipelines_are_refused(make, message, emoji_clip):
@@ -706,21 +709,23 @@ def test_a_prompt_that_the_pipeline_has_no_room_for(sd, emoji_clip):
     sd.tokenizer = copy.deepcopy(sd.tokenizer)
     sd.tokenizer.model_max_length = 8
     extra = DenoisingLoss(sd, FISH, emoji_clip)
-    with pytest.raises(ValueError, match="holds 6 tokens, the template's 3 included"):
-        invert(emoji_clip, FISH, 4, 2, template="a photo of {}", extra=extra)
+    with pytest.raises(ArgumentError, match=r"3 tokens of the `caption` .* has room for 3"):
+        invert(emoji_clip, FISH, short(extra, 4, 2), caption="a photo of")
 
 
 def test_wrong_uses_are_named(sd, emoji_clip):
     extra = DenoisingLoss(sd, [FISH, GLASSES], emoji_clip, samples=1)
-    with pytest.raises(ValueError, match="`extra` is for 2 prompts, but 1 are learned"):
-        invert(emoji_clip, FISH, 4, 2, extra=extra)
-    with pytest.raises(ValueError, match="`extra` is for 2 prompts, but 1 are learned"):
-        invert(emoji_clip, [FISH, GLASSES], 4, 2, shared=True, extra=extra)
-    with pytest.raises(ValueError, match="learn_negative"):
-        invert(emoji_clip, [FISH, GLASSES], 4, 2, learn_negative=True, extra=extra)
-    with pytest.raises(TypeError, match="`extra` has to be a loss"):
-        invert(emoji_clip, FISH, 4, 2, extra=0.5)
+    with pytest.raises(ArgumentError, match="`extra_loss` is made for 2 prompts, but 1 are"):
+        invert(emoji_clip, FISH, short(extra))
+    with pytest.raises(ArgumentError, match="`extra_loss` is made for 2 prompts, but 1 are"):
+        invert(emoji_clip, [FISH, GLASSES], short(extra), shared=True)
+    with pytest.raises(ArgumentError, match=r"`extra_loss` .* `negative_prompt`"):
+        invert(emoji_clip, [FISH, GLASSES], short(extra), negative_prompt=True)
+    with pytest.raises(TypeError, match="`extra_loss` has to be a loss"):
+        short(0.5)
+    with pytest.raises(ArgumentError, match="`extra_loss` cannot be refined"):
+        SearchOptions(extra_loss=extra)
     with pytest.raises(ValueError, match="`prompts` is empty"):
         denoising_loss(sd, [], FISH)
-    with pytest.raises(TypeError, match="`prompts` has to hold strings"):
+    with pytest.raises(TypeError, match="`prompts` has to be a string"):
         denoising_loss(sd, [3], FISH)

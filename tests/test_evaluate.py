@@ -44,7 +44,7 @@ def component(emoji_clip):
 
 
 class Album(DiffusionPipeline):
-    """Shows the example that its prompt names; knows neither guidance nor several images."""
+    """Returns the example with the name in the prompt; takes neither guidance nor a number."""
 
     def __call__(self, prompt: list[str]):
         return ([load_image(NAMES[text]) for text in prompt],)
@@ -177,7 +177,7 @@ def test_a_failure_leaves_what_was_finished(sd, emoji_clip):
     assert partial.similarities.shape == partial.searched_similarities.shape == (0, 4)
 
 
-def test_a_callback_sees_what_there_is_and_can_end_it(sd, emoji_clip):
+def test_a_callback_gets_the_evaluation_so_far_and_can_end_it(sd, emoji_clip):
     seen = []
 
     def callback(i, n, evaluation):
@@ -243,15 +243,15 @@ def test_what_the_pipeline_does_not_take_is_refused_at_once(sd, emoji_clip):
     drawn = generator()
     before = drawn.get_state()
     for name in ("hight", "callback_steps", "output_type", "return_dict"):
-        with pytest.raises(TypeError, match=f"`{name}` is an argument neither"):
+        with pytest.raises(TypeError, match=f"`{name}` is no argument of `evaluate` or of Stable"):
             evaluate(sd, PROMPTS, FISH, emoji_clip, generator=drawn, **{name: 64})
-    with pytest.raises(TypeError, match="`generator` is an argument neither"):
+    with pytest.raises(TypeError, match="`generator` is no argument of `evaluate` or of Album"):
         evaluate(Album(), "fish", FISH, emoji_clip, generator=drawn)
     with pytest.raises(TypeError, match="`pipeline` has to be a text-to-image pipeline"):
         evaluate(emoji_clip, PROMPTS, FISH, emoji_clip)
     with pytest.raises(TypeError, match=r"`judge` has to be a CLIP .* but is str"):
         evaluate(sd, PROMPTS, FISH, "ViT-bigG-14")
-    with pytest.raises(TypeError, match="`prompts` has to hold strings but holds 3"):
+    with pytest.raises(TypeError, match="`prompts` has to be a string but is 3"):
         evaluate(sd, [3], FISH, emoji_clip)
     with pytest.raises(ValueError, match="`prompts` is empty"):
         evaluate(sd, [], FISH, emoji_clip)

@@ -1,6 +1,7 @@
 """The block of Modular Diffusers: alone, and in front of those of Stable Diffusion XL."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from diffusers import ModularPipeline, ModularPipelineBlocks, StableDiffusionXLA
 from PIL import Image
 from tiny_diffusion import stable_diffusion_xl
 
-from pez_core import Vocabulary, invert
+from pez_core import ArgumentError, Report, SearchOptions, Vocabulary, invert
 from pez_core.diffusion import PezClipModel
 from pez_core.diffusion.modular import PezPromptStep
-from pez_core.presets import PRESETS
+from pez_core.options import EFFORTS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
-QUICK = {"prompt_len": 4, "pez_steps": 5, "restarts": 2}
+FOUND = SearchOptions(prompt_len=4, effort="paper", steps=5, restarts=2)
+QUICK = {"options": FOUND}
 DENOISE = {"num_inference_steps": 2, "output": "images"}
 
 
@@ -24,8 +26,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def found(clip, images, seed, **options):
-    return invert(clip, images, prompt_len=4, steps=5, restarts=2, seed=seed, **options)
+def found(clip, images, seed, **arguments):
+    return invert(clip, images, replace(FOUND, seed=seed), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +74,14 @@ def test_the_prompts_are_those_of_invert(alone, emoji_clip):
     drawn = generator(3)
     before = drawn.get_state()
     state = alone(target_image=str(FISH), generator=drawn, **QUICK)
-    expected = found(emoji_clip, FISH, seed=3)
+    (expected,) = found(emoji_clip, FISH, seed=3)
     assert state.get("prompt") == [expected.prompt]
     (result,) = state.get("pez_results")
     assert result.similarity == pytest.approx(expected.similarity, abs=1e-5)
     assert torch.equal(drawn.get_state(), before)
 
     pictures = [Image.open(FISH), GLASSES]
-    both = [found(emoji_clip, [FISH, GLASSES], seed=[3, 4])[k].prompt for k in (0, 1)]
+    both = [result.prompt for result in found(emoji_clip, [FISH, GLASSES], seed=[3, 4])]
     assert (
         alone(
             target_image=pictures, generator=[generator(3), generator(4)], output="prompt", **QUICK
@@ -91,60 +93,58 @@ def test_the_prompts_are_those_of_invert(alone, emoji_clip):
     assert alone(target_image=pictures, generator=four, output="prompt", **QUICK) == both
 
 
-def test_without_a_generator_the_seed_is_drawn(alone, emoji_clip):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        prompts = [alone(target_image=FISH, output="prompt", **QUICK) for _ in range(2)]
-        torch.manual_seed(0)
-        seeds = [int(torch.randint(2**31, ())) for _ in range(2)]
-    assert prompts == [[found(emoji_clip, FISH, seed).prompt] for seed in seeds]
+def test_without_a_generator_the_seed_is_that_of_the_options(alone, emoji_clip):
+    inputs = {"target_image": FISH, "output": "prompt"}
+    seven = replace(FOUND, seed=7)
+    prompts = [alone(**inputs, **QUICK), alone(**inputs, options=seven)]
+    assert prompts == [[found(emoji_clip, FISH, seed)[0].prompt] for seed in (0, 7)]
     assert prompts[0] != prompts[1]
+    assert alone(**inputs, options=seven, generator=generator(0)) == prompts[0]
 
 
 def test_further_arguments_go_to_invert(alone, emoji_clip):
     reports = []
-    options = {"vocabulary": Vocabulary(ascii_only=True), "template": "a photo of {}"}
+    arguments = {"caption": "a photo of {}", "shared": True, "avoid": "a fish"}
+    options = replace(FOUND, vocabulary=Vocabulary(ascii_only=True))
     (prompt,) = alone(
         target_image=[FISH, GLASSES],
-        generator=generator(),
         output="prompt",
-        pez_kwargs=options | {"shared": True, "callback": reports.append},
-        **QUICK,
+        options=options,
+        task_kwargs=arguments | {"callback": reports.append},
     )
-    expected = found(emoji_clip, [FISH, GLASSES], 0, shared=True, **options)
-    assert prompt == expected.prompt
-    assert [report["step"] for report in reports] == [1, 2, 3, 4, 5]
+    (expected,) = invert(emoji_clip, [FISH, GLASSES], options, **arguments)
+    assert prompt == expected.prompt and isinstance(reports[0], Report)
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5]
     stopped = alone(
-        target_image=FISH,
-        generator=generator(),
-        pez_kwargs={"callback": lambda report: report["step"] == 2},
-        **QUICK,
+        target_image=FISH, task_kwargs={"callback": lambda report: report.step == 2}, **QUICK
     ).get("pez_results")
     assert stopped[0].history[-1][0] == 2
+    negative = alone(target_image=FISH, task_kwargs={"negative_prompt": True}, **QUICK)
+    (expected,) = found(emoji_clip, FISH, 0, negative_prompt=True)
+    assert negative.get("prompt") == [expected.prompt]
 
 
-def bar(preset):
-    """What the progress bar of a whole search says in the end."""
-    return f"{PRESETS[preset].total}/{PRESETS[preset].total}"
+def bar(effort):
+    """The end of the progress bar of a whole search."""
+    return f"{EFFORTS[effort].total}/{EFFORTS[effort].total}"
 
 
-def test_without_steps_it_is_the_balanced_preset(alone, emoji_clip, capfd):
-    settings = {"target_image": FISH, "prompt_len": 3, "restarts": 1, "generator": generator()}
-    prompts = alone(**settings, output="prompt")
-    assert prompts == [invert(emoji_clip, FISH, 3, preset="balanced").prompt]
+def test_the_options_are_those_of_invert(alone, emoji_clip, capfd):
+    prompts = alone(target_image=FISH, output="prompt")
+    assert prompts == [invert(emoji_clip, FISH)[0].prompt]
     assert bar("balanced") in capfd.readouterr().err
-    fast = alone(**settings, pez_kwargs={"preset": "fast"}, output="prompt")
-    assert fast == [invert(emoji_clip, FISH, 3, preset="fast").prompt]
+    options = SearchOptions(prompt_len=3, effort="fast")
+    fast = alone(target_image=FISH, options=options, output="prompt")
+    assert fast == [invert(emoji_clip, FISH, options)[0].prompt]
     assert bar("fast") in capfd.readouterr().err
-    alone(**settings, pez_kwargs={"time_limit": 0.5})
+    alone(target_image=FISH, options=replace(options, time_limit=0.5))
     assert "100%" in capfd.readouterr().err
 
 
 def test_its_prompt_takes_the_place_of_the_users(joined, xl):
     assert "prompt" in xl.blocks.input_names and "prompt" not in joined.blocks.input_names
     assert {"target_image", "prompt_2", "negative_prompt", "image"} < set(joined.blocks.input_names)
-    defaults = joined.default_call_parameters
-    assert (defaults["prompt_len"], defaults["pez_steps"], defaults["restarts"]) == (16, None, 4)
+    assert {"options", "task_kwargs"} < set(joined.blocks.input_names)
     assert "target_image" in joined.doc and "clip (`PezClipModel`)" in joined.doc
 
 
@@ -157,7 +157,7 @@ def test_from_a_target_to_a_picture(kind, joined, xl, emoji_clip):
     images = joined(target_image=FISH, generator=generator(3), **QUICK, **options)
     (image,) = images
     assert isinstance(image, Image.Image) and image.size == (64, 64)
-    prompt = found(emoji_clip, FISH, seed=3).prompt
+    prompt = found(emoji_clip, FISH, seed=3)[0].prompt
     assert gap(images, xl(prompt=prompt, generator=generator(3), **options)) <= 1
     assert gap(images, xl(prompt="a", generator=generator(3), **options)) > 4
     if kind == "image2image":
@@ -220,18 +220,19 @@ def test_the_bar_is_silenced_with_the_others(joined, component, capfd):
     assert "similarity=" not in capfd.readouterr().err
 
 
-def test_what_cannot_be_done_is_said(alone, emoji_clip):
+def test_wrong_arguments_are_named(alone, emoji_clip):
     with pytest.raises(ValueError, match="'target_image' is missing"):
         alone(**QUICK)
-    with pytest.raises(ValueError, match=r"`target_image`: .* does not exist"):
+    with pytest.raises(ArgumentError, match=r"`target_image`.* nowhere.png"):
         alone(target_image="nowhere.png", **QUICK)
-    for name, instead in (("steps", "pez_steps"), ("seed", "generator"), ("clip", "clip")):
-        with pytest.raises(TypeError, match=f"`pez_kwargs` holds '{name}'; give `{instead}`"):
-            alone(target_image=FISH, pez_kwargs={name: 1}, **QUICK)
-    with pytest.raises(TypeError, match="`pez_kwargs` holds 'stepz', which"):
-        alone(target_image=FISH, pez_kwargs={"stepz": 1}, **QUICK)
-    with pytest.raises(ValueError, match="`preset` has to be one of 'fast'"):
-        alone(target_image=FISH, pez_kwargs={"preset": "slow"}, **QUICK)
+    with pytest.raises(TypeError, match="`options` has to be a SearchOptions"):
+        alone(target_image=FISH, options={"steps": 3})
+    for name, remedy in (("steps", "; give it in `options`"), ("stepz", ""), ("images", "")):
+        message = f"`task_kwargs` has the key '{name}', but invert takes caption, avoid.*{remedy}"
+        with pytest.raises(TypeError, match=message):
+            alone(target_image=FISH, task_kwargs={name: 1}, **QUICK)
+    with pytest.raises(ArgumentError, match=r"`caption` has to hold .* once"):
+        alone(target_image=FISH, task_kwargs={"caption": "{} {}"}, **QUICK)
     with pytest.raises(ValueError, match="`generator` has to hold one for each of 2 prompts"):
         alone(target_image=[FISH, GLASSES], generator=[generator()] * 3, **QUICK)
     with pytest.raises(TypeError, match="`clip` has to be a PezClipModel but is NoneType"):

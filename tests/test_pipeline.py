@@ -1,5 +1,6 @@
 """PezPipeline on tiny but real image pipelines, from an example image to pictures."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import diffusers
@@ -25,12 +27,28 @@ from PIL import Image
 from test_readability import make_lm
 from tiny_diffusion import flux, stable_diffusion, stable_diffusion_xl
 
-from pez_core import JointClip, PezPipeline, extract_style, invert, load_clip
-from pez_core.diffusion import PezClipModel, PezPipelineOutput, PezPriorOutput
-from pez_core.presets import PRESETS
+from pez_core import (
+    ArgumentError,
+    Avoid,
+    JointClip,
+    PezPipeline,
+    Report,
+    SearchOptions,
+    Vocabulary,
+    fuse,
+    invert,
+    load_clip,
+    style,
+)
+from pez_core.diffusion import DenoisingLoss, PezClipModel, PezPipelineOutput, PezPriorOutput
+from pez_core.diffusion.tasks import TASKS, task_keywords
+from pez_core.options import EFFORTS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
-QUICK = {"prompt_len": 4, "pez_steps": 6, "restarts": 2, "num_inference_steps": 2}
+FOUND = SearchOptions(prompt_len=4, effort="paper", steps=6, restarts=2)
+QUICK = {"options": FOUND, "num_inference_steps": 2}
+SHORT = {"options": replace(FOUND, prompt_len=None), "num_images_per_prompt": 1}
+SHORT["num_inference_steps"] = 2
 
 
 def generator(seed=0):
@@ -68,9 +86,7 @@ def test_an_image_becomes_a_prompt_and_pictures(kind, request, tmp_path):
         image.save(tmp_path / f"{k}.png")
     assert Image.open(tmp_path / "3.png").size == (64, 64)
 
-    expected = invert(
-        pez.clip.clip, FISH, prompt_len=4, steps=6, restarts=2, seed=generator().initial_seed()
-    )
+    (expected,) = invert(pez.clip.clip, FISH, replace(FOUND, seed=generator().initial_seed()))
     assert output.prompts == [expected.prompt] == [r.prompt for r in output.results]
     assert output.similarities == [pytest.approx(expected.similarity, abs=1e-6)]
     alone = pez.pipeline(
@@ -93,7 +109,7 @@ def test_flux_takes_prompts_and_keeps_its_own_guidance(emoji_clip, tmp_path):
     images = pez(image=FISH, output_type="pt", **small, **QUICK).images
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
     assert pez.guidance_scale == 3.5
-    with pytest.raises(ValueError, match=r"`denoising_weight`|UNet|unet"):
+    with pytest.raises(ArgumentError, match="`pipeline` has to have unet"):
         pez(image=FISH, denoising_weight=0.5, **small, **QUICK)
 
 
@@ -128,35 +144,34 @@ def test_a_style_is_given_to_subjects(pipe):
         num_images_per_prompt=1,
         **QUICK,
     )
-    expected = extract_style(pipe.clip.clip, fx, prompt_len=4, steps=6, restarts=2)
+    expected = style(pipe.clip.clip, fx, FOUND)
     assert output.prompts == [expected.apply("a cat"), expected.apply("a castle")]
-    assert len(output.images) == len(output.similarities) == 2 and len(output.results) == 1
+    assert output.similarities == [pytest.approx(expected.similarity)] * 2
+    assert len(output.images) == 2 and len(output.results) == 1
     alone = pipe(image=fx, task="style", generator=generator(), num_images_per_prompt=1, **QUICK)
     assert alone.prompts == [expected.prompt]
 
 
 def test_prompts_are_distilled_and_joined(pipe):
     long = ["a yellow face with big eyes and a red hat", "a blue fish under a big white moon"]
-    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
-    output = pipe(prompt=long, task="distill", generator=generator(), **settings)
+    output = pipe(prompt=long, task="distill", generator=generator(), **SHORT)
     assert len(output.images) == 2
     assert [r.tokens_after for r in output.results] == [3, 2]
-    one = pipe(prompt=long[1], task="distill", generator=generator(), **settings)
+    one = pipe(prompt=long[1], task="distill", generator=generator(), **SHORT)
     assert one.prompts == output.prompts[1:]
 
-    output = pipe(prompt=["a red car", "at night"], task="concat", **settings)
+    output = pipe(prompt=["a red car", "at night"], task="fuse", **SHORT)
     assert output.prompts == ["a red car at night"] and len(output.images) == 1
-    output = pipe(image=FISH, prompt="a red car", task="concat", **settings)
+    output = pipe(image=FISH, prompt="a red car", task="fuse", **SHORT)
     assert output.results[0].fused and len(output.results[0].similarities) == 2
 
 
-def test_syntax_that_diffusers_does_not_know_is_read_as_words(pipe):
+def test_syntax_that_diffusers_lacks_counts_as_words(pipe):
     text = "a (red:1.3) cat on a very long mat BREAK a blue sky <lora:foo:1> over a green sea"
-    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
-    (prompt,) = pipe(prompt=text, task="distill", **settings).prompts
+    (prompt,) = pipe(prompt=text, task="distill", **SHORT).prompts
     assert not set("()<>:") & set(prompt) and "BREAK" not in prompt
     assert pipe.results[0].tokens_before == 15
-    joined = pipe(prompt=["a (red:1.3) cat", "<lora:foo:1> sea"], task="concat", **settings)
+    joined = pipe(prompt=["a (red:1.3) cat", "<lora:foo:1> sea"], task="fuse", **SHORT)
     assert joined.prompts == ["a red cat sea"]
 
 
@@ -168,18 +183,104 @@ def test_each_image_may_have_a_caption(pipe):
     assert output.prompts[1] == alone.prompts[0] and len(output.images) == 2
 
 
-def test_a_caption_stays_and_one_prompt_may_serve_several_images(pipe):
+def test_a_caption_stays_where_it_is(pipe):
     output = pipe(image=FISH, prompt="a drawing of", num_images_per_prompt=1, **QUICK)
     assert output.prompts[0].startswith("a drawing of ")
+    output = pipe(image=FISH, prompt="a {} at night", num_images_per_prompt=1, **QUICK)
+    assert output.prompts[0].startswith("a ") and output.prompts[0].endswith(" at night")
+
+
+FX = [path for path in EXAMPLES if path.name.startswith("fxemoji")][:3]
+# arguments of each task, which all change the result
+TASK_KWARGS = {
+    "invert": (
+        {"image": [FISH, GLASSES]},
+        {"avoid": Avoid("a fish", 2), "shared": True, "negative_prompt": True},
+    ),
+    "style": (
+        {"image": FX, "prompt": "a cat"},
+        {
+            "keep_content": True,
+            "content": "face eyes emoji smile",
+            "images_per_step": 1,
+            "style_template": "{style} {subject}",
+        },
+    ),
+    "distill": ({"prompt": "a yellow face with big eyes and a red hat"}, {"ratio": 0.6}),
+    "fuse": (
+        {"image": FISH, "prompt": ["a red car", "at night"]},
+        {"weights": [1, 5, 1], "max_tokens": 2, "always_learn": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_kwargs_reach_the_task(task, emoji_clip):
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    inputs, arguments = TASK_KWARGS[task]
+    assert set(arguments) == set(task_keywords(task))
+    options = replace(FOUND, prompt_len=None)
+
+    def results(**task_kwargs):
+        found = inputs | {"task": task, "options": options}
+        output = prior(**found, task_kwargs=task_kwargs)
+        return output.prompt, [(r.similarities, r.avoided) for r in output.results]
+
+    plain = results()
+    needed = {"images_per_step": {"keep_content": True}}
+    for name, value in arguments.items():
+        if name == "always_learn":  # an image is always learned
+            texts = inputs["prompt"]
+            (prompt,) = prior(
+                prompt=texts, task="fuse", options=options, task_kwargs={name: value}
+            ).prompt
+            assert prompt == fuse(emoji_clip, texts, options, always_learn=True).prompt
+            continue
+        before = results(**needed[name]) if name in needed else plain
+        assert results(**needed.get(name, {}), **{name: value}) != before, name
+
+
+def test_one_prompt_may_serve_several_images(pipe):
     output = pipe(
         image=[FISH, GLASSES],
         generator=[generator(1)],
-        pez_kwargs={"shared": True, "lr": 0.2},
+        task_kwargs={"shared": [1, 3]},
         num_images_per_prompt=1,
         **QUICK,
     )
-    assert len(output.prompts) == len(output.images) == 1
-    assert len(output.results[0].similarities) == 2
+    (expected,) = invert(pipe.clip.clip, [FISH, GLASSES], replace(FOUND, seed=1), shared=[1, 3])
+    assert output.prompts == [expected.prompt] and len(output.images) == 1
+
+
+def test_options_reach_the_search(emoji_clip):
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    words = ["red", "blue", "fish", "snow", "night"]
+    options = replace(FOUND, vocabulary=Vocabulary(only=words), seed=(3, 5))
+    output = prior(image=[FISH, GLASSES], options=options)
+    expected = invert(emoji_clip, [FISH, GLASSES], options)
+    assert output.prompt == [result.prompt for result in expected]
+    assert {word for prompt in output.prompt for word in prompt.split()} <= set(words)
+    # each prompt has its own seed in several calls, too
+    output = prior(image=[FISH, GLASSES], prompt=["", ""], options=options)
+    assert output.prompt == [result.prompt for result in expected]
+    # the default options are those of `invert`
+    prior(image=FISH, pez_callback_on_step_end=lambda *_: True)
+    assert prior.results[0].history == invert(emoji_clip, FISH, callback=lambda _: True)[0].history
+
+
+def test_the_seed_is_that_of_the_generator_or_of_the_options(emoji_clip):
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    found = {seed: invert(emoji_clip, FISH, replace(FOUND, seed=seed))[0].prompt for seed in (0, 7)}
+    assert found[0] != found[7]
+    seven = replace(FOUND, seed=7)
+    assert prior(image=FISH, options=FOUND).prompt == [found[0]]
+    assert prior(image=FISH, options=seven).prompt == [found[7]]
+    assert prior(image=FISH, options=seven, generator=generator(0)).prompt == [found[0]]
+    with pytest.raises(ArgumentError, match="`seed` has to be one number or 1 of them"):
+        prior(image=FISH, options=replace(FOUND, seed=(1, 2)))
 
 
 def test_everything_else_reaches_the_image_pipeline(pipe, monkeypatch):
@@ -204,8 +305,13 @@ def test_everything_else_reaches_the_image_pipeline(pipe, monkeypatch):
     assert asked["negative_prompt"] == ["blurry"] and asked["eta"] == 0.5
     assert (asked["height"], asked["width"]) == (32, 48)
     assert asked["guidance_scale"] == 9.0 and asked["num_inference_steps"] == 2
-    pipe(image=FISH, num_images_per_prompt=1, guidance_scale=3.0, prompt_len=4, pez_steps=1)
+    latents = torch.zeros(1, 4, 32, 32)
+    asked.clear()
+    one = {"image": FISH, "options": FOUND, "num_images_per_prompt": 1}
+    pipe(**one, guidance_scale=3.0, latents=latents, output_type="latent")
     assert asked["guidance_scale"] == 3.0 and asked["num_inference_steps"] == 25
+    assert asked["latents"] is latents and asked["output_type"] == "latent"
+    assert "height" not in asked
 
 
 def test_a_prior_feeds_any_pipeline(emoji_clip):
@@ -213,7 +319,7 @@ def test_a_prior_feeds_any_pipeline(emoji_clip):
     prior.set_progress_bar_config(disable=True)
     output = prior(image=FISH, generator=generator(), **QUICK)
     assert isinstance(output, PezPriorOutput) and list(output) == ["prompt"]
-    assert output.results[0].similarity == output.similarities[0]
+    assert output.similarities == [output.results[0].similarity]
     for t2i in (stable_diffusion(), stable_diffusion_xl()):
         images = t2i(**output, num_inference_steps=1, output_type="pt").images
         assert images.shape == (1, 3, 64, 64)
@@ -273,7 +379,7 @@ def test_a_prior_is_saved_without_an_image_pipeline(emoji_clip, tmp_path):
     assert isinstance(pez.pipeline, StableDiffusionPipeline)
 
 
-def test_loaded_in_a_process_that_knows_only_the_public_name(pipe, tmp_path):
+def test_loaded_in_a_process_that_imports_the_public_name_alone(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     code = (
         "from pez_core import PezPipeline; "
@@ -451,38 +557,31 @@ def test_progress_bars(pipe, capsys):
     assert capsys.readouterr().err == ""
 
 
-def bar(preset):
-    """What the progress bar of a whole search says in the end."""
-    return f"{PRESETS[preset].total}/{PRESETS[preset].total}"
-
-
-def test_without_steps_it_is_the_balanced_preset(emoji_clip, capsys):
+def test_the_progress_bar_has_the_steps_of_the_options(emoji_clip, capsys):
     prior = PezPipeline(emoji_clip)
-    settings = {"image": FISH, "prompt_len": 3, "restarts": 1, "generator": generator()}
-    found = prior(**settings).results[0]
-    assert bar("balanced") in capsys.readouterr().err
-    expected = invert(emoji_clip, FISH, 3, preset="balanced")
-    assert found.prompt == expected.prompt and found.history[-1][0] == PRESETS["balanced"].total
-    fast = prior(**settings, pez_kwargs={"preset": "fast"}).results[0]
-    assert bar("fast") in capsys.readouterr().err and fast.history[-1][0] == PRESETS["fast"].total
-    swapped = prior(**settings, pez_steps=4, pez_kwargs={"refine_steps": 3}).results[0]
+    total = EFFORTS["fast"].total
+    fast = SearchOptions(prompt_len=3, effort="fast")
+    found = prior(image=FISH, options=fast).results[0]
+    assert f"{total}/{total}" in capsys.readouterr().err and found.history[-1][0] == total
+    prior(image=FISH, options=replace(fast, steps=4, swaps=3))
     assert "7/7" in capsys.readouterr().err
-    assert swapped.prompt == invert(emoji_clip, FISH, 3, 4, refine_steps=3).prompt
 
 
-def test_a_time_limit_is_for_all_prompts_together(emoji_clip, capsys):
+def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys):
     prior = PezPipeline(emoji_clip)
-    limit = {"prompt_len": 3, "restarts": 1, "pez_kwargs": {"time_limit": 1.2}}
+    options = SearchOptions(prompt_len=3, time_limit=3)
     for inputs, each in (
-        ({"image": [FISH, GLASSES]}, [1.2, 1.2]),  # side by side
-        ({"image": [FISH, GLASSES], "prompt": ["a fish", "glasses"]}, [0.6, 0.6]),
-        ({"task": "distill", "prompt": ["a big blue fish", "a yellow face at night"]}, [0.6, 0.6]),
+        ({"image": [FISH, GLASSES]}, 3),  # side by side
+        ({"image": [FISH, GLASSES], "prompt": ["a fish", "glasses"]}, 1.5),
+        ({"task": "distill", "prompt": ["a big blue fish", "a yellow face at night"]}, 1.5),
     ):
-        seconds = [result.seconds for result in prior(**inputs, **limit).results]
-        assert seconds == pytest.approx(each, abs=0.3) and "100%" in capsys.readouterr().err
+        results = prior(**inputs, options=options).results
+        assert "100%" in capsys.readouterr().err and len(results) == 2
+        # a busy machine finishes its last step late
+        assert all(each - 0.1 < result.seconds < each + 1.3 for result in results)
 
 
-def test_readable_prompts(emoji_clip, monkeypatch):
+def test_a_language_model_is_loaded_once(emoji_clip, monkeypatch):
     lm = make_lm()
     loaded = []
     monkeypatch.setattr(
@@ -493,34 +592,62 @@ def test_readable_prompts(emoji_clip, monkeypatch):
     results = prior(
         image=[FISH, GLASSES],
         prompt=["a fish", "a pair of"],
-        prompt_len=2,
-        restarts=1,
-        pez_kwargs={"readability": 0.5, "refine_steps": 4, "preset": "fast"},
+        options=SearchOptions(prompt_len=2, effort="fast", swaps=4, readability=0.5),
     ).results
     assert len(loaded) == 1 and all(result.perplexity > 1 for result in results)
 
 
-def test_a_denoising_loss_is_searched_as_in_the_paper(pipe):
-    totals = []
-
-    def stop(pez, step, state):
-        totals.append(state["steps"])
-        return True
-
+def test_the_denoising_loss_needs_a_search_without_swaps(pipe):
     settings = {"image": FISH, "num_images_per_prompt": 1, "num_inference_steps": 1}
     settings |= {"denoising_weight": 0.5, "denoising_kwargs": {"samples": 1}}
-    assert pipe(**settings, pez_callback_on_step_end=stop).prompts and totals == [3000]
-    for option in ({"preset": "fast"}, {"refine_steps": 4}, {"readability": 0.5}):
-        (name,) = option
-        with pytest.raises(ValueError, match=f"`denoising_weight` cannot be refined.*'{name}'"):
-            pipe(**settings, pez_kwargs=option)
+    for options in (None, SearchOptions(effort="fast"), SearchOptions(readability=0.5)):
+        with pytest.raises(ArgumentError, match="`denoising_weight` cannot be refined by swaps"):
+            pipe(**settings, options=options)
+    totals = []
+
+    def stop(pez, step, report):
+        totals.append(report.steps)
+        return True
+
+    for options in (SearchOptions(effort="paper"), SearchOptions(swaps=0)):
+        (result,) = pipe(**settings, options=options, pez_callback_on_step_end=stop).results
+        assert result.extra_loss is not None
+    assert totals == [3000, EFFORTS["balanced"].steps]
+
+
+def test_a_loss_of_ones_own_is_not_replaced(pipe):
+    loss = DenoisingLoss(pipe.pipeline, FISH, pipe.clip.clip, 0.5, samples=1)
+    options = replace(FOUND, extra_loss=loss)
+    with pytest.raises(ArgumentError, match="`denoising_weight` is an `extra_loss`, and"):
+        pipe(image=FISH, options=options, denoising_weight=0.5)
+
+
+def test_denoising_arguments_reach_the_loss(pipe):
+    def loss(weight=0.5, **kwargs):
+        output = pipe(
+            image=FISH,
+            denoising_weight=weight,
+            denoising_kwargs=kwargs,
+            num_images_per_prompt=1,
+            **QUICK,
+        )
+        return output.prompts, output.results[0].extra_loss
+
+    one = loss(samples=1)
+    assert loss(samples=1) == one
+    assert loss(samples=2) != one and loss(samples=1, timesteps=(0.1, 0.2)) != one
+    assert loss(samples=1, generator=generator(1)) != one
+    assert loss(0.999, samples=1)[0] != one[0] or loss(1, samples=1)[0] != one[0]
 
 
 def test_two_separate_callbacks(pipe):
     learning, making = [], []
 
-    def learned(pez, step, state):
-        assert pez is pipe and state["prompts"] == pez.prompts
+    def learned(pez, step, report):
+        assert pez is pipe and isinstance(report, Report)
+        assert report.prompts == pez.prompts and report.step == step and report.steps == 6
+        (words,) = [report.explain(k) for k in range(len(report.prompts))]
+        assert " ".join(word.word for word in words) == report.prompt
         learning.append(step)
 
     def made(t2i, i, t, kwargs):
@@ -537,9 +664,10 @@ def test_two_separate_callbacks(pipe):
 def test_interrupting_the_search_makes_images_of_the_best_so_far(pipe):
     steps = []
 
-    def stop(pez, step, state):
-        steps.append((step, state["prompts"]))
+    def stop(pez, step, report):
+        steps.append((step, report.prompts))
         pez._interrupt = step == 3
+        return report  # as callbacks of diffusers return their last argument
 
     output = pipe(image=FISH, pez_callback_on_step_end=stop, **QUICK)
     assert [step for step, _ in steps] == [1, 2, 3]
@@ -550,13 +678,12 @@ def test_interrupting_the_search_makes_images_of_the_best_so_far(pipe):
 
 def test_returning_true_ends_the_search_too_and_what_was_not_reached_is_left_out(pipe):
     long = ["a yellow face with big eyes and a red hat", "a blue fish under a big white moon"]
-    settings = QUICK | {"prompt_len": None, "num_images_per_prompt": 1}
     output = pipe(
         prompt=long,
         task="distill",
         generator=[generator(1), generator(2)],
-        pez_callback_on_step_end=lambda pez, step, state: step == 2,
-        **settings,
+        pez_callback_on_step_end=lambda pez, step, report: step == 2,
+        **SHORT,
     )
     assert len(output.prompts) == len(output.images) == 1 and pipe.interrupt
 
@@ -577,7 +704,7 @@ def test_a_failure_while_making_images_keeps_the_prompts(pipe, monkeypatch, capl
 
 
 def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
-    def fail(pez, step, state):
+    def fail(pez, step, report):
         if step == 4:
             raise KeyboardInterrupt
 
@@ -590,30 +717,101 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
     assert pipe.prompts == []
 
 
+def test_calls_from_two_threads_do_not_mix(pipe):
+    """The first call waits, after its first step, for the second one to begin."""
+    settings = QUICK | {"num_images_per_prompt": 1, "output_type": "pt"}
+    inputs = {"a": (FISH, 1), "b": (GLASSES, 2)}
+    expected = {
+        name: pipe(image=image, generator=generator(seed), **settings)
+        for name, (image, seed) in inputs.items()
+    }
+    first_runs, second_begins = threading.Event(), threading.Event()
+    outputs = {}
+
+    def wait(pez, step, report):
+        first_runs.set()
+        second_begins.wait(20)
+
+    def call(name):
+        image, seed = inputs[name]
+        if name == "b":
+            first_runs.wait(20)
+            threading.Timer(0.5, second_begins.set).start()
+        callback = wait if name == "a" else None
+        outputs[name] = pipe(
+            image=image,
+            generator=generator(seed),
+            pez_callback_on_step_end=callback,
+            **settings,
+        )
+
+    threads = [threading.Thread(target=call, args=(name,)) for name in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, output in outputs.items():
+        assert output.prompts == expected[name].prompts and len(output.results) == 1
+        assert output.results[0].prompt == output.prompts[0]
+        assert torch.equal(output.images, expected[name].images)
+
+
+def test_a_copy_has_a_lock_of_its_own(emoji_clip):
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    other = copy.deepcopy(prior)
+    assert other.clip is not prior.clip
+    found = []
+
+    def ask(pez, step, report):
+        if not found:  # another thread uses the copy meanwhile
+            thread = threading.Thread(
+                target=lambda: found.append(other(image=FISH, options=FOUND).prompt)
+            )
+            thread.start()
+            thread.join(60)
+
+    output = prior(image=FISH, options=FOUND, pez_callback_on_step_end=ask)
+    assert found == [output.prompt]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "`image` has to be given for the task 'invert'"),
-        ({"image": FISH, "task": "paint"}, "`task` has to be one of invert, style.*'paint'"),
-        ({"image": FISH, "prompt": 3}, "`prompt` has to be of type `str` or `list`"),
-        ({"image": FISH, "prompt": ["a", "b"]}, "`prompt` has to be of type `str` for the task"),
-        ({"image": FISH, "prompt": "a {} b"}, "`pez_kwargs={'template': ...}`"),
+        ({"image": FISH, "task": "paint"}, "`task` has to be one of 'invert', 'style'.*'paint'"),
+        ({"image": FISH, "prompt": 3}, "`prompt` has to be a string or a list of strings"),
+        ({"image": FISH, "prompt": [3]}, "`prompt` has to be a string"),
+        ({"image": FISH, "prompt": ["a", "b"]}, "`prompt` has to hold one caption for each of 1"),
+        (
+            {"image": FISH, "prompt": ["a"], "task_kwargs": {"shared": True}},
+            "`prompt` has to be one string with `shared`",
+        ),
+        ({"image": FISH, "prompt": "a {} {}"}, "`prompt` has to hold {} once"),
+        (
+            {"image": FISH, "prompt": "word " * 72, "options": SearchOptions(effort="fast")},
+            "`prompt_len` is 16, but beside the 72 tokens of the `prompt`",
+        ),
+        ({"image": FISH, "options": {"steps": 3}}, "`options` has to be a SearchOptions"),
+        ({"image": FX, "task": "style", "task_kwargs": {"style_template": "a"}}, "`style_temp"),
+        (
+            {"image": FX, "task": "style", "task_kwargs": {"style_template": "{subject} {style}"}},
+            "`style_template` needs a subject; give it as `prompt`",
+        ),
+        ({"prompt": ["a"], "task": "fuse"}, "`prompt` and `image` have to hold two sources"),
+        ({"image": FISH, "task": "fuse"}, "`prompt` and `image` have to hold two sources"),
+        ({"image": FX, "task": "style", "prompt": [3]}, "`prompt` has to be a string but is 3"),
+        ({"image": FX, "task": "style", "prompt": []}, "`prompt` is empty"),
+        ({"prompt": [3], "task": "distill"}, "`prompt` has to be a string but is 3"),
         ({"image": FISH, "denoising_kwargs": {"samples": 2}}, "needs a `denoising_weight` above"),
         ({"image": FISH, "num_images_per_prompt": 0}, "`num_images_per_prompt` has to be at least"),
         ({"task": "distill"}, "`prompt` has to be given for the task 'distill'"),
-        ({"task": "distill", "prompt": "a b c", "image": FISH}, "`image` cannot be given"),
-        ({"image": FISH, "task": "style"}, "`images` has to hold at least two"),
-        ({"image": "nothing.png"}, "`image`: nothing.png does not exist"),
-        ({"image": FISH, "output_type": "jpg"}, "`output_type` has to be one of pil, pt"),
-        ({"image": FISH, "generator": [generator()]}, "effective batch size of 4"),
+        ({"task": "distill", "prompt": "a b c", "image": FISH}, "`image` cannot be used"),
+        ({"image": FISH, "task": "style"}, "`image` has to hold at least two"),
+        ({"image": "nothing.png"}, "`image`.* nothing.png"),
+        ({"image": FISH, "output_type": "jpg"}, "`output_type` has to be one of 'pil', 'pt'"),
+        ({"image": FISH, "generator": [generator()]}, "`generator` has to hold one for each of 4"),
         ({"image": FISH, "denoising_weight": 2}, "`denoising_weight` has to be from 0 to 1"),
-        ({"image": FISH, "pez_steps": 0}, "`steps` has to be at least 1"),
-        ({"image": FISH, "pez_kwargs": {"preset": "slow"}}, "`preset` has to be one of 'fast'"),
-        ({"image": FISH, "pez_kwargs": {"time_limit": 0}}, "`time_limit` has to be finite and"),
-        (
-            {"image": FISH, "pez_steps": 9, "pez_kwargs": {"readability": 0.5}},
-            "`readability` is 0.5, but it counts",
-        ),
         (
             {"prompt": "a b", "task": "distill", "denoising_weight": 0.5},
             "`denoising_weight` needs an image pipeline and the task 'invert'",
@@ -621,22 +819,24 @@ def test_a_failure_while_learning_keeps_the_best_so_far(pipe):
     ],
 )
 def test_wrong_arguments_are_named(pipe, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         pipe(**arguments)
 
 
 @pytest.mark.parametrize(
-    "wrong, meant",
+    "wrong, remedy",
     [
-        ("num_inference_step", "num_inference_steps"),
-        ("steps", "pez_steps"),
-        ("seed", "generator"),
-        ("images", "image"),
-        ("negative_promt", "negative_prompt"),
+        ("num_inference_step", "perhaps `num_inference_steps` is meant"),
+        ("images", "perhaps `image` is meant"),
+        ("negative_promt", "perhaps `negative_prompt` is meant"),
+        ("xyz", "leave it out"),
+        ("steps", r"write options=SearchOptions\(steps=...\)"),
+        ("seed", r"write options=SearchOptions\(seed=...\)"),
+        ("avoid", r"write task_kwargs=\{'avoid': ...\}"),
     ],
 )
-def test_misspelt_arguments_are_found_before_the_search(pipe, wrong, meant):
-    with pytest.raises(TypeError, match=f"`{wrong}` is not an arg.*Stable.*mean `{meant}`"):
+def test_misspelt_arguments_are_found_before_the_search(pipe, wrong, remedy):
+    with pytest.raises(TypeError, match=f"`{wrong}` is not an arg.*Stable.*; {remedy}"):
         pipe(image=FISH, **{wrong: 3})
 
 
@@ -658,21 +858,22 @@ def test_what_the_image_pipeline_refuses_is_found_before_the_search(pipe, wrong,
 def test_further_arguments_are_checked(pipe, emoji_clip):
     with pytest.raises(TypeError, match="`negative_prompt` is not an argument of PezPipeline"):
         PezPipeline(emoji_clip)(image=FISH, negative_prompt="blurry")
-    for options, message in (
-        ({"learning": 1}, "'learning', which `invert` does not take"),
-        ({"seed": 1}, "'seed'; give `generator` instead"),
-        ({"steps": 1}, "'steps'; give `pez_steps` instead"),
-        ([1], "`pez_kwargs` has to be a dict"),
+    for given, message in (
+        ({"learning": 1}, "has the key 'learning', but the task 'invert' takes avoid, shared, neg"),
+        ({"caption": "a"}, "has the key 'caption', but the task 'invert' takes avoid"),
+        ({"seed": 1}, "has the key 'seed', .*; give it in `options`"),
+        ([1], "has to be a dict"),
     ):
-        with pytest.raises(TypeError, match=message):
-            pipe(image=FISH, pez_kwargs=options)
-    with pytest.raises(TypeError, match="'template'; give `prompt` instead"):
-        pipe(image=FISH, prompt="a cat", pez_kwargs={"template": "b {}"})
-    with pytest.raises(TypeError, match="'weight'; give `denoising_weight` instead"):
-        pipe(image=FISH, denoising_weight=0.5, denoising_kwargs={"weight": 1})
+        with pytest.raises(TypeError, match=f"`task_kwargs` {message}"):
+            pipe(image=FISH, task_kwargs=given)
+    for given in ({"weight": 1}, {"shared": True}):
+        with pytest.raises(
+            TypeError, match=r"`denoising_kwargs` has the key .*DenoisingLoss takes"
+        ):
+            pipe(image=FISH, options=FOUND, denoising_weight=0.5, denoising_kwargs=given)
     with pytest.raises(TypeError, match=r"`generator` has to be a torch.Generator"):
         pipe(image=FISH, generator=3)
-    with pytest.raises(TypeError, match="`denoising_weight` has to hold numbers"):
+    with pytest.raises(TypeError, match="`denoising_weight` has to be a number"):
         pipe(image=FISH, denoising_weight="much")
 
 
@@ -715,7 +916,7 @@ def test_the_scheduler_is_that_of_the_image_pipeline(pipe):
         pipe.nothing()
 
 
-def test_what_a_safety_checker_says_is_passed_on(pipe, monkeypatch):
+def test_the_flags_of_a_safety_checker_are_passed_on(pipe, monkeypatch):
     monkeypatch.setattr(pipe.pipeline, "run_safety_checker", lambda x, *_: (x, [True] * len(x)))
     output = pipe(image=FISH, num_images_per_prompt=2, **QUICK)
     assert output.nsfw_content_detected == [True, True]
@@ -727,7 +928,7 @@ def test_what_is_no_clip_is_refused(tiny_clip):
     from pez_core import Clip
 
     unknown = Clip(tiny_clip.model, tiny_clip.tokenizer, "mine", range(320, 400))
-    with pytest.raises(ValueError, match="mine does not know what it was built from"):
+    with pytest.raises(ArgumentError, match="`clip` has no `config`: mine was built by hand"):
         PezPipeline(clip=unknown)
 
 
@@ -755,7 +956,8 @@ def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
         ("ViT-L-14:openai", "emoji-clip"),
         ('"cuda"', '"cpu"'),
         ("photo.jpg", str(FISH)),
-        ("generator=", "pez_steps=3, num_inference_steps=1, generator="),
+        ('effort="fast"', 'effort="fast", steps=2, swaps=1'),
+        ("generator=", "num_inference_steps=1, generator="),
     ):
         assert old in code
         code = code.replace(old, new)
@@ -776,7 +978,7 @@ def test_the_core_imports_diffusers_only_for_the_pipeline():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_without_diffusers_the_error_says_what_to_install():
+def test_without_diffusers_the_error_names_the_extra():
     code = (
         "import sys; sys.modules['diffusers'] = None\n"
         "from pez_core import *\n"

@@ -4,7 +4,8 @@ from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, EvaluationError, evaluate
 from .modular import PezPromptStep
-from .pipeline import PezPipeline, PezPipelineOutput, PezPriorOutput
+from .pipeline import PezPipeline
+from .pipeline_output import PezPipelineOutput, PezPriorOutput
 
 __all__ = [
     "DenoisingLoss",

@@ -1,10 +1,14 @@
-"""A CLIP as a component of diffusers pipelines, saved, moved and offloaded like the others."""
+"""`PezClipModel`: a CLIP as a diffusers model, which pipelines save, move and offload."""
+
+# diffusers does not mark its public names as exported
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -15,58 +19,68 @@ from torch import nn
 
 from ..clip import AnyClip, Clip, JointClip, load_clip
 from ..clip.build import from_config
+from ..errors import ArgumentError, ArgumentTypeError
 
 T = TypeVar("T")
-# what `from_pretrained` takes to find files, of which `load_config` knows these
+# arguments of `from_pretrained` that `load_config` takes too
 _FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class PezClipModel(ModelMixin, ConfigMixin):
-    """One or several CLIPs to search prompts on, as diffusers keeps its models.
+    """One CLIP or several, on which prompts are searched.
 
-    Made by `from_clip`, `load` or `from_pretrained`. Its weights never need gradients, and
-    calling it is the only way to use it: hooks that bring it to the device listen to that.
+    Use `from_clip`, `load` or `from_pretrained` to make one. To use it, call it: the offloading
+    hooks of diffusers move the weights to the device in `forward` only. The weights never need
+    gradients.
 
     Args:
-        towers: what each CLIP is built from: `name`, `config` and `vocabulary` as in
-            `pez_core.Clip`, and `preprocess_cfg`, how images are prepared.
-        weights: how much each counts where there are several.
+        towers: one dict per CLIP, with `name`, `config` and `vocabulary` as in `pez_core.Clip`, and
+            `preprocess_cfg`, open_clip's settings for images.
+        weights: of the CLIPs in the similarity, where there are several.
     """
 
-    # its text path reads the weights of submodules without calling them
+    # the search reads weights of submodules without calling these, so that hooks would not run
     _supports_group_offloading = False
 
     @register_to_config
     def __init__(self, towers: Sequence[dict], weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        clips = []
-        for tower in towers:
-            model, tokenizer = from_config(tower["config"], tower["preprocess_cfg"])
-            known = tower["vocabulary"]
-            clips.append(Clip(model, tokenizer, tower["name"], known, tower["config"]))
-        self.models = nn.ModuleList(clip.model for clip in clips)
+        built = [from_config(tower["config"], tower["preprocess_cfg"]) for tower in towers]
+        self.models = nn.ModuleList(model for model, _ in built)
         self.requires_grad_(False)
-        self.clip: AnyClip = clips[0] if len(clips) == 1 else JointClip(clips, weights)
+        self._tokenizers = [tokenizer for _, tokenizer in built]
+
+    @cached_property
+    def clip(self) -> AnyClip:
+        """The CLIP for `pez_core`; made at its first use, when the weights are loaded."""
+        config: Any = self.config
+        clips = [
+            Clip(model, tokenizer, tower["name"], tower["vocabulary"], tower["config"])
+            for model, tokenizer, tower in zip(
+                self.models, self._tokenizers, config.towers, strict=True
+            )
+        ]
+        return clips[0] if len(clips) == 1 else JointClip(clips, config.weights)
 
     @classmethod
     def from_clip(cls, clip: AnyClip) -> PezClipModel:
-        """Wrap a CLIP that is loaded. It stays as it is; the weights are shared until moved.
+        """Wrap a loaded CLIP, which stays unchanged. Both share the weights until one is moved.
 
         Raises:
-            TypeError: `clip` is no CLIP of `pez_core`.
-            ValueError: it does not know what it was built from.
+            ArgumentError: `clip` is no CLIP of `pez_core`, or lacks its `config`.
         """
         if not isinstance(clip, (Clip, JointClip)):
-            raise TypeError(
-                f"`clip` has to be a CLIP from `load_clip` but is {type(clip).__name__}."
+            raise ArgumentTypeError(
+                "clip", f"has to be a CLIP from `load_clip` but is {type(clip).__name__}"
             )
         parts = clip.clips if isinstance(clip, JointClip) else [clip]
         for part in parts:
             if part.config is None:
-                raise ValueError(
-                    f"`clip`: {part.name} does not know what it was built from, or has a tokenizer "
-                    "of its own in its folder, and could not be saved; load one that open_clip "
-                    "knows by `load_clip`, or give `Clip` its `config`."
+                raise ArgumentError(
+                    "clip",
+                    f"has no `config`: {part.name} was built by hand, or its folder holds its own "
+                    "tokenizer, so that it could not be saved",
+                    "load an architecture of open_clip by `load_clip`, or give `Clip` a `config`",
                 )
         towers = [
             {
@@ -78,22 +92,35 @@ class PezClipModel(ModelMixin, ConfigMixin):
             for part in parts
         ]
         weights = [weight for _, weight in clip.text.parts] if len(parts) > 1 else None
-        # nothing is computed to be thrown away; image towers of timm need real weights to be built
+        # skips the random weights; image towers of timm compute with theirs while they are built
         with nullcontext() if _of_timm(towers) else init_empty_weights():
             model = cls(towers, weights)
         for ours, part in zip(model.models, parts, strict=True):
             ours.load_state_dict(part.model.state_dict(), assign=True)
-        # open_clip's half precision keeps some layers in float32, which does not survive `to`
-        return nn.Module.to(model.requires_grad_(False), clip.device, parts[0].dtype)
+        # open_clip's half precision leaves some layers in float32; a component has one dtype
+        nn.Module.to(model.requires_grad_(False), clip.device, parts[0].dtype)
+        return model
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> PezClipModel:
-        """As `ModelMixin.from_pretrained`."""
+        """As `ModelMixin.from_pretrained`.
+
+        Raises:
+            ArgumentError: the config is damaged, would run code, or names files in another place.
+        """
         files = {name: kwargs[name] for name in _FILES if name in kwargs}
-        config = cls.load_config(pretrained_model_name_or_path, **files)
-        if _of_timm(config["towers"]):
+        config: Any = cls.load_config(pretrained_model_name_or_path, **files)
+        try:
+            of_timm = _of_timm(config["towers"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ArgumentError(
+                "pretrained_model_name_or_path",
+                f"is {str(pretrained_model_name_or_path)!r}, whose config.json is not that of a "
+                "PezClipModel",
+            ) from error
+        if of_timm:
             kwargs["low_cpu_mem_usage"] = False
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -106,12 +133,14 @@ class PezClipModel(ModelMixin, ConfigMixin):
         dtype: torch.dtype = torch.float32,
         download: bool = False,
     ) -> PezClipModel:
-        """`load_clip`, wrapped; see there for arguments and errors."""
+        """`load_clip`, then `from_clip`; see there for arguments and errors."""
         clip = load_clip(name, pretrained, "cpu", torch.float32, download)
-        return nn.Module.to(cls.from_clip(clip), device, dtype)
+        model = cls.from_clip(clip)
+        nn.Module.to(model, device, dtype)
+        return model
 
     def forward(self, use: Callable[[AnyClip], T]) -> T:
-        """What `use` makes of the CLIP, which is on its device while it runs."""
+        """Call `use` with the CLIP, which is on its device meanwhile, and return the result."""
         return use(self.clip)
 
 

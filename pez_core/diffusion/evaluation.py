@@ -1,4 +1,7 @@
-"""How similar to its target an image is that was made of a learned prompt."""
+"""Similarity of images made from learned prompts with their targets, by a held-out CLIP."""
+
+# diffusers does not mark its public names as exported
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from PIL import Image
 
 from ..clip import AnyClip, Clip, JointClip
 from ..clip.images import ImageInput, load_images
-from ..search import check_integer
+from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_string
 from ..targets import encode_targets
 from .clip_model import PezClipModel
 
@@ -24,19 +27,19 @@ Targets = ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | torch.Tenso
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images made of prompts, and their similarities with the targets.
+    """Images made from prompts, and their similarities with the targets.
 
     Attributes:
-        prompts: those whose images are here.
-        similarities: (prompts, n) cosines of the images made with their target, by the judge; the
-            mean over the targets of a prompt where it has several.
-        prompt_similarities: (prompts,) cosines of the prompts themselves with their target, by the
+        prompts: the prompts of the images.
+        similarities: (prompts, n) cosine similarities of the images with their target, by the
+            judge; the mean over the targets where a prompt has several.
+        prompt_similarities: (prompts,) cosine similarities of the prompts with their target, by the
             judge.
-        searched_similarities: as `similarities`, by the CLIP that the prompts were learned on;
-            None: it was not given. A search overfits its CLIP, so that what it gains there and not
-            with the judge is no gain. The two have different scales; compare how they change.
+        searched_similarities: as `similarities`, by the CLIP of the search; None: it was not given.
+            The search overfits this CLIP: a gain that the judge does not share is none. The two
+            have different scales; compare their changes.
         images: n images for each prompt.
-        judge: name of the CLIP that judged.
+        judge: name of the held-out CLIP.
     """
 
     prompts: list[str]
@@ -48,19 +51,19 @@ class Evaluation:
 
     @property
     def per_prompt(self) -> torch.Tensor:
-        """(prompts,) means over the images of each prompt."""
+        """(prompts,) mean over the images of each prompt."""
         return self.similarities.mean(1)
 
     @property
     def mean(self) -> float:
-        """Over all images; NaN where there is none."""
+        """Mean over all images; NaN where there is none."""
         return self.per_prompt.mean().item()
 
     @property
     def standard_error(self) -> float:
-        """Of `mean`: over the means of the prompts; over the images where there is one prompt.
+        """Standard error of `mean` over the prompts, or over the images of a single prompt.
 
-        NaN where there is only one of these.
+        NaN for a single value.
         """
         values = self.similarities[0] if len(self.prompts) == 1 else self.per_prompt
         return values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
@@ -69,15 +72,15 @@ class Evaluation:
         prompts, images = self.similarities.shape
         line = f"{self.mean:.4f} ± {self.standard_error:.4f} by {self.judge}"
         if self.searched_similarities is not None:
-            line += f", {self.searched_similarities.mean():.4f} by the CLIP searched on"
+            line += f", {self.searched_similarities.mean():.4f} by the CLIP of the search"
         return f"{line} (prompts: {prompts}, images of each: {images})"
 
 
 class EvaluationError(RuntimeError):
-    """Making or judging the images of one prompt failed; the error before it says why.
+    """Making or judging the images of one prompt failed; its `__cause__` is the reason.
 
     Attributes:
-        partial: what was finished before.
+        partial: the evaluation of the prompts before it.
     """
 
     def __init__(self, message: str, partial: Evaluation) -> None:
@@ -98,47 +101,41 @@ def evaluate(
     callback: Callable[[int, int, Evaluation], Any] | None = None,
     **kwargs: Any,
 ) -> Evaluation:
-    """Make images of prompts and judge them by a CLIP that took no part (paper, section 4.1).
+    """Make images from prompts and compare them with targets by a held-out CLIP (section 4.1).
 
-    The paper makes images with Stable Diffusion 2 and compares them with the target under OpenCLIP
-    ViT-G, where prompts were learned on ViT-H.
+    The paper makes images with Stable Diffusion 2 and compares them under OpenCLIP ViT-G, for
+    prompts learned on ViT-H.
 
     Args:
-        pipeline: any text-to-image pipeline that takes `prompt`. It is called once for each prompt,
+        pipeline: any text-to-image pipeline that takes `prompt`. Each prompt is a call of its own,
             so that memory does not grow with their number.
         prompts: one or several.
-        images: a single image is the target of every prompt. Of several, as a list or a batch, all
-            are targets of a single prompt, such as images of one style; several prompts need one
-            entry each, which is an image or a list of images. Images are given as in `invert`.
+        images: the targets, given as in `invert`. A single image is the target of every prompt.
+            Several images, as a list or a batch, are all targets of a single prompt, such as images
+            of one style; several prompts need one entry each, an image or a list of images.
         judge: a CLIP on which the prompts were not learned. With several in one the similarity is
             their weighted mean.
-        num_images_per_prompt: images to make of each prompt, at least 1.
-        num_inference_steps: denoising steps. None: what the pipeline has by default. Not used where
-            the pipeline does not know it.
-        guidance_scale: as `num_inference_steps`. 9 is the paper's for Stable Diffusion 2; give
-            pipelines of other kinds what they are made for.
-        generator: drawn from for one prompt after the other, or a list with one for each image,
-            those of the first prompt first. The same seeds give the same images.
+        num_images_per_prompt: images to make from each prompt, at least 1.
+        num_inference_steps: denoising steps; None: the pipeline's own default. Not used where the
+            pipeline lacks the argument.
+        guidance_scale: as `num_inference_steps`. 9 is the paper's for Stable Diffusion 2; pipelines
+            of other kinds need other values.
+        generator: serves one prompt after the other; or a list with one generator per image, those
+            of the first prompt first. The same seeds give the same images.
         searched: the CLIP that the prompts were learned on.
-        callback: called as `callback(i, n, evaluation)` when i of n prompts are finished, with what
-            there is so far. A true return value ends it; what there is is returned.
+        callback: called as `callback(i, n, evaluation)` after i of n prompts, with the evaluation
+            so far. A true return value ends the evaluation, which is then returned.
         kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`.
 
     Raises:
-        TypeError: an argument is of the wrong type, or `pipeline` does not take it.
-        ValueError: no prompt, an empty prompt, a target that is missing or cannot be read, a number
-            out of range, or a judge on which the prompts were learned.
+        ArgumentError: a prompt or target is missing or cannot be read, an argument is out of range
+            or unknown to `pipeline`, or the prompts were learned on the judge.
         EvaluationError: `pipeline` or a CLIP failed; its `partial` has the prompts before.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise ValueError("`prompts` is empty; give at least one prompt.")
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"`prompts` has to hold strings but holds {text!r}.")
+    texts = _texts(prompts)
     check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     generators = _generators(generator, len(texts), num_images_per_prompt)
-    _check_neutral(judge, searched)
+    _check_held_out(judge, searched)
     settings = {
         "num_images_per_prompt": num_images_per_prompt,
         "num_inference_steps": num_inference_steps,
@@ -147,52 +144,69 @@ def evaluate(
     }
     accepted = _accepted(pipeline, [*kwargs, *(["generator"] if generator is not None else [])])
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
-    targets = _targets(images, len(texts))
-
-    neutral = _View(judge, targets)
-    own = None if searched is None else _View(searched, targets)
-    said = _use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
-    prompt_similarities = (said * neutral.targets).sum(1)
-    made: list[list[Image.Image]] = []
-
-    def finished() -> Evaluation:
-        count = len(made)
-        return Evaluation(
-            texts[:count],
-            neutral.similarities[:count].reshape(count, num_images_per_prompt),
-            prompt_similarities[:count],
-            None if own is None else own.similarities[:count].reshape(count, num_images_per_prompt),
-            made[:],
-            neutral.name,
-        )
-
+    scored = _Scored(texts, _targets(images, len(texts)), judge, searched)
     for k, text in enumerate(texts):
-        # a pipeline that cannot make several images of a prompt makes one of each of several
+        # a pipeline without several images per prompt gets the prompt several times
         repeated = text if "num_images_per_prompt" in settings else [text] * num_images_per_prompt
         try:
-            pictures = pipeline(prompt=repeated, **generators[k], **settings)[0]
-            neutral.look(k, pictures)
-            if own is not None:
-                own.look(k, pictures)
+            scored.add(pipeline(prompt=repeated, **generators[k], **settings)[0])
         except Exception as error:
             raise EvaluationError(
-                f"Prompt {k + 1} of {len(texts)}, {text!r}, failed ({error}); what was finished "
-                "before is in `partial`.",
-                finished(),
+                f"Prompt {k + 1} of {len(texts)}, {text!r}, failed ({error}); `partial` has the "
+                "evaluation of the prompts before it.",
+                scored.evaluation(num_images_per_prompt),
             ) from error
-        made.append(pictures)
-        if callback is not None and callback(k + 1, len(texts), finished()):
+        done = scored.evaluation(num_images_per_prompt)
+        if callback is not None and callback(k + 1, len(texts), done):
             break
-    return finished()
+    return scored.evaluation(num_images_per_prompt)
 
 
-class _View:
-    """What one CLIP sees.
+class _Scored:
+    """Images and their similarities, prompt by prompt."""
+
+    def __init__(
+        self,
+        texts: list[str],
+        targets: list[list[Image.Image]],
+        judge: PezClipModel | AnyClip,
+        searched: PezClipModel | AnyClip | None,
+    ) -> None:
+        self._texts, self._images = texts, []
+        self._judge = _TargetScores(judge, targets)
+        self._searched = None if searched is None else _TargetScores(searched, targets)
+        features = _use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
+        self._prompt_similarities = (features * self._judge.targets).sum(1)
+
+    def add(self, images: list[Image.Image]) -> None:
+        """Score the images of the next prompt."""
+        k = len(self._images)
+        judged = self._judge.of(k, images)
+        if self._searched is not None:
+            self._searched.rows.append(self._searched.of(k, images))
+        self._judge.rows.append(judged)
+        self._images.append(images)
+
+    def evaluation(self, each: int) -> Evaluation:
+        """All so far, with `each` images per prompt."""
+        count = len(self._images)
+        return Evaluation(
+            self._texts[:count],
+            self._judge.similarities(each),
+            self._prompt_similarities[:count],
+            None if self._searched is None else self._searched.similarities(each),
+            self._images[:],
+            self._judge.name,
+        )
+
+
+class _TargetScores:
+    """Similarities with the targets, by one CLIP.
 
     Attributes:
         name: of the CLIP.
-        targets: (prompts, features) means of the features of each prompt's targets.
-        similarities: (prompts looked at, n)
+        targets: (prompts, features) mean features of the targets of each prompt.
+        rows: (n,) similarities, one row per prompt so far.
     """
 
     def __init__(
@@ -204,22 +218,25 @@ class _View:
 
         self.name = _clip(model).name
         self.targets = _use(model, encode).cpu()
-        self.similarities = torch.empty(0)
+        self.rows: list[torch.Tensor] = []
         self._model = model
 
-    def look(self, k: int, pictures: Sequence[Image.Image]) -> None:
-        """Add the similarities of images made of prompt k."""
-        features = _use(self._model, lambda clip: clip.encode_images(pictures)).cpu()
-        seen = (features @ self.targets[k])[None]
-        self.similarities = torch.cat([self.similarities, seen]) if k else seen
+    def of(self, k: int, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(len(images),) similarities of images made from prompt k."""
+        features = _use(self._model, lambda clip: clip.encode_images(images)).cpu()
+        return features @ self.targets[k]
+
+    def similarities(self, each: int) -> torch.Tensor:
+        """(prompts so far, each) similarities."""
+        return torch.stack(self.rows) if self.rows else torch.empty(0, each)
 
 
 def _use(model: PezClipModel | AnyClip, use: Callable[[AnyClip], T]) -> T:
     if not isinstance(model, PezClipModel):
         return use(model)
     answer = model(use)
-    # an offloaded model leaves the device when the next of its own pipeline is called, which is
-    # not the case here; the image pipeline needs the room
+    # an offloaded model leaves the device only when the next model of its own pipeline is called;
+    # the image pipeline here is another one and needs the memory
     if hasattr(model, "_hf_hook"):
         model._hf_hook.init_hook(model)
     return answer
@@ -229,52 +246,60 @@ def _clip(model: PezClipModel | AnyClip) -> AnyClip:
     return model.clip if isinstance(model, PezClipModel) else model
 
 
-def _check_neutral(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyClip | None) -> None:
+def _check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyClip | None) -> None:
     towers = []
     for argument, model in (("judge", judge), ("searched", searched)):
         if argument == "searched" and model is None:
             return
         clip = _clip(model)
         if not isinstance(clip, (Clip, JointClip)):
-            raise TypeError(
-                f"`{argument}` has to be a CLIP from `load_clip` or a PezClipModel but is "
-                f"{type(model).__name__}."
+            raise ArgumentTypeError(
+                argument,
+                f"has to be a CLIP from `load_clip` or a PezClipModel but is "
+                f"{type(model).__name__}",
             )
         towers.append(clip.clips if isinstance(clip, JointClip) else [clip])
     for one in towers[0]:
         if any(_same(one, other) for other in towers[1]):
-            raise ValueError(
-                f"`judge` is {one.name}, on which the prompts were learned; give a CLIP that took "
-                "no part, such as ViT-bigG-14 for prompts of ViT-H-14."
+            raise ArgumentError(
+                "judge",
+                f"is {one.name}, on which the prompts were learned",
+                "give a held-out CLIP, such as ViT-bigG-14 for prompts of ViT-H-14",
             )
 
 
 def _same(a: Clip, b: Clip) -> bool:
-    """Whether two CLIPs are one, whatever it is called and computes in."""
+    """Whether two CLIPs have the same weights, under any names and in any precision."""
     tables = [clip.text.token_embedding.detach()[:1000].float().cpu() for clip in (a, b)]
     return a.name == b.name or (
         tables[0].shape == tables[1].shape and torch.allclose(*tables, atol=1e-3)
     )
 
 
-def _accepted(pipeline: DiffusionPipeline, given: Sequence[str]) -> set[str]:
-    """Names that the pipeline takes, all of `given` among them.
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ArgumentError("prompts", "is empty", "give at least one prompt")
+    return [check_string("prompts", text) for text in texts]
 
-    Some pipelines swallow what they do not know, so only names in the signature count.
+
+def _accepted(pipeline: DiffusionPipeline, given: Sequence[str]) -> set[str]:
+    """The names in the signature of the pipeline; raise unless all of `given` are among them.
+
+    Some pipelines take any `**kwargs` and ignore most of them.
     """
     kind = type(pipeline).__name__
     parameters = inspect.signature(type(pipeline).__call__).parameters.values()
     accepted = {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
     if "prompt" not in accepted:
-        raise TypeError(
-            f"`pipeline` has to be a text-to-image pipeline, which takes `prompt`, but is {kind}."
+        raise ArgumentTypeError(
+            "pipeline", f"has to be a text-to-image pipeline, which takes `prompt`, but is {kind}"
         )
     ours = {"self", "prompt", "output_type", "return_dict"}
     for name in given:
         if name not in accepted - ours:
-            raise TypeError(
-                f"`{name}` is an argument neither of `evaluate` nor, to be passed on, of {kind}; "
-                "leave it out."
+            raise ArgumentTypeError(
+                name, f"is no argument of `evaluate` or of {kind}", "leave it out"
             )
     return accepted
 
@@ -288,9 +313,9 @@ def _generators(
     if not isinstance(generator, list):
         return [{"generator": generator}] * prompts
     if len(generator) != prompts * each:
-        raise ValueError(
-            f"`generator` has to hold one for each of {prompts * each} images but holds "
-            f"{len(generator)}."
+        raise ArgumentError(
+            "generator",
+            f"has to hold one for each of {prompts * each} images but holds {len(generator)}",
         )
     return [{"generator": generator[k * each : (k + 1) * each]} for k in range(prompts)]
 
@@ -303,8 +328,9 @@ def _targets(images: Targets, prompts: int) -> list[list[Image.Image]]:
     if prompts == 1 and len(entries) > 1:
         entries = [entries]
     if len(entries) != prompts:
-        raise ValueError(
-            f"`images` has to hold one entry, an image or a list of images, for each of {prompts} "
-            f"prompts but holds {len(entries)}."
+        raise ArgumentError(
+            "images",
+            f"has to hold one entry, an image or a list of images, for each of {prompts} prompts "
+            f"but holds {len(entries)}",
         )
     return [load_images(entry)[0] for entry in entries]

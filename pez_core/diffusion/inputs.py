@@ -1,78 +1,119 @@
-"""Arguments as diffusers users give them -> what `pez_core` takes."""
+"""Checks and conversions of the arguments that diffusers users give."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..clip.images import ImageInput, load_images
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
+from ..options import SearchOptions
+
+# arguments of image pipelines that hold one text per prompt, where `prompt` is a list
+_TEXTS = {f"{name}{k}" for name in ("prompt", "negative_prompt") for k in ("", "_2", "_3", "_4")}
 
 
-def pictures(
+@contextmanager
+def named(**names: str) -> Iterator[None]:
+    """Show these names for arguments of `pez_core` in errors: `named(images="image")`."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise error.renamed(names) from error
+
+
+def load_pictures(
     name: str, images: ImageInput | Sequence[ImageInput] | torch.Tensor
 ) -> list[Image.Image]:
-    """Images as `load_images` has them; errors speak of the argument `name`."""
-    try:
+    """The images of the argument `name`; a single one as a list."""
+    with named(images=name):
         return load_images(images)[0]
-    except ArgumentError as error:
-        raise error.about(name) from error
 
 
-def seeds(generator: torch.Generator | list[torch.Generator] | None, prompts: int) -> list[int]:
-    """A seed for the search of each prompt, such that no generator is drawn from.
+def check_options(options: SearchOptions | None) -> SearchOptions:
+    """The options; those by default where there are none."""
+    if options is None:
+        return SearchOptions()
+    if not isinstance(options, SearchOptions):
+        raise ArgumentTypeError("options", f"has to be a SearchOptions but is {options!r}")
+    return options
+
+
+def keywords_of(function: Callable) -> list[str]:
+    """The names of the keyword-only parameters of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+
+
+def check_keywords(name: str, given: object, owner: str, allowed: Sequence[str]) -> None:
+    """Raise unless the argument `name` is None or a dict with keys that are `allowed`.
 
     Args:
-        generator: its initial seed serves all prompts. A list has one for each prompt, or several
-            for each, of which the first counts. None: a seed from torch's default generator.
-        prompts: how many are learned.
+        name: of the argument.
+        given: its value.
+        owner: of the allowed keywords, for the message.
+        allowed: keywords.
+    """
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ArgumentTypeError(name, f"has to be a dict but is {given!r}")
+    for key in given:
+        if key not in allowed:
+            raise ArgumentTypeError(
+                name,
+                f"has the key {key!r}, but {owner} takes {', '.join(allowed)}",
+                "give it in `options`" if key in SearchOptions.__dataclass_fields__ else "",
+            )
+
+
+def is_shared(task_kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether one prompt is learned for all images."""
+    return (task_kwargs or {}).get("shared", False) is not False
+
+
+def search_seeds(
+    generator: torch.Generator | list[torch.Generator] | None, options: SearchOptions, prompts: int
+) -> list[int]:
+    """The seed of the search for each prompt. No generator is drawn from.
+
+    Args:
+        generator: its initial seed is that of all prompts. A list has the same number of generators
+            for each prompt, and the first of each counts. None: the seeds of `options`.
+        options: of the search.
+        prompts: their number.
 
     Raises:
-        ValueError: the list has another length.
+        ArgumentError: the numbers of generators or seeds and of prompts differ.
     """
     if generator is None:
-        return [int(torch.randint(2**31, ()))] * prompts
-    if not isinstance(generator, list):
-        generator = [generator] * prompts
-    for one in generator:
+        return options.seeds(prompts)
+    generators = generator if isinstance(generator, list) else [generator] * prompts
+    for one in generators:
         if not isinstance(one, torch.Generator):
-            raise TypeError(
-                f"`generator` has to be a torch.Generator or a list of them but holds {one!r}; "
-                "write torch.Generator().manual_seed(0)."
+            raise ArgumentTypeError(
+                "generator",
+                f"has to be a torch.Generator or a list of them but holds {one!r}",
+                "write torch.Generator().manual_seed(0)",
             )
-    each, rest = divmod(len(generator), prompts)
+    each, rest = divmod(len(generators), prompts)
     if not each or rest:
-        raise ValueError(
-            f"`generator` has to hold one for each of {prompts} prompts, or as many for each as "
-            f"images are made of it, but holds {len(generator)}."
+        raise ArgumentError(
+            "generator",
+            f"has to hold one for each of {prompts} prompts, or one for each of their images, but "
+            f"holds {len(generators)}",
         )
-    return [one.initial_seed() % 2**63 for one in generator[::each]]
+    return [one.initial_seed() % 2**63 for one in generators[::each]]
 
 
-def check_options(
-    name: str, options: dict[str, Any], function: Callable, inputs: Mapping[str, str]
-) -> None:
-    """Raise unless the further arguments of a function are its own and not given otherwise.
-
-    Args:
-        name: of the argument that holds them.
-        options: the further arguments.
-        function: which takes them.
-        inputs: its arguments that are given otherwise, and how.
-
-    Raises:
-        TypeError: `options` is no dict, or holds what it must not.
-    """
-    if not isinstance(options, dict):
-        raise TypeError(f"`{name}` has to be a dict but is {options!r}.")
-    for option in options:
-        if option in inputs:
-            raise TypeError(f"`{name}` holds {option!r}; give `{inputs[option]}` instead.")
-        if option not in inspect.signature(function).parameters:
-            raise TypeError(
-                f"`{name}` holds {option!r}, which `{function.__name__}` does not take."
-            )
+def one_per_prompt(passed: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    """Texts as lists, since `negative_prompt` must be a list where `prompt` is one."""
+    return {
+        name: [value] * prompts if name in _TEXTS and isinstance(value, str) else value
+        for name, value in passed.items()
+    }

@@ -1,6 +1,12 @@
 """PEZ as a block of Modular Diffusers: images in, prompts out."""
 
+# diffusers does not mark its public names as exported
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import ModularPipeline, ModularPipelineBlocks
@@ -13,25 +19,24 @@ from diffusers.modular_pipelines import (
 )
 
 from ..clip.images import ImageInput
-from ..learn import Result
+from ..errors import ArgumentTypeError
+from ..options import SearchOptions
+from ..results import Report, Result
 from ..tasks import invert
 from .clip_model import PezClipModel
-from .inputs import check_options, pictures, seeds
-from .pipeline import planned
-
-# arguments of `invert` that have an input of their own
-_INPUTS = {
-    "clip": "clip",
-    "images": "target_image",
-    "prompt_len": "prompt_len",
-    "steps": "pez_steps",
-    "restarts": "restarts",
-    "seed": "generator",
-}
+from .inputs import (
+    check_keywords,
+    check_options,
+    is_shared,
+    keywords_of,
+    load_pictures,
+    named,
+    search_seeds,
+)
 
 
 class PezPromptStep(ModularPipelineBlocks):
-    """Learns a short text prompt for each image (paper, section 4).
+    """Block that learns a short text prompt for each image (paper, section 4).
 
     By itself:
 
@@ -39,7 +44,7 @@ class PezPromptStep(ModularPipelineBlocks):
         pipe.update_components(clip=PezClipModel.load("ViT-L-14:openai"))
         prompts = pipe(target_image="photo.jpg", output="prompt")
 
-    In front of the blocks of an image pipeline its `prompt` takes the place of the user's:
+    In front of the blocks of an image pipeline it replaces the input `prompt`:
 
         blocks = StableDiffusionXLAutoBlocks()
         blocks.sub_blocks.insert("pez", PezPromptStep(), 0)
@@ -50,19 +55,19 @@ class PezPromptStep(ModularPipelineBlocks):
         )
         images = pipe(target_image="photo.jpg", output="images")
 
-    The target is not called `image`, which would turn Stable Diffusion XL to image-to-image; both
-    can be given. All components have to be on one device, as `pipe.to` puts them. Where the block
-    is alone, its progress bar is silenced by `set_progress_bar_config` before `init_pipeline`.
+    The input is `target_image`, since `image` would turn Stable Diffusion XL to image-to-image; a
+    call may have both. All components have to be on one device: use `pipe.to`. To hide the progress
+    bar of the block alone, call `set_progress_bar_config` before `init_pipeline`.
 
     `pipe.save_pretrained(folder)`, where `folder` is a string, saves the CLIP with the other
-    components. Diffusers does not know this class by name, so make the same blocks to load it:
-    `pipe = blocks.init_pipeline(folder)`, then `pipe.load_components()`. For a folder that
-    `ModularPipelineBlocks.from_pretrained(folder, trust_remote_code=True)` can read, put a file
-    `modular.py` with the line `from pez_core.diffusion import PezPromptStep` next to what
-    `PezPromptStep().save_pretrained(folder)` writes.
+    components. Diffusers cannot find this class by name, so load the folder with the same blocks:
+    `pipe = blocks.init_pipeline(folder)`, then `pipe.load_components()`. For
+    `ModularPipelineBlocks.from_pretrained(folder, trust_remote_code=True)` the folder needs the
+    output of `PezPromptStep().save_pretrained(folder)` and a file `modular.py` with the line
+    `from pez_core.diffusion import PezPromptStep`.
     """
 
-    # a bar like those of the blocks that denoise, silenced together with them
+    # the bar of the denoising blocks, which are silenced together with this one
     progress_bar = LoopSequentialPipelineBlocks.progress_bar
     set_progress_bar_config = LoopSequentialPipelineBlocks.set_progress_bar_config
 
@@ -82,42 +87,33 @@ class PezPromptStep(ModularPipelineBlocks):
                 type_hint=ImageInput | list[ImageInput],
                 required=True,
                 description=(
-                    "Images to learn a prompt for, one or several: pictures, paths, or values in "
-                    "[0, 1]"
+                    "One image or several to learn a prompt for: PIL images, paths, or tensors and "
+                    "arrays of values in [0, 1]"
                 ),
             ),
             InputParam(
-                "prompt_len", type_hint=int, default=16, description="Tokens to learn, 1 to 75"
-            ),
-            InputParam(
-                "pez_steps",
-                type_hint=int,
+                "options",
+                type_hint=SearchOptions,
                 description=(
-                    "Steps of PEZ; by themselves the paper's search, whose number is 3000. By "
-                    "default those of the preset 'balanced', which swaps single tokens after them"
+                    "How to search (`pez_core.SearchOptions`). Its seed counts where there is no "
+                    "generator"
                 ),
             ),
             InputParam(
-                "restarts",
-                type_hint=int,
-                default=4,
-                description="Searches from different starts, of which the best counts",
+                "task_kwargs",
+                type_hint=dict,
+                description=(
+                    "Further arguments of `pez_core.invert`: `caption`, `avoid`, `shared`, "
+                    "`negative_prompt` and `callback`"
+                ),
             ),
             InputParam(
                 "generator",
                 type_hint=torch.Generator | list[torch.Generator],
                 description=(
-                    "Torch generator for deterministic generation. Its initial seed is the "
-                    "search's, which does not draw from it; of a list with one for each image "
-                    "made, the first of each prompt is the search's"
-                ),
-            ),
-            InputParam(
-                "pez_kwargs",
-                type_hint=dict,
-                description=(
-                    "Further arguments of `pez_core.invert`, such as `vocabulary`, `preset`, "
-                    "`time_limit` and `readability`"
+                    "Torch generator for deterministic generation. Its initial seed is the seed of "
+                    "the search, which draws nothing from it. Of a list with one per image made, "
+                    "the search takes the first of each prompt"
                 ),
             ),
         ]
@@ -129,7 +125,7 @@ class PezPromptStep(ModularPipelineBlocks):
             OutputParam(
                 "pez_results",
                 type_hint=list[Result],
-                description="What is known of each prompt: similarity, tokens, other candidates",
+                description="The result of each search: similarity, tokens, other candidates",
             ),
         ]
 
@@ -137,37 +133,30 @@ class PezPromptStep(ModularPipelineBlocks):
     def __call__(
         self, components: ModularPipeline, state: PipelineState
     ) -> tuple[ModularPipeline, PipelineState]:
-        block_state = self.get_block_state(state)
-        options = dict(block_state.pez_kwargs or {})
+        block_state: Any = self.get_block_state(state)
+        options = check_options(block_state.options)
+        check_keywords("task_kwargs", block_state.task_kwargs, "invert", keywords_of(invert))
+        task_kwargs = dict(block_state.task_kwargs or {})
+        images = load_pictures("target_image", block_state.target_image)
+        prompts = 1 if is_shared(task_kwargs) else len(images)
+        seeds = search_seeds(block_state.generator, options, prompts)
+        options = replace(options, seed=tuple(seeds))
+        callback = task_kwargs.pop("callback", None)
         _check_clip(components.clip)
-        check_options("pez_kwargs", options, invert, _INPUTS)
-        images = pictures("target_image", block_state.target_image)
-        prompts = 1 if options.get("shared") else len(images)
-        starts = seeds(block_state.generator, prompts)
-        plan = planned(block_state.pez_steps, options, extra=options.get("extra") is not None)
-        callback = options.pop("callback", None)
 
-        with self.progress_bar(total=plan.total) as progress_bar:
+        new_bar: Any = self.progress_bar
+        with new_bar(total=options.work.total) as progress_bar:
 
-            def report(progress: dict) -> bool | None:
-                progress_bar.total = progress["steps"]
-                progress_bar.update(progress["step"] - progress_bar.n)
-                progress_bar.set_postfix(similarity=f"{progress['similarity']:.4f}")
-                return callback(progress) if callback is not None else None
+            def report(state: Report) -> bool | None:
+                progress_bar.total = state.steps
+                progress_bar.update(state.step - progress_bar.n)
+                progress_bar.set_postfix(similarity=f"{state.similarity:.4f}")
+                return callback(state) if callback is not None else None
 
-            found = components.clip(
-                lambda clip: invert(
-                    clip,
-                    images,
-                    prompt_len=block_state.prompt_len,
-                    steps=block_state.pez_steps,
-                    restarts=block_state.restarts,
-                    seed=starts,
-                    callback=report,
-                    **options,
+            with named(images="target_image"):
+                block_state.pez_results = components.clip(
+                    lambda clip: invert(clip, images, options, callback=report, **task_kwargs)
                 )
-            )
-        block_state.pez_results = [found] if isinstance(found, Result) else found
         block_state.prompt = [result.prompt for result in block_state.pez_results]
         self.set_block_state(state, block_state)
         return components, state
@@ -175,7 +164,8 @@ class PezPromptStep(ModularPipelineBlocks):
 
 def _check_clip(clip: PezClipModel | None) -> None:
     if not isinstance(clip, PezClipModel):
-        raise TypeError(
-            f"`clip` has to be a PezClipModel but is {type(clip).__name__}; give it by "
-            "`update_components(clip=PezClipModel.load(...))` or `load_components()`."
+        raise ArgumentTypeError(
+            "clip",
+            f"has to be a PezClipModel but is {type(clip).__name__}",
+            "give it by update_components(clip=PezClipModel.load(...)) or load_components()",
         )
