@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
 import { NodeView, viewOf } from "./node.js";
+import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
 import { belongsToOpenWorkflow, catchUp, followRuns, runsOfOpenWorkflow } from "./runs.js";
 
 const NODES = new Set([
@@ -20,12 +21,19 @@ let asked = 0;
 app.registerExtension({
   name: "PEZ.LiveView",
 
-  init() {
+  async init() {
     const link = document.createElement("link");
     link.rel = "stylesheet";
     link.href = new URL("./pez.css", import.meta.url).href;
     document.head.append(link);
+    await loadRenames();
   },
+
+  beforeRegisterNodeDef(nodeType, { name }) {
+    if (name.startsWith("PEZ_")) updateOnLoad(nodeType);
+  },
+
+  beforeConfigureGraph: updatePromoted,
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);

@@ -20,7 +20,6 @@ from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
-BY_STEPS = "paper (by steps)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
 
@@ -65,11 +64,11 @@ def snap(open_editor: Editor, renderer: str, tmp_path: Path):
 
 def workflow(images: int = 1, kept: str = "", keep: bool = False, **values: Any) -> dict:
     """LoadImage and PEZ Load CLIP -> PEZ Image to Prompt -> PreviewAny and PEZ Score Prompt."""
-    search = {"prompt_len": 8, "preset": BY_STEPS, "restarts": 2, "seed": next(SEEDS)}
-    settings = search | {"blocked": "", "time_limit": 0.0, "steps": 600} | values
+    search = {"prompt_len": 8, "effort": "paper", "restarts": 2, "seed": next(SEEDS)}
+    settings = search | {"caption": "", "block": "", "time_limit": 0.0, "steps": 600} | values
     learner = [
-        *(settings[name] for name in ("prompt_len", "preset", "restarts", "seed")),
-        *("fixed", 0.0, "one prompt per image", "", "", 0.5, False, "", settings["blocked"]),
+        *(settings[name] for name in ("prompt_len", "effort", "restarts", "seed")),
+        *("fixed", 0.0, False, settings["caption"], "", 0.5, False, "", settings["block"]),
         *(settings["time_limit"], settings["steps"], 0.1, 0.1, 0, keep, kept),
     ]
     nodes = [
@@ -252,18 +251,18 @@ def test_the_kept_text_is_no_widget_to_see(editor: Editor, renderer: str):
 
 
 def test_a_click_on_a_word_blocks_it(editor: Editor, client: Client, snap):
-    editor.load(workflow(kept=kept_text("red, (parrot) sea"), blocked="blue"))
+    editor.load(workflow(kept=kept_text("red, “parrot” sea"), block="blue"))
     state(editor, "stored")
-    assert words(editor) == ["red,", "(parrot)", "sea"]
-    word = editor.live().get_by_role("button", name="(parrot)")
+    assert words(editor) == ["red,", "“parrot”", "sea"]
+    word = editor.live().get_by_role("button", name="“parrot”")
     word.click()
     expect(word).to_have_attribute("aria-pressed", "true")
-    assert editor.widget(LEARNER, "blocked") == "blue, parrot"
+    assert editor.widget(LEARNER, "block") == "blue, parrot"
     expect(editor.live().locator(".pez-blocked")).to_be_visible()
     snap("blocked")
     word.click()
     expect(word).to_have_attribute("aria-pressed", "false")
-    assert editor.widget(LEARNER, "blocked") == "blue"
+    assert editor.widget(LEARNER, "block") == "blue"
     expect(editor.live().locator(".pez-blocked")).to_be_hidden()
 
 
@@ -296,7 +295,7 @@ def test_several_prompts_are_rows(editor: Editor, snap):
 
 
 def test_a_time_limit_moves_the_last_step_but_not_past_the_end(editor: Editor):
-    editor.load(workflow(preset="fast", time_limit=5.0))
+    editor.load(workflow(effort="fast", time_limit=5.0))
     editor.queue()
     state(editor, "running")
     bar = editor.live().get_by_role("progressbar")
@@ -433,11 +432,11 @@ def test_rarely_used_inputs_are_folded_away(editor: Editor):
     shown = """() => app.rootGraph.nodes.flatMap(node => node.widgets ?? [])
         .filter(widget => !widget.hidden && !widget.options.hidden).map(widget => widget.name)"""
     few = editor.page.evaluate(shown)
-    assert {"preset", "seed", "readability", "blocked", "keep", "model"} <= {*few}
-    assert not {"steps", "time_limit", "lr", "patience", "initial", "precision", "kept"} & {*few}
+    assert {"effort", "seed", "readability", "block", "keep", "model"} <= {*few}
+    assert not {"steps", "time_limit", "lr", "patience", "start_from", "precision", "kept"} & {*few}
     editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => node.toggleAdvanced())")
     every = editor.page.evaluate(shown)
-    assert {"steps", "time_limit", "lr", "initial", "precision"} <= {*every}
+    assert {"steps", "time_limit", "lr", "start_from", "precision"} <= {*every}
     assert "kept" not in every
 
 
