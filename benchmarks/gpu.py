@@ -99,7 +99,7 @@ def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> d
         space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
         ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
         objective = Similarity(clip.text.encoder(), targets)
-        search(space, objective, ids, Settings(steps=steps, record=record))
+        search(space, objective, ids, PezSettings(steps=steps, record=record))
 
     gc.collect()
     on_card = device.type == "cuda"
@@ -348,7 +348,7 @@ def added(clip: Clip, prompt_len: int, batch: int) -> int:
     ):
         space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
         ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
-        search(space, Similarity(clip.text.encoder(), targets), ids, Settings(steps=3))
+        search(space, Similarity(clip.text.encoder(), targets), ids, PezSettings(steps=3))
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate(change for _, change in changes))

@@ -51,7 +51,7 @@ from pez_core.lm import TASKS, Tuned, evaluate, few_shot, load_model, load_task,
 from pez_core.lm.objective import Holdout, TaskLoss
 from pez_core.lm.reader import frozen, reader_of
 from pez_core.lm.text import Format, whole_words
-from pez_core.search import Settings, search
+from pez_core.pez import PezSettings, search
 
 HERE = Path(__file__).parent
 SMOL = "SmolLM2-135M"
@@ -299,7 +299,7 @@ def speed(bench: Bench) -> None:
                 batches = [loss.batch(step) for step in range(steps)]
                 began = time.perf_counter()
                 if name == "ours":
-                    search(space, loss, ids, Settings(steps=steps))
+                    search(space, loss, ids, PezSettings(steps=steps))
                 else:
                     length = None if name.endswith("longest") else frame["max_length"]
                     plain_loop(bench, batches, ids, text, length)

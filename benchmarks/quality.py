@@ -53,7 +53,7 @@ from unseen import Unseen, from_folder, unseen
 from examples import longest_that_fits
 from pez_core import Clip, Progress, Settings, TokenSpace, Vocabulary, invert, load_clip, search
 from pez_core import baselines as rivals
-from pez_core.learn import Frame
+from pez_core.runner import Frame
 from pez_core.objectives import Similarity
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ class Problems:
         self,
         method: Callable,
         words: torch.Tensor | None,
-        settings: Settings,
+        settings: PezSettings,
         note: Note,
         **options,
     ) -> list[Found]:
@@ -162,7 +162,7 @@ class Method:
 
 
 def pez(problems: Problems, note: Note, words: Callable, steps: int | None = None) -> list[Found]:
-    settings = Settings(steps=steps or problems.steps, lr=problems.lr or 0.1)
+    settings = PezSettings(steps=steps or problems.steps, lr=problems.lr or 0.1)
     return problems.solve(search, words(problems.clip), settings, note)
 
 
@@ -190,7 +190,7 @@ def ours(problems: Problems, note: Note, **options) -> list[Found]:
 def rival(
     problems: Problems, note: Note, method: Callable, report_every: int | None = None, **options
 ) -> list[Found]:
-    settings = Settings(problems.steps, report_every=report_every, lr=problems.lr or 0.1)
+    settings = PezSettings(problems.steps, report_every=report_every, lr=problems.lr or 0.1)
     generator = torch.Generator().manual_seed(problems.seeds[0])
     words = default_words(problems.clip)
     return problems.solve(method, words, settings, note, generator=generator, **options)

@@ -31,9 +31,9 @@ from step_time import machine
 from unseen import unseen
 
 from pez_core import Clip, load_clip, load_language_model, priors
-from pez_core.learn import Goal, Learning, learn
+from pez_core.runner import Goal, Learning, learn
 from pez_core.presets import PRESETS, WORD_WEIGHT, Plan
-from pez_core.search import Settings
+from pez_core.pez import PezSettings
 
 JUDGE = Path(__file__).parent / "models" / "emoji-clip-judge"
 COPIES = 7
@@ -58,7 +58,7 @@ def augmented(clip: Clip, images: list[Image.Image]) -> torch.Tensor:
 def find(clip: Clip, features: torch.Tensor, prompt_len: int, plan: Plan, **options) -> list[str]:
     one = torch.ones(1)
     goals = [Goal(feature[None], one, one < 0) for feature in features]
-    settings = Settings(plan.steps)
+    settings = PezSettings(plan.steps)
     learning = Learning(prompt_len, settings, seed=list(range(len(goals))), plan=plan, **options)
     return [result.prompt for result in learn(clip, goals, learning)]
 

@@ -48,7 +48,7 @@ def time_ours(clip: Clip, batch: int, prompt_len: int, steps: int, allowed) -> f
     space = TokenSpace(clip.text.token_embedding, allowed)
     ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
     objective = Similarity(clip.text.encoder(), targets)
-    search(space, objective, ids, Settings(steps=steps, report_every=25))
+    search(space, objective, ids, PezSettings(steps=steps, report_every=25))
     return (time.perf_counter() - began) / steps
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from step_time import machine
 
 from pez_core import Settings, load_clip
-from pez_core.learn import Learning, learn
+from pez_core.runner import Learning, learn
 from pez_core.tasks import style_goal
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def main() -> None:
 
 def learn_all(drawings: Drawings, trials: list[dict], arguments) -> dict[str, list[str]]:
     """One style prompt per trial by each method."""
-    learning = Learning(8, Settings(steps=arguments.steps), arguments.restarts)
+    learning = Learning(8, PezSettings(steps=arguments.steps), arguments.restarts)
     prompts = {}
     for mode in ("separate", "joint"):
         goals = [

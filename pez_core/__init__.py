@@ -1,66 +1,114 @@
-"""PEZ: images and long prompts into short text prompts that work."""
+"""PEZ: short text prompts that work, from images and long prompts.
 
-from typing import TYPE_CHECKING
+Names are imported when they are first used, so that `import pez_core` needs neither torch nor
+open_clip.
+"""
 
-from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
-from .judge import Pruned, Scores, WordContribution, explain, prune, score
-from .learn import Candidate, Result
-from .readability import LanguageModel, load_language_model
-from .refine import Refinement, refine
-from .search import Progress, Settings, search
-from .space import PhraseSpace, TokenSpace
-from .tasks import Concatenated, Distilled, Style, concatenate, distill, extract_style, invert
-from .vocabulary import UNSAFE_WORDS, Vocabulary
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
     from .diffusion import PezPipeline as PezPipeline
+    from .errors import ArgumentError, ArgumentTypeError
+    from .options import SearchOptions
+    from .pez import PezSettings, search
+    from .readability import LanguageModel, load_language_model
+    from .results import Candidate, Report, Result
+    from .scoring import Pruned, Scores, WordContribution, explain, prune, score
+    from .space import PhraseSpace, TokenSpace
+    from .swaps import SwapSettings, refine
+    from .targets import Avoid, objective_for
+    from .tasks import DistillResult, FuseResult, StyleResult, distill, fuse, invert, style
+    from .tracker import Progress
+    from .vocabulary import UNSAFE_WORDS, Vocabulary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",
     "UNSAFE_WORDS",
     "AnyClip",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Avoid",
     "Candidate",
     "Clip",
-    "Concatenated",
-    "Distilled",
+    "DistillResult",
+    "FuseResult",
     "JointClip",
     "LanguageModel",
+    "PezSettings",
     "PhraseSpace",
     "Progress",
     "Pruned",
-    "Refinement",
+    "Report",
     "Result",
     "Scores",
-    "Settings",
-    "Style",
+    "SearchOptions",
+    "StyleResult",
+    "SwapSettings",
     "TokenSpace",
     "Vocabulary",
     "WordContribution",
-    "concatenate",
     "distill",
     "explain",
-    "extract_style",
+    "fuse",
     "invert",
     "load_clip",
     "load_language_model",
+    "objective_for",
     "prune",
     "refine",
     "score",
     "search",
+    "style",
 ]
 
+_MODULES = {
+    "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "load_clip"),
+    "diffusion": ("PezPipeline",),
+    "errors": ("ArgumentError", "ArgumentTypeError"),
+    "options": ("SearchOptions",),
+    "pez": ("PezSettings", "search"),
+    "readability": ("LanguageModel", "load_language_model"),
+    "results": ("Candidate", "Report", "Result"),
+    "scoring": ("Pruned", "Scores", "WordContribution", "explain", "prune", "score"),
+    "space": ("PhraseSpace", "TokenSpace"),
+    "swaps": ("SwapSettings", "refine"),
+    "targets": ("Avoid", "objective_for"),
+    "tasks": (
+        "DistillResult",
+        "FuseResult",
+        "StyleResult",
+        "distill",
+        "fuse",
+        "invert",
+        "style",
+    ),
+    "tracker": ("Progress",),
+    "vocabulary": ("UNSAFE_WORDS", "Vocabulary"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-def __getattr__(name: str) -> type:
-    # diffusers and transformers take seconds to import, and not everyone has them
-    if name == "PezPipeline":
-        try:
-            from .diffusion import PezPipeline
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"PezPipeline needs the package {error.name}; install the extra `diffusers`: "
-                "pip install -e '.[diffusers]' in the clone."
-            ) from error
-        return PezPipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if name != "PezPipeline":
+            raise
+        raise ImportError(
+            f"PezPipeline needs the package {error.name}; install the extra `diffusers`: "
+            "pip install -e '.[diffusers]' in the clone."
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -91,6 +91,12 @@ def check_string(name: str, value: object) -> str:
     return value
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(name, f"has to be True or False but is {value!r}")
+
+
 def check_weights(name: str, weights: object, count: int) -> list[float]:
     """One number above 0 for each of `count`; raise where there are others."""
     if isinstance(weights, str) or not isinstance(weights, Sequence):

@@ -1,4 +1,4 @@
-"""What a prompt is optimised for."""
+"""Objectives: the losses that a search minimises."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ class Similarity:
     Args:
         encode: (rows, prompt_len, dim) token embeddings -> (rows, features).
         targets: (problems, n, features) target features, normalised here; n targets per problem.
-        weights: (problems, n) how much each counts; one below 0 is a target to stay away from.
-            None: their mean.
+        weights: (problems, n), below 0 for a target to avoid. None: the mean over targets.
     """
 
-    recordable = True
+    capturable = True
 
     def __init__(
         self,
@@ -43,16 +42,16 @@ class Similarity:
         return 1 - similarity, similarity
 
     def given(self, embeddings: torch.Tensor) -> Similarity:
-        """The similarity as a function of what follows these (problems, n, dim) embeddings."""
+        """The similarity as a function of the tokens behind these (problems, n, dim) embeddings."""
         other = copy(self)
         other.encode = self.encode.given(embeddings)
         return other
 
 
 class SampledSimilarity(Similarity):
-    """`Similarity` whose loss looks at a few random targets per step (section 4.3, style).
+    """`Similarity` whose loss is taken on a few random targets per step (section 4.3, style).
 
-    The score that picks the best prompt still looks at all of them.
+    The score that picks the best prompt is taken on all of them.
 
     Args:
         encode, targets, weights: as in `Similarity`; the loss of a step is the plain mean over its
@@ -61,7 +60,7 @@ class SampledSimilarity(Similarity):
         generator: on the CPU; draws the targets.
     """
 
-    recordable = False
+    capturable = False
 
     def __init__(
         self,
@@ -87,9 +86,9 @@ class ExtraLoss(Protocol):
     """A loss beside the similarity, on token embeddings of its own.
 
     Attributes:
-        weight: its share in what is minimised, above 0, at most 1; the similarity has the rest. At
-            1 the CLIP takes no part in the search.
-        prompts: how many prompts it is for.
+        weight: its share in the sum, above 0, at most 1; the similarity has the rest. At 1 the
+            search does without the CLIP.
+        prompts: the number of prompts that it is made for.
         token_embedding: (vocab_size or more, columns) fp32 tables side by side, with the CLIP's
             ids.
         parts: (columns, weight) of each table, from left to right; the weights sum to 1.
@@ -111,21 +110,21 @@ class ExtraLoss(Protocol):
 
         Args:
             before, after: ids of the fixed text around them.
-            goals: for each row the number of the prompt that it is for.
+            goals: the number of the prompt that each row belongs to.
 
         Returns:
             (rows, prompt_len, columns) embeddings -> (rows,) loss to descend.
         """
 
     def losses(self, texts: Sequence[str], goals: Sequence[int]) -> torch.Tensor:
-        """(len(texts),) losses of printed prompts, read again as they will be used."""
+        """(len(texts),) losses of printed prompts, encoded as they will be used."""
 
 
-class Mixed:
-    """A similarity and another loss, by weight.
+class WeightedSum:
+    """A similarity and an extra loss, by weight.
 
     Args:
-        similarity: objective on the first `columns` of the embeddings; None: it takes no part.
+        similarity: objective on the first `columns` of the embeddings; None: the extra loss alone.
         extra: (problems, prompt_len, other columns) embeddings -> (problems,) loss.
         columns: of the similarity.
         weight: share of `extra`, above 0, at most 1.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from .errors import ArgumentError
+
 # Similarities held at once while projecting: 2**26 floats are 256 MB.
 _CHUNK = 2**26
 # Tokens compared at once on the CPU, where a block of similarities should stay in the cache.
@@ -25,11 +27,11 @@ class TokenSpace:
         parts: (columns, weight) of each encoder, from left to right; None: one encoder.
 
     Raises:
-        ValueError: `allowed` is empty or holds ids outside the table.
+        ArgumentError: `allowed` is empty or holds ids outside the table.
     """
 
-    # nothing in it waits for the device; see `pez_core.replay`
-    recordable = True
+    # nothing in it synchronises with the device; see `pez_core.capture`
+    capturable = True
 
     def __init__(
         self,
@@ -40,11 +42,12 @@ class TokenSpace:
         if allowed is None:
             allowed = torch.arange(len(table))
         if allowed.numel() == 0:
-            raise ValueError("`allowed` has to hold at least one token id but is empty.")
+            raise ArgumentError("allowed", "is empty", "give at least one token id")
         if int(allowed.min()) < 0 or int(allowed.max()) >= len(table):
-            raise ValueError(
-                f"`allowed` has to hold ids from 0 to {len(table) - 1} but spans "
-                f"{int(allowed.min())} to {int(allowed.max())}."
+            raise ArgumentError(
+                "allowed",
+                f"has to hold ids from 0 to {len(table) - 1} but spans "
+                f"{int(allowed.min())} to {int(allowed.max())}",
             )
         self.table = table.detach()
         self.allowed = allowed.to(table.device)
@@ -170,11 +173,11 @@ class PhraseSpace(TokenSpace):
         prompt_len: tokens of a prompt; phrases that are longer are left out.
 
     Raises:
-        ValueError: no combination of `phrases` has `prompt_len` tokens; says which lengths there
+        ArgumentError: no combination of `phrases` has `prompt_len` tokens; says which lengths there
             are near it.
     """
 
-    recordable = False  # which phrases fit where is asked in Python
+    capturable = False  # the dynamic programme over phrases runs in Python
 
     def __init__(
         self,
@@ -187,10 +190,11 @@ class PhraseSpace(TokenSpace):
         reachable = _sums(lengths, prompt_len + max(lengths))
         if prompt_len not in reachable:
             near = sorted(sorted(reachable - {0}, key=lambda n: abs(n - prompt_len))[:3])
-            raise ValueError(
-                f"`prompt_len` is {prompt_len}, but the phrases have "
-                f"{', '.join(map(str, lengths[:6]))} tokens, which do not add up to it; "
-                f"{' or '.join(map(str, near))} would do."
+            raise ArgumentError(
+                "prompt_len",
+                f"is {prompt_len}, but the phrases have {', '.join(map(str, lengths[:6]))} tokens, "
+                "which do not add up to it",
+                f"take {' or '.join(map(str, near))}",
             )
         phrases = [phrase for phrase in phrases if len(phrase) <= prompt_len]
         tokens = sorted({token for phrase in phrases for token in phrase})

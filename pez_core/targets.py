@@ -1,22 +1,51 @@
-"""What prompts are to be close to, or far from: texts and images, each with a weight."""
+"""Targets of a search: texts and images, each with a weight."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from .clip.images import ImageInput, load_image
+from .errors import ArgumentError, check_number, check_weights
+from .objectives import Similarity
 from .prompt_text import chunks
 
 if TYPE_CHECKING:
     from .clip import AnyClip
 
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
 Target: TypeAlias = str | ImageInput
-"""What a prompt can be close to: a string is a text; paths, PIL images and tensors are images."""
+"""A string is a text; path objects, PIL images, arrays and tensors are images."""
+
+
+@dataclass(frozen=True)
+class Avoid:
+    """Texts and images that a prompt has to stay away from.
+
+    Attributes:
+        targets: one target or several.
+        weight: their weight against the images, which have 1: one number for all of them together,
+            or one for each.
+    """
+
+    targets: Target | Sequence[Target] = ()
+    weight: float | Sequence[float] = 0.5
+
+    def weights(self) -> list[float]:
+        """One weight for each target.
+
+        Raises:
+            ArgumentError: a weight is negative or missing; named `avoid_weight`.
+        """
+        count = len(as_list(self.targets))
+        if isinstance(self.weight, (list, tuple)):
+            return check_weights("avoid_weight", self.weight, count)
+        return [check_number("avoid_weight", self.weight) / max(count, 1)] * count
 
 
 def as_list(targets: Target | Sequence[Target]) -> list[Target]:
@@ -28,45 +57,55 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
     return [targets]
 
 
+def check_text(name: str, text: str) -> str:
+    """The text; raise where it is the name of an image file, which was meant as an image."""
+    if text.lower().endswith(_IMAGE_SUFFIXES) and len(text) < 1000 and Path(text).is_file():
+        raise ArgumentError(
+            name,
+            f"is the text {text!r}, which is the name of an image file",
+            f"write Path({text!r}) for the image",
+        )
+    return text
+
+
 def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch.Tensor:
-    """(len(targets), features) unit features of texts, which may be long, and images."""
+    """(len(targets), features) unit features of texts, of any length, and images.
+
+    Raises:
+        ArgumentError: a text is empty or names an image file, or an image cannot be read; it is
+            about the argument `name`.
+    """
     features: dict[int, torch.Tensor] = {}
     pictures = {}
     for k, target in enumerate(targets):
         if isinstance(target, str):
-            ids = clip.text.words.encode(target)
+            ids = clip.text.words.encode(check_text(name, target))
             if not ids:
-                raise ValueError(f"`{name}` holds an empty text; leave it out.")
+                raise ArgumentError(name, "holds an empty text", "leave it out")
             features[k] = clip.encode_chunks(chunks([ids], clip.text.max_prompt_len))
         else:
             try:
                 pictures[k] = load_image(target)
-            except (TypeError, ValueError) as error:
-                message = str(error).replace("`images`", f"`{name}`")
-                raise type(error)(message) from error
+            except ArgumentError as error:
+                raise error.about(name) from error
     if pictures:
         encoded = clip.encode_images(list(pictures.values()))
         features |= dict(zip(pictures, encoded, strict=True))
     return torch.stack([features[k] for k in range(len(targets))])
 
 
-def check_weights(
-    name: str, weights: Sequence[float] | None, count: int, scale: bool = True
-) -> list[float]:
-    """One number above 0 for each of `count`, scaled to sum to 1."""
-    if weights is None:
-        return [1 / count] * count
-    numbers = [check_number(name, weight, low=0, above=True) for weight in weights]
-    if len(numbers) != count:
-        raise ValueError(f"`{name}` has to hold {count} numbers but holds {len(numbers)}.")
-    return [number / sum(numbers) for number in numbers] if scale else numbers
+def objective_for(clip: AnyClip, targets: Target | Sequence[Target]) -> Similarity:
+    """The objective of `pez_core.search` for one prompt: the mean similarity with the targets.
 
+    Args:
+        clip: from `load_clip`.
+        targets: one target or several; a string is a text.
 
-def check_number(name: str, value: object, low: float, above: bool = False) -> float:
-    """Raise unless `value`, or one of what the argument holds, is a finite number from `low`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` has to hold numbers but holds {value!r}.")
-    if not math.isfinite(value) or value < low or (above and value == low):
-        bound = f"above {low}" if above else f"{low} or more"
-        raise ValueError(f"`{name}` has to be finite and {bound} but holds {value}.")
-    return float(value)
+    Raises:
+        ArgumentError: there is no target, or one cannot be read.
+    """
+    given = as_list(targets)
+    if not given:
+        raise ArgumentError("targets", "is empty", "give a text or an image")
+    with torch.inference_mode(False):
+        return Similarity(clip.text.encoder(), encode_targets("targets", clip, given)[None])

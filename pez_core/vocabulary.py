@@ -1,4 +1,4 @@
-"""What may appear in a prompt: rules that people can name, combine and save."""
+"""Vocabularies: rules for the words of a prompt that can be combined and saved."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .errors import ArgumentError, ArgumentTypeError, check_bool, check_number
+
 if TYPE_CHECKING:
     from .clip import AnyClip
 
 UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
-"""A list of words that many people do not want to see; source and limits are in its head."""
+"""A list of unsafe words; its head states source and limits."""
 
 
 class Tokenizer(Protocol):
@@ -81,7 +83,7 @@ class Blocklist:
 
 
 def count_words(text: str) -> int:
-    """How many words `Blocklist.find` sees in `text`."""
+    """The number of words of `text`, as `Blocklist.find` counts them."""
     return len(_words(text))
 
 
@@ -93,11 +95,11 @@ def _words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What a `Vocabulary` comes to in one CLIP.
+    """A `Vocabulary` applied to one CLIP.
 
     Attributes:
-        phrases: token ids of everything that prompts may be made of.
-        blocked: words that must not be read in the prompt.
+        phrases: token ids of all words and phrases that may appear.
+        blocked: words that must not appear in the decoded prompt.
     """
 
     phrases: frozenset[tuple[int, ...]]
@@ -106,64 +108,62 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class _Rules:
-    """A vocabulary on its way to a lexicon: what it offers, and what of others' it admits."""
+    """A vocabulary for one CLIP, before it is combined: offered phrases and a filter for others."""
 
     offers: set[tuple[int, ...]]
     admits: Callable[[tuple[int, ...]], bool]
     blocked: frozenset[str]
-    bank: frozenset[str] | None  # its phrases as written, where it is a list of phrases
+    bank: frozenset[str] | None  # the phrases of `only` as written; None: no such list
 
     @cached_property
     def phrases(self) -> set[tuple[int, ...]]:
-        """What it offers and admits itself."""
+        """The offered phrases that pass its own filter."""
         return set(filter(self.admits, self.offers))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything that may appear in the learned part of a prompt.
+    """The words that may appear in the learned part of a prompt.
 
-    `a & b` allows what both allow and blocks what either blocks; `a | b` allows what either allows
-    and blocks what both block; `a - b` allows what `a` allows without what `b` allows, and where
-    `b` is a list of phrases, these are blocked words in the result. Rules without a bank take the
-    phrases of a bank as a whole: `Vocabulary(bank=["red car"]) & Vocabulary(ascii_only=True)` has
-    the phrase.
+    `a & b` has the words that both allow; the blocked words of either stay blocked. `a | b` has the
+    words that either allows; only words that both block stay blocked. `a - b` has the words of `a`
+    without those of `b`; where `b` lists phrases, these are blocked words of the result. A rule
+    without `only` takes or leaves a phrase of `only` as a whole:
+    `Vocabulary(only=["red car"]) & Vocabulary(ascii_only=True)` has the phrase.
 
     Args:
-        bank: phrases that prompts are made of, of any number of tokens: a list, or a text file with
-            one phrase a line (`# ` begins a comment line). None: every word of the CLIP.
-        blocked: words and phrases that must not be read in the decoded prompt, also when they are
-            spelled from pieces (see `Blocklist`): a list, or a file like that of `bank`.
-            `UNSAFE_WORDS` is such a file.
-        ascii_only: only what is written in ASCII; no emoji, no other scripts.
-        whole_words: only tokens that are words by themselves, and that the CLIP is known to have
-            been trained on. False adds every other token, pieces of words among them, which fuse
-            with what follows when they are printed; this is what the paper searches. Without effect
-            on a bank.
-        min_embedding_std: floor on the standard deviation of a token's embedding. Tokens that were
-            hardly trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
+        only: the phrases that prompts consist of, of any number of tokens: a list, or a text file
+            with one phrase per line (`# ` begins a comment). None: every word of the CLIP.
+        block: words and phrases that must not appear in the decoded prompt, also when they are
+            spelled from pieces (see `Blocklist`): a list, or a file as for `only`. `UNSAFE_WORDS`
+            is such a file.
+        ascii_only: only ASCII words; no emoji, no other scripts.
+        whole_words: only tokens that are words by themselves and on which the CLIP was trained, as
+            far as its files list them. False adds all other tokens, as in the paper; pieces of
+            words among them fuse with the next token when they are printed. No effect on `only`.
+        min_embedding_std: least standard deviation of a token's embedding. Tokens that were hardly
+            trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
 
     Raises:
         ValueError: a file cannot be read or holds no phrase; `min_embedding_std` is negative.
-        TypeError: `bank` or `blocked` is neither a path nor a list of strings.
+        TypeError: `only` or `blocked` is neither a path nor a list of strings.
     """
 
-    bank: tuple[str, ...] | Sequence[str] | str | os.PathLike | None = None
-    blocked: tuple[str, ...] | Iterable[str] | str | os.PathLike = ()
+    only: tuple[str, ...] | Sequence[str] | str | os.PathLike | None = None
+    block: tuple[str, ...] | Iterable[str] | str | os.PathLike = ()
     ascii_only: bool = False
     whole_words: bool = True
     min_embedding_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bank is not None:
-            object.__setattr__(self, "bank", _phrases("bank", self.bank))
-            if not self.bank:
-                raise ValueError("`bank` holds no phrase; write one phrase a line.")
-        object.__setattr__(self, "blocked", _phrases("blocked", self.blocked))
-        if not self.min_embedding_std >= 0:
-            raise ValueError(
-                f"`min_embedding_std` has to be 0 or more but is {self.min_embedding_std!r}."
-            )
+        if self.only is not None:
+            object.__setattr__(self, "only", _phrases("only", self.only))
+            if not self.only:
+                raise ArgumentError("only", "holds no phrase", "write one phrase per line")
+        object.__setattr__(self, "block", _phrases("block", self.block))
+        for name in ("ascii_only", "whole_words"):
+            check_bool(name, getattr(self, name))
+        check_number("min_embedding_std", self.min_embedding_std)
 
     def __and__(self, other: Vocabulary) -> Vocabulary:
         return _Combination(operation="&", left=self, right=other)
@@ -175,38 +175,39 @@ class Vocabulary:
         return _Combination(operation="-", left=self, right=other)
 
     def lexicon(self, clip: AnyClip) -> Lexicon:
-        """What is left of the rules in one CLIP.
+        """The words and phrases of one CLIP that pass the rules.
 
         Raises:
-            ValueError: nothing is left; where there is a bank, with the usable words near it.
+            ArgumentError: there are none; for `only` it lists usable words near them.
         """
         rules = self._resolve(clip)
         if not rules.phrases and rules.bank:
-            raise ValueError(_nothing_usable(clip, sorted(rules.bank), Blocklist(rules.blocked)))
+            raise _nothing_usable(clip, sorted(rules.bank), Blocklist(rules.blocked))
         if not rules.phrases:
-            raise ValueError(
-                "`vocabulary` leaves no word to make a prompt of in "
-                f"{clip.name}: everything is blocked or ruled out; take back one of its rules."
+            raise ArgumentError(
+                "vocabulary",
+                f"leaves no word of {clip.name}: everything is blocked or ruled out",
+                "take back one of its rules",
             )
         return Lexicon(frozenset(rules.phrases), rules.blocked)
 
     def _resolve(self, clip: AnyClip) -> _Rules:
         words, table = clip.text.words, clip.text.token_embedding
-        blocked, default = Blocklist(self.blocked), set(clip.vocabulary.tolist())
+        blocked, default = Blocklist(self.block), set(clip.vocabulary.tolist())
         trained = None
         if self.min_embedding_std:
             parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
             weak = sum((part.std(dim=1) < self.min_embedding_std).long() for part in parts)
             trained = (weak == 0).tolist()
         known = None
-        if self.bank is not None:
-            encoded = {tuple(words.encode(text)) for text in self.bank}
+        if self.only is not None:
+            encoded = {tuple(words.encode(text)) for text in self.only}
             known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
 
         def admits(phrase: tuple[int, ...]) -> bool:
             if known is not None and phrase not in known:
                 return False
-            # a single token of another's bank that can be used is in the default, too
+            # a usable single token of another rule's `only` is in the default, too
             single = len(phrase) == 1 and known is None
             if single and self.whole_words and phrase[0] not in default:
                 return False
@@ -226,8 +227,8 @@ class Vocabulary:
         else:
             size = min(words.size, len(table))
             offers = {(i,) for i in range(size) if i not in words.special_ids}
-        bank = frozenset(self.bank) if self.bank is not None else None
-        return _Rules(offers, admits, frozenset(self.blocked), bank)
+        bank = frozenset(self.only) if self.only is not None else None
+        return _Rules(offers, admits, frozenset(self.block), bank)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
@@ -244,12 +245,12 @@ class Vocabulary:
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a saved vocabulary ({error}).") from error
+            raise ArgumentError("path", f"{path} is not a saved vocabulary ({error})") from error
 
     def to_json(self) -> dict:
         return {
-            "bank": None if self.bank is None else list(self.bank),
-            "blocked": list(self.blocked),
+            "only": None if self.only is None else list(self.only),
+            "block": list(self.block),
             "ascii_only": self.ascii_only,
             "whole_words": self.whole_words,
             "min_embedding_std": self.min_embedding_std,
@@ -303,6 +304,10 @@ class _Combination(Vocabulary):
 
 def _from_json(rules: dict) -> Vocabulary:
     if "operation" not in rules:
+        for name in ("only", "block"):
+            # a path: a file from a stranger must not make others be read
+            if isinstance(rules.get(name), str):
+                raise ValueError(f"{name!r} has to be a list")
         return Vocabulary(**rules)
     if rules["operation"] not in ("&", "|", "-"):
         raise ValueError(f"unknown operation {rules['operation']!r}")
@@ -319,18 +324,19 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
         try:
             lines = Path(source).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"`{name}`: the file {str(source)[:200]!r} cannot be read ({error}); "
-                "give a text file, or a list for single words."
+            raise ArgumentError(
+                name,
+                f"names the file {str(source)[:200]!r}, which cannot be read ({error})",
+                "give a text file, or a list for single words",
             ) from error
         # hashtags are phrases
         source = [line for line in lines if line.strip() != "#" and not line.startswith("# ")]
     if not isinstance(source, Iterable):
-        raise TypeError(f"`{name}` has to be a path or a list of strings but is {source!r}.")
+        raise ArgumentTypeError(name, f"has to be a path or a list of strings but is {source!r}")
     phrases = list(source)
     for phrase in phrases:
         if not isinstance(phrase, str):
-            raise TypeError(f"`{name}` has to hold strings but holds {phrase!r}.")
+            raise ArgumentTypeError(name, f"has to hold strings but holds {phrase!r}")
     return tuple(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
 
 
@@ -339,12 +345,13 @@ def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
     return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
 
 
-def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> str:
+def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> ArgumentError:
     words = [clip.text.words.decode([i]) for i in clip.vocabulary.tolist()]
     words = [word for word in words if not blocked.find(word)]
     near = difflib.get_close_matches(bank[0].lower(), words, n=3, cutoff=0)
-    return (
-        f"`bank`: none of its {len(bank)} phrases can be used with {clip.name}: it does not know "
-        f"their tokens or cannot print them, or another rule forbids them. "
-        f"Usable words near {bank[0]!r}: {', '.join(near)}."
+    return ArgumentError(
+        "only",
+        f"holds {len(bank)} phrases, of which {clip.name} can use none: their tokens are not in "
+        "its vocabulary, do not round-trip, or another rule forbids them",
+        f"words near {bank[0]!r} that it can use: {', '.join(near)}",
     )

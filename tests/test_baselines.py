@@ -115,7 +115,7 @@ GOALS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(3))
 def test_autoprompt_that_tries_every_token_finds_the_optimum(space, start):
     objective = quadratic(GOALS)
     method = partial(autoprompt, candidates=len(space.allowed), generator=seeded())
-    found = method(space, objective, start, Settings(steps=60))
+    found = method(space, objective, start, PezSettings(steps=60))
     assert found.ids.tolist() == optimum(space, objective).tolist()
 
 
@@ -125,7 +125,7 @@ def test_one_estimate_is_exact_where_the_loss_is_linear(space, start):
     best = optimum(space, objective)
     assert not (start == best).any()
     found = autoprompt(
-        space, objective, start, Settings(steps=40), generator=seeded(), candidates=1
+        space, objective, start, PezSettings(steps=40), generator=seeded(), candidates=1
     )
     assert found.ids.tolist() == best.tolist()
     assert not objective.tries
@@ -139,7 +139,7 @@ def test_one_estimate_is_taken_as_it_is_and_more_have_to_lower_the_loss(space, s
     losses = {}
     for k in (1, 4):
         objective = quadratic(GOALS)
-        autoprompt(space, objective, start, Settings(steps=30), generator=seeded(), candidates=k)
+        autoprompt(space, objective, start, PezSettings(steps=30), generator=seeded(), candidates=k)
         losses[k] = torch.stack([loss for _, loss in objective.passes])
     assert (losses[1].diff(dim=0) > 0).any()
     assert (losses[4].diff(dim=0) <= 1e-5).all() and (losses[4].diff(dim=0) < 0).any()
@@ -147,7 +147,7 @@ def test_one_estimate_is_taken_as_it_is_and_more_have_to_lower_the_loss(space, s
 
 def test_autoprompt_tries_the_best_estimates_at_one_position(space, start):
     objective = quadratic(GOALS)
-    found = autoprompt(space, objective, start, Settings(steps=1), generator=seeded(), candidates=5)
+    found = autoprompt(space, objective, start, PezSettings(steps=1), generator=seeded(), candidates=5)
     losses = torch.cat([objective.passes[0][1][:, None], objective.tries[0][1].view(3, 5)], dim=1)
     torch.testing.assert_close(found.scores, -losses.min(dim=1).values)
     tried = ids_of(space, objective.tries[0][0]).view(3, 5, 4)
@@ -169,13 +169,13 @@ def test_autoprompt_tries_the_best_estimates_at_one_position(space, start):
 
 def test_gcg_finds_the_optimum(space, start):
     objective = quadratic(GOALS)
-    found = gcg(space, objective, start, Settings(steps=30), generator=seeded(), width=300)
+    found = gcg(space, objective, start, PezSettings(steps=30), generator=seeded(), width=300)
     assert found.ids.tolist() == optimum(space, objective).tolist()
 
 
 def test_gcg_swaps_one_token_for_one_that_the_one_hot_gradient_favours(space, start):
     objective = quadratic(GOALS)
-    gcg(space, objective, start, Settings(steps=1), generator=seeded(), topk=3, width=200)
+    gcg(space, objective, start, PezSettings(steps=1), generator=seeded(), topk=3, width=200)
     tried = ids_of(space, objective.tries[0][0]).view(3, 200, 4)
     one_hot = torch.nn.functional.one_hot(start, 40).float().requires_grad_()
     (((one_hot @ space.table) - GOALS) ** 2).sum().backward()
@@ -196,7 +196,7 @@ def test_gcg_swaps_one_token_for_one_that_the_one_hot_gradient_favours(space, st
 
 def test_gcg_goes_on_from_the_best_candidate_even_if_it_is_worse(space, start):
     objective = quadratic(GOALS)
-    found = gcg(space, objective, start, Settings(steps=30), generator=seeded(), topk=1, width=4)
+    found = gcg(space, objective, start, PezSettings(steps=30), generator=seeded(), topk=1, width=4)
     losses = torch.stack([loss for _, loss in objective.passes])
     assert (losses.diff(dim=0) > 0).any()
     for (_, tried), now in zip(objective.tries, losses[1:], strict=False):
@@ -208,10 +208,10 @@ def test_gcg_goes_on_from_the_best_candidate_even_if_it_is_worse(space, start):
 @pytest.mark.parametrize("name", ["autoprompt", "gcg"])
 def test_candidates_may_be_encoded_in_parts(space, start, name, monkeypatch):
     method = METHODS[name]
-    whole = method(space, quadratic(GOALS), start, Settings(steps=9), generator=seeded())
+    whole = method(space, quadratic(GOALS), start, PezSettings(steps=9), generator=seeded())
     monkeypatch.setattr(common, "_ROWS", 10)
     objective = quadratic(GOALS)
-    parts = method(space, objective, start, Settings(steps=9), generator=seeded())
+    parts = method(space, objective, start, PezSettings(steps=9), generator=seeded())
     assert max(len(embeddings) for embeddings, _ in objective.tries) == 9
     assert parts.ids.tolist() == whole.ids.tolist() and parts.history == whole.history
 
@@ -223,8 +223,8 @@ def test_projected_sgd_begins_like_search_and_then_forgets():
     goals = torch.randn(1, 3, 6, generator=seeded(9))
     table, ids = torch.randn(40, 6, generator=seeded(8)), torch.tensor([[5, 6, 7]])
     spaces = Recorded(table), Recorded(table)
-    search(spaces[0], quadratic(goals), ids, Settings(steps=4))
-    autoprompt_sgd(spaces[1], quadratic(goals), ids, Settings(steps=4))
+    search(spaces[0], quadratic(goals), ids, PezSettings(steps=4))
+    autoprompt_sgd(spaces[1], quadratic(goals), ids, PezSettings(steps=4))
     theirs, ours = (torch.stack(space.asked) for space in spaces)
     assert torch.equal(ours[:2], theirs[:2])
     assert not torch.equal(ours[2:], theirs[2:])
@@ -237,13 +237,13 @@ def test_steps_shorter_than_half_the_spacing_lead_nowhere_without_memory():
     """Eight tokens on a circle of radius 1: half way to the next is 0.39, a step about 0.14."""
     table = circle(8)
     space, ids = TokenSpace(table), torch.tensor([[0]])
-    found = search(space, quadratic(table[[3]][None]), ids, Settings(steps=100))
+    found = search(space, quadratic(table[[3]][None]), ids, PezSettings(steps=100))
     assert found.ids.item() == 3
     objective = quadratic(table[[3]][None])
-    found = autoprompt_sgd(space, objective, ids, Settings(steps=100))
+    found = autoprompt_sgd(space, objective, ids, PezSettings(steps=100))
     assert found.ids.item() == 0
     assert all(torch.equal(embeddings, table[ids]) for embeddings, _ in objective.passes)
-    found = autoprompt_sgd(space, quadratic(table[[3]][None]), ids, Settings(steps=100, lr=0.5))
+    found = autoprompt_sgd(space, quadratic(table[[3]][None]), ids, PezSettings(steps=100, lr=0.5))
     assert found.ids.item() == 3
 
 
@@ -252,7 +252,7 @@ def test_noise_has_the_stated_scale_and_falls_geometrically():
     space = Recorded(torch.randn(50, 400, generator=seeded()))
     flat = lambda embeddings, step: (embeddings.sum((-1, -2)) * 0,) * 2  # noqa: E731
     ids = torch.zeros(4, 5, dtype=torch.long)
-    settings = Settings(steps=steps, lr=lr, weight_decay=0)
+    settings = PezSettings(steps=steps, lr=lr, weight_decay=0)
     fluent_prompt(space, flat, ids, settings, generator=seeded(1))
     for step in range(steps - 1):
         noise = space.asked[step + 1] - space.table[space.answers[step]]
@@ -271,7 +271,7 @@ def test_fluency_is_weighed_against_the_loss_and_scores_are_without_it(name):
     def run(objective, **options):
         space = Recorded(circle(64))
         found = METHODS[name](
-            space, objective, ids, Settings(steps=300), generator=seeded(), **options
+            space, objective, ids, PezSettings(steps=300), generator=seeded(), **options
         )
         return torch.cat(space.answers).flatten().tolist(), found.scores.item()
 
@@ -300,7 +300,7 @@ def test_bad_fluency_weight(space, start, weight):
 def test_a_soft_prompt_reaches_the_optimum_and_its_projection_is_returned():
     space = Recorded(circle(16))
     goal = 1.7 * circle(64)[[9, 49]][None]  # between tokens 2 and 3, and 12 and 13
-    settings = Settings(steps=400, weight_decay=0, report_every=150)
+    settings = PezSettings(steps=400, weight_decay=0, report_every=150)
     found = soft_prompt(space, quadratic(goal), torch.tensor([[8, 5]]), settings)
     torch.testing.assert_close(found.embeddings, goal, atol=1e-2, rtol=0)
     assert found.soft_scores.item() == pytest.approx(0, abs=1e-3)
@@ -322,7 +322,7 @@ def test_the_last_soft_prompt_counts_and_not_the_best(report_every):
         return loss, -((embeddings - space.table[10]) ** 2).sum((-1, -2))
 
     seen = []
-    settings = Settings(steps=200, weight_decay=0, report_every=report_every, patience=5)
+    settings = PezSettings(steps=200, weight_decay=0, report_every=report_every, patience=5)
     found = soft_prompt(
         space,
         objective,
@@ -344,7 +344,7 @@ def test_a_soft_prompt_whose_projection_is_not_acceptable_has_none():
         space,
         quadratic(space.table[[20]][None]),
         torch.tensor([[1]]),
-        Settings(steps=200, weight_decay=0),
+        PezSettings(steps=200, weight_decay=0),
         acceptable=lambda ids: (ids % 2 == 1).all(-1),
     )
     assert found.scores.item() == -math.inf and found.ids.item() == 1
@@ -362,7 +362,7 @@ def test_finds_better_prompts_for_a_clip(method, tiny_clip):
     objective = Similarity(tiny_clip.text, targets)
     scores = lambda ids: objective(space.embed(ids), 0)[1].detach()  # noqa: E731
     # shorter steps leave projected SGD where it is
-    found = method(space, objective, ids, Settings(steps=40, lr=0.5), generator=seeded())
+    found = method(space, objective, ids, PezSettings(steps=40, lr=0.5), generator=seeded())
     torch.testing.assert_close(found.scores, scores(found.ids))
     assert torch.isin(found.ids, space.allowed).all()
     if method is not soft_prompt:
@@ -378,7 +378,7 @@ def test_a_problem_does_not_depend_on_its_neighbours(method, tiny_clip):
 
     def run(rows):
         objective = Similarity(tiny_clip.text, targets[rows])
-        return method(space, objective, ids[rows], Settings(steps=20), generator=seeded())
+        return method(space, objective, ids[rows], PezSettings(steps=20), generator=seeded())
 
     alone, beside, other = run([0]), run([0, 1]), run([0, 2, 1])
     for found in (beside, other):
@@ -389,7 +389,7 @@ def test_a_problem_does_not_depend_on_its_neighbours(method, tiny_clip):
 
 @drawing_method
 def test_generators_reproduce(name, space, start):
-    settings = Settings(steps=6)
+    settings = PezSettings(steps=6)
     runs = [
         METHODS[name](space, quadratic(GOALS), start, settings, generator=seeded(k)).history
         for k in (0, 0, 1)
@@ -401,7 +401,7 @@ def test_generators_reproduce(name, space, start):
 def test_restarts_of_one_problem_draw_differently(name, space):
     start, goals = torch.full((4, 4), 5), GOALS[:1].expand(4, -1, -1)
     objective = quadratic(goals)
-    METHODS[name](space, objective, start, Settings(steps=3, lr=1), generator=seeded())
+    METHODS[name](space, objective, start, PezSettings(steps=3, lr=1), generator=seeded())
     assert len(set(objective.passes[-1][1].tolist())) > 1
 
 
@@ -413,7 +413,7 @@ def test_callback_sees_progress_and_stops(method, space, start):
         seen.append((progress.step, progress.scores.tolist()))
         return progress.step >= 20
 
-    settings = Settings(steps=500, report_every=10)
+    settings = PezSettings(steps=500, report_every=10)
     found = method(space, quadratic(GOALS), start, settings, callback, generator=seeded())
     assert [step for step, _ in seen] == [1, 10, 20]
     assert found.stopped and found.step == 20 and found.history == seen
@@ -421,7 +421,7 @@ def test_callback_sees_progress_and_stops(method, space, start):
 
 @every_method
 def test_time_limit_ends_with_the_step_at_hand(method, space, start):
-    settings = Settings(steps=10**6, report_every=10**6, time_limit=0.3)
+    settings = PezSettings(steps=10**6, report_every=10**6, time_limit=0.3)
     found = method(space, quadratic(GOALS), start, settings, generator=seeded())
     assert 1 < found.step < 10**6 and not found.stopped
     assert 0.3 <= found.elapsed < 3 and found.history[-1][0] == found.step
@@ -433,7 +433,7 @@ def test_only_acceptable_prompts_are_kept(method, space, start):
         space,
         quadratic(GOALS),
         start,
-        Settings(steps=5),
+        PezSettings(steps=5),
         acceptable=lambda ids: torch.zeros(len(ids), dtype=torch.bool),
         generator=seeded(),
     )
@@ -443,13 +443,13 @@ def test_only_acceptable_prompts_are_kept(method, space, start):
 @every_method
 def test_works_inside_inference_mode_and_leaves_nothing_global_behind(method, space, start):
     state = torch.get_rng_state()
-    outside = method(space, quadratic(GOALS), start, Settings(steps=5), generator=seeded())
+    outside = method(space, quadratic(GOALS), start, PezSettings(steps=5), generator=seeded())
     with torch.inference_mode():
         objective = quadratic(GOALS.clone())
-        inside = method(space, objective, start.clone(), Settings(steps=5), generator=seeded())
+        inside = method(space, objective, start.clone(), PezSettings(steps=5), generator=seeded())
     assert inside.history == outside.history
     with torch.no_grad():
-        method(space, quadratic(GOALS), start, Settings(steps=1), generator=seeded())
+        method(space, quadratic(GOALS), start, PezSettings(steps=1), generator=seeded())
         assert not torch.is_grad_enabled()
     assert torch.equal(state, torch.get_rng_state())
 
@@ -461,7 +461,7 @@ def test_nan_is_an_error(method, space, start):
         return loss, loss.detach()
 
     with pytest.raises(FloatingPointError, match="step 4"):
-        method(space, objective, start, Settings(steps=9), generator=seeded())
+        method(space, objective, start, PezSettings(steps=9), generator=seeded())
 
 
 @every_method
@@ -471,7 +471,7 @@ def test_a_nan_gradient_behind_a_finite_loss_is_an_error(method, space, start):
         return length.sqrt(), length.detach()
 
     with pytest.raises(FloatingPointError):
-        method(space, objective, start, Settings(steps=3), generator=seeded())
+        method(space, objective, start, PezSettings(steps=3), generator=seeded())
 
 
 @every_method

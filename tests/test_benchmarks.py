@@ -111,7 +111,7 @@ def test_prompts_are_those_of_a_search_of_so_many_steps(run, calibrated, images,
             ids = space.random(1, 4, generator)
             target = features[row["place"]][None, None]
             objective = Similarity(emoji_clip.text.encoder(), target)
-            alone = search(space, objective, ids, Settings(steps=row["steps"]))
+            alone = search(space, objective, ids, PezSettings(steps=row["steps"]))
             assert row["token_ids"] == alone.ids[0].tolist()
             assert row["score"] == pytest.approx(alone.scores.item(), abs=1e-5)
             assert row["prompt"] == emoji_clip.text.words.decode(row["token_ids"])

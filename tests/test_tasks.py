@@ -7,7 +7,7 @@ from PIL import Image
 
 from pez_core import Result, Vocabulary, explain, invert, load_clip
 from pez_core.clip.images import load_image
-from pez_core.learn import Frame, _readable
+from pez_core.runner import Frame, _readable
 
 STEPS = 40
 

@@ -333,7 +333,7 @@ def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
         cosine = (features * image).sum(-1)
         return 1 - cosine, cosine
 
-    pool[chosen] = search(space, similarity, prompts, Settings(steps=ADVERSARIAL_STEPS)).ids
+    pool[chosen] = search(space, similarity, prompts, PezSettings(steps=ADVERSARIAL_STEPS)).ids
     return pool[chosen]
 
 

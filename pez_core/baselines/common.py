@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..search import Objective
+from ..pez import Objective
 from ..space import TokenSpace
 
 # Prompts encoded at once while candidates are compared.

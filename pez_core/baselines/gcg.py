@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..search import Budget, Objective, Progress, Tracker, check_integer
+from ..errors import check_integer
+from ..pez import Objective
+from ..tracker import Budget, Progress, Tracker
 from ..space import TokenSpace
 from .common import evaluate, gradient, per_problem
 
@@ -59,7 +61,7 @@ def gcg(
         E = space.embed(space.allowed)
         for step in range(settings.steps):
             _, scores, slope = gradient(space, objective, ids, step)
-            best.offer(ids, scores)
+            best.update(ids, scores)
             best.check_finite(slope)
             # x @ E are the embeddings of one-hot rows x, so the gradient at x is slope @ E.T
             top = (slope @ E.T).topk(k, largest=False).indices
@@ -74,7 +76,7 @@ def gcg(
             losses, scores = evaluate(space, objective, tried, step)
             pick = losses.argmin(dim=1)
             ids = tried[every, pick]
-            best.offer(ids, scores[every, pick])
+            best.update(ids, scores[every, pick])
             if best.end_step():
                 break
     return best.progress

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..search import Budget, Objective, Progress, Tracker, check_integer
+from ..errors import check_integer
+from ..pez import Objective
+from ..tracker import Budget, Progress, Tracker
 from ..space import TokenSpace
 from .common import evaluate, gradient, per_problem
 
@@ -57,7 +59,7 @@ def autoprompt(
         E = space.embed(space.allowed)
         for step in range(settings.steps):
             loss, scores, slope = gradient(space, objective, ids, step)
-            best.offer(ids, scores)
+            best.update(ids, scores)
             best.check_finite(slope)
             places = torch.cat([torch.randint(prompt_len, (1,), generator=one) for one in draws])
             places = places.to(ids.device)
@@ -71,7 +73,7 @@ def autoprompt(
             else:
                 losses, scores = evaluate(space, objective, tried, step)
                 lowest, pick = losses.min(dim=1)
-                best.offer(tried[every, pick], scores[every, pick])
+                best.update(tried[every, pick], scores[every, pick])
                 ids = torch.where((lowest < loss)[:, None], tried[every, pick], ids)
             if best.end_step():
                 break

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..clip import AnyClip
-from ..search import check_integer, check_positive
+from ..errors import check_integer, check_positive
 
 # Texts encoded at once.
 _TEXTS = 256

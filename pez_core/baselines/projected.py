@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker
+from ..pez import Objective, PezSettings, SearchSpace
+from ..tracker import Checkpoint, Progress, Tracker
 from .common import per_problem
 
 # (problems, prompt_len, dim) embeddings -> (problems,) loss
@@ -17,7 +18,7 @@ def autoprompt_sgd(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),  # noqa: B008
     callback: Callable[[Progress], bool | None] | None = None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
@@ -58,7 +59,7 @@ def fluent_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),  # noqa: B008
     callback: Callable[[Progress], bool | None] | None = None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
@@ -101,7 +102,7 @@ def _descend(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings,
+    settings: PezSettings,
     callback: Callable[[Progress], bool | None] | None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None,
     checkpoint: Checkpoint | None,
@@ -115,14 +116,14 @@ def _descend(
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
-        for step in range(best.begin(P, optimizer, draws), settings.steps):
+        for step in range(best.resume(P, optimizer, draws), settings.steps):
             projected_ids = space.nearest(P.detach())
             P.data = space.embed(projected_ids)  # P = Proj_E(P), and where it was is forgotten
             loss, scores = objective(P, step)
             if fluency is not None:
                 loss = (1 - fluency_weight) * loss + fluency_weight * fluency(P)
             (P.grad,) = torch.autograd.grad(loss.sum(), P)
-            best.offer(projected_ids, scores.detach())
+            best.update(projected_ids, scores.detach())
             best.check_finite(P.grad)
             optimizer.step()
             if draws:

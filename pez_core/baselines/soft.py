@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker
+from ..pez import Objective, PezSettings, SearchSpace
+from ..tracker import Checkpoint, Progress, Tracker
 
 
 @dataclass
@@ -30,7 +31,7 @@ def soft_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),  # noqa: B008
     callback: Callable[[SoftProgress], bool | None] | None = None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
@@ -65,8 +66,8 @@ def soft_prompt(
             projected_ids = space.nearest(prompt)
             with torch.no_grad():
                 _, scores = objective(space.embed(projected_ids), progress.step - 1)
-            last.forget(ids)
-            last.offer(projected_ids, scores)
+            last.reset(ids)
+            last.update(projected_ids, scores)
             progress.ids, progress.scores = last.ids, last.scores
             progress.history[-1] = (progress.step, last.scores.tolist())
             progress.embeddings, progress.soft_scores = prompt.clone(), soft_scores.clone()
@@ -74,7 +75,7 @@ def soft_prompt(
 
         last = Tracker(ids, replace(settings, patience=None), report, acceptable, checkpoint)
         last.progress = SoftProgress(**vars(last.progress))
-        begin = last.begin(P, optimizer, also=[prompt, soft_scores])
+        begin = last.resume(P, optimizer, tensors=[prompt, soft_scores])
         last.progress.embeddings, last.progress.soft_scores = prompt.clone(), soft_scores.clone()
         for step in range(begin, settings.steps):
             loss, scores = objective(P, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,7 @@ class JointClip:
             )
         for clip in clips[1:]:
             _check_same_tokens(clips[0], clip)
+        self.cache: dict[str, Any] = {}
         self.clips = list(clips)
         self.names = names
         self.name = " + ".join(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ class Clip:
         self.known = None if vocabulary is None else frozenset(vocabulary)
         every = range(len(self.text.token_embedding)) if vocabulary is None else vocabulary
         self.vocabulary = torch.tensor(_surviving(self.text.words, tuple(sorted(every))))
+        self.cache: dict[str, Any] = {}
         self.image_tower: Callable[[], AbstractContextManager] = nullcontext
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..clip import AnyClip
 from ..clip.images import ImageInput, load_images
-from ..search import check_integer
+from ..errors import check_integer
 from ..targets import check_number
 
 # prompts that are encoded at once where no gradients are needed

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..clip.load import pick_device
 from ..interrupts import interruptible
 from ..language_models import load_model
-from ..search import check_integer
+from ..errors import check_integer
 from .data import TASKS, Splits, load_task, read_examples
 from .methods import METHODS
 from .text import Example, columns_of

@@ -9,7 +9,8 @@ import torch
 
 from ..baselines.projected import autoprompt_sgd, fluent_prompt
 from ..baselines.soft import soft_prompt
-from ..search import Checkpoint, Objective, Progress, SearchSpace, Settings, Tracker, search
+from ..pez import Objective, PezSettings, SearchSpace, search
+from ..tracker import Checkpoint, Progress, Tracker
 
 
 def pez(*problem: Any, generator: torch.Generator | None = None, **options: Any) -> Progress:
@@ -21,7 +22,7 @@ def as_released(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),  # noqa: B008
     callback: Callable[[Progress], bool | None] | None = None,
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
@@ -50,13 +51,13 @@ def as_released(
     with torch.inference_mode(False), torch.enable_grad():
         soft_embeds = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(soft_embeds)
-        for step in range(best.begin(soft_embeds, optimizer), settings.steps):
+        for step in range(best.resume(soft_embeds, optimizer), settings.steps):
             soft_prompt_copy = soft_embeds.detach().clone()
             nn_indices = space.nearest(soft_embeds.detach())
             soft_embeds.data = space.embed(nn_indices)
             loss, scores = objective(soft_embeds, step)
             (soft_embeds.grad,) = torch.autograd.grad(loss.sum(), soft_embeds)
-            best.offer(nn_indices, scores.detach())
+            best.update(nn_indices, scores.detach())
             best.check_finite(soft_embeds.grad)
             if step > 0:
                 soft_embeds.data = soft_prompt_copy

@@ -19,7 +19,9 @@ import torch
 
 from ..baselines.soft import SoftProgress
 from ..checkpoint import DIGEST, FileCheckpoint
-from ..search import Progress, Settings, check_integer, check_positive
+from ..errors import check_integer, check_positive
+from ..pez import PezSettings
+from ..tracker import Progress
 from ..space import TokenSpace
 from .methods import METHODS
 from .objective import Encoded, Holdout, TaskLoss, judge, room_for
@@ -191,7 +193,7 @@ def tune_prompt(
     check_integer("seed", seed, -(2**63), 2**63 - 1)
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}; it has to be one of {', '.join(METHODS)}.")
-    settings = Settings(
+    settings = PezSettings(
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,

@@ -1,4 +1,4 @@
-"""How good prompts are: similarity with images, what each word adds, and what can go."""
+"""Similarity of prompts with images, the contribution of each word, and pruning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .clip.images import ImageInput, load_images
+from .errors import ArgumentError, ArgumentTypeError, check_number
 from .prompt_text import chunks
-from .targets import Target, as_list, check_number, encode_targets
+from .targets import Target, as_list, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -23,40 +24,40 @@ class Scores:
     Attributes:
         similarity: (prompts, images) cosines.
         encoders: the same by the name of each encoder.
-        held_out: (prompts, images) by a CLIP that took no part in the search; None: there was none.
+        judge: (prompts, images) by a held-out CLIP; None: there was none.
     """
 
     similarity: torch.Tensor
     encoders: dict[str, torch.Tensor] = field(repr=False)
-    held_out: torch.Tensor | None = None
+    judge: torch.Tensor | None = None
 
 
 def score(
     clip: AnyClip,
     prompts: str | Sequence[str],
     images: ImageInput | Sequence[ImageInput] | torch.Tensor,
-    held_out: AnyClip | None = None,
+    judge: AnyClip | None = None,
 ) -> Scores:
     """How similar prompts and images are.
 
-    A search overfits the CLIP that it runs on, so the similarity that it reports says little about
-    other models. A second CLIP that took no part does.
+    A search overfits its own CLIP: the similarity that it reports is optimistic for other models. A
+    held-out CLIP, on which nothing was learned, gives an unbiased one.
 
     Args:
         clip: as in `invert`.
         prompts: one text or several; those longer than the context are encoded in chunks.
         images: one image or several, as in `invert`.
-        held_out: a CLIP that the prompts were not learned on.
+        judge: a held-out CLIP: the prompts were not learned on it.
 
     Raises:
-        TypeError, ValueError: no prompt, an empty prompt, no image, an image that cannot be read.
+        ArgumentError: no prompt, an empty prompt, no image, an image that cannot be read.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
-        raise ValueError("`prompts` is empty; give at least one prompt.")
+        raise ArgumentError("prompts", "is empty", "give at least one prompt")
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"`prompts` has to hold strings but holds {text!r}.")
+            raise ArgumentTypeError("prompts", f"has to hold strings but holds {text!r}")
     pictures, _ = load_images(images)
 
     def pairs(one: AnyClip) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,15 +68,15 @@ def score(
         parts_a, parts_b = clip.split(a), clip.split(b)
         encoders = {name: parts_a[name] @ parts_b[name].T for name in parts_a}
         other = None
-        if held_out is not None:
-            c, d = pairs(held_out)
+        if judge is not None:
+            c, d = pairs(judge)
             other = c @ d.T
         return Scores(a @ b.T, encoders, other)
 
 
 @dataclass(frozen=True)
 class WordContribution:
-    """What one word of a prompt adds.
+    """The contribution of one word of a prompt.
 
     Attributes:
         word: as it is written.
@@ -89,9 +90,9 @@ class WordContribution:
 def explain(
     clip: AnyClip, prompt: str, target: Target | Sequence[Target]
 ) -> list[WordContribution]:
-    """What each word of a prompt contributes to its similarity with a target.
+    """The contribution of each word of a prompt to its similarity with a target.
 
-    The words are dropped one at a time, so that two words that say the same both look idle.
+    Words are dropped one at a time, so that of two synonyms both have a low contribution.
 
     Args:
         clip: as in `invert`.
@@ -103,7 +104,7 @@ def explain(
         One entry per word, in the order of the prompt.
 
     Raises:
-        TypeError, ValueError: an empty prompt, a target that cannot be read.
+        ArgumentError: an empty prompt, a target that cannot be read.
     """
     _split(prompt)
     with torch.inference_mode(False):
@@ -120,13 +121,13 @@ def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[Wor
 
 @dataclass(frozen=True)
 class Pruned:
-    """A prompt without the words that did not pay.
+    """A prompt after pruning.
 
     Attributes:
-        prompt: what is left.
+        prompt: the remaining words.
         similarity: its similarity with the target.
         similarity_before: that of the whole prompt.
-        dropped: the words that went, in the order in which they went.
+        dropped: the removed words, in the order of their removal.
     """
 
     prompt: str
@@ -138,17 +139,17 @@ class Pruned:
 def prune(
     clip: AnyClip, prompt: str, target: Target | Sequence[Target], max_loss: float = 0.0
 ) -> Pruned:
-    """Drop the words of a prompt that do not pay, one at a time, the idlest first.
+    """Remove the words of a prompt that contribute nothing, one at a time, the least first.
 
     Args:
         clip, prompt, target: as in `explain`.
-        max_loss: similarity that may be lost in all, 0 or more. At 0 what is left is at least as
-            good as the whole.
+        max_loss: similarity that may be lost in all, 0 or more. At 0 the pruned prompt is at least
+            as similar as the whole.
 
     Raises:
-        TypeError, ValueError: as `explain`; `max_loss` is below 0.
+        ArgumentError: as `explain`; `max_loss` is below 0.
     """
-    max_loss = check_number("max_loss", max_loss, low=0)
+    max_loss = check_number("max_loss", max_loss)
     _split(prompt)
     with torch.inference_mode(False):
         return prune_towards(clip, prompt, _mean_feature(clip, target), max_loss)
@@ -174,10 +175,10 @@ def prune_towards(
 
 def _split(prompt: str) -> list[str]:
     if not isinstance(prompt, str):
-        raise TypeError(f"`prompt` has to be a string but is {prompt!r}.")
+        raise ArgumentTypeError("prompt", f"has to be a string but is {prompt!r}")
     words = prompt.split()
     if not words:
-        raise ValueError("`prompt` is empty; give at least one word.")
+        raise ArgumentError("prompt", "is empty", "give at least one word")
     return words
 
 
@@ -188,7 +189,7 @@ def _one_dropped(words: list[str]) -> list[list[str]]:
 def _mean_feature(clip: AnyClip, target: Target | Sequence[Target]) -> torch.Tensor:
     targets = as_list(target)
     if not targets:
-        raise ValueError("`target` is empty; give a text or an image.")
+        raise ArgumentError("target", "is empty", "give a text or an image")
     return encode_targets("target", clip, targets).mean(0)
 
 

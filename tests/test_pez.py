@@ -62,7 +62,7 @@ def test_ids_of_every_step_equal_a_plain_implementation(name, tiny_clip, emoji_c
     ids = torch.randint(49408, (3, 8), generator=torch.Generator().manual_seed(5))
     targets = torch.randn(3, clip.model.text_projection.shape[1], generator=torch.Generator())
     space = Traced(clip.text.token_embedding)  # the whole vocabulary, special tokens and all
-    search(space, Similarity(clip.text, targets[:, None]), ids, Settings(steps=40))
+    search(space, Similarity(clip.text, targets[:, None]), ids, PezSettings(steps=40))
     ours = torch.stack(space.trace, dim=1).tolist()
     plain = [
         plain_pez(clip.model, row.tolist(), target, 40)
@@ -91,7 +91,7 @@ def grid():
 
 def test_solves_a_problem_with_a_known_answer(grid):
     goal = grid.table[[3, 40]]
-    found = search(grid, quadratic(goal), torch.tensor([[60, 20]]), Settings(steps=200))
+    found = search(grid, quadratic(goal), torch.tensor([[60, 20]]), PezSettings(steps=200))
     assert found.ids.tolist() == [[3, 40]]
     assert found.scores.item() == pytest.approx(0)
 
@@ -106,14 +106,14 @@ def test_keeps_the_best_prompt_not_the_last(grid):
         passed.append(score.item())
         return loss, score
 
-    found = search(grid, objective, torch.tensor([[1]]), Settings(steps=150))
+    found = search(grid, objective, torch.tensor([[1]]), PezSettings(steps=150))
     assert found.scores.item() == max(passed) > passed[-1]
     assert found.ids.item() in (9, 10, 11)  # one step may jump over a token
 
 
 def test_the_initial_prompt_counts(grid):
     goal = grid.table[[5]]
-    found = search(grid, quadratic(goal), torch.tensor([[5]]), Settings(steps=1))
+    found = search(grid, quadratic(goal), torch.tensor([[5]]), PezSettings(steps=1))
     assert found.ids.tolist() == [[5]]
 
 
@@ -122,7 +122,7 @@ def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip):
     space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
     ids = space.random(5, 6, generator)
     targets = torch.randn(5, 1, 16, generator=generator)
-    settings = Settings(steps=60)
+    settings = PezSettings(steps=60)
     together = search(space, Similarity(tiny_clip.text, targets), ids, settings)
     for k in range(5):
         one = slice(k, k + 1)
@@ -137,7 +137,7 @@ def test_patience_ends_each_problem_on_its_own(tiny_clip):
     space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
     ids = space.random(6, 4, generator)
     targets = torch.randn(6, 1, 16, generator=generator)
-    settings = Settings(steps=400, patience=10)
+    settings = PezSettings(steps=400, patience=10)
     together = search(space, Similarity(tiny_clip.text, targets), ids, settings)
     ends = set()
     for k in range(6):
@@ -160,7 +160,7 @@ def test_callback_sees_progress_and_stops(grid):
         grid,
         quadratic(grid.table[[40]]),
         torch.tensor([[0]]),
-        Settings(steps=500, report_every=10),
+        PezSettings(steps=500, report_every=10),
         callback,
     )
     assert [step for step, _ in seen] == [1, 10, 20]
@@ -174,7 +174,7 @@ def test_only_acceptable_prompts_are_kept(grid):
         grid,
         quadratic(grid.table[[40]]),
         torch.tensor([[20]]),
-        Settings(steps=200),
+        PezSettings(steps=200),
         acceptable=lambda ids: (ids % 2 == 1).all(-1),
     )
     assert found.ids.item() in (39, 41)
@@ -182,7 +182,7 @@ def test_only_acceptable_prompts_are_kept(grid):
         grid,
         quadratic(grid.table[[40]]),
         torch.tensor([[20]]),
-        Settings(steps=5),
+        PezSettings(steps=5),
         acceptable=lambda ids: torch.zeros(len(ids), dtype=torch.bool),
     )
     assert nothing.scores.item() == -math.inf and nothing.ids.tolist() == [[20]]
@@ -191,14 +191,14 @@ def test_only_acceptable_prompts_are_kept(grid):
 def test_works_inside_inference_mode(grid):
     with torch.inference_mode():
         found = search(
-            grid, quadratic(grid.table[[3]].clone()), torch.tensor([[9]]), Settings(steps=99)
+            grid, quadratic(grid.table[[3]].clone()), torch.tensor([[9]]), PezSettings(steps=99)
         )
     assert found.ids.tolist() == [[3]]
 
 
 def test_nothing_global_is_touched(grid):
     state, grad = torch.get_rng_state(), torch.is_grad_enabled()
-    search(grid, quadratic(grid.table[[3]]), torch.tensor([[9]]), Settings(steps=3))
+    search(grid, quadratic(grid.table[[3]]), torch.tensor([[9]]), PezSettings(steps=3))
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled() == grad
 
 
@@ -208,9 +208,9 @@ def test_nan_is_an_error_that_says_what_to_try(grid):
         return loss, loss
 
     with pytest.raises(FloatingPointError, match=r"step 4.*float32"):
-        search(grid, objective, torch.tensor([[9]]), Settings(steps=9))
+        search(grid, objective, torch.tensor([[9]]), PezSettings(steps=9))
     with pytest.raises(FloatingPointError, match=r"step 5"):  # remembered until the next report
-        search(grid, objective, torch.tensor([[9]]), Settings(steps=9, report_every=5))
+        search(grid, objective, torch.tensor([[9]]), PezSettings(steps=9, report_every=5))
 
 
 def test_a_nan_gradient_behind_a_finite_loss_is_an_error(grid):
@@ -219,7 +219,7 @@ def test_a_nan_gradient_behind_a_finite_loss_is_an_error(grid):
         return length.sqrt(), length.detach()
 
     with pytest.raises(FloatingPointError):
-        search(grid, objective, torch.tensor([[9]]), Settings(steps=3))
+        search(grid, objective, torch.tensor([[9]]), PezSettings(steps=3))
 
 
 @pytest.mark.parametrize("every, patience, ends", [(1, 1, 60), (3, 3, 60), (3, 2, 3)])
@@ -230,7 +230,7 @@ def test_patience_counts_the_steps_without_improvement(grid, every, patience, en
         loss = embeddings.sum((-1, -2))
         return loss, loss.detach() * 0 + step // every
 
-    found = search(grid, objective, torch.tensor([[9]]), Settings(steps=60, patience=patience))
+    found = search(grid, objective, torch.tensor([[9]]), PezSettings(steps=60, patience=patience))
     assert found.step == ends
 
 
@@ -249,7 +249,7 @@ def test_patience_counts_the_steps_without_improvement(grid, every, patience, en
 )
 def test_bad_settings(options, error, message):
     with pytest.raises(error, match=message):
-        Settings(**options)
+        PezSettings(**options)
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (1, 0)])
@@ -268,5 +268,5 @@ def test_half_precision_tower_keeps_the_prompt_in_fp32():
         seen.append(embeddings.dtype)
         return Similarity(clip.text, torch.ones(1, 1, 16))(embeddings, step)
 
-    found = search(space, objective, clip.vocabulary[:4][None], Settings(steps=3))
+    found = search(space, objective, clip.vocabulary[:4][None], PezSettings(steps=3))
     assert seen == [torch.float32] * 3 and found.scores.dtype == torch.float32

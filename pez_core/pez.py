@@ -1,0 +1,134 @@
+"""Algorithm 1 of "Hard Prompts Made Easy" (section 3), on any embedding space and any objective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .capture import captured
+from .errors import check_number
+from .tracker import Acceptable, Budget, Callback, Checkpoint, Progress, Tracker
+
+log = logging.getLogger(__name__)
+
+
+class SearchSpace(Protocol):
+    """The discrete set of prompts: `pez_core.space.TokenSpace` is the one of an embedding table."""
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len) ids -> (problems, prompt_len, dim) fp32 embeddings."""
+
+    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len, dim) -> (problems, prompt_len) nearest allowed ids."""
+
+
+Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""The function that is minimised.
+
+It maps (rows, prompt_len, dim) projected embeddings and the step, counted from 0, to (rows,) losses
+and (rows,) scores. The gradient is that of the loss; the prompt with the highest score is the best.
+They differ where the loss is taken on a minibatch and the score on all targets. A score of -inf
+means that the score was not computed in this step; such a prompt never becomes the best. There is
+one row per problem; methods that compare candidates have several rows per problem, one problem
+after the other. An objective with the attribute `capturable = True` ignores the step number and
+never synchronises with the device, so that a CUDA graph can replay it.
+"""
+
+
+@dataclass(frozen=True)
+class PezSettings(Budget):
+    """Settings of Algorithm 1.
+
+    Attributes:
+        steps, patience, report_every, time_limit, capture: see `Budget`.
+        lr: learning rate (gamma in the paper), above 0.
+        weight_decay: of AdamW, 0 or more.
+        optimizer: a list of parameters -> their optimiser, with a learning rate of its own; None:
+            AdamW with `lr` and `weight_decay`.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 0.1
+    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("lr", self.lr, above=True)
+        check_number("weight_decay", self.weight_decay)
+
+    def optimizer_of(self, P: torch.Tensor) -> torch.optim.Optimizer:
+        """The optimiser of the continuous prompt `P`."""
+        if self.optimizer is not None:
+            return self.optimizer([P])
+        # one kernel, whose step counter is on the device
+        where = dict.fromkeys(("fused", "capturable"), P.device.type == "cuda")
+        return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay, **where)
+
+
+def search(
+    space: SearchSpace,
+    objective: Objective,
+    ids: torch.Tensor,
+    settings: PezSettings = PezSettings(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+) -> Progress:
+    """Learn hard prompts by gradient descent through the projection (Algorithm 1).
+
+    Each row of `ids` is a problem of its own; all of them share every forward and backward pass.
+
+    Args:
+        space: embeds ids and finds the nearest allowed ids.
+        objective: see `Objective`. Called once per step; its rows are independent.
+        ids: (problems, prompt_len) initial ids; their embeddings are the first continuous prompt.
+        settings: see `PezSettings`.
+        callback: called with a `Progress` after step 1, after every `report_every` steps and at the
+            end; a true return value ends the search, which returns the best so far.
+        acceptable: (n, prompt_len) ids -> (n,) bool; only these prompts can become the best. It is
+            called only for prompts that would be a new best. None accepts every prompt.
+        checkpoint: the search saves its state there and resumes from it; None: it does not.
+
+    Returns:
+        The best prompt of each problem, not the last.
+
+    Raises:
+        ArgumentError: `ids` is not a non-empty (problems, prompt_len) tensor.
+        FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
+    """
+    best = Tracker(ids, settings, callback, acceptable, checkpoint)
+    with torch.inference_mode(False), torch.enable_grad():
+        P = space.embed(ids).float().clone().requires_grad_()
+        optimizer = settings.optimizer_of(P)
+        first = best.resume(P, optimizer)
+        P.grad = torch.zeros_like(P)
+
+        def one_step(step: int) -> None:
+            projected_ids = space.nearest(P.detach())  # Proj_E(P)
+            P_projected = space.embed(projected_ids).requires_grad_()  # P'
+            loss, scores = objective(P_projected, step)
+            (gradient,) = torch.autograd.grad(loss.sum(), P_projected)
+            P.grad.copy_(gradient)  # the gradient at P' ...
+            best.propose(projected_ids, scores.detach())
+            best.check_finite(gradient)
+            optimizer.step()  # ... moves the continuous P
+
+        run_step = captured(
+            one_step,
+            P.device,
+            lambda: [P, P.grad, *optimizer.state[P].values(), *best.changed()],
+            wanted=settings.capture and settings.optimizer is None,
+            parts=(space, objective),
+        )
+        for step in range(first, settings.steps):
+            run_step(step)
+            best.accept()
+            if best.end_step():
+                break
+    log.debug("searched %d problems for %d steps", len(ids), best.progress.step)
+    return best.progress

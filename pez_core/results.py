@@ -1,0 +1,126 @@
+"""Results of a search and reports while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from .scoring import WordContribution
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The prompt of one restart.
+
+    Attributes:
+        prompt: the text, with the caption around the learned words.
+        similarity: cosine similarity of the text with its target. The text is encoded again by the
+            public tokenizer and the whole text tower. With several targets it is their weighted
+            mean, with several encoders the mean over them. Targets to avoid do not count, unless
+            there are no others.
+        token_ids: the tokens of the text, without start and end token.
+        learned: the learned words alone.
+        similarities: with each target, in the order given.
+        avoided: with each target to avoid, in the order given.
+        encoders: `similarity` by the name of the encoder.
+        extra_loss: the extra loss of the printed text; None: there was none.
+        perplexity: of the text, by the language model of `readability`; None: there was none.
+    """
+
+    prompt: str
+    similarity: float
+    token_ids: list[int]
+    learned: str
+    similarities: list[float] = field(repr=False)
+    avoided: list[float] = field(repr=False)
+    encoders: dict[str, float] = field(repr=False)
+    extra_loss: float | None = field(default=None, kw_only=True)
+    perplexity: float | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Result(Candidate):
+    """The best candidate of a search.
+
+    Attributes:
+        candidates: one per restart, best first; the first is this result's own prompt. Empty where
+            nothing was learned, or where sections were learned one by one.
+        history: `(step, score of the best so far)`, one per report. The score is the similarity
+            less the weighted similarity with targets to avoid; with an extra loss of weight w it is
+            1 - w of that, less w times the loss. Where a prior (single words, readability) counts
+            in the choice, it may fall a little.
+        seconds: of the whole search, shared by all results of one call.
+        note: a remark for the user, "" most of the time.
+    """
+
+    candidates: list[Candidate] = field(repr=False)
+    history: list[tuple[int, float]] = field(repr=False)
+    seconds: float
+    note: str = ""
+
+
+class Report:
+    """The state of a running search, for a callback; prompts are decoded only when they are read.
+
+    Attributes:
+        step, steps: steps done, and how many there will be.
+        elapsed: seconds since the call began.
+        similarities: the score of the best prompt so far of each result (see `Result.history`).
+    """
+
+    def __init__(
+        self,
+        step: int,
+        steps: int,
+        elapsed: float,
+        similarities: Sequence[float],
+        decode: Callable[[int], str],
+        explain: Callable[[int, str | None], list[WordContribution]],
+    ) -> None:
+        self.step, self.steps, self.elapsed = step, steps, elapsed
+        self.similarities = list(similarities)
+        self._decode, self._explain = decode, explain
+
+    def within(self, turn: int, turns: int) -> Report:
+        """This report as part of `turns` searches of equal length, of which it is number `turn`."""
+        step, steps = self.step + turn * self.steps, turns * self.steps
+        return Report(step, steps, self.elapsed, self.similarities, self._decode, self._explain)
+
+    @property
+    def _best(self) -> int:
+        return max(range(len(self.similarities)), key=self.similarities.__getitem__)
+
+    @property
+    def similarity(self) -> float:
+        """The highest of `similarities`."""
+        return self.similarities[self._best]
+
+    @property
+    def prompt(self) -> str:
+        """The best prompt so far of all results."""
+        return self.prompts[self._best]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The best prompt so far of each result."""
+        return [self._decode(k) for k in range(len(self.similarities))]
+
+    def explain(self, k: int, prompt: str | None = None) -> list[WordContribution]:
+        """The contribution of each word of the prompt of result `k`, or of `prompt` for it."""
+        return self._explain(k, prompt)
+
+
+ReportCallback = Callable[[Report], "bool | None"]
+
+
+def best_of_restarts(
+    ids: torch.Tensor, scores: torch.Tensor, restarts: int
+) -> tuple[list[list[int]], list[float]]:
+    """The best (prompts * restarts, prompt_len) ids of each prompt, and their scores."""
+    scores, best = scores.view(-1, restarts).max(dim=1)
+    rows = ids.view(len(best), restarts, -1)
+    chosen = rows[torch.arange(len(rows), device=best.device), best].tolist()
+    return chosen, scores.tolist()

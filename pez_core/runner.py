@@ -1,0 +1,649 @@
+"""One search for several targets at once: prepare, descend, refine, verify."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .caption import Caption
+from .errors import ArgumentError
+from .objectives import SampledSimilarity, Similarity, WeightedSum
+from .options import Effort, SearchOptions
+from .pez import Objective, PezSettings, search
+from .priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, needed_language_model
+from .results import Candidate, Report, ReportCallback, Result, best_of_restarts
+from .scoring import contributions
+from .space import PhraseSpace, TokenSpace
+from .swaps import Prior, SwapSettings, refine
+from .tracker import Progress
+from .vocabulary import Blocklist, Lexicon, Vocabulary
+
+if TYPE_CHECKING:
+    from .clip import AnyClip
+
+log = logging.getLogger(__name__)
+
+# Single tokens encoded at once.
+_TOKENS_AT_ONCE = 2048
+# Features of single tokens are kept with the CLIP. A few are computed again to find out whether its
+# weights have changed, within rounding.
+_PROBES, _ROUNDING = 4, 1e-3
+# Steps of a refinement that only a time limit ends.
+_ENDLESS = 10**9
+# Random initial prompts that are tried until one is acceptable.
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class PromptTarget:
+    """The target of one prompt.
+
+    Attributes:
+        features: (n, features) unit features of images and texts.
+        weights: (n,) their weights, below 0 for those to avoid.
+        avoid: (n,) bool, those to avoid.
+        direction: (features,) direction to search in, in place of the weighted sum of the features.
+        batch_size: targets that the loss is taken on per step; None: all of them.
+    """
+
+    features: torch.Tensor
+    weights: torch.Tensor
+    avoid: torch.Tensor
+    direction: torch.Tensor | None = None
+    batch_size: int | None = None
+
+    @property
+    def towards(self) -> torch.Tensor:
+        """(features,); the dot product with a prompt's features is its score."""
+        return self.weights @ self.features if self.direction is None else self.direction
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a search needs, as `prepare` computes it.
+
+    The searches are numbered target by target, with the restarts of a target in a row.
+
+    Attributes:
+        clip, targets, options: as in `learn`.
+        prompt_len: tokens to learn.
+        caption: the fixed text.
+        word_weight: of the prior of single words.
+        space: the allowed tokens.
+        acceptable: a check of prompts that may become the best; None: all pass.
+        seeds: one per target.
+        ids: (searches, trials, prompt_len) initial prompts.
+        readability: the prior of `options.readability`; None: there is none.
+        began: time of the call.
+    """
+
+    clip: AnyClip
+    targets: Sequence[PromptTarget]
+    options: SearchOptions
+    prompt_len: int
+    caption: Caption
+    word_weight: float
+    space: TokenSpace
+    acceptable: Callable[[torch.Tensor], torch.Tensor] | None
+    seeds: list[int]
+    ids: torch.Tensor
+    readability: ReadabilityPrior | None
+    began: float
+
+    @property
+    def work(self) -> Effort:
+        return self.options.work
+
+    @property
+    def owners(self) -> list[int]:
+        """The number of the target of each search."""
+        return [k for k in range(len(self.targets)) for _ in range(self.options.restarts)]
+
+    def time_left(self, turns: int) -> float | None:
+        """Seconds for the next of `turns` turns, each with an equal share."""
+        limit = self.options.time_limit
+        # a search needs a moment to end by itself with its best prompt
+        return limit and max(limit - (time.monotonic() - self.began), 1e-3) / turns
+
+
+def learn(
+    clip: AnyClip,
+    targets: Sequence[PromptTarget],
+    options: SearchOptions,
+    prompt_len: int,
+    callback: ReportCallback | None = None,
+    *,
+    caption: str = "{}",
+    encoded: str | None = None,
+    word_weight: float = 0.0,
+) -> list[Result]:
+    """Search a prompt for each target, every restart of every target a problem of one batch.
+
+    A result does not depend on the targets beside it.
+
+    Args:
+        clip: from `load_clip`.
+        targets: one per prompt.
+        options: see `SearchOptions`.
+        prompt_len: tokens to learn.
+        callback: called with a `Report`; a true return value ends the search.
+        caption, encoded: see `Caption`.
+        word_weight: of the prior of single words (`pez_core.priors.SingleWordPrior`).
+
+    Raises:
+        ArgumentError: the prompt does not fit the context, the vocabulary is empty, the initial
+            prompt does not fit or holds a blocked word, or the extra loss is for another number of
+            prompts.
+    """
+    problem = prepare(clip, targets, options, prompt_len, caption, encoded, word_weight)
+    best = BestSoFar(problem)
+    for turn, span in enumerate(best.spans):
+        turns_left = len(best.spans) - turn
+        found = descend(problem, best, span, turns_left, callback)
+        if not found.stopped and problem.work.swaps:
+            found = refine_span(problem, best, span, turns_left, found.ids, callback)
+        if found.stopped:
+            break
+    return verify(problem, best)
+
+
+# 1. Prepare.
+
+
+def prepare(
+    clip: AnyClip,
+    targets: Sequence[PromptTarget],
+    options: SearchOptions,
+    prompt_len: int,
+    caption: str,
+    encoded: str | None,
+    word_weight: float,
+) -> Problem:
+    """Everything that is fixed before the first step: caption, allowed tokens, initial prompts."""
+    began = time.monotonic()
+    extra = options.extra_loss
+    if extra is not None and extra.prompts != len(targets):
+        raise ArgumentError(
+            "extra_loss",
+            f"is made for {extra.prompts} prompts, but {len(targets)} are learned",
+            "make it of the same images, with the same `shared`",
+        )
+    frame = Caption(clip, caption, encoded)
+    frame.check_room(prompt_len, clip.text.max_prompt_len)
+    lexicon = _lexicon(clip, options)
+    blocked = Blocklist(lexicon.blocked if lexicon else ())
+    space = _space(clip, options, lexicon, prompt_len)
+    single = _round_trip_tokens(clip, lexicon)
+    count = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
+    all_round_trip = clip.text.words.separable and frame.separate and count in (None, len(single))
+
+    def acceptable(rows: torch.Tensor) -> torch.Tensor:
+        good = [
+            (all_round_trip or frame.round_trips(row))
+            and not (blocked and frame.blocked_word(row, blocked))
+            for row in rows.tolist()
+        ]
+        return torch.tensor(good, device=rows.device)
+
+    start = _Start(clip, options, lexicon, single, space, prompt_len, acceptable)
+    # by the seed alone, so that a result does not depend on its neighbours
+    seeds = options.seeds(len(targets))
+    starts = {seed: start.prompts(seed) for seed in set(seeds)}
+    ids = torch.cat([starts[seed] for seed in seeds])
+    model = needed_language_model(options.readability, options.language_model, clip.device)
+    words = clip.text.words
+    return Problem(
+        clip=clip,
+        targets=targets,
+        options=options,
+        prompt_len=prompt_len,
+        caption=frame,
+        word_weight=word_weight,
+        space=space,
+        # the check waits for the device, so it is left out where every prompt would pass
+        acceptable=None if all_round_trip and not blocked else acceptable,
+        seeds=seeds,
+        ids=ids.view(len(targets) * options.restarts, options.work.trials, -1),
+        readability=model and ReadabilityPrior(model, words, frame, space, options.readability),
+        began=began,
+    )
+
+
+def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon | None:
+    vocabulary = options.allowed
+    if vocabulary is not None and options.readability:
+        # a language model would favour pieces of words for their looks
+        vocabulary &= Vocabulary()
+    return None if vocabulary is None else vocabulary.lexicon(clip)
+
+
+def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[tuple[int, float]]]:
+    """The token embeddings of all encoders side by side, and the (columns, weight) of each."""
+    table, parts, extra = clip.text.token_embedding, clip.text.parts, options.extra_loss
+    if extra is None:
+        return table, parts
+    other = extra.token_embedding[: len(table)].to(table.device)
+    if extra.weight == 1:
+        return other, extra.parts
+    shares = [(columns, (1 - extra.weight) * weight) for columns, weight in parts]
+    shares += [(columns, extra.weight * weight) for columns, weight in extra.parts]
+    return torch.cat([table.detach().float(), other], dim=1), shares
+
+
+def _space(
+    clip: AnyClip, options: SearchOptions, lexicon: Lexicon | None, prompt_len: int
+) -> TokenSpace:
+    table, parts = _tables(clip, options)
+    if lexicon is None:
+        return TokenSpace(table, clip.vocabulary, parts)
+    if all(len(phrase) == 1 for phrase in lexicon.phrases):
+        allowed = sorted(token for (token,) in lexicon.phrases)
+        return TokenSpace(table, torch.tensor(allowed), parts)
+    return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+
+
+def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
+    """Sorted single tokens of the lexicon that round-trip through the tokenizer."""
+    default = clip.vocabulary.tolist()
+    if lexicon is None:
+        return default
+    known, round_trips = set(default), clip.text.words.survives
+    single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
+    return [token for token in single if token in known or round_trips([token])]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Draws the initial prompts of a search."""
+
+    clip: AnyClip
+    options: SearchOptions
+    lexicon: Lexicon | None
+    single: Sequence[int]  # tokens of the lexicon that round-trip
+    space: TokenSpace
+    prompt_len: int
+    acceptable: Callable[[torch.Tensor], torch.Tensor]
+
+    def prompts(self, seed: int) -> torch.Tensor:
+        """(restarts * trials, prompt_len) ids, such that the first step is acceptable."""
+        source, rows = self._source(), []
+        for restart in range(self.options.restarts):
+            generator = torch.Generator().manual_seed((seed + restart) % 2**63)
+            given = self._given() if restart == 0 else []
+            for _ in range(self.options.work.trials):
+                rows.append(self._prompt(source, generator, given))
+        return torch.cat(rows)
+
+    def _source(self) -> TokenSpace:
+        """The space to draw from: pieces of words are searched, but would fuse when drawn."""
+        if self.lexicon is None:
+            return self.space
+        single, phrases = set(self.single), self.lexicon.phrases
+        good = frozenset(p for p in phrases if len(p) > 1 or p[0] in single)
+        if not good or len(good) == len(phrases):
+            return self.space
+        return _space(self.clip, self.options, Lexicon(good), self.prompt_len)
+
+    def _prompt(
+        self, source: TokenSpace, generator: torch.Generator, given: list[int]
+    ) -> torch.Tensor:
+        for _ in range(_TRIES):
+            row = source.random(1, self.prompt_len, generator)
+            if given:
+                row[0, : len(given)] = row.new_tensor(given)
+                row = self.space.nearest(self.space.embed(row))
+            if self.acceptable(row).item():
+                return row
+        if given:
+            raise ArgumentError("start_from", "begins with a blocked word", "leave the word out")
+        raise ArgumentError(
+            "vocabulary",
+            "gives no prompt that round-trips and holds no blocked word",
+            "block fewer words",
+        )
+
+    def _given(self) -> list[int]:
+        """The tokens of `start_from`."""
+        if self.options.start_from is None:
+            return []
+        ids = self.clip.text.words.encode(self.options.start_from)
+        if len(ids) > self.prompt_len:
+            raise ArgumentError(
+                "start_from",
+                f"has {len(ids)} tokens, more than `prompt_len` {self.prompt_len}",
+                "shorten it or learn more tokens",
+            )
+        return ids
+
+
+# 2. Descend.
+
+
+def descend(
+    problem: Problem,
+    best: BestSoFar,
+    span: slice,
+    turns_left: int,
+    callback: ReportCallback | None,
+) -> Progress:
+    """PEZ for the searches in `span`."""
+    options, left = problem.options, problem.time_left(turns_left)
+    found = search(
+        problem.space,
+        _objective(problem, span),
+        problem.ids[span].flatten(0, 1),
+        PezSettings(
+            steps=problem.work.steps,
+            patience=options.patience,
+            time_limit=left and (left / 2 if problem.work.swaps else left),
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+        ),
+        callback and (lambda progress: callback(best.report(span, progress))),
+        acceptable=problem.acceptable,
+    )
+    best.take(span, found)
+    return found
+
+
+def _objective(problem: Problem, span: slice) -> Objective:
+    """The objective of PEZ for the searches in `span`; all trials have rows of their own."""
+    owners, extra = problem.owners[span], problem.options.extra_loss
+    if extra is None:
+        return _similarity(problem, owners, sampled=True)
+    loss = extra.objective(problem.caption.before, problem.caption.after, owners)
+    if extra.weight == 1:
+        return WeightedSum(None, loss, 0, extra.weight)
+    columns = sum(columns for columns, _ in problem.clip.text.parts)
+    similarity = _similarity(problem, owners, sampled=True)
+    return WeightedSum(similarity, loss, columns, extra.weight)
+
+
+def _similarity(problem: Problem, owners: Sequence[int], sampled: bool = False) -> Similarity:
+    """The similarity with the targets of these numbers.
+
+    Args:
+        problem: of the search.
+        owners: the target of each row.
+        sampled: take the loss on a few targets per step, where the target has a `batch_size`.
+    """
+    caption, targets = problem.caption, problem.targets
+    encode = problem.clip.text.encoder([(caption.before, caption.after)])
+    rows, weights = [targets[k] for k in owners], None
+    if rows[0].direction is not None:
+        features = torch.stack([row.towards for row in rows])[:, None]
+    else:
+        features = torch.stack([row.features for row in rows])
+        weights = torch.stack([row.weights for row in rows])
+    if rows[0].batch_size is None or not sampled:
+        return Similarity(encode, features, weights)
+    generator = torch.Generator().manual_seed(problem.seeds[0] % 2**63)
+    return SampledSimilarity(encode, features, weights, rows[0].batch_size, generator)
+
+
+# 3. Refine.
+
+
+def refine_span(
+    problem: Problem,
+    best: BestSoFar,
+    span: slice,
+    turns_left: int,
+    ids: torch.Tensor,
+    callback: ReportCallback | None,
+) -> Progress:
+    """Swaps for the searches in `span`, starting from (searches * trials, prompt_len) `ids`."""
+    options, work, restarts = problem.options, problem.work, problem.options.restarts
+    owners = problem.owners[span]
+    seeds = [seed + restart for seed in problem.seeds for restart in range(restarts)][span]
+    prior = _prior(problem, owners, turns_left)
+    found = refine(
+        problem.space,
+        _similarity(problem, owners),
+        ids,
+        SwapSettings(
+            steps=_ENDLESS if work.until_time_limit else work.swaps,
+            patience=options.patience,
+            time_limit=problem.time_left(turns_left),
+            trials=work.trials,
+            screened=work.screened,
+        ),
+        callback and (lambda progress: callback(best.report(span, progress, work.steps))),
+        acceptable=problem.acceptable,
+        seeds=seeds,
+        prior=prior,
+    )
+    best.take(span, found, work.steps)
+    return found
+
+
+def _prior(problem: Problem, owners: Sequence[int], turns_left: int) -> Prior | None:
+    priors: list[Prior] = [problem.readability] if problem.readability else []
+    left = problem.time_left(turns_left)
+    alone = None
+    if problem.word_weight:
+        alone = _single_token_features(problem.clip, problem.space, left and left / 2)
+    if alone is not None:
+        towards = torch.stack([problem.targets[k].towards for k in owners])
+        priors.append(SingleWordPrior(alone, problem.space, towards, problem.word_weight))
+    return SumOfPriors(priors) if priors else None
+
+
+@torch.no_grad()
+def _single_token_features(
+    clip: AnyClip, space: TokenSpace, time_limit: float | None
+) -> torch.Tensor | None:
+    """(allowed, features) unit features of each allowed token as a text by itself.
+
+    Those of the last vocabulary are kept in `clip.cache`. None: they take longer than the limit.
+    """
+    began = time.monotonic()
+    allowed, kept = space.allowed, clip.cache.get("single tokens")
+    encode, table = clip.text.encoder(), clip.text.token_embedding
+
+    def features(ids: torch.Tensor) -> torch.Tensor:
+        return F.normalize(encode(F.embedding(ids[:, None], table).float()).float(), dim=-1)
+
+    if kept is not None and kept[1].device == clip.device and torch.equal(kept[0], allowed):
+        some = slice(None, None, -(-len(allowed) // _PROBES))
+        if torch.allclose(features(allowed[some]), kept[1][some], atol=_ROUNDING):
+            return kept[1]
+    rows = []
+    for ids in allowed.split(_TOKENS_AT_ONCE):
+        if time_limit is not None and time.monotonic() - began > time_limit:
+            return None
+        rows.append(features(ids))
+    clip.cache["single tokens"] = allowed, torch.cat(rows)
+    return clip.cache["single tokens"][1]
+
+
+# Between 2, 3 and 4: the best prompts so far.
+
+
+class BestSoFar:
+    """The best prompt so far of every search, of which some may not have had their turn.
+
+    Attributes:
+        spans: the searches of each turn, `options.batch_size` of them.
+        ids: (searches, prompt_len) their best ids.
+        history: of each target; see `Result`.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._restarts = problem, problem.options.restarts
+        self._steps, self._done = problem.work.total, 0
+        count = problem.options.batch_size or len(problem.ids)
+        self.spans = [slice(k, k + count) for k in range(0, len(problem.ids), count)]
+        self.ids = problem.ids[:, 0].clone()
+        self.scores = torch.full((len(self.ids),), -torch.inf, device=self.ids.device)
+        self.history: list[list[tuple[int, float]]] = [[] for _ in problem.targets]
+
+    @property
+    def _time_limit(self) -> float | None:
+        """The time limit, where it decides the number of steps."""
+        work = self._problem.work
+        return self._problem.options.time_limit if work.until_time_limit else None
+
+    def take(self, span: slice, progress: Progress, before: int = 0) -> None:
+        """Store what the searches of `span` found, `before` steps into their turn."""
+        done = self._steps_before(span, before)
+        first = span.start // self._restarts
+        searches = len(self.ids[span])
+        last = min(len(self.history), -(-span.stop // self._restarts))
+        for step, scores in progress.history:
+            trials = len(scores) // searches
+            for k in range(first, last):
+                begin = max(k * self._restarts, span.start) - span.start
+                end = min((k + 1) * self._restarts - span.start, searches)
+                # other restarts of this target may have been in an earlier span
+                others = self.scores[k * self._restarts : span.start + begin].tolist()
+                top = max([*scores[begin * trials : end * trials], *others])
+                self.history[k].append((done + step, top))
+        self.ids[span], self.scores[span] = self._best_trials(span, progress)
+        self._done += progress.step
+
+    def _steps_before(self, span: slice, before: int) -> int:
+        """Steps of earlier turns, and `before` of this one."""
+        if self._time_limit is not None:
+            return self._done
+        return self.spans.index(span) * self._steps + before
+
+    def _best_trials(self, span: slice, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+        searches = len(self.ids[span])
+        scores, choice = progress.scores.view(searches, -1).max(dim=1)
+        ids = progress.ids.view(searches, -1, progress.ids.shape[1])
+        return ids[torch.arange(searches, device=ids.device), choice], scores
+
+    def report(self, span: slice, progress: Progress, before: int = 0) -> Report:
+        """The report of a step of the searches in `span`, `before` steps into their turn."""
+        ids, scores = self.ids.clone(), self.scores.clone()
+        ids[span], scores[span] = self._best_trials(span, progress)
+        chosen, similarities = best_of_restarts(ids, scores, self._restarts)
+        problem = self._problem
+        elapsed = time.monotonic() - problem.began
+        step = self._steps_before(span, before) + progress.step
+        steps = len(self.spans) * self._steps
+        if self._time_limit is not None:  # extrapolated from the speed so far
+            steps = max(step, round(step * self._time_limit / max(elapsed, 1e-3)))
+        return Report(
+            step,
+            steps,
+            elapsed,
+            similarities,
+            decode=lambda k: problem.caption.print(chosen[k]),
+            explain=lambda k, prompt: contributions(
+                problem.clip,
+                problem.caption.text(chosen[k]) if prompt is None else prompt,
+                problem.targets[k].towards,
+            ),
+        )
+
+
+# 4. Verify.
+
+
+def verify(problem: Problem, best: BestSoFar) -> list[Result]:
+    """Results whose similarities are those of the printed text, encoded again the public way."""
+    clip, caption, restarts = problem.clip, problem.caption, problem.options.restarts
+    rows = [_round_trip(clip, caption, row) for row in best.ids.tolist()]
+    texts = [caption.text(row) for row in rows]
+    features, extra = clip.encode_texts(texts), problem.options.extra_loss
+    losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
+    seconds = time.monotonic() - problem.began
+    results = []
+    for k in range(len(problem.targets)):
+        span = slice(k * restarts, (k + 1) * restarts)
+        ranked = _ranked(problem, k, rows[span], features[span], losses and losses[span])
+        results.append(
+            Result(**vars(ranked[0]), candidates=ranked, history=best.history[k], seconds=seconds)
+        )
+    return results
+
+
+def _ranked(
+    problem: Problem,
+    k: int,
+    rows: list[list[int]],
+    features: torch.Tensor,
+    losses: list[float] | None,
+) -> list[Candidate]:
+    """Candidates of target `k`, best first.
+
+    Args:
+        problem: of the search.
+        k: number of the target.
+        rows: the learned ids of each candidate.
+        features: (candidates, features) of their printed text.
+        losses: the extra loss of each; None: there is none.
+    """
+    clip, caption, target = problem.clip, problem.caption, problem.targets[k]
+    products = features @ target.features.T
+    towards = ~target.avoid
+    shares = target.weights.clamp(min=0) if towards.any() else target.weights.abs()
+    shares = shares / shares.sum()
+    similarity = (products @ shares).tolist()
+    parts, targets = clip.split(features), clip.split(target.features)
+    by_encoder = {name: (parts[name] @ targets[name].T @ shares).tolist() for name in parts}
+    perplexities = problem.readability and problem.readability.perplexities(rows)
+    candidates = [
+        Candidate(
+            prompt=caption.print(row),
+            similarity=similarity[n],
+            token_ids=caption.ids(row),
+            learned=clip.text.words.decode(row),
+            similarities=products[n][towards].tolist(),
+            avoided=products[n][target.avoid].tolist(),
+            encoders={name: values[n] for name, values in by_encoder.items()},
+            extra_loss=losses[n] if losses else None,
+            perplexity=perplexities[n] if perplexities else None,
+        )
+        for n, row in enumerate(rows)
+    ]
+    scores = _final_scores(problem, target, rows, features, losses)
+    return [candidates[n] for n in sorted(range(len(rows)), key=lambda n: -scores[n])]
+
+
+def _final_scores(
+    problem: Problem,
+    target: PromptTarget,
+    rows: list[list[int]],
+    features: torch.Tensor,
+    losses: list[float] | None,
+) -> list[float]:
+    """The scores that candidates are ranked by; arguments as in `_ranked`."""
+    if target.direction is None:
+        scores = (features @ target.features.T @ target.weights).tolist()
+    else:
+        scores = (features @ target.direction).tolist()
+    if losses is not None:
+        weight = problem.options.extra_loss.weight
+        pairs = zip(scores, losses, strict=True)
+        scores = [(1 - weight) * score - weight * loss for score, loss in pairs]
+    if problem.readability is not None:
+        added = problem.readability.scores_of(rows)
+        scores = [a + b for a, b in zip(scores, added, strict=True)]
+    return scores
+
+
+def _round_trip(clip: AnyClip, caption: Caption, ids: list[int]) -> list[int]:
+    """`ids` if they round-trip through the tokenizer, else the tokens of their printed text."""
+    words, limit = clip.text.words, len(ids)
+    if caption.round_trips(ids):
+        return ids
+    log.warning("The prompt found does not round-trip; taking the tokens of its printed text.")
+    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    while ids and not caption.round_trips(ids):
+        ids.pop()
+    return ids or clip.vocabulary[:1].tolist()
+
+
+def with_share_of_time(options: SearchOptions, share: float) -> SearchOptions:
+    """`options` with a share of their time limit."""
+    limit = options.time_limit
+    return options if limit is None else replace(options, time_limit=limit * share)

@@ -1,0 +1,201 @@
+"""Shorter prompts with the same features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ArgumentError, check_number, check_string
+from ..options import SearchOptions
+from ..prompt_text import SYNTAX, chunks, pieces, read, sections
+from ..results import Report, ReportCallback, Result
+from ..runner import PromptTarget, learn, with_share_of_time
+
+if TYPE_CHECKING:
+    from ..clip import AnyClip
+
+
+@dataclass(frozen=True)
+class DistillResult(Result):
+    """A shorter prompt.
+
+    Attributes:
+        tokens_before: tokens of the words that CLIP reads in the given prompt, without weights and
+            tags.
+        tokens_after: those of this prompt.
+    """
+
+    tokens_before: int = 0
+    tokens_after: int = 0
+
+    @property
+    def tokens_saved(self) -> int:
+        return self.tokens_before - self.tokens_after
+
+
+def distill(
+    clip: AnyClip,
+    prompt: str,
+    options: SearchOptions = SearchOptions(),
+    *,
+    ratio: float = 0.3,
+    callback: ReportCallback | None = None,
+) -> DistillResult:
+    """Find a shorter prompt with similar features (paper, section 4.5).
+
+    A prompt longer than the context is encoded in chunks as in ComfyUI; its feature is their mean
+    by tokens. Weights such as `(word:1.2)`, `embedding:name` and tags like `<lora:name:0.8>` stay
+    as they are, behind the learned words; sections between `BREAK`s are shortened one by one.
+
+    Args:
+        clip, callback: as in `invert`.
+        prompt: the text to shorten.
+        options: see `SearchOptions`. `prompt_len` is the length of each section and replaces
+            `ratio`.
+        ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
+            0.5, 0.3 and 0.1).
+
+    Returns:
+        A `DistillResult`. Its `similarity` is with the words of the whole prompt, the mean over
+        sections by their tokens. A prompt that is short enough is returned unchanged with a `note`;
+        one that would not fit the context is shortened further, with a `note`.
+
+    Raises:
+        ArgumentError: the prompt holds no words, or an argument is out of range.
+        FloatingPointError: a score or gradient became NaN or infinite.
+    """
+    check_string("prompt", prompt)
+    check_number("ratio", ratio, 0, 1, above=True)
+    parts = [_Section(clip, section) for section in sections(prompt)]
+    spoken = any(map(str.isalnum, read(prompt)))
+    if not any(part.ids for part in parts) or not (any(p.plain for p in parts) or spoken):
+        raise ArgumentError("prompt", "holds no words to distill", "give a text")
+    if any(part.kept for part in parts):
+        options = replace(options, vocabulary=options.vocabulary_without(SYNTAX))
+    lengths = [part.learned_length(ratio, options.prompt_len) for part in parts]
+    searched = [k for k, length in enumerate(lengths) if length is not None]
+    results: list[Result] = []
+    stopped: list[bool] = []
+    with torch.inference_mode(False):
+        one = torch.ones(1, device=clip.device)
+        for turn, k in enumerate(searched):
+            if any(stopped):
+                break
+            target = PromptTarget(parts[k].feature(clip)[None], one, one < 0)
+            results += learn(
+                clip,
+                [target],
+                with_share_of_time(options, 1 / len(searched)),
+                lengths[k] or 1,
+                callback and _in_turn(callback, turn, len(searched), stopped),
+                caption=parts[k].caption,
+                encoded=parts[k].encoded,
+            )
+    found = dict(zip(searched, results, strict=False))
+    return _distilled(clip, prompt, parts, found, ratio, options.prompt_len)
+
+
+class _Section:
+    """The text between two `BREAK`s."""
+
+    def __init__(self, clip: AnyClip, section: str) -> None:
+        self.printed = section
+        parts = pieces(section)
+        groups = [clip.text.words.encode(piece.read) for piece in parts]
+        self.kept = any(piece.kept for piece in parts)
+        self.caption = " ".join(["{}", *(piece.printed for piece in parts if piece.kept)])
+        self.encoded = " ".join(["{}", *(p.read for p in parts if p.kept and p.read)])
+        self.plain = sum(len(g) for g, p in zip(groups, parts, strict=True) if not p.kept)
+        self.ids = [token for group in groups for token in group]
+        self.room = clip.text.max_prompt_len - (len(self.ids) - self.plain)
+        self._chunks = chunks(groups, clip.text.max_prompt_len)
+
+    def wanted(self, ratio: float, prompt_len: int | None) -> int:
+        return prompt_len or max(1, round(ratio * self.plain))
+
+    def learned_length(self, ratio: float, prompt_len: int | None) -> int | None:
+        """Tokens to learn, or None where the section stays as it is."""
+        wanted = min(self.wanted(ratio, prompt_len), self.room)
+        return None if wanted >= self.plain or self.room < 1 else wanted
+
+    def feature(self, clip: AnyClip) -> torch.Tensor:
+        """(features,) of all its words, chunk by chunk."""
+        return clip.encode_chunks(self._chunks)
+
+    def note(self, ratio: float, prompt_len: int | None, reached: bool, where: str) -> str:
+        """A remark on a section that was not shortened as asked, "" where it was."""
+        wanted = self.wanted(ratio, prompt_len)
+        if wanted >= self.plain and self.plain <= self.room:
+            return f"{where} is short enough already and is unchanged."
+        if not reached and self.room > 0:
+            return f"{where} was not reached and is unchanged."
+        if self.room < 1:
+            return f"{where} keeps its weighted words, which fill a context."
+        if wanted > self.room:
+            return (
+                f"{where} was shortened further, to the size of one context: {self.room} learned "
+                f"tokens, not {wanted}."
+            )
+        return ""
+
+
+def _distilled(
+    clip: AnyClip,
+    prompt: str,
+    parts: list[_Section],
+    results: dict[int, Result],
+    ratio: float,
+    prompt_len: int | None,
+) -> DistillResult:
+    """One result of those of the sections; sections without one stay as they are."""
+    before = sum(len(part.ids) for part in parts)
+    shares = [len(part.ids) / before for part in parts]
+    worded = next(part for part in parts if part.ids)
+    names = clip.split(worded.feature(clip)) if not results else results[min(results)].encoders
+
+    def mean(value: Callable[[Result], float]) -> float:
+        return sum(
+            share * (value(results[k]) if k in results else 1.0) for k, share in enumerate(shares)
+        )
+
+    def where(k: int) -> str:
+        return f"Section {k + 1}" if len(parts) > 1 else "The prompt"
+
+    notes = [p.note(ratio, prompt_len, k in results, where(k)) for k, p in enumerate(parts)]
+    only = results[0] if len(parts) == 1 and results else None
+    ids = [
+        i for k, p in enumerate(parts) for i in (results[k].token_ids if k in results else p.ids)
+    ]
+    printed = [results[k].prompt if k in results else p.printed for k, p in enumerate(parts)]
+    similarity = mean(lambda result: result.similarity)
+    return DistillResult(
+        prompt=" BREAK ".join(printed) if results else prompt,
+        similarity=similarity,
+        token_ids=ids,
+        learned=" ".join(result.learned for result in results.values()),
+        similarities=[similarity],
+        avoided=[],
+        encoders={name: mean(lambda result, name=name: result.encoders[name]) for name in names},
+        candidates=only.candidates if only else [],
+        history=only.history if only else [],
+        seconds=sum(result.seconds for result in results.values()),
+        note=" ".join(filter(None, notes)),
+        perplexity=only.perplexity if only else None,
+        tokens_before=before,
+        tokens_after=len(ids),
+    )
+
+
+def _in_turn(
+    callback: ReportCallback, turn: int, turns: int, stopped: list[bool]
+) -> ReportCallback:
+    """A callback for one of several searches; `stopped` collects its answers."""
+
+    def report(one: Report) -> bool:
+        stopped.append(bool(callback(one.within(turn, turns))))
+        return stopped[-1]
+
+    return report

@@ -1,0 +1,142 @@
+"""One prompt of several prompts and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ArgumentError, check_bool, check_integer, check_weights
+from ..options import SearchOptions
+from ..prompt_text import SYNTAX, read, tags
+from ..results import ReportCallback, Result
+from ..runner import PromptTarget, learn
+from ..targets import Target, as_list, check_text, encode_targets
+
+if TYPE_CHECKING:
+    from ..clip import AnyClip
+
+PROMPT_LEN = 16
+"""Tokens to learn where the options do not say, at most `max_tokens`."""
+
+
+@dataclass(frozen=True)
+class FuseResult(Result):
+    """One prompt of several sources.
+
+    Attributes:
+        fused: it was learned towards all sources; False: it is their plain join.
+        tokens: of the prompt.
+    """
+
+    fused: bool = field(default=False, kw_only=True)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def fuse(
+    clip: AnyClip,
+    sources: Sequence[Target],
+    options: SearchOptions = SearchOptions(),
+    *,
+    weights: Sequence[float] | None = None,
+    max_tokens: int | None = None,
+    always_learn: bool = False,
+    callback: ReportCallback | None = None,
+) -> FuseResult:
+    """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
+
+    Args:
+        clip, callback: as in `invert`.
+        sources: two or more. A string is a text; path objects, PIL images and tensors are images,
+            which always have to be learned. Words of weights such as `(word:1.2)` count like
+            others; `embedding:name` and tags like `<lora:name:0.8>` do not count and are put behind
+            the result.
+        options: see `SearchOptions`; 16 tokens by default, or `max_tokens` where that is less.
+        weights: of the sources, one number above 0 each; None: all the same.
+        max_tokens: longest plain join, from 1 to the context; None: the context (75 for CLIP). A
+            longer join is not cut: one prompt is learned instead, with a `note`.
+        always_learn: learn one prompt even where the plain join is short enough.
+
+    Returns:
+        A `FuseResult`; `similarities` holds one similarity per source, in their order.
+
+    Raises:
+        ArgumentError: fewer than two sources, an empty text, or an argument is out of range.
+        FloatingPointError: a score or gradient became NaN or infinite.
+    """
+    given = as_list(sources)
+    if len(given) < 2:
+        raise ArgumentError("sources", f"has to hold at least two but holds {len(given)}")
+    longest = clip.text.max_prompt_len if max_tokens is None else max_tokens
+    check_integer("max_tokens", longest, 1, clip.text.max_prompt_len)
+    check_bool("always_learn", always_learn)
+    shares = (
+        [1.0] * len(given) if weights is None else check_weights("weights", weights, len(given))
+    )
+    shares = [share / sum(shares) for share in shares]
+    texts = [check_text("sources", s.strip()) for s in given if isinstance(s, str)]
+    with torch.inference_mode(False):
+        features = encode_targets(
+            "sources", clip, [read(s) if isinstance(s, str) else s for s in given]
+        )
+        ids = clip.text.words.encode(" ".join(map(read, texts)))
+        could_join = not always_learn and len(texts) == len(given)
+        if could_join and len(ids) <= longest:
+            return _joined(clip, " ".join(texts), ids, features, features.new_tensor(shares))
+        result = _learned(clip, options, texts, features, shares, longest, callback)
+    note = (
+        f"The join has {len(ids)} tokens, more than max_tokens {longest}; one prompt was learned "
+        "instead."
+    )
+    return FuseResult(**(vars(result) | {"note": note if could_join else ""}), fused=True)
+
+
+def _joined(
+    clip: AnyClip, prompt: str, ids: list[int], features: torch.Tensor, shares: torch.Tensor
+) -> FuseResult:
+    """The plain join of texts, scored."""
+    feature = clip.encode_chunks([ids])
+    parts, targets = clip.split(feature), clip.split(features)
+    similarities = (features @ feature).tolist()
+    return FuseResult(
+        prompt=prompt,
+        similarity=sum(s * w for s, w in zip(similarities, shares.tolist(), strict=True)),
+        token_ids=ids,
+        learned="",
+        similarities=similarities,
+        avoided=[],
+        encoders={name: float(targets[name] @ parts[name] @ shares) for name in parts},
+        candidates=[],
+        history=[],
+        seconds=0.0,
+    )
+
+
+def _learned(
+    clip: AnyClip,
+    options: SearchOptions,
+    texts: list[str],
+    features: torch.Tensor,
+    shares: list[float],
+    longest: int,
+    callback: ReportCallback | None,
+) -> Result:
+    """One prompt towards all features, with the tags of the texts behind it."""
+    prompt_len = options.prompt_len or min(PROMPT_LEN, longest)
+    if prompt_len > longest:
+        raise ArgumentError(
+            "prompt_len", f"is {prompt_len}, more than `max_tokens` {longest}", "lower it"
+        )
+    kept = " ".join(filter(None, map(tags, texts)))
+    if kept:
+        options = replace(options, vocabulary=options.vocabulary_without(SYNTAX))
+    none = features.new_zeros(len(features)).bool()
+    target = PromptTarget(features, features.new_tensor(shares), none)
+    caption = f"{{}} {kept}".strip()
+    (result,) = learn(clip, [target], options, prompt_len, callback, caption=caption, encoded="{}")
+    return result

@@ -1,0 +1,138 @@
+"""Prompts of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..caption import check_caption
+from ..clip.images import ImageInput, load_images
+from ..errors import ArgumentError, check_bool, check_weights
+from ..options import SearchOptions
+from ..priors import WORD_WEIGHT
+from ..results import ReportCallback, Result
+from ..runner import PromptTarget, learn
+from ..targets import Avoid, Target, as_list, encode_targets
+
+if TYPE_CHECKING:
+    from ..clip import AnyClip
+
+PROMPT_LEN = 16
+"""Tokens to learn where the options do not say."""
+
+
+def invert(
+    clip: AnyClip,
+    images: ImageInput | Sequence[ImageInput] | torch.Tensor,
+    options: SearchOptions = SearchOptions(),
+    *,
+    caption: str = "",
+    avoid: Avoid | Target | Sequence[Target] = (),
+    shared: bool | Sequence[float] = False,
+    negative_prompt: bool = False,
+    callback: ReportCallback | None = None,
+) -> list[Result]:
+    """Find a short text prompt that CLIP finds similar to an image (paper, section 4).
+
+    Every image and every restart is a problem of its own in one batch. A result depends on its
+    image and the options, not on the other images.
+
+    Args:
+        clip: from `load_clip`.
+        images: a path, a PIL image or a (H, W, 3) / (3, H, W) array or tensor; or a list of these;
+            or a (N, H, W, 3) / (N, 3, H, W) batch; or (N, features), the result of an earlier
+            `clip.encode_images`.
+        options: see `SearchOptions`; 16 tokens by default.
+        caption: text that stays in the prompt, such as that of a captioner. The learned words go
+            where it holds `{}`, else behind it.
+        avoid: texts and images to stay away from, with weight 0.5; `Avoid` sets another weight. A
+            string is a text.
+        shared: learn one prompt for all images, by the mean of their similarities; a list of
+            numbers above 0, one per image, are the weights of the mean.
+        negative_prompt: learn a negative prompt instead: words that are similar to `avoid` and far
+            from the images, or just far from the images where there is nothing to avoid.
+        callback: called with a `Report` after each step (every 25 steps on a GPU); a true return
+            value ends the search, which returns the best so far.
+
+    Returns:
+        One `Result` per image in their order; one in all with `shared`.
+
+    Raises:
+        ArgumentError: an argument is out of range, or an image cannot be read.
+        FloatingPointError: a score or gradient became NaN or infinite.
+    """
+    encoded = isinstance(images, torch.Tensor) and images.ndim == 2
+    pictures = images if encoded else load_images(images)[0]
+    if not len(pictures):
+        raise ArgumentError("images", "is empty", "give at least one image")
+    away = avoid if isinstance(avoid, Avoid) else Avoid(avoid)
+    weights = _weights(shared, len(pictures))
+    if negative_prompt and options.extra_loss is not None:
+        raise ArgumentError(
+            "extra_loss", "draws prompts towards the images", "leave `negative_prompt` out"
+        )
+    signed, avoided = _signed_weights(weights, away, negative_prompt)
+    fixed = check_caption(caption)
+    with torch.inference_mode(False):
+        features = _features(clip, images) if encoded else clip.encode_images(pictures)
+        targets = as_list(away.targets)
+        others = encode_targets("avoid", clip, targets) if targets else features[:0]
+        groups = [features] if shared else features.split(1)
+        return learn(
+            clip,
+            [
+                PromptTarget(
+                    torch.cat([group, others]),
+                    features.new_tensor(signed),
+                    torch.tensor(avoided, device=features.device),
+                )
+                for group in groups
+            ],
+            options,
+            options.prompt_len or PROMPT_LEN,
+            callback,
+            caption=fixed,
+            word_weight=WORD_WEIGHT,
+        )
+
+
+def _weights(shared: bool | Sequence[float], images: int) -> list[float]:
+    """The weight of each image of one prompt, summing to 1."""
+    if shared is False:
+        return [1.0]
+    if shared is True:
+        return [1 / images] * images
+    weights = check_weights("shared", shared, images)
+    return [weight / sum(weights) for weight in weights]
+
+
+def _signed_weights(
+    weights: list[float], away: Avoid, negative_prompt: bool
+) -> tuple[list[float], list[bool]]:
+    """Weights of images and of targets to avoid, below 0 for those to stay away from."""
+    check_bool("negative_prompt", negative_prompt)
+    others = away.weights()
+    total = sum(others)
+    if negative_prompt and others and not total:
+        raise ArgumentError("avoid_weight", "is 0, but a negative prompt is learned for `avoid`")
+    if negative_prompt:
+        weights = [-weight * (total if others else 1) for weight in weights]
+        others = [weight / total for weight in others]
+    else:
+        others = [-weight for weight in others]
+    avoided = [negative_prompt] * len(weights) + [not negative_prompt] * len(others)
+    return [*weights, *others], avoided
+
+
+def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
+    """Features that were encoded before, on the device of the CLIP."""
+    length = clip.encode_texts([""]).shape[1]
+    if images.shape[1] != length:
+        raise ArgumentError(
+            "images",
+            f"has shape {tuple(images.shape)}, but features of {clip.name} have {length} numbers",
+            "give the result of its `encode_images`, or pictures",
+        )
+    return images.detach().to(clip.device, torch.float32).clone()

@@ -1,0 +1,125 @@
+"""Prompts of the style that several images share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..clip.images import ImageInput, load_images
+from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_integer, check_string
+from ..options import SearchOptions
+from ..results import ReportCallback, Result
+from ..runner import PromptTarget, learn
+from ..style_direction import style_direction
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..clip import AnyClip
+
+PROMPT_LEN = 8
+"""Tokens to learn where the options do not say."""
+STYLE_TEMPLATE = "{subject}, {style}"
+
+
+@dataclass(frozen=True)
+class StyleResult(Result):
+    """A style prompt: `prompt` describes the style, `apply` adds it to subjects."""
+
+    def apply(self, subject: str, style_template: str = STYLE_TEMPLATE) -> str:
+        """A prompt for `subject` in this style.
+
+        Raises:
+            ArgumentError: `style_template` lacks `{subject}` or `{style}`.
+        """
+        check_style_template(style_template)
+        parts = style_template.replace("{style}", self.prompt).split("{subject}")
+        return subject.join(parts)
+
+
+def check_style_template(style_template: str) -> None:
+    """Raise unless the template has places for the subject and the style."""
+    check_string("style_template", style_template)
+    if "{subject}" not in style_template or "{style}" not in style_template:
+        raise ArgumentError(
+            "style_template", f"has to hold {{subject}} and {{style}} but is {style_template!r}"
+        )
+
+
+def style(
+    clip: AnyClip,
+    images: Sequence[ImageInput] | torch.Tensor,
+    options: SearchOptions = SearchOptions(),
+    *,
+    keep_content: bool = False,
+    content: str | Sequence[str] = (),
+    images_per_step: int | None = None,
+    callback: ReportCallback | None = None,
+) -> StyleResult:
+    """Find one prompt for the style that several images share (paper, section 4.3).
+
+    Args:
+        clip, callback: as in `invert`.
+        images: two or more images of different things in one style; six do well.
+        options: see `SearchOptions`; 8 tokens by default.
+        keep_content: the paper's way: the mean similarity with the images, whose content enters the
+            prompt. By default the search turns away from the directions in which the images differ,
+            their contents, and from all that remains when the style is destroyed (see
+            `pez_core.style_direction`).
+        content: words for what the images show. None of these words of three letters or more, nor
+            their spellings from pieces, appears in the prompt.
+        images_per_step: with `keep_content`, images that the loss of each step is taken on, drawn
+            at random; None: all of them. The best prompt is chosen by all of them.
+
+    Returns:
+        A `StyleResult`, whose `similarity` is the mean over the images.
+
+    Raises:
+        ArgumentError: fewer than two images, or an argument is out of range.
+        FloatingPointError: a score or gradient became NaN or infinite.
+    """
+    pictures, single = load_images(images)
+    if single or len(pictures) < 2:
+        raise ArgumentError(
+            "images",
+            f"has to hold at least two images of one style but holds {len(pictures)}",
+            "for a single image use `invert`",
+        )
+    check_bool("keep_content", keep_content)
+    if images_per_step is not None:
+        check_integer("images_per_step", images_per_step, 1, len(pictures))
+        if not keep_content:
+            raise ArgumentError(
+                "images_per_step", "needs `keep_content`", "leave it out, or set `keep_content`"
+            )
+    blocked = _content_words([content] if isinstance(content, str) else content)
+    if blocked:
+        options = replace(options, vocabulary=options.vocabulary_without(blocked))
+    with torch.inference_mode(False):
+        target = style_target(clip, pictures, keep_content, images_per_step)
+        length = options.prompt_len or PROMPT_LEN
+        (result,) = learn(clip, [target], options, length, callback)
+    return StyleResult(**vars(result))
+
+
+def style_target(
+    clip: AnyClip,
+    pictures: Sequence[Image.Image],
+    keep_content: bool = False,
+    images_per_step: int | None = None,
+) -> PromptTarget:
+    """The target of `style`; several styles can be learned in one batch."""
+    features = clip.encode_images(pictures)
+    weights = features.new_full((len(features),), 1 / len(features))
+    direction = None if keep_content else style_direction(clip, pictures, features)
+    return PromptTarget(features, weights, weights < 0, direction, images_per_step)
+
+
+def _content_words(content: Sequence[str]) -> list[str]:
+    if not isinstance(content, Sequence) or not all(isinstance(text, str) for text in content):
+        raise ArgumentTypeError("content", f"has to hold strings but is {content!r}")
+    # words such as "a" and "of" name nothing
+    return [word for text in content for word in text.split() if sum(map(str.isalnum, word)) > 2]
