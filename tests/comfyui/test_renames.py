@@ -70,8 +70,7 @@ def test_a_workflow_in_the_old_form_opens_and_runs(editor: Editor, client: Clien
     assert editor.complaints == []
 
 
-def test_widgets_that_a_subgraph_shows_keep_their_wires(editor: Editor):
-    """Saved before: a subgraph that shows the widgets `preset` and `blocked` of a node inside."""
+def test_a_subgraph_in_the_old_form_opens(editor: Editor):
     editor.load(BEFORE["workflow"])
     editor.page.evaluate(
         """id => {
@@ -82,19 +81,35 @@ def test_widgets_that_a_subgraph_shows_keep_their_wires(editor: Editor):
     )
     workflow = editor.serialized()
     (subgraph,) = workflow["definitions"]["subgraphs"]
-    (host,) = [node for node in workflow["nodes"] if node["type"] == subgraph["id"]]
     (inside,) = subgraph["nodes"]
-    back = {"effort": "preset", "block": "blocked", "keep_content": "mode"}
+    old = {"effort": "preset", "block": "blocked", "keep_content": "mode"}
     for socket in inside["inputs"]:
-        socket["name"] = back.get(socket["name"], socket["name"])
+        socket["name"] = old.get(socket["name"], socket["name"])
         if socket.get("widget"):
             socket["widget"]["name"] = socket["name"]
-    host["properties"]["proxyWidgets"] = [[str(inside["id"]), "preset"]]
+    (before,) = [one for one in BEFORE["workflow"]["nodes"] if str(one["id"]) == STYLE]
+    inside["widgets_values"] = before["widgets_values"]
     editor.load(workflow)
     prompt = editor.page.evaluate("async () => (await app.graphToPrompt()).output")
     (style,) = [node for node in prompt.values() if node["class_type"] == "PEZ_ExtractStyle"]
-    assert style["inputs"]["effort"] == "paper" and style["inputs"]["block"] == "red"
-    promoted = editor.page.evaluate(
-        "() => app.rootGraph.nodes.find(node => node.isSubgraphNode?.()).widgets.map(w => w.name)"
+    assert {name: style["inputs"][name] for name in NOW[STYLE]} == NOW[STYLE]
+
+
+def test_widgets_that_a_subgraph_shows_are_renamed(editor: Editor):
+    inside = [{"id": 5, "type": "PEZ_ImageToPrompt"}, {"id": 6, "type": "Another"}]
+    shown = [["5", "preset"], ["5", "seed"], ["6", "preset"]]
+    workflow = {
+        "nodes": [{"id": 1, "type": "a-subgraph", "properties": {"proxyWidgets": shown}}],
+        "definitions": {"subgraphs": [{"id": "a-subgraph", "nodes": inside}]},
+    }
+    updated = editor.page.evaluate(
+        """async workflow => {
+            const { loadRenames, updatePromoted } = await import("/extensions/pez/renames.js");
+            await loadRenames();
+            updatePromoted(workflow);
+            return workflow;
+        }""",
+        workflow,
     )
-    assert "effort" in promoted and "preset" not in promoted
+    widgets = updated["nodes"][0]["properties"]["proxyWidgets"]
+    assert widgets == [["5", "effort"], ["5", "seed"], ["6", "preset"]]
