@@ -120,4 +120,3 @@ def _outputs() -> list[io.Output]:
         io.String.Output("style", tooltip="The style alone."),
         io.Float.Output("similarity", tooltip="The style's mean similarity with the images."),
     ]
-

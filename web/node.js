@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 import { readKept } from "./found.js";
-import { chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
+import { allNodes, chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
 import { phrases, toggled } from "./words.js";
@@ -19,6 +19,23 @@ const views = new WeakMap();
  * @returns {NodeView | undefined}
  */
 export const viewOf = (node) => views.get(node);
+
+/** What the page has mounted, by execution id. */
+const mounted = new Map();
+
+/**
+ * Put every live view where the page shows that of an older node with the same id. Nodes 2.0 mounts
+ * the element of a widget once, and undo makes new nodes under the old ids.
+ */
+export function remount() {
+  for (const [id, node] of allNodes()) {
+    const element = viewOf(node)?.element;
+    if (!element) continue;
+    const before = mounted.get(id);
+    if (before !== element && before?.isConnected) before.replaceWith(element);
+    mounted.set(id, element);
+  }
+}
 
 /** Joins a node, its live view and its kept prompt. */
 export class NodeView {
@@ -45,8 +62,12 @@ export class NodeView {
     this.refresh();
   }
 
+  get element() {
+    return this.#panel.element;
+  }
+
   /**
-   * Show a run, and keep what it brought.
+   * Show a run, and keep its result.
    * @param {import("./runs.js").Run} run
    */
   show(run) {

@@ -2,7 +2,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
-import { NodeView, viewOf } from "./node.js";
+import { NodeView, remount, viewOf } from "./node.js";
 import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
 import { belongsToOpenWorkflow, catchUp, followRuns, runsOfOpenWorkflow } from "./runs.js";
 
@@ -41,6 +41,7 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
+    remount();
     runsOfOpenWorkflow().forEach(show);
     catchUp();
     compareSoon();

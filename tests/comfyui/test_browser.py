@@ -250,6 +250,101 @@ def test_the_kept_text_is_no_widget_to_see(editor: Editor, renderer: str):
         assert not editor.page.get_by_text("kept", exact=True).count()
 
 
+def test_an_error_is_shown_on_the_node(editor: Editor, client: Client, snap):
+    editor.load(workflow(caption="{} and {}"))
+    editor.queue()
+    state(editor, "failed")
+    message = editor.live().locator(".pez-message")
+    expect(message).to_contain_text("caption has to hold {} once at most")
+    expect(message.locator("b").first).to_have_text("caption")
+    expect(editor.live().locator(".pez-status")).to_have_text("Failed")
+    snap("failed")
+
+    unwired = workflow(kept=kept_text("red parrot"), steps=5)
+    unwired["links"] = [link for link in unwired["links"] if link[4] != 1]
+    unwired["nodes"][2]["inputs"][1]["link"] = None
+    editor.load(unwired)
+    editor.queue()
+    expect(message).to_contain_text("images is not connected")
+    assert words(editor) == ["red", "parrot"]  # which is stored, and would be given
+    snap("failed-with-a-stored-prompt")
+
+    wait_until_idle(editor, client)
+    editor.set_widget(LEARNER, "keep", True)
+    editor.queue()
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    expect(message).to_be_hidden()
+
+
+def test_keep_shows_the_prompt_that_the_node_gives(editor: Editor, client: Client):
+    """Also after a later search was cancelled, whose words are not kept."""
+    editor.load(workflow(kept=kept_text("red parrot"), steps=20_000))
+    editor.queue()
+    state(editor, "running")
+    expect(editor.live().locator(".pez-word").first).to_be_visible()
+    client.interrupt()
+    state(editor, "cancelled")
+    assert words(editor) != ["red", "parrot"]
+    editor.set_widget(LEARNER, "keep", True)
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert words(editor) == ["red", "parrot"]
+    run = queue_and_wait(editor, client)
+    assert run["outputs"][LEARNER]["text"] == ["red parrot"]
+    assert words(editor) == ["red", "parrot"]
+
+
+def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
+    editor.load(workflow(steps=5))
+    editor.set_widget(LEARNER, "restarts", 3)
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    learned, kept = words(editor), editor.widget(LEARNER, "kept")
+    editor.page.keyboard.press("Control+z")
+    expect(editor.live().locator(".pez-word")).to_have_count(len(learned))
+    editor.page.wait_for_function(
+        "id => app.rootGraph.getNodeById(id).widgets.find(w => w.name === 'restarts').value === 2",
+        arg=LEARNER,
+    )
+    assert editor.widget(LEARNER, "kept") == kept
+    assert words(editor) == learned
+
+    # the view on the screen is that of the new node
+    editor.live().get_by_role("button", name=learned[0]).first.click()
+    assert editor.widget(LEARNER, "block")
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+
+
+def test_another_seed_alone_leaves_a_kept_prompt_up_to_date(editor: Editor, client: Client):
+    editor.load(workflow(steps=5))
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    editor.set_widget(LEARNER, "keep", True)
+    queue_and_wait(editor, client)
+    changed = editor.live().locator(".pez-changed")
+    editor.set_widget(LEARNER, "seed", 123)
+    assert cached(queue_and_wait(editor, client)) >= {LEARNER, PREVIEW}
+    expect(changed).to_be_empty()
+    editor.set_widget(LEARNER, "steps", 6)
+    expect(changed).to_have_text("Learned with other settings: seed, steps")
+
+
+def test_words_of_a_caption_are_no_buttons(editor: Editor, snap):
+    editor.load(workflow(steps=5, caption="a drawing of {} in flight"))
+    editor.queue()
+    state(editor, "done")
+    fixed = editor.live().locator(".pez-fixed")
+    assert fixed.all_inner_texts() == ["a", "drawing", "of", "in", "flight"]
+    buttons = editor.live().locator("button.pez-word").all_inner_texts()
+    assert buttons == words(editor)[3:-2] and buttons
+    snap("caption")
+
+    editor.load(workflow(kept=kept_text("red fish (blue water:1.2) BREAK <lora:x:0.5> sea")))
+    state(editor, "stored")
+    assert editor.live().locator("button.pez-word").all_inner_texts() == ["red", "fish", "sea"]
+
+
 def test_a_click_on_a_word_blocks_it(editor: Editor, client: Client, snap):
     editor.load(workflow(kept=kept_text("red, “parrot” sea"), block="blue"))
     state(editor, "stored")

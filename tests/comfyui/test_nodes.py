@@ -216,6 +216,9 @@ def test_a_kept_prompt_needs_neither_clip_nor_image(client: Client):
     assert result(client.run(after_download))["changed"] == []
     same = client.run(one_image(seed=1, keep=True, kept=learned["kept"]))
     assert result(same)["changed"] == []
+    # the page sets another seed after each run where it is set to randomize
+    reseeded = client.run(one_image(seed=2, keep=True, kept=learned["kept"]))
+    assert result(reseeded)["changed"] == [] and reseeded.executed == []
     other = one_image(seed=1, steps=30, keep=True, kept=learned["kept"])
     other["fish"] = image("noto-parrot.png")
     assert result(client.run(other))["changed"] == ["images", "steps"]
@@ -421,6 +424,22 @@ def test_errors_say_what_to_do(client: Client, case: str):
     message = run.error["exception_message"]
     assert all(part in message for part in parts), message
     assert run.error["exception_type"] in ("ValueError", "TypeError")
+
+
+def test_errors_go_to_the_live_view_as_well(client: Client):
+    for prompt, part in (
+        (one_image(caption="{} and {}"), "`caption` has to hold {} once at most"),
+        ({"clip": load(), "pez": pez("PEZ_ImageToPrompt")}, "`images` is not connected"),
+        (
+            {"clip": load(), "fish": image("noto-fish.png"),
+             "pez": pez("PEZ_ScorePrompt", images=["fish", 0], text=" ")},
+            "`text` is empty",
+        ),
+    ):  # fmt: skip
+        run = client.run(prompt | {"out": shown("pez")})
+        (*_, event) = [data for name, data in run.events if name == "pez.live"]
+        assert event["node"] == "pez" and event["state"] == "failed"
+        assert part in event["message"] and part in run.error["exception_message"]
 
 
 def test_any_order_of_nodes_leaves_weights_fit_for_gradients(client: Client):
