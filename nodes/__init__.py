@@ -3,12 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import live, models
+from . import models
 from .distill import DistillPrompt
 from .fuse import FusePrompts
 from .image_to_prompt import ImageToPrompt
 from .loading import LoadCLIP
 from .prompts import prepare
+from .routes import register_routes
 from .scoring import ScorePrompt
 from .style import ExtractStyle
 from .vocabulary import MakeVocabulary
@@ -21,7 +22,7 @@ class PezExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         models.register_folder()
-        live.register_routes()
+        register_routes()
         needed = {node.define_schema().node_id: node.NEEDED_TO_LEARN for node in LEARNING}
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 

@@ -11,15 +11,12 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import comfy.model_management as mm
-from aiohttp import web
 from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..pez_core import Report, Result
 from .found import Found
-from .kept import changed_inputs
-from .renames import update_prompt
 
 T = TypeVar("T")
 
@@ -30,8 +27,10 @@ EXPLAIN_SHARE = 0.05
 """Largest share of the time that goes into the contributions of words while a search runs."""
 CURVE_POINTS = 60
 
-_running: dict[str, Live] = {}
-_with_live_view: set[str] = set()  # clients whose nodes show events, and need no plain text
+running: dict[str, Live] = {}
+"""The nodes that run, by their id."""
+with_live_view: set[str] = set()
+"""Clients whose nodes show events, and need no plain text."""
 
 
 class Live:
@@ -63,12 +62,12 @@ class Live:
         self.event = _event(hidden, "starting")
 
     def __enter__(self) -> Live:
-        _running[self.node] = self
+        running[self.node] = self
         self._send()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
-        _running.pop(self.node, None)
+        running.pop(self.node, None)
         if kind is not None:
             cancelled = issubclass(kind, mm.InterruptProcessingException)
             self.event["state"] = "cancelled" if cancelled else "failed"
@@ -216,7 +215,7 @@ class Live:
             return
         # a copy, since another thread serialises it later
         server.send_sync(EVENT, dict(self.event), self.client)
-        if self.client not in _with_live_view and self.event["items"]:
+        if self.client not in with_live_view and self.event["items"]:
             server.send_progress_text(_as_text(self.event), self.node, self.client)
 
 
@@ -257,7 +256,7 @@ def countdown(items: Sequence[T]) -> Iterator[tuple[int, T]]:
 def show_text(hidden: Any, text: str) -> None:
     """Show a line of text on a node, in pages without the live view."""
     server, node = PromptServer.instance, getattr(hidden, "unique_id", None)
-    if node and server.client_id is not None and server.client_id not in _with_live_view:
+    if node and server.client_id is not None and server.client_id not in with_live_view:
         server.send_progress_text(text, node, server.client_id)
 
 
@@ -302,56 +301,6 @@ def _words_around(caption: str) -> list[int]:
         return []
     before, _, behind = caption.partition("{}")
     return [len(before.split()), len(behind.split())]
-
-
-def register_routes() -> None:
-    """Add the routes that the live view uses."""
-    routes = PromptServer.instance.routes
-
-    @routes.get("/pez/live")
-    async def running(request: web.Request) -> web.Response:
-        """The last event of every node that runs, for pages that were loaded meanwhile."""
-        return web.json_response([dict(live.event) for live in list(_running.values())])
-
-    @routes.post("/pez/live")
-    async def has_live_view(request: web.Request) -> web.Response:
-        """Register a page that shows events."""
-        client = (await _json(request)).get("client_id")
-        if isinstance(client, str) and len(client) < 100:
-            if len(_with_live_view) > 1000:
-                _with_live_view.clear()
-            _with_live_view.add(client)
-        return web.json_response({})
-
-    @routes.post("/pez/finish")
-    async def finish(request: web.Request) -> web.Response:
-        """End the search of a node with the best so far."""
-        asked = await _json(request)
-        live = _running.get(str(asked.get("node")))
-        # a late click must not end another run of the same node
-        found = live is not None and asked.get("prompt_id") in (None, live.event["prompt_id"])
-        if found:
-            live.finish()
-        return web.json_response({"finishing": found})
-
-    @routes.post("/pez/changed")
-    async def changed(request: web.Request) -> web.Response:
-        """The inputs that changed since prompts were kept, by the nodes of a prompt that do so."""
-        prompt = (await _json(request)).get("prompt")
-        if not isinstance(prompt, dict):
-            raise web.HTTPBadRequest(text="`prompt` has to be an object")
-        update_prompt(prompt)
-        return web.json_response(changed_inputs(prompt))
-
-
-async def _json(request: web.Request) -> dict[str, Any]:
-    try:
-        asked = await request.json()
-    except ValueError as error:
-        raise web.HTTPBadRequest(text="the body is not JSON") from error
-    if not isinstance(asked, dict):
-        raise web.HTTPBadRequest(text="the body is not a JSON object")
-    return asked
 
 
 def _thinned(curve: list, step: int, similarity: float) -> list:

@@ -1,6 +1,7 @@
 import { app } from "../../scripts/app.js";
 import { readKept } from "./found.js";
 import { allNodes, chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
+import { messageParts } from "./message.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
 import { phrases, toggled } from "./words.js";
@@ -127,11 +128,8 @@ export class NodeView {
     return ended || run?.state === "failed" ? run : { state: "idle", items: [] };
   }
 
-  /** The last error as texts in turn plain and bold: inputs have the names that the page shows. */
   #message() {
-    if (this.#run?.state !== "failed") return [];
-    const parts = this.#run.message.split(/`(\w+)`/);
-    return parts.map((part, k) => (k % 2 ? labelOf(this.#node, part) : part));
+    return this.#run?.state === "failed" ? messageParts(this.#node, this.#run.message) : [];
   }
 
   /** Blocked words in lower case, if this node can block any. */

@@ -2,6 +2,7 @@ import { createCandidates } from "./candidates.js";
 import { element, setText } from "./dom.js";
 import { createFooter } from "./footer.js";
 import { createHeader } from "./header.js";
+import { showMessage } from "./message.js";
 import { createRows } from "./rows.js";
 import { isRunning } from "./runs.js";
 import { text } from "./strings.js";
@@ -68,7 +69,7 @@ export function createPanel({ onFinish, onToggle }) {
     root.dataset.state = view.state;
     scroll.setAttribute("aria-live", isRunning(view) ? "off" : "polite");
     header.update(view, found);
-    showMessage();
+    showMessage(message, view.message);
     if (found) showDetail(found);
     if (view.items.length > 1) {
       rows.update(view.items, opened, detail);
@@ -81,12 +82,6 @@ export function createPanel({ onFinish, onToggle }) {
       place(hint);
     }
     footer.update(view, found);
-  }
-
-  function showMessage() {
-    const whole = view.message.join("");
-    if (message.textContent === whole) return;
-    message.replaceChildren(...view.message.map((part, k) => (k % 2 ? element("b", "", part) : part)));
   }
 
   function showDetail(found) {

@@ -3,8 +3,10 @@ import { app } from "../../scripts/app.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
+import { followProblems } from "./problems.js";
 import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
 import { belongsToOpenWorkflow, catchUp, followRuns, runsOfOpenWorkflow } from "./runs.js";
+import { translateWidgets } from "./strings.js";
 
 const NODES = new Set([
   "PEZ_ImageToPrompt",
@@ -29,8 +31,10 @@ app.registerExtension({
     await loadRenames();
   },
 
-  beforeRegisterNodeDef(nodeType, { name }) {
-    if (name.startsWith("PEZ_")) updateOnLoad(nodeType);
+  beforeRegisterNodeDef(nodeType, definition) {
+    if (!definition.name.startsWith("PEZ_")) return;
+    updateOnLoad(nodeType);
+    translateWidgets(definition);
   },
 
   beforeConfigureGraph: updatePromoted,
@@ -49,6 +53,7 @@ app.registerExtension({
 
   async setup() {
     api.addEventListener("graphChanged", compareSoon);
+    followProblems((node) => node.comfyClass?.startsWith("PEZ_") && !viewOf(node));
     await followRuns((run) => {
       if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened
       show(run);

@@ -74,6 +74,41 @@ const CHINESE = {
   separator: "、",
 };
 
+/** Labels and placeholders of the schemas, which the page itself does not translate. */
+const CHINESE_WIDGETS = {
+  "prompt: kept": "提示词：已保留",
+  "prompt: new": "提示词：新",
+  "one prompt for all images": "所有图像共用一个",
+  "one prompt per image": "每张图像一个",
+  "style and content": "风格和内容",
+  "style alone": "仅风格",
+  "always learn": "总是学习",
+  "join if it fits": "放得下就拼接",
+  "your caption (optional)": "固定文本（可选）",
+  "things to avoid, one per line": "要避开的内容，每行一个",
+  "subjects, one per line": "主体，每行一个",
+  "contents of the images": "图像的内容",
+  "long prompt": "长提示词",
+  "a prompt": "提示词",
+  "all words": "所有词",
+  "blocked words": "屏蔽词",
+};
+
+const isChinese = () =>
+  String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en").startsWith("zh");
+
+/**
+ * Translate the labels and placeholders of a node's widgets.
+ * @param {object} definition of the node, as the server sends it; changed in place
+ */
+export function translateWidgets(definition) {
+  if (!isChinese()) return;
+  for (const inputs of Object.values(definition.input ?? {}))
+    for (const [, options] of Object.values(inputs).filter(Array.isArray))
+      for (const name of ["label_on", "label_off", "placeholder"])
+        if (options?.[name]) options[name] = CHINESE_WIDGETS[options[name]] ?? options[name];
+}
+
 /**
  * A text in the language of the page.
  * @param {keyof typeof ENGLISH} key
@@ -81,7 +116,6 @@ const CHINESE = {
  * @returns {string}
  */
 export function text(key, values = {}) {
-  const locale = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
-  const table = locale.startsWith("zh") ? CHINESE : ENGLISH;
+  const table = isChinese() ? CHINESE : ENGLISH;
   return table[key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }

@@ -276,6 +276,23 @@ def test_an_error_is_shown_on_the_node(editor: Editor, client: Client, snap):
     expect(message).to_be_hidden()
 
 
+def test_an_error_is_shown_on_a_node_without_a_live_view(editor: Editor, client: Client, snap):
+    broken = workflow(steps=5)
+    broken["nodes"][1]["widgets_values"][0] = "pez/gone.safetensors"
+    editor.load(broken)
+    editor.queue()
+    problem = editor.page.locator(".pez-problem")
+    expect(problem).to_contain_text("model is 'pez/gone.safetensors', which is not on this disk")
+    snap("problem")
+    (loader,) = [one for one in editor.serialized()["nodes"] if one["type"] == "PEZ_LoadCLIP"]
+    assert not any("gone" in str(v) for v in loader["widgets_values"][1:])
+    wait_until_idle(editor, client)
+    editor.set_widget(CLIP, "model", EMOJI_CLIP)
+    queue_and_wait(editor, client)
+    expect(problem).to_have_count(0)
+    state(editor, "done")
+
+
 def test_keep_shows_the_prompt_that_the_node_gives(editor: Editor, client: Client):
     """Also after a later search was cancelled, whose words are not kept."""
     editor.load(workflow(kept=kept_text("red parrot"), steps=20_000))

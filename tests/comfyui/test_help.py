@@ -112,6 +112,31 @@ def test_chinese_is_chinese(nodes, locales):
     assert not plain, f"not translated:\n{listed(plain)}"
 
 
+def test_every_label_and_placeholder_is_translated(nodes):
+    """By the page of the pack: ComfyUI's own does not translate these."""
+    strings = (ROOT / "web/strings.js").read_text("utf-8")
+    texts = {
+        options[name]
+        for node in nodes.values()
+        for options in inputs_of(node).values()
+        for name in ("label_on", "label_off", "placeholder")
+        if options.get(name)
+    }
+    missing = {text for text in texts if f'  "{text}": "' not in strings}
+    assert texts and not missing, f"not in strings.js: {sorted(missing)}"
+    table = strings[strings.index("CHINESE_WIDGETS") :]
+    stale = set(re.findall(r'^  "([^"]+)": ', table, re.M)) - texts
+    assert not stale, f"no longer in the schemas: {sorted(stale)}"
+
+
+def test_chinese_texts_have_chinese_punctuation(locales):
+    """Half-width commas and colons only beside half-width characters."""
+    strings = (ROOT / "web/strings.js").read_text("utf-8")
+    texts = [*flat(locales["zh"]).values(), *strings.splitlines()]
+    wrong = [text for text in texts if re.search(r"[\u4e00-\u9fff][,:;?!]", text)]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("language", TRANSLATED)
 def test_the_page_can_compile_what_it_compiles(locales, language):
     """Tooltips are taken as they are; names and descriptions are message templates."""
