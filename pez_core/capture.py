@@ -53,6 +53,7 @@ class Recorder(Protocol):
         Raises:
             RuntimeError: the step synchronises with the device, or cannot be captured otherwise.
         """
+        ...
 
 
 class NoWaiting(TorchDispatchMode):

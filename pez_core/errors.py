@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
+from typing import Any, SupportsIndex
 
 _NAME = re.compile(r"`(\w+)`")
 
@@ -50,9 +51,10 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise unless the argument `name` is an integer from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise ArgumentTypeError(name, f"has to be an integer but is {value!r}")
-    if value < low or (high is not None and value > high):
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ArgumentError(name, f"has to be {span} but is {value}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Similarity:
 
     def __init__(
         self,
-        encode: Callable[[torch.Tensor], torch.Tensor],
+        encode: Any,
         targets: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> None:
@@ -115,9 +115,11 @@ class ExtraLoss(Protocol):
         Returns:
             (rows, prompt_len, columns) embeddings -> (rows,) loss to descend.
         """
+        ...
 
     def losses(self, texts: Sequence[str], goals: Sequence[int]) -> torch.Tensor:
         """(len(texts),) losses of printed prompts, encoded as they will be used."""
+        ...
 
 
 class WeightedSum:

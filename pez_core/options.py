@@ -143,10 +143,13 @@ class SearchOptions:
         check_number("lr", self.lr, above=True)
         check_number("weight_decay", self.weight_decay)
         check_number("readability", self.readability, 0, 1)
-        if isinstance(self.seed, (list, tuple)):
-            object.__setattr__(self, "seed", tuple(self.seed))
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
+        for seed in seeds:
             check_integer("seed", seed, 0)
+        # plain numbers, since those of numpy overflow
+        plain = tuple(int(seed) for seed in seeds)
+        seed = plain if isinstance(self.seed, Sequence) else plain[0]
+        object.__setattr__(self, "seed", seed)
         check_bool("block_unsafe", self.block_unsafe)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
@@ -217,9 +220,11 @@ class SearchOptions:
 
     def seeds(self, count: int) -> list[int]:
         """The seed of each of `count` prompts."""
-        seeds = list(self.seed) if isinstance(self.seed, tuple) else [self.seed] * count
+        if isinstance(self.seed, int):
+            return [self.seed] * count
+        seeds = [int(seed) for seed in self.seed]
         if len(seeds) != count:
             raise ArgumentError(
                 "seed", f"has to be one number or {count} of them but is {self.seed}"
             )
-        return [int(seed) for seed in seeds]
+        return seeds

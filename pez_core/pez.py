@@ -21,9 +21,11 @@ class SearchSpace(Protocol):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(problems, prompt_len) ids -> (problems, prompt_len, dim) fp32 embeddings."""
+        ...
 
     def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(problems, prompt_len, dim) -> (problems, prompt_len) nearest allowed ids."""
+        ...
 
 
 Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -106,14 +108,14 @@ def search(
         P = space.embed(ids).float().clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
         first = best.resume(P, optimizer)
-        P.grad = torch.zeros_like(P)
+        P.grad = grad = torch.zeros_like(P)
 
         def one_step(step: int) -> None:
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)
             (gradient,) = torch.autograd.grad(loss.sum(), P_projected)
-            P.grad.copy_(gradient)  # the gradient at P' ...
+            grad.copy_(gradient)  # the gradient at P' ...
             best.propose(projected_ids, scores.detach())
             best.check_finite(gradient)
             optimizer.step()  # ... moves the continuous P
@@ -121,7 +123,7 @@ def search(
         run_step = captured(
             one_step,
             P.device,
-            lambda: [P, P.grad, *optimizer.state[P].values(), *best.changed()],
+            lambda: [P, grad, *optimizer.state[P].values(), *best.changed()],
             wanted=settings.capture and settings.optimizer is None,
             parts=(space, objective),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -166,8 +167,8 @@ class SumOfPriors:
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """The sum over the priors."""
-        return sum(prior.screen(ids, position) for prior in self.priors)
+        return reduce(torch.add, (prior.screen(ids, position) for prior in self.priors))
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """The sum over the priors."""
-        return sum(prior.score(ids) for prior in self.priors)
+        return reduce(torch.add, (prior.score(ids) for prior in self.priors))

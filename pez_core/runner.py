@@ -285,7 +285,7 @@ class _Start:
         if self.lexicon is None:
             return self.space
         single, phrases = set(self.single), self.lexicon.phrases
-        good = frozenset(p for p in phrases if len(p) > 1 or p[0] in single)
+        good = frozenset(p for p in phrases if len(p) > 1 or single.issuperset(p))
         if not good or len(good) == len(phrases):
             return self.space
         return _space(self.clip, self.options, Lexicon(good), self.prompt_len)
@@ -621,8 +621,9 @@ def _final_scores(
         scores = (features @ target.features.T @ target.weights).tolist()
     else:
         scores = (features @ target.direction).tolist()
-    if losses is not None:
-        weight = problem.options.extra_loss.weight
+    extra = problem.options.extra_loss
+    if losses is not None and extra is not None:
+        weight = extra.weight
         pairs = zip(scores, losses, strict=True)
         scores = [(1 - weight) * score - weight * loss for score, loss in pairs]
     if problem.readability is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class TokenSpace:
     @torch.no_grad()
     def products(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, dim) -> (n, len(allowed)) dot products with the embeddings of the allowed tokens."""
-        total, first = 0, 0
+        total, first = rows.new_zeros(()), 0
         for (columns, _), lengths in zip(self.parts, self._lengths_of_parts, strict=True):
             one = rows
             if len(self.parts) > 1:
@@ -233,8 +234,8 @@ class PhraseSpace(TokenSpace):
         values, picks = {}, {}  # of the best phrase of each length that begins at each position
         for length, phrases in self._phrases.items():
             starts = prompt_len - length + 1
-            total = sum(cosines[:, j : j + starts][..., phrases[:, j]] for j in range(length))
-            values[length], best = total.max(dim=-1)
+            terms = (cosines[:, j : j + starts][..., phrases[:, j]] for j in range(length))
+            values[length], best = reduce(torch.add, terms).max(dim=-1)
             picks[length] = phrases[best]  # (problems, starts, length)
 
         best_value = {0: cosines.new_zeros(problems)}
@@ -260,7 +261,7 @@ class PhraseSpace(TokenSpace):
                 left = prompt_len - len(row)
                 fits = [length for length in self._phrases if left - length in self._reachable]
                 choices = torch.isin(self._lengths, torch.tensor(fits)).nonzero()[:, 0]
-                pick = choices[torch.randint(len(choices), (1,), generator=generator)].item()
+                pick = int(choices[torch.randint(len(choices), (1,), generator=generator)])
                 end = int(self._ends[pick])
                 row += self._flat[end - int(self._lengths[pick]) : end]
             rows.append(row)

@@ -58,7 +58,7 @@ def spoil(image: Image.Image) -> list[Image.Image]:
     return [
         grey.convert("RGB"),
         edges.convert("RGB"),
-        grey.point(lambda value: 255 * (value > 160)).convert("RGB"),
+        grey.point([255 * (value > 160) for value in range(256)]).convert("RGB"),
         image.filter(ImageFilter.GaussianBlur(image.width / 32)),
         ImageOps.invert(image),
         ImageOps.posterize(image, 2),

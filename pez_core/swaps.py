@@ -34,11 +34,16 @@ _STEPS_PER_POSITION = 5
 _ROWS = 2048
 
 
-class RefinableObjective(Objective, Protocol):
+class RefinableObjective(Protocol):
     """An objective that can reuse what all candidates of a step have in common."""
+
+    def __call__(self, embeddings: torch.Tensor, step: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective`."""
+        ...
 
     def given(self, embeddings: torch.Tensor) -> Objective:
         """The objective of the tokens behind these (rows, n, dim) embeddings, one row per trial."""
+        ...
 
 
 class Prior(Protocol):
@@ -54,9 +59,11 @@ class Prior(Protocol):
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
+        ...
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) terms to add to their scores."""
+        ...
 
 
 @dataclass(frozen=True)

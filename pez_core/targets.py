@@ -54,7 +54,7 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
         return list(targets)
     if isinstance(targets, torch.Tensor) and targets.ndim == 4:
         return list(targets)
-    return [targets]
+    return [targets]  # type: ignore[list-item]
 
 
 def check_text(name: str, text: str) -> str:

@@ -8,10 +8,10 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from .errors import ArgumentError, ArgumentTypeError, check_bool, check_number
 
@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
 
     def survives(self, ids: Sequence[int]) -> bool:
         """Whether text made of `ids` is read back as the same ids."""
+        ...
 
 
 def round_trip_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
@@ -165,6 +166,14 @@ class Vocabulary:
             check_bool(name, getattr(self, name))
         check_number("min_embedding_std", self.min_embedding_std)
 
+    @property
+    def _only(self) -> tuple[str, ...] | None:
+        return cast("tuple[str, ...] | None", self.only)
+
+    @property
+    def _blocked(self) -> tuple[str, ...]:
+        return cast("tuple[str, ...]", self.block)
+
     def __and__(self, other: Vocabulary) -> Vocabulary:
         return _Combination(operation="&", left=self, right=other)
 
@@ -193,15 +202,15 @@ class Vocabulary:
 
     def _resolve(self, clip: AnyClip) -> _Rules:
         words, table = clip.text.words, clip.text.token_embedding
-        blocked, default = Blocklist(self.block), set(clip.vocabulary.tolist())
+        blocked, default = Blocklist(self._blocked), set(clip.vocabulary.tolist())
         trained = None
         if self.min_embedding_std:
             parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
-            weak = sum((part.std(dim=1) < self.min_embedding_std).long() for part in parts)
-            trained = (weak == 0).tolist()
+            strong = [(part.std(dim=1) >= self.min_embedding_std).tolist() for part in parts]
+            trained = [all(flags) for flags in zip(*strong, strict=True)]
         known = None
-        if self.only is not None:
-            encoded = {tuple(words.encode(text)) for text in self.only}
+        if self._only is not None:
+            encoded = {tuple(words.encode(text)) for text in self._only or ()}
             known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
 
         def admits(phrase: tuple[int, ...]) -> bool:
@@ -227,8 +236,8 @@ class Vocabulary:
         else:
             size = min(words.size, len(table))
             offers = {(i,) for i in range(size) if i not in words.special_ids}
-        bank = frozenset(self.only) if self.only is not None else None
-        return _Rules(offers, admits, frozenset(self.block), bank)
+        bank = frozenset(self._only) if self._only is not None else None
+        return _Rules(offers, admits, frozenset(self._blocked), bank)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
@@ -249,8 +258,8 @@ class Vocabulary:
 
     def to_json(self) -> dict:
         return {
-            "only": None if self.only is None else list(self.only),
-            "block": list(self.block),
+            "only": None if self._only is None else list(self._only),
+            "block": list(self._blocked),
             "ascii_only": self.ascii_only,
             "whole_words": self.whole_words,
             "min_embedding_std": self.min_embedding_std,
@@ -262,8 +271,8 @@ class _Combination(Vocabulary):
     """Two vocabularies and what joins them."""
 
     operation: str = "&"
-    left: Vocabulary | None = None
-    right: Vocabulary | None = None
+    left: Vocabulary = field(default_factory=lambda: Vocabulary())
+    right: Vocabulary = field(default_factory=lambda: Vocabulary())
 
     def _resolve(self, clip: AnyClip) -> _Rules:
         a, b = self.left._resolve(clip), self.right._resolve(clip)

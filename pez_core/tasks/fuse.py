@@ -93,7 +93,7 @@ def fuse(
         f"The join has {len(ids)} tokens, more than max_tokens {longest}; one prompt was learned "
         "instead."
     )
-    return FuseResult(**(vars(result) | {"note": note if could_join else ""}), fused=True)
+    return FuseResult(**vars(replace(result, note=note if could_join else "")), fused=True)
 
 
 def _joined(

@@ -63,12 +63,13 @@ def invert(
         ArgumentError: an argument is out of range, or an image cannot be read.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
-    encoded = isinstance(images, torch.Tensor) and images.ndim == 2
-    pictures = images if encoded else load_images(images)[0]
-    if not len(pictures):
+    encoded = images if isinstance(images, torch.Tensor) and images.ndim == 2 else None
+    pictures = load_images(images)[0] if encoded is None else []
+    count = len(pictures) if encoded is None else len(encoded)
+    if not count:
         raise ArgumentError("images", "is empty", "give at least one image")
     away = avoid if isinstance(avoid, Avoid) else Avoid(avoid)
-    weights = _weights(shared, len(pictures))
+    weights = _weights(shared, count)
     if negative_prompt and options.extra_loss is not None:
         raise ArgumentError(
             "extra_loss", "draws prompts towards the images", "leave `negative_prompt` out"
@@ -76,7 +77,7 @@ def invert(
     signed, avoided = _signed_weights(weights, away, negative_prompt)
     fixed = check_caption(caption)
     with torch.inference_mode(False):
-        features = _features(clip, images) if encoded else clip.encode_images(pictures)
+        features = clip.encode_images(pictures) if encoded is None else _features(clip, encoded)
         targets = as_list(away.targets)
         others = encode_targets("avoid", clip, targets) if targets else features[:0]
         groups = [features] if shared else features.split(1)
