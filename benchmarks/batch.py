@@ -1,13 +1,13 @@
-"""A whole dataset: what an image costs, what Ray adds, and that kills lose nothing.
+"""A whole dataset: the cost of an image, the cost of Ray, and recovery from kills.
 
     python benchmarks/batch.py [--count 2000] [--out benchmarks/results/batch]
 
-Needs the extra `batch` and, for the drawings, those of `tools/emoji_data.py`. It runs `pez batch`
-as people do, each time in a process of its own: 250, 500, 1,000 and all the images in one process
-of one thread, as the workers are; a fourth of them on two Ray workers and, for comparison, by two
-plain processes with half of them each; and all of them on Ray while a worker is killed with SIGKILL
-midway, then the driver, which is started again. Nothing else should run on the machine. Where a
-number is for clusters, the operations that one driver does for all machines are timed alone.
+Needs the extra `batch` and the drawings of `tools/emoji_data.py`. It runs the command `pez batch`,
+each time in a process of its own: 250, 500, 1,000 and all the images in one process of one thread,
+as the workers have; a quarter of them on two Ray workers and, for comparison, in two plain
+processes with half of them each; and all of them on Ray while a worker is killed with SIGKILL
+midway, then the driver, which is started again. Nothing else should run on the machine. For numbers
+of clusters, the operations that one driver does for all machines are timed alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 from PIL import Image
 from step_time import machine
 
@@ -41,7 +39,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from emoji_data import prepare  # noqa: E402
 
-SEARCH = ["--preset", "fast", "--prompt-len", "8"]
+SEARCH = ["--effort", "fast", "--prompt-len", "8", "--allow-unsafe"]
 CLUSTER = {"gpus": 64, "items": 10_000_000, "seconds": 0.5}
 LISTED, ROWS_PER_FILE, FILES = 100_000, 256, 4_000
 
@@ -69,17 +67,17 @@ def start(images: Path, out: Path, *flags: str, threads: int | None = None) -> s
 
 
 def finish(process: subprocess.Popen) -> tuple[dict, float]:
-    """What it said, and its greatest memory in MB."""
+    """Its JSON output, and its peak memory in MB."""
     memory, status = 0.0, Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:  # the operating system's own sum has the parent's in it
+    while process.poll() is None:  # the operating system's own sum contains that of the parent
         lines = status.read_text().splitlines() if status.exists() else []
         peak = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
         memory = max([memory, *(kilobytes / 1024 for kilobytes in peak)])
         time.sleep(0.1)
-    said = process.stdout.read()
+    printed = process.stdout.read()
     if process.returncode:
-        raise SystemExit(f"pez batch ended with {process.returncode}: {said}")
-    return json.loads(said), memory
+        raise SystemExit(f"pez batch ended with {process.returncode}: {printed}")
+    return json.loads(printed), memory
 
 
 def timed(images: Path, out: Path, *flags: str, threads: int | None = None) -> tuple[float, float]:
@@ -100,7 +98,7 @@ def rows(out: Path) -> dict[str, tuple[str, int]]:
 
 
 def cost_by_size(images: Path, work: Path, sizes: list[int]) -> list[dict]:
-    """What an image costs in one process, beyond the first one, which pays for the start."""
+    """Seconds per image in one process, without the first one, which includes the start."""
     first, _ = timed(images, work / "one", "--limit", "1", threads=1)
     table = [{"images": 1, "seconds": first}]
     for size in sizes:
@@ -111,7 +109,7 @@ def cost_by_size(images: Path, work: Path, sizes: list[int]) -> list[dict]:
     return table
 
 
-def what_ray_adds(images: Path, work: Path, count: int) -> dict:
+def cost_of_ray(images: Path, work: Path, count: int) -> dict:
     """Two workers on Ray beside two plain processes, each with half the images and one thread."""
     halves = [work / "half-0", work / "half-1"]
     for half in halves:
@@ -156,14 +154,14 @@ def with_kills(images: Path, out: Path, count: int) -> dict:
                 raise SystemExit("the run ended before its turn")
             time.sleep(0.2)
 
-    seen = {"worker killed at": wait_for(1 / 3)}
+    counts = {"worker killed at": wait_for(1 / 3)}
     os.kill(_workers()[0], signal.SIGKILL)
-    seen["driver killed at"] = wait_for(2 / 3)
+    counts["driver killed at"] = wait_for(2 / 3)
     driver.kill()
     driver.wait()
     summary, _ = finish(start(images, out, "--ray", "--workers", "2"))
-    seen |= {"rows": len(rows(out)), "found before": summary["finished_before"]}
-    return seen | {"seconds": time.perf_counter() - began}
+    counts |= {"rows": len(rows(out)), "found before": summary["finished_before"]}
+    return counts | {"seconds": time.perf_counter() - began}
 
 
 def _workers() -> list[int]:
@@ -174,7 +172,7 @@ def _workers() -> list[int]:
     ]
 
 
-def what_one_driver_does(work: Path) -> dict:
+def driver_times(work: Path) -> dict:
     """Seconds per item of listing a folder, and of reading which items are finished."""
     folder = work / "listed"
     for k in range(LISTED):
@@ -230,7 +228,10 @@ class _Nothing:
 
 
 def hand_out_empty_chunks(count: int = 1000) -> float:
-    """Seconds per chunk of Ray Data whose workers do nothing with it."""
+    """Seconds per chunk of Ray Data with workers that do nothing."""
+    import ray
+    import ray.data
+
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     chunks = [pa.table({"id": [str(i) for i in range(ROWS_PER_FILE)]}) for _ in range(count)]
@@ -359,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.again:
             found = json.loads(kept.read_text())
             work = Path(folder)
-            found["driver"] = what_one_driver_does(work)
+            found["driver"] = driver_times(work)
             images = _images(work, arguments.count)
             new = {row["images"]: row for row in cost_by_size(images, work, arguments.sizes)[1:]}
             found["sizes"] = [new.get(row["images"], row) for row in found["sizes"]]
@@ -372,10 +373,10 @@ def main(argv: list[str] | None = None) -> None:
 def measure(work: Path, count: int, sizes: list[int]) -> dict:
     images = _images(work, count)
     found = {"machine": machine(), "count": count}
-    found["driver"] = what_one_driver_does(work)
+    found["driver"] = driver_times(work)
     print(found["driver"], file=sys.stderr)
     found["sizes"] = cost_by_size(images, work, [*sizes, count])
-    found["ray"] = what_ray_adds(images, work, count // 4)
+    found["ray"] = cost_of_ray(images, work, count // 4)
     found["kills"] = with_kills(images, work / "killed", count)
     expected = rows(work / f"of-{count}")
     again = rows(work / "killed")

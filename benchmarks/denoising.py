@@ -1,12 +1,12 @@
-"""Seconds and memory of a search step through an image pipeline, beside one of a CLIP alone.
+"""Seconds and memory of a search step through an image pipeline, compared with a CLIP alone.
 
     python benchmarks/denoising.py                   # ten minutes on two cores
     python benchmarks/denoising.py --xl --dtype bfloat16 --cases 1,1 4,1
     python benchmarks/denoising.py --device cuda --dtype float16
 
 Builds a pipeline of the shape of Stable Diffusion 1.5, or XL, and a CLIP ViT-L-14, all with random
-weights, and writes the table to benchmarks/results. Each case runs in a process of its own, and its
-memory is the most of that process (of the device, where there is one) while the search runs.
+weights, and writes the table to benchmarks/results. Each case runs in a process of its own; its
+memory is the peak of that process, or of the device, during the search.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -36,7 +37,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from pez_core import Clip, invert, load_clip
+from pez_core import Clip, Report, SearchOptions, invert, load_clip
 from pez_core.diffusion import DenoisingLoss
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +130,7 @@ def build_clip(shape: str, device: str, dtype: torch.dtype) -> Clip:
 def measure(
     shape: str, device: str, dtype: torch.dtype, steps: int, threads: int, case: tuple | None
 ) -> tuple[float, float, float]:
-    """Seconds per step, GiB before the search and the most during it."""
+    """Seconds per step, GiB before the search, and the peak during it."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     clip = build_clip(shape, device, dtype)
@@ -147,18 +148,21 @@ def measure(
     reports = []
     most = []
 
-    def report(state: dict) -> None:
-        reports.append((state["step"], state["elapsed"]))
+    def report(state: Report) -> None:
+        reports.append((state.step, state.elapsed))
         most.append(memory(device))
 
     # the first step warms up
-    invert(clip, Image.open(PICTURE), prompt_len=16, steps=steps + 1, callback=report, extra=extra)
+    options = SearchOptions(
+        prompt_len=16, effort="paper", steps=steps + 1, extra_loss=extra, block_unsafe=False
+    )
+    invert(clip, Image.open(PICTURE), options, callback=report)
     (first, began), (last, ended) = reports[0], reports[-1]
     return (ended - began) / (last - first), before, most[-1]
 
 
 def memory(device: str, start: bool = False) -> float:
-    """GiB now, to measure from here on; or the most since then."""
+    """GiB now, as the start of a measurement; or the peak since the start."""
     if device == "cuda":
         if start:
             torch.cuda.reset_peak_memory_stats()
@@ -171,7 +175,7 @@ def memory(device: str, start: bool = False) -> float:
 
 
 def alone(*arguments) -> tuple[float, float, float]:
-    """`measure` in a process that ends with it."""
+    """`measure` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 
@@ -202,7 +206,7 @@ def table(
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--xl", action="store_true", help="the shape of Stable Diffusion XL")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that it runs")
@@ -212,7 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cases", nargs="+", default=CASES, help="samples,batch_size")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     shape = "tiny" if arguments.tiny else "xl" if arguments.xl else "sd15"
     torch.set_num_threads(arguments.threads)
     where = machine().removesuffix(", fp32")

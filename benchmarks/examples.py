@@ -1,15 +1,15 @@
-"""The prompts that the default settings find for the bundled examples, and how true they are.
+"""Prompts of the bundled examples, and how many of their words are true.
 
     python benchmarks/examples.py [--steps N] [--out benchmarks/results/examples]
 
-For each example (drawings that emoji-clip never saw) it prints the learned prompt, whether a word
-of the drawing's own name or keywords is in it, and two figures that tell whose fault a miss is:
+For each example (drawings outside of the training data of emoji-clip) it prints the learned prompt,
+whether it contains a word of the drawing's own name or keywords, and two figures for misses:
 
-* `true words` is the similarity of the drawing's name and keywords written one after the other. A
-  miss whose prompt is *more* similar than that is the model's: the search gave what it asked for.
-* `rank` is the place of the true name among the names of all examples when CLIP reads the image.
+* `true words` is the similarity of the drawing's name and keywords written one after the other. If
+  the prompt of a miss is *more* similar, the model is the limit, not the search.
+* `rank` is the place of the true name among the names of all examples, by similarity to the image.
 
-"By chance" is the share of hits when every prompt is held against the words of the *others*.
+"By chance" is the share of hits when every prompt is compared with the words of the *others*.
 Writes OUT.md and OUT.json.
 """
 
@@ -19,17 +19,19 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from step_time import machine
 
-from pez_core import invert, load_clip
+from pez_core import Clip, Result, SearchOptions, invert, load_clip
 from pez_core.clip.images import load_image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BATCH = 10  # images of one call
 
 
-def longest_that_fits(clip, words: list[str], limit: int) -> str:
+def longest_that_fits(clip: Clip, words: list[str], limit: int) -> str:
     """As many of the words, in order, as fit into `limit` tokens."""
     text = ""
     for word in words:
@@ -39,21 +41,14 @@ def longest_that_fits(clip, words: list[str], limit: int) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clip", default="emoji-clip")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-
-    index = list(map(json.loads, (EXAMPLES / "index.jsonl").open()))
-    clip = load_clip(arguments.clip, device="cpu")
+def measure(clip: Clip, index: list[dict], steps: int) -> tuple[list[dict], float, float]:
+    """A row for each example, the share of hits by chance, and seconds per image."""
     images = [load_image(EXAMPLES / row["file"]) for row in index]
-    found = []
-    for start in range(0, len(images), 10):
-        found += invert(clip, images[start : start + 10], steps=arguments.steps)
+    options = SearchOptions(effort="paper", steps=steps, block_unsafe=False)
+    found: list[Result] = []
+    for start in range(0, len(images), BATCH):
+        found += invert(clip, images[start : start + BATCH], options)
         print(f"{len(found)} of {len(images)}", file=sys.stderr)
-
     features = clip.encode_images(images)
     names = clip.encode_texts([row["name"] for row in index])
     order = (features @ names.T).argsort(dim=1, descending=True).tolist()
@@ -62,23 +57,26 @@ def main() -> None:
         for row, result in zip(index, found, strict=True)
     ]
     true_similarities = (features * clip.encode_texts(truths)).sum(1).tolist()
-
     rows, chances = [], []
     for k, (row, result) in enumerate(zip(index, found, strict=True)):
-        words = result.prompt.split()
-        chances += [bool(set(words) & set(other["words"])) for other in index if other is not row]
+        words = set(result.prompt.split())
+        chances += [bool(words & set(other["words"])) for other in index if other is not row]
         rows.append(
             {
                 "file": row["file"],
                 "name": row["name"],
                 "unseen": row["unseen"],
                 "prompt": result.prompt,
-                "hits": sorted(set(words) & set(row["words"])),
+                "hits": sorted(words & set(row["words"])),
                 "similarity": round(result.similarity, 4),
                 "true_words_similarity": round(true_similarities[k], 4),
                 "rank": order[k].index(k) + 1,
             }
         )
+    return rows, statistics.mean(chances), found[0].seconds / min(BATCH, len(images))
+
+
+def report(rows: list[dict], chance: float, steps: int, seconds: float) -> str:
     hits = [row for row in rows if row["hits"]]
     misses = [row for row in rows if not row["hits"]]
     model_limited = [r for r in misses if r["similarity"] > r["true_words_similarity"]]
@@ -86,7 +84,7 @@ def main() -> None:
         "# Prompts for the examples",
         "",
         f"{len(hits)} of {len(rows)} prompts ({len(hits) / len(rows):.0%}) have a word of the "
-        f"drawing's own name or keywords in them; by chance {statistics.mean(chances):.0%}. "
+        f"drawing's own name or keywords in them; by chance {chance:.0%}. "
         f"Mean similarity {statistics.mean(r['similarity'] for r in rows):.3f}; of the true words "
         f"written out {statistics.mean(r['true_words_similarity'] for r in rows):.3f}.",
         "",
@@ -94,8 +92,8 @@ def main() -> None:
         "search's: the learned prompt is more similar to the image than the true words are, so a "
         "better search would only move further from them.",
         "",
-        f"`invert` with its defaults (prompt_len 16, steps {arguments.steps}, restarts 1, seed 0), "
-        f"{found[0].seconds / 10:.1f} s per image in batches of 10. {machine()}.",
+        f"`invert` with the effort `paper` (prompt_len 16, steps {steps}, restarts 1, seed 0), "
+        f"{seconds:.1f} s per image in batches of {BATCH}. {machine()}.",
         "",
         "| image | never seen | similarity | true words | rank | prompt (true words in bold) |",
         "|---|---|---|---|---|---|",
@@ -107,7 +105,20 @@ def main() -> None:
             f"| {row['name']} | {row['unseen']} | {row['similarity']:.3f} | "
             f"{row['true_words_similarity']:.3f} | {row['rank']} | {prompt} |"
         )
-    text = "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clip", default="emoji-clip")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--count", type=int, help="the first examples only")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    index = list(map(json.loads, (EXAMPLES / "index.jsonl").open()))[: arguments.count]
+    clip = load_clip(arguments.clip, device="cpu")
+    rows, chance, seconds = measure(clip, index, arguments.steps)
+    text = report(rows, chance, arguments.steps, seconds)
     print(text)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

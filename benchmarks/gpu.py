@@ -1,29 +1,28 @@
-"""How near to the limit of the hardware a step is: ours, ours unrecorded, the authors'.
+"""The time of a step against the limit of the hardware: ours, ours uncaptured, the authors'.
 
     python benchmarks/gpu.py [--reference PATH] [--models ...] [--prompt-len ...] [--batch ...]
 
 Models have random weights, on which speed does not depend. The image tower is off the device, as
-after images are encoded. PATH is a checkout of the authors' repository, whose loop runs as it is,
-in fp32 over all 49,408 tokens, as they run it (see step_time.py). All that are compared run one
-after the other in one process. Milliseconds per step are what STEPS steps take more than a few, the
-median of three; set-up and recording are given apart. Prompts per minute are for the paper's 3,000
-steps.
+after images are encoded. PATH is a checkout of the authors' repository, whose loop runs unchanged
+in fp32 over all 49,408 tokens (see step_time.py). All of them run one after the other in one
+process. Milliseconds per step are the difference between STEPS steps and a few, the median of
+three; set-up and capture are listed separately. Prompts per minute are for the paper's 3,000 steps.
 
-The limit of a step is the longer of two times that are measured here, too: what has to be read at
-the bandwidth of a copy (the weights of the text tower forward and backward, the allowed vocabulary
-once), or the products of matrices at the speed of a large one.
+The limit of a step is the longer of two times that are measured as well: the memory traffic at the
+bandwidth of a copy (the weights of the text tower forward and backward, the allowed vocabulary
+once), or the matrix products at the speed of a large one.
 
 Writes OUT.md, OUT.json and OUT.png.
 
     python benchmarks/gpu.py --precision 51
 
 finds prompts for so many drawings of build/emoji with the bundled CLIP in each precision, with the
-same seeds, has the CLIP in float32 judge the printed prompts of all, and writes OUT-precision.md.
+same seeds, scores all printed prompts by the CLIP in float32, and writes OUT-precision.md.
 
     python benchmarks/gpu.py --memory
 
-counts, without a card, the bytes of all tensors that a search on one would hold at once, for the
-same models, tokens and batches, and writes OUT-memory.md.
+counts, without a card, the bytes of all tensors that a search holds at once, for the same models,
+tokens and batches, and writes OUT-memory.md.
 """
 
 from __future__ import annotations
@@ -45,15 +44,24 @@ from step_time import Reference, machine, targets_for
 from torch.profiler import ProfilerActivity, profile
 from unseen import unseen
 
-from pez_core import Clip, Settings, TokenSpace, invert, load_clip, replay, search
-from pez_core.clip.load import apart
+from pez_core import (
+    Clip,
+    PezSettings,
+    SearchOptions,
+    TokenSpace,
+    capture,
+    invert,
+    load_clip,
+    search,
+)
+from pez_core.clip.device import keep_image_tower_in_main_memory
 from pez_core.objectives import Similarity
 
 HERE = Path(__file__).parent
 MODELS = ("ViT-L-14", "ViT-H-14", "ViT-bigG-14")
 PAPER_STEPS = 3000
 ROUNDS = 3
-# Steps that warm up, record, and run from the record once.
+# Steps that warm up, capture the graph, and replay it once.
 FEW = 6
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,7 +71,7 @@ def random_clip(name: str, dtype: torch.dtype, device: str) -> Clip:
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False)
     clip = Clip(model.to(dtype), open_clip.get_tokenizer(name), name)
-    return apart(clip, torch.device(device))
+    return keep_image_tower_in_main_memory(clip, torch.device(device))
 
 
 def wait(device: torch.device) -> None:
@@ -90,8 +98,8 @@ def per_step(run: Callable[[int], object], steps: int, device: torch.device) -> 
     return {"ms": step, "set_up": statistics.median(few for _, few in pairs) - FEW * step}
 
 
-def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> dict:
-    """Milliseconds, the greatest memory in GB, and whether steps were recorded."""
+def ours(clip: Clip, batch: int, prompt_len: int, steps: int, captured: bool) -> dict:
+    """Milliseconds, the peak memory in GB, and whether steps were captured."""
     device = clip.device
     targets = targets_for(clip, batch).to(device)
 
@@ -99,7 +107,7 @@ def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> d
         space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
         ids = space.random(batch, prompt_len, torch.Generator().manual_seed(0))
         objective = Similarity(clip.text.encoder(), targets)
-        search(space, objective, ids, PezSettings(steps=steps, record=record))
+        search(space, objective, ids, PezSettings(steps=steps, capture=captured))
 
     gc.collect()
     on_card = device.type == "cuda"
@@ -109,12 +117,12 @@ def ours(clip: Clip, batch: int, prompt_len: int, steps: int, record: bool) -> d
     row = per_step(run, steps, device)
     row["gigabytes"] = torch.cuda.max_memory_allocated(device) / 1e9 if on_card else None
     row["reserved"] = torch.cuda.max_memory_reserved(device) / 1e9 if on_card else None
-    row["recorded"] = record and replay.recorder_for(device) is not None
+    row["captured"] = captured and capture.recorder_for(device) is not None
     return row
 
 
 class Limits:
-    """What the device can do at best, as measured on it.
+    """The measured limits of the device.
 
     Attributes:
         bytes_per_second: read and written by a copy.
@@ -136,7 +144,7 @@ class Limits:
             self.operations[kind] = 2 * n**3 / taken
 
     def milliseconds(self, clip: Clip, batch: int, prompt_len: int) -> dict[str, float]:
-        """Of a step, by what it is bound by."""
+        """The least time of a step by each limit."""
         tower = clip.text.tower
         parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
         projection = tower.text_projection
@@ -161,7 +169,7 @@ class Limits:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict]:
-    """A row for each case; each is done for good when it is there."""
+    """A row for each case, complete when it is yielded."""
     device = torch.device(arguments.device)
     dtype = DTYPES[arguments.dtype]
     limits = Limits(device, dtype, arguments.copy_bytes)
@@ -173,7 +181,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
             row = {"model": name, "prompt_len": prompt_len, "batch": batch}
             try:
                 row["ours"] = ours(clip, batch, prompt_len, arguments.steps, True)
-                row["unrecorded"] = ours(clip, batch, prompt_len, arguments.steps, False)
+                row["uncaptured"] = ours(clip, batch, prompt_len, arguments.steps, False)
             except torch.OutOfMemoryError:
                 print(f"{row}: no memory", file=sys.stderr)
                 continue
@@ -191,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
 
                 row["authors"] = per_step(run, arguments.reference_steps, device)["ms"]
             del clip, run
-            gc.collect()  # their loop leaves a method on the model, which holds it
+            gc.collect()  # their loop adds a method to the model, a reference cycle
         for row in rows:
             print(row, file=sys.stderr)
             yield row
@@ -201,20 +209,20 @@ def report(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
     where = machine().removesuffix(", fp32")
     if arguments.device.startswith("cuda"):
         where = f"{torch.cuda.get_device_name()}, {where}"
-    missed = sum(not row["ours"]["recorded"] for row in rows)
+    missed = sum(not row["ours"]["captured"] for row in rows)
     lines = [
         "# Speed of a step",
         "",
         f"{where}; {arguments.dtype} tower and the default vocabulary, the authors' loop in "
         f"float32 and the whole one; {arguments.steps} steps. See benchmarks/gpu.py."
-        + (f" **{missed} of {len(rows)} cases were not recorded.**" if missed else ""),
+        + (f" **{missed} of {len(rows)} cases were not captured.**" if missed else ""),
         "",
-        "| model | tokens | batch | authors / ours | unrecorded / ours | share of the limit | ours "
-        "ms/step | unrecorded | authors | set-up ms | prompts per minute | peak GB | reserved GB |",
+        "| model | tokens | batch | authors / ours | uncaptured / ours | share of the limit | ours "
+        "ms/step | uncaptured | authors | set-up ms | prompts per minute | peak GB | reserved GB |",
         "|---" * 13 + "|",
     ]
     for row in rows:
-        mine, plain, authors = row["ours"]["ms"], row["unrecorded"]["ms"], row.get("authors")
+        mine, plain, authors = row["ours"]["ms"], row["uncaptured"]["ms"], row.get("authors")
         memory = row["ours"]["gigabytes"], row["ours"]["reserved"]
         bound = max(row["limit"], key=row["limit"].get)
         cells = [
@@ -236,7 +244,7 @@ def report(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
 
 
 def per_problem(rows: Sequence[dict]) -> list[str]:
-    """Memory that each further problem takes."""
+    """Memory of each further problem."""
     lines = []
     for name in dict.fromkeys(row["model"] for row in rows):
         for prompt_len in dict.fromkeys(row["prompt_len"] for row in rows):
@@ -285,7 +293,7 @@ def precision(arguments: argparse.Namespace) -> str:
     lines = [
         "# Precision",
         "",
-        f"{len(drawings)} drawings that the bundled CLIP was not trained on, preset balanced, 8 "
+        f"{len(drawings)} drawings that the bundled CLIP was not trained on, effort balanced, 8 "
         f"and 16 tokens; similarity to the CLIP in float32, mean and standard error. {machine()}",
         "",
         "| tokens | precision | similarity | against float32 | same prompts |",
@@ -295,9 +303,8 @@ def precision(arguments: argparse.Namespace) -> str:
         found = {}
         for name in ("float32", "bfloat16", "float16"):
             clip = load_clip(device=device, dtype=DTYPES[name])
-            results = invert(
-                clip, [one.image for one in drawings], prompt_len=prompt_len, at_once=1
-            )
+            options = SearchOptions(prompt_len=prompt_len, batch_size=1, block_unsafe=False)
+            results = invert(clip, [one.image for one in drawings], options)
             prompts = [result.prompt for result in results]
             scores = (judge.encode_texts(prompts) * targets).sum(1)
             found[name] = prompts, scores
@@ -313,7 +320,7 @@ def precision(arguments: argparse.Namespace) -> str:
 
 
 def memory(arguments: argparse.Namespace) -> str:
-    """Bytes of the text tower, and of all that a search adds at its greatest."""
+    """Bytes of the text tower, and the peak of a search."""
     lines = [
         "# Memory, counted without a card",
         "",
@@ -338,7 +345,7 @@ def memory(arguments: argparse.Namespace) -> str:
 
 
 def added(clip: Clip, prompt_len: int, batch: int) -> int:
-    """Bytes that a search has at once, but for the model."""
+    """Peak bytes of a search without the model."""
     targets = targets_for(clip, batch)
     with (
         # on a card the vocabulary is neither packed nor cut into blocks
@@ -380,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     about = {"machine": machine(), "dtype": arguments.dtype, "steps": arguments.steps}
     rows = []
-    for row in measure(arguments):  # written each time, since a card may be gone any moment
+    for row in measure(arguments):  # written after each row, since a card may disappear
         rows.append(row)
         whole = json.dumps(about | {"rows": rows}, indent=1)
         arguments.out.with_suffix(".json").write_text(whole, encoding="utf-8")

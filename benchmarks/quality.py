@@ -1,4 +1,4 @@
-"""How good are the prompts of each method after the same seconds, on images never trained on?
+"""The quality of the prompts of each method after the same seconds, on images never trained on.
 
     python benchmarks/quality.py --all          # everything, one stage after the other:
 
@@ -8,18 +8,18 @@
     python benchmarks/quality.py --pipeline NAME                    # needs weights, see below
     python benchmarks/quality.py --report
 
-A budget is the time that one image takes, alone on the machine, set-up of the search included.
-`--calibrate` measures how many steps each method does in it (PATH is a checkout of the authors'
-repository, whose loop is timed beside ours; see step_time.py). What a search finds does not depend
-on what is searched beside it, so `--search` does just these steps, for many images at once. It
-takes hours where it would take days, and the table does not depend on what else the machine does.
+A budget is the time for one image alone on the machine, including the set-up of the search.
+`--calibrate` measures the number of steps of each method within it (PATH is a checkout of the
+authors' repository, whose loop is timed as well; see step_time.py). The result of a search does not
+depend on the searches beside it, so `--search` runs these steps for many images at once. It takes
+hours instead of days, and the table does not depend on other load of the machine.
 
-`--tune` picks the learning rate of the methods that need one, on other images. `--search` appends
-what it finds to OUT.jsonl and, when it is started again, goes on where it was. `--report` computes
-everything else from that file and writes OUT.md and OUT.png (quality_report.py).
+`--tune` chooses the learning rate of the methods that need one, on other images. `--search` appends
+prompts to OUT.jsonl and resumes from that file when it is started again. `--report` computes
+everything else from the file and writes OUT.md and OUT.png (quality_report.py).
 
-`--pipeline` makes images of the prompts of the largest budget and has the judge compare them with
-the target, as the paper does with Stable Diffusion 2 and ViT-g (section 4.1):
+`--pipeline` makes images of the prompts of the largest budget and compares them with the target by
+the held-out CLIP, as the paper does with Stable Diffusion 2 and ViT-g (section 4.1):
 
     --clip ViT-H-14:laion2b_s32b_b79k --judge ViT-g-14:laion2b_s12b_b42k --device cuda
     --pipeline stabilityai/stable-diffusion-2-1-base --images FOLDER
@@ -33,132 +33,37 @@ one thread: OMP_NUM_THREADS=1. Needs matplotlib and the phrases of CLIP Interrog
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from bench import ENDLESS, HERE, Bench, Found, Method, Note, Problems, append, find
 from quality_report import make_images, report
 from step_time import Reference, machine, time_ours
 from unseen import Unseen, from_folder, unseen
 
 from examples import longest_that_fits
-from pez_core import Clip, Progress, Settings, TokenSpace, Vocabulary, invert, load_clip, search
+from pez_core import (
+    Clip,
+    PezSettings,
+    Report,
+    SearchOptions,
+    Vocabulary,
+    invert,
+    load_clip,
+    search,
+)
 from pez_core import baselines as rivals
-from pez_core.runner import Frame
-from pez_core.objectives import Similarity
 
-HERE = Path(__file__).parent
 CALIBRATION_IMAGES, TUNING_IMAGES = 3, 12
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SPEED_STEPS = 1000
-ENDLESS = 10**9  # steps
-
-
-@dataclass(frozen=True)
-class Found:
-    """A prompt, with its score as the search saw it."""
-
-    token_ids: list[int]
-    prompt: str
-    score: float
-
-
-# Told by a method after each step: the steps done and a function that gives the best prompts so
-# far. A true answer ends the search.
-Note = Callable[[int, Callable[[], list[Found]]], bool | None]
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Images to find prompts for, side by side.
-
-    Attributes:
-        features: (n, features) of the images.
-        template: fixed text around the learned words, with NAME for that of the image.
-        seeds: of the initial prompt of each.
-        steps: to do, where the method does not end by itself.
-        lr: of a method that is tuned.
-    """
-
-    clip: Clip
-    images: list[Unseen]
-    features: torch.Tensor
-    template: str
-    seeds: list[int]
-    prompt_len: int
-    steps: int
-    lr: float | None
-
-    def solve(
-        self,
-        method: Callable,
-        words: torch.Tensor | None,
-        settings: PezSettings,
-        note: Note,
-        **options,
-    ) -> list[Found]:
-        """By a method that is called like `pez_core.search.search`."""
-        frames = [Frame(self.clip, self.template.replace("NAME", one.name)) for one in self.images]
-        fixed = [(tuple(frame.before), tuple(frame.after)) for frame in frames]
-
-        def read(progress: Progress) -> list[Found]:
-            rows = zip(frames, progress.ids.tolist(), progress.scores.tolist(), strict=True)
-            return [Found(frame.ids(ids), frame.print(ids), score) for frame, ids, score in rows]
-
-        space = TokenSpace(self.clip.text.token_embedding, words)
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        ids = torch.cat([space.random(1, self.prompt_len, one) for one in generators])
-        # one for all is the faster way
-        encode = self.clip.text.encoder(fixed[:1] if len(set(fixed)) == 1 else fixed)
-        objective = Similarity(encode, self.features[:, None])
-        return read(
-            method(
-                space,
-                objective,
-                ids,
-                settings,
-                lambda progress: note(progress.step, lambda: read(progress)),
-                **options,
-            )
-        )
-
-    def found(self, prompt: str, score: float) -> list[Found]:
-        return [Found(self.clip.text.words.encode(prompt), prompt, score)]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to prompts.
-
-    Attributes:
-        run: finds them, the set-up of the search included.
-        anytime: what it has after n steps does not depend on the steps asked for, so that one run
-            serves every budget.
-        budgeted: False: it ends by itself, whatever time that takes.
-        tuned: its learning rate is for `--tune` to choose.
-        seeded: False: it draws nothing, so that one seed tells all.
-        prompt_len: the only one it has; None: every one.
-        template: as in `Problems`.
-        at_once: images that it takes at once; None: any number.
-    """
-
-    run: Callable[[Problems, Note], list[Found]]
-    anytime: bool = True
-    budgeted: bool = True
-    tuned: bool = False
-    seeded: bool = True
-    prompt_len: int | None = None
-    template: str = "{}"
-    at_once: int | None = None
 
 
 def pez(problems: Problems, note: Note, words: Callable, steps: int | None = None) -> list[Found]:
@@ -167,22 +72,22 @@ def pez(problems: Problems, note: Note, words: Callable, steps: int | None = Non
 
 
 def ours(problems: Problems, note: Note, **options) -> list[Found]:
-    """As users have it, the encoding of the images included."""
+    """`invert`; encoding the images is part of it."""
 
-    def report(state: dict) -> bool | None:
+    def report(state: Report) -> bool | None:
         def read() -> list[Found]:
-            pairs = zip(state["prompts"], state["similarities"], strict=True)
+            pairs = zip(state.prompts, state.similarities, strict=True)
             return [one for pair in pairs for one in problems.found(*pair)]
 
-        return note(state["step"], read)
+        return note(state.step, read)
 
     results = invert(
         problems.clip,
         [one.image for one in problems.images],
-        problems.prompt_len,
-        seed=problems.seeds,
+        SearchOptions(
+            prompt_len=problems.prompt_len, seed=problems.seeds, block_unsafe=False, **options
+        ),
         callback=report,
-        **options,
     )
     return [one for r in results for one in problems.found(r.prompt, r.history[-1][1])]
 
@@ -197,7 +102,7 @@ def rival(
 
 
 def interrogate(problems: Problems, note: Note) -> list[Found]:
-    """The first step is the better of two quick prompts, each other one a link of the chain."""
+    """The first step is the better of two quick prompts, each further step a link of the chain."""
     ask = partial(
         interrogator(problems.clip).interrogate, problems.features, max_tokens=problems.prompt_len
     )
@@ -212,8 +117,8 @@ def interrogate(problems: Problems, note: Note) -> list[Found]:
     return best(ask(mode="chain", callback=lambda chain: note(chain.step + 1, lambda: best(chain))))
 
 
-def say(problems: Problems, note: Note, fill: bool) -> list[Found]:
-    """No search: the name of the image and, to fill the prompt, its other words."""
+def true_words(problems: Problems, note: Note, fill: bool) -> list[Found]:
+    """No search: the name of the image and, with `fill`, its other words as long as they fit."""
     (image,), prompt = problems.images, problems.images[0].name
     if fill:
         words = [*prompt.split(), *sorted(image.words - set(prompt.split()))]
@@ -223,7 +128,7 @@ def say(problems: Problems, note: Note, fill: bool) -> list[Found]:
 
 
 def every_token(clip: Clip) -> None:
-    """The whole table, special tokens included, is what the authors search."""
+    """The authors search the whole table, including special tokens."""
 
 
 def default_words(clip: Clip) -> torch.Tensor:
@@ -232,26 +137,26 @@ def default_words(clip: Clip) -> torch.Tensor:
 
 @cache
 def bank_words(clip: Clip) -> torch.Tensor:
-    """The words of CLIP Interrogator's phrases that are one token."""
+    """The words of one token in CLIP Interrogator's phrases."""
     bank = rivals.load_bank()
     phrases = [phrase for kind in bank.keys() - {"negative"} for phrase in bank[kind]]
     words = {word for phrase in phrases for word in re.findall(r"\w+", phrase.lower())}
-    lexicon = Vocabulary(bank=sorted(words)).lexicon(clip)
+    lexicon = Vocabulary(only=sorted(words)).lexicon(clip)
     return torch.tensor(sorted(one[0] for one in lexicon.phrases if len(one) == 1))
 
 
 @cache
 def interrogator(clip: Clip) -> rivals.Interrogator:
-    """Its features of the phrases are made once, as the tool itself keeps them on disk."""
+    """Kept, since the tool itself stores the features of its phrases on disk."""
     return rivals.Interrogator(clip, rivals.load_bank())
 
 
 METHODS = {
-    # those whose names begin with "ours" are held against PEZ as published
-    "ours": Method(partial(ours, preset="balanced", refine_steps=ENDLESS)),
-    "ours (fast)": Method(partial(ours, preset="fast"), budgeted=False),
-    "ours (balanced)": Method(partial(ours, preset="balanced"), budgeted=False),
-    "ours (best)": Method(partial(ours, preset="best"), budgeted=False),
+    # methods whose names begin with "ours" are compared with PEZ as published
+    "ours": Method(partial(ours, effort="balanced", swaps=ENDLESS)),
+    "ours (fast)": Method(partial(ours, effort="fast"), budgeted=False),
+    "ours (balanced)": Method(partial(ours, effort="balanced"), budgeted=False),
+    "ours (best)": Method(partial(ours, effort="best"), budgeted=False),
     "PEZ as published": Method(partial(pez, words=every_token)),
     "PEZ": Method(partial(pez, words=default_words)),
     "PEZ + bank": Method(partial(pez, words=bank_words)),
@@ -259,92 +164,26 @@ METHODS = {
     "AutoPrompt k=10": Method(partial(rival, method=rivals.autoprompt, candidates=10)),
     "AutoPrompt SGD": Method(partial(rival, method=rivals.autoprompt_sgd), tuned=True),
     "FluentPrompt": Method(partial(rival, method=rivals.fluent_prompt), tuned=True, anytime=False),
-    # a report costs it a projection, which it does not need otherwise
+    # each of its reports costs a projection
     "soft prompt": Method(partial(rival, method=rivals.soft_prompt, report_every=25), tuned=True),
     "GCG": Method(partial(rival, method=rivals.gcg)),
     "Interrogator": Method(interrogate, seeded=False, at_once=1),
     "Interrogator, 75 tokens": Method(interrogate, seeded=False, at_once=1, prompt_len=75),
     "true name": Method(
-        partial(say, fill=False), budgeted=False, seeded=False, at_once=1, prompt_len=0
+        partial(true_words, fill=False), budgeted=False, seeded=False, at_once=1, prompt_len=0
     ),
-    "true words": Method(partial(say, fill=True), budgeted=False, seeded=False, at_once=1),
+    "true words": Method(partial(true_words, fill=True), budgeted=False, seeded=False, at_once=1),
     "true name + 4 learned": Method(
         partial(pez, words=default_words, steps=1000),
         budgeted=False,
         prompt_len=4,
-        template="NAME {}",
+        caption="NAME {}",
     ),
 }
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all stages share: the images, the CLIP, what to run and the files."""
-
-    clip: Clip
-    images: list[Unseen]
-    methods: dict[str, Method]
-    lengths: list[int]
-    seeds: range
-    budgets: list[float]
-    at_once: int
-    out: Path
-
-    @cached_property
-    def features(self) -> torch.Tensor:
-        return self.clip.encode_images([one.image for one in self.images])
-
-    @property
-    def found(self) -> Path:
-        return self.out.with_suffix(".jsonl")
-
-    @property
-    def calibrated(self) -> Path:
-        return self.out.with_name(f"{self.out.stem}-calibration.json")
-
-    def cases(self) -> Iterator[tuple[str, Method, int]]:
-        """Each method with each prompt_len."""
-        for name, method in self.methods.items():
-            for prompt_len in self.lengths if method.prompt_len is None else [method.prompt_len]:
-                yield name, method, prompt_len
-
-    def problems(
-        self,
-        method: Method,
-        places: Sequence[int],
-        prompt_len: int,
-        seed: int,
-        steps: int = ENDLESS,
-        lr: float | None = None,
-    ) -> Problems:
-        images = [self.images[place] for place in places]
-        features = self.features[list(places)]
-        seeds = [seed * 100_003 + place for place in places]
-        return Problems(self.clip, images, features, method.template, seeds, prompt_len, steps, lr)
-
-    def calibration(self, *keys: str) -> Any:
-        """What was measured: all of it, or the entry of these keys."""
-        entry = json.loads(self.calibrated.read_text()) if self.calibrated.exists() else {}
-        for key in keys:
-            if key not in entry:
-                raise SystemExit(
-                    f"{self.calibrated} has no {', '.join(keys)}; with these options run "
-                    "--calibrate, on an idle machine, and --tune."
-                )
-            entry = entry[key]
-        return entry
-
-    def save(self, calibration: dict) -> None:
-        self.calibrated.parent.mkdir(parents=True, exist_ok=True)
-        self.calibrated.write_text(json.dumps(calibration, indent=1) + "\n")
-
-    def rows(self) -> list[dict]:
-        """What has been found so far."""
-        return list(map(json.loads, self.found.open())) if self.found.exists() else []
-
-
 def calibrate(bench: Bench, reference: Path | None) -> None:
-    """Measure the steps of each method, alone, within each budget, or how long it takes."""
+    """Measure the steps of each method within each budget, alone, or the time that it takes."""
     here = {"machine": machine(), "clip": bench.clip.name}
     calibration = {**here, "steps": {}, "seconds": {}, "speed": {}, "rates": {}}
     before = bench.calibration()
@@ -356,7 +195,7 @@ def calibrate(bench: Bench, reference: Path | None) -> None:
             bench.problems(method, [place], prompt_len, seed=0)
             for place in range(0, len(bench.images), stride)
         ]
-        time_alone(method, alone[0], bench.budgets[:1])  # what is made once is made here
+        time_alone(method, alone[0], bench.budgets[:1])  # fills caches
         runs = [time_alone(method, one, bench.budgets) for one in alone]
         if method.budgeted:
             medians = {
@@ -397,7 +236,7 @@ def time_alone(
 
 
 def tune(bench: Bench, images: list[Unseen]) -> None:
-    """Pick the learning rates whose prompts are the most similar after the middle budget."""
+    """Choose the learning rates with the most similar prompts after the middle budget."""
     calibration, others = bench.calibration(), replace(bench, images=images)
     prompt_len, budget = bench.lengths[0], bench.budgets[len(bench.budgets) // 2]
     for name, method in bench.methods.items():
@@ -443,55 +282,12 @@ def search_all(bench: Bench) -> None:
             print(f"{case}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
-def find(
-    bench: Bench,
-    method: Method,
-    prompt_len: int,
-    seed: int,
-    steps: dict[float | None, int],
-    lr: float | None,
-) -> list[dict]:
-    """The best prompt of each image after the steps of each budget."""
-    rows, at_once = [], method.at_once or bench.at_once
-    plans = [steps] if method.anytime else [{budget: n} for budget, n in steps.items()]
-    for plan, start in product(plans, range(0, len(bench.images), at_once)):
-        places = range(start, min(start + at_once, len(bench.images)))
-        problems = bench.problems(method, places, prompt_len, seed, max(plan.values()), lr)
-        for budget, found in run(method, problems, plan).items():
-            for place, one in zip(places, found, strict=True):
-                image = bench.images[place]
-                row = {"place": place, "set": image.set, "name": image.name, "budget": budget}
-                row["steps"] = plan[budget] if budget else None
-                rows.append(row | vars(one))
-    return rows
-
-
-def run(method: Method, problems: Problems, plan: dict[float | None, int]) -> dict:
-    """The prompts after the steps of each budget, or in the end if there are fewer."""
-    seen = {}
-
-    def note(step: int, read: Callable) -> bool:
-        if step in plan.values():
-            seen[step] = read()
-        return step >= max(plan.values())
-
-    last = method.run(problems, note)
-    return {budget: seen.get(steps, last) for budget, steps in plan.items()}
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add lines to a file, in one piece, so that a killed run leaves no half of them."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for stage in ("all", "calibrate", "tune", "search", "report"):
         parser.add_argument(f"--{stage}", action="store_true")
     parser.add_argument("--pipeline", help="a text-to-image pipeline of diffusers")
-    parser.add_argument("--clip", default="emoji-clip", help="as `load_clip` takes it")
+    parser.add_argument("--clip", default="emoji-clip", help="name or path for `load_clip`")
     parser.add_argument("--judge", default=str(HERE / "models/emoji-clip-judge"))
     parser.add_argument("--language-model", help="for perplexities; None: SmolLM2 if installed")
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""What the prompts that quality.py found are worth: its table, its plot and its images."""
+"""The evaluation of the prompts that quality.py found: its table, its plot and its images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pez_core import Clip
 from pez_core.readability import load_language_model
 
 if TYPE_CHECKING:
-    from quality import Bench
+    from bench import Bench
 
 PUBLISHED = "PEZ as published"
 TEXTS = 256  # encoded at once
 EXPLANATION = """\
-*Own* is the similarity with the image by the CLIP that was searched, of the printed prompt; *in the
-loop*, as the search saw it. *Neutral* is that by a CLIP that took no part. *True keyword* is the
-share of prompts with a word of the image's own name or keywords and, in brackets, of the other
-images'. *Lost per word* is the similarity lost when a word is dropped, the mean over the words.
-*Perplexity* is that by a small language model, a geometric mean. Behind ± is one standard error:
-over the images, of the mean over the seeds. Differences are with PEZ as published in the same
-seconds (in the most seconds, for what has no budget), paired by image."""
+*Own* is the similarity of the printed prompt with the image by the CLIP of the search; *in the
+loop* is that of the search itself. *Neutral* is the similarity by a held-out CLIP. *True keyword*
+is the share of prompts with a word of the image's own name or keywords and, in brackets, of the
+other images'. *Lost per word* is the similarity lost when a word is dropped, the mean over the
+words. *Perplexity* is that by a small language model, a geometric mean. Behind ± is one standard
+error: over the images, of the mean over the seeds. Differences are with PEZ as published in the
+same seconds (in the most seconds, for methods without a budget), paired by image."""
 
 # (method, prompt_len, budget) -> its rows
 Cells = dict[tuple[str, int, float | None], list[dict]]
@@ -71,11 +71,11 @@ def report(bench: Bench, judge: Clip, language_model: str | None) -> None:
 
 
 def measured(bench: Bench, judge: Clip) -> list[dict]:
-    """The rows of the search with what CLIPs say of their prompts."""
+    """The rows of the search with the similarities of their prompts."""
     rows = [row for row in bench.rows() if row["method"] in bench.methods]
-    said = dict.fromkeys((row["prompt"], row["place"]) for row in rows)
-    shorter = {one: [(text, one[1]) for text in one_dropped(one[0])] for one in said}
-    pairs = list(dict.fromkeys([*said, *(one for few in shorter.values() for one in few)]))
+    searched = dict.fromkeys((row["prompt"], row["place"]) for row in rows)
+    shorter = {one: [(text, one[1]) for text in one_dropped(one[0])] for one in searched}
+    pairs = list(dict.fromkeys([*searched, *(one for few in shorter.values() for one in few)]))
     own, neutral = (similarities(clip, bench, pairs) for clip in (bench.clip, judge))
     pictures = {image_key(row): row["images"] for row in read(images_file(bench))}
     for row in rows:
@@ -103,7 +103,7 @@ def one_dropped(prompt: str) -> list[str]:
 def similarities(
     clip: Clip, bench: Bench, pairs: Sequence[tuple[str, int]]
 ) -> dict[tuple[str, int], float]:
-    """Of texts, encoded as users' are, with the image of a place."""
+    """The similarity of each text, encoded the public way, with the image of its place."""
     features = clip.encode_images([one.image for one in bench.images])
     values = []
     for start in range(0, len(pairs), TEXTS):
@@ -113,7 +113,7 @@ def similarities(
 
 
 def add_perplexities(rows: Sequence[dict], name: str | None) -> str:
-    """Set the mean negative log-likelihood per token of each prompt; else say why not."""
+    """Set the mean negative log-likelihood per token of each prompt, or give the reason why not."""
     try:
         model = load_language_model(name)
     except ValueError as error:
@@ -160,7 +160,7 @@ def perplexity(rows: Sequence[dict]) -> str:
 
 
 def cases(cells: Cells, bench: Bench, prompt_len: int) -> Iterable[tuple[str, float | None, list]]:
-    """Method, budget and rows that belong to a prompt_len, by budget; those without one last."""
+    """Method, budget and rows of a prompt_len, by budget; methods without a budget come last."""
     for budget in [*bench.budgets, None]:
         for name, method in bench.methods.items():
             length = prompt_len if method.prompt_len is None else method.prompt_len
@@ -199,15 +199,15 @@ def table(cells: Cells, bench: Bench, prompt_len: int) -> list[str]:
             keyword(rows),
             with_error(rows, "lost_neutral"),
             with_error(rows, "lost"),
-            perplexity(rows) if known(rows, "nats") else "-",
-            with_error(rows, "images") if known(rows, "images") else "-",
+            perplexity(rows) if measured_for(rows, "nats") else "-",
+            with_error(rows, "images") if measured_for(rows, "images") else "-",
             f"{rows[0]['steps']:,}" if budget else "-",
         ]
         lines.append(f"| {seconds(bench, rows[0])} | {name} | {' | '.join(texts)} |")
     return lines
 
 
-def known(rows: Sequence[dict], measure: str) -> bool:
+def measured_for(rows: Sequence[dict], measure: str) -> bool:
     return all(row[measure] is not None for row in rows)
 
 
@@ -218,7 +218,7 @@ def seconds(bench: Bench, row: dict) -> str:
 
 
 def duels(cells: Cells, bench: Bench) -> list[str]:
-    """How often each way that is ours beats PEZ as published after each budget."""
+    """How often each of our methods beats PEZ as published after each budget."""
     lines = [
         f"| prompt_len | ours | {PUBLISHED} | neutral: difference | images won | searches won | "
         "own: difference | images won | searches won |",
@@ -312,7 +312,7 @@ def draw(axis, cells: Cells, bench: Bench, prompt_len: int, measure: str) -> Non
         points[name].append((float(seconds(bench, rows[0])), *summary(rows, measure)))
     last = [line[-1][1] for line in points.values()]
     top, end = max(last), bench.budgets[-1]
-    low = top - 1.1 * (top - min(last))  # what is worse than all are in the end is not shown
+    low = top - 1.1 * (top - min(last))  # values below all final ones are cut off
     labels = spread(last, (top - low) * 0.04)
     for (name, line), label in zip(points.items(), labels, strict=True):
         strong = name.startswith("ours") or name == PUBLISHED
@@ -369,7 +369,7 @@ def image_key(row: dict) -> tuple:
 
 
 def make_images(bench: Bench, judge: Clip, pipeline: str, pictures: int) -> None:
-    """Append what the judge says of images made of the prompts of the largest budget."""
+    """Append the judge's similarity of images made of the prompts of the largest budget."""
     from diffusers import DiffusionPipeline
 
     from pez_core.diffusion.evaluation import evaluate

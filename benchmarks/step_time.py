@@ -6,7 +6,7 @@ PATH is a checkout of the authors' repository (YuxinWenRick/hard-prompts-made-ea
 `optim_utils.py`, runs as it is, on the very model that ours runs on; the method that their fork of
 open_clip adds to the model (77 embeddings through the whole tower) is added to it here. They search
 the whole vocabulary of 49,408 tokens; ours is timed on its default vocabulary and on the whole one.
-The runs are timed in turns, so that a drift of the machine meets all of them.
+The runs are timed in turns, so that a drift of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
 import torch
 
-from pez_core import Clip, Settings, TokenSpace, load_clip, search
+from pez_core import Clip, PezSettings, TokenSpace, load_clip, search
 from pez_core.objectives import Similarity
 
 ROUNDS = 5
@@ -42,7 +43,7 @@ def targets_for(clip: Clip, batch: int) -> torch.Tensor:
 
 
 def time_ours(clip: Clip, batch: int, prompt_len: int, steps: int, allowed) -> float:
-    """Seconds per step, set-up and result included."""
+    """Seconds per step, including set-up and result."""
     targets = targets_for(clip, batch).to(clip.device)
     began = time.perf_counter()
     space = TokenSpace(clip.text.token_embedding, allowed)
@@ -56,8 +57,8 @@ class Reference:
     """The authors' `optimize_prompt_loop`, made to run on a given open_clip model."""
 
     def __init__(self, path: Path) -> None:
-        # Its two functions of sentence_transformers are the documented ones; when the package is
-        # not installed, plain torch ones of the same meaning stand in, which can only be faster.
+        # It uses two documented functions of sentence_transformers. Without that package, functions
+        # of plain torch with the same results replace them, which can only be faster.
         try:
             import sentence_transformers.util  # noqa: F401
         except ImportError:
@@ -103,7 +104,7 @@ def _semantic_search(queries, corpus, query_chunk_size, top_k, score_function):
 
 
 def _forward_text_embedding(self, embeddings, ids, image_features):
-    """What the authors' fork of open_clip adds: the whole tower from 77 embeddings."""
+    """The method that the authors' fork of open_clip adds: the whole tower from 77 embeddings."""
     x = embeddings + self.positional_embedding
     x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
     text = x[torch.arange(x.shape[0]), ids.argmax(dim=-1)] @ self.text_projection
@@ -132,7 +133,7 @@ def compare(clips: dict, reference: Reference | None, rounds: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, clip in clips.items():
-        # each side long enough for its set-up to be as small a part as it is in a real search
+        # enough steps that the set-up is as small a part as in a real search
         steps, their_steps = (200, 100) if name == "emoji-clip" else (30, 8)
         for batch in (1, 8):
             runs = {
@@ -155,7 +156,7 @@ def compare(clips: dict, reference: Reference | None, rounds: int) -> list[str]:
 
 
 def growth(clip: Clip, rounds: int) -> list[str]:
-    """How the time of one step grows with each size, the others held at 16, 1 and all."""
+    """The time of one step by each size; the other two are 16 tokens, batch 1 or all words."""
     everything = clip.vocabulary
     lines = ["| what | value | ms/step | against the first |", "|---|---|---|---|"]
     cases = {
@@ -192,12 +193,12 @@ def machine() -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path, help="checkout of the authors' repository")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed runs of each case")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     reference = Reference(arguments.reference) if arguments.reference else None
     random = random_clip("ViT-B-32")
     clips = {"ViT-B-32, random weights": random, "emoji-clip": load_clip(device="cpu")}

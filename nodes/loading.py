@@ -10,7 +10,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..pez_core.clip.load import default_dtype
+from ..pez_core.clip.device import default_dtype
 from . import models
 from .errors import naming_widgets
 from .inputs import CATEGORY, PezClip

@@ -12,7 +12,7 @@ import folder_paths
 
 from ..pez_core import AnyClip, JointClip, load_clip
 from ..pez_core.clip.files import find_clip
-from ..pez_core.clip.load import download_size, fetch_weights
+from ..pez_core.clip.weights import download_size, fetch_weights
 
 FOLDER = "pez"
 FOLDERS = (FOLDER, "clip_vision", "text_encoders")

@@ -55,7 +55,7 @@ class Caption:
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
         # beside a space nothing fuses; beside a comma other punctuation does, but words do not
         self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
-        if self.room > 0 and not self.round_trips([clip.text.known_word]):
+        if self.room > 0 and not self.round_trips([clip.text.example_token]):
             raise ArgumentError(
                 "caption",
                 f"is {caption!r}, whose text would fuse with the learned words",
@@ -93,7 +93,7 @@ class Caption:
     def round_trips(self, learned: Sequence[int]) -> bool:
         """Whether the tokenizer reads the printed prompt as these very tokens."""
         if not self.before and not self.after:
-            return self._words.survives(learned)
+            return self._words.round_trips(learned)
         special = self._words.special_ids & set(learned)
         return not special and self._words.encode(self.text(learned)) == self.ids(learned)
 

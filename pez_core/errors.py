@@ -111,6 +111,14 @@ def check_weights(name: str, weights: object, count: int) -> list[float]:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless the argument `name` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ArgumentError(name, f"has to be one of {listed} but is {value!r}")
+    problem = f"has to be one of {', '.join(map(repr, choices))} but is {value!r}"
+    if not isinstance(value, str):
+        raise ArgumentTypeError(name, problem)
+    if value not in choices:
+        raise ArgumentError(name, problem)
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise unless the argument `name` is of a class."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(name, f"has to be a {kind.__name__} but is {value!r}")

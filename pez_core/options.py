@@ -15,6 +15,7 @@ from .errors import (
     check_integer,
     check_number,
     check_string,
+    check_type,
 )
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
@@ -143,24 +144,33 @@ class SearchOptions:
         check_number("lr", self.lr, above=True)
         check_number("weight_decay", self.weight_decay)
         check_number("readability", self.readability, 0, 1)
-        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
-        for seed in seeds:
+        several = isinstance(self.seed, Sequence) and not isinstance(self.seed, str)
+        seeds = tuple(self.seed) if isinstance(self.seed, Sequence) else (self.seed,)
+        for seed in seeds if several else (self.seed,):
             check_integer("seed", seed, 0)
         # plain numbers, since those of numpy overflow
         plain = tuple(int(seed) for seed in seeds)
-        seed = plain if isinstance(self.seed, Sequence) else plain[0]
+        seed = plain if several else plain[0]
         object.__setattr__(self, "seed", seed)
         check_bool("block_unsafe", self.block_unsafe)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
-        if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
-            raise ArgumentTypeError(
-                "vocabulary", f"has to be a Vocabulary but is {self.vocabulary!r}"
-            )
-        self._check_extra_loss()
+        if self.vocabulary is not None:
+            check_type("vocabulary", self.vocabulary, Vocabulary)
+        self._check_parts()
         self._check_refinement()
 
-    def _check_extra_loss(self) -> None:
+    def _check_parts(self) -> None:
+        """Raise where a part is no language model or no loss, by their methods.
+
+        Their classes need torch, which is not imported here.
+        """
+        model = self.language_model
+        if model is not None and not hasattr(type(model), "readability_score"):
+            raise ArgumentTypeError(
+                "language_model",
+                f"has to be the result of `load_language_model` but is {model!r}",
+            )
         if self.extra_loss is not None and not hasattr(type(self.extra_loss), "objective"):
             raise ArgumentTypeError(
                 "extra_loss",

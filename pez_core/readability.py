@@ -1,11 +1,11 @@
-"""How well prompts read: their likelihood as text, by a small language model.
+"""How well prompts read: their likelihood as text under a small language model.
 
-A CLIP is content with word salad; a language model is not. One forward pass of a small one scores
-whole prompts (`LanguageModel.readability_score`), or says for every position of a prompt which
-words may stand there (`LanguageModel.screen`), fast enough to take part in a search.
+A CLIP accepts word salad; a language model does not. One forward pass scores whole prompts
+(`LanguageModel.readability_score`) or every word of a vocabulary at every position of a prompt
+(`LanguageModel.screen`), which is fast enough for use inside a search.
 
-All likelihoods are natural logarithms. The package transformers is imported where a model is
-loaded, not before.
+All likelihoods are natural logarithms. The package transformers is imported when a model is
+loaded. Nothing here caches a model: whoever loads one keeps it and passes it on.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .errors import ArgumentError
 from .language_models import load_model
 
-# Positions of one forward pass: the logits of 512 are 100 MB at 49,152 LM tokens.
+# Positions of one forward pass: the logits of 512 positions take 100 MB at 49,152 LM tokens.
 _BATCH = 512
-# What has no space before it: marks, the ends of words like "it's", and hyphens.
+# Written without a space before it: marks, the ends of words like "it's", and hyphens.
 _CLOSES = re.compile(r"[,.;:!?%)\]}…]+|'(s|t|re|ve|m|ll|d)|[-/]")
-# What has no space behind it.
+# Written without a space behind it.
 _OPENS = re.compile(r"(?:^|\s)[(\[{#$@]+$|\w[-/]$")
 _WORD_OR_MARK = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
-# What good text repeats.
+# Words and marks that good text repeats.
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\S+",
@@ -35,17 +36,17 @@ _FUNCTION_WORDS = frozenset(
         "that the their they this to was we were with you your , . ; : ! ? - / & ' \" ( )",
     )
 )
-# What a repeated word costs: random words have -9 each, where repetitions have -1.
+# Cost of a repeated word: random words have a log-likelihood of -9 each, repeated ones of -1.
 _REPEAT = 8.0
 
 
 def as_written(prompt: str) -> str:
-    """A decoded CLIP prompt as people would write it, since that is what language models know.
+    """A decoded CLIP prompt with the spacing of written text, on which language models are trained.
 
     CLIP's tokenizer puts a space around everything: "a close - up of a cat , it 's sleeping"
     becomes "a close-up of a cat, it's sleeping". Spaces go before , . ; : ! ? % ) ] } and the like,
     after ( [ { # $ @, and on both sides of - and / between words. Case stays lower, and digits,
-    which CLIP reads one by one, stay apart. Text that people wrote stays as it is.
+    which CLIP reads one by one, stay apart. Text in normal spacing is returned unchanged.
     """
     text = ""
     for word in prompt.split():
@@ -55,32 +56,33 @@ def as_written(prompt: str) -> str:
 
 
 def repeated_share(text: str) -> float:
-    """The share of the words of a text, from 0 to 1, that only say again what was there before.
+    """The share of the words of a text, from 0 to 1, that repeat earlier words.
 
-    A word counts if the text has had it, a number if there was any number. Function words such as
-    "the", and marks, may come again, but neither twice in a row nor after the same word.
+    A word counts if it has occurred before, a number if any number has. Function words such as
+    "the" and marks may occur again, but neither twice in a row nor behind the same word.
     """
     words = ["0" if w.isdigit() else w for w in _WORD_OR_MARK.findall(text.casefold())]
-    seen: set[str] = set()
+    earlier: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     repeated = 0
     for before, word in zip(["", *words], words, strict=False):
         free = word in _FUNCTION_WORDS and word != before and (before, word) not in pairs
-        repeated += word in seen and not free
-        seen.add(word)
+        repeated += word in earlier and not free
+        earlier.add(word)
         pairs.add((before, word))
     return repeated / max(1, len(words))
 
 
 class WordTable:
-    """The words of a vocabulary as a language model reads them; made by `LanguageModel.table`.
+    """The words of a vocabulary in the tokens of a language model; made by `LanguageModel.table`.
 
     Attributes:
         words: (vocabulary) the words.
-        spaced: (vocabulary,) first LM token of each word behind a space, and (vocabulary,) the
-            log-likelihood of its other LM tokens given the first ones and no other text; 0 for
+        after_space: (vocabulary,) first LM token of each word behind a space, and (vocabulary,)
+            the log-likelihood of its other LM tokens given the first ones and no other text; 0 for
             words of one LM token.
-        glued: the same without the space, as after "(" and "-"; made when it is first needed.
+        without_space: the same for words without a space before them, as behind "(" and "-";
+            computed at its first use.
     """
 
     def __init__(
@@ -89,20 +91,20 @@ class WordTable:
         self.words, self._read = words, read
 
     @cached_property
-    def spaced(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def after_space(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._read(True)
 
     @cached_property
-    def glued(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def without_space(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._read(False)
 
 
 class LanguageModel:
-    """A causal language model that judges prompts.
+    """A causal language model that scores prompts.
 
-    Texts stand behind `opening`, which counts as given. It tells the model that a caption comes:
-    with SmolLM2-135M the mean log-likelihoods of natural captions and of word salad are -4.0 and
-    -8.8 behind "Image:", but -5.6 and -8.8 behind nothing.
+    Texts are read behind `opening`, which is not scored itself. It prepares the model for a
+    caption: with SmolLM2-135M the mean log-likelihoods of natural captions and of word salad are
+    -4.0 and -8.8 behind "Image:", but -5.6 and -8.8 behind nothing.
 
     Args:
         model: a causal language model of transformers.
@@ -111,14 +113,14 @@ class LanguageModel:
 
     Attributes:
         start: id of the LM token that begins a document: `<|endoftext|>` where the tokenizer has
-            it (chat models call another one BOS, which begins a turn), else BOS, else EOS.
+            it (the BOS of chat models begins a turn instead), else BOS, else EOS.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, opening: str = "Image:") -> None:
         self.model, self.tokenizer, self.opening = model.eval(), tokenizer, opening
-        known = tokenizer.get_vocab()
+        vocabulary = tokenizer.get_vocab()
         special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        first = known.get("<|endoftext|>")
+        first = vocabulary.get("<|endoftext|>")
         self.start = next(i for i in [first, *special] if i is not None)
         self._given = 1 + len(self._ids([opening])[0])
         after = len(self._ids(["a"])[0])
@@ -131,10 +133,10 @@ class LanguageModel:
         return next(self.model.parameters()).device
 
     def log_likelihoods(self, texts: Sequence[str]) -> torch.Tensor:
-        """(n,) mean log-likelihood per LM token of n texts, each read as it is.
+        """(n,) mean log-likelihood per LM token of n texts, which are read unchanged.
 
         Raises:
-            ValueError: a text is empty.
+            ArgumentError: a text is empty.
         """
         return self._means(texts, end=False)
 
@@ -143,13 +145,14 @@ class LanguageModel:
         return (-self.log_likelihoods(texts)).exp()
 
     def readability_score(self, prompts: Sequence[str]) -> torch.Tensor:
-        """(n,) how well decoded CLIP prompts read; larger is better, in log-likelihood per token.
+        """(n,) readability of decoded CLIP prompts; larger is better, in log-likelihood per token.
 
-        The mean log-likelihood alone can be had in two cheap ways. It rewards repetition, which
-        language models expect: of all words, a search for it alone ends in "0 0 0 1 1 1 1 1". So
-        8 times `repeated_share` is taken off. And it does not mind a text that breaks off; so that
-        the text ends counts like one more LM token (-0.8 after whole captions, -9 after "a brown
-        dog sitting on the"). A search for this score ends in "a swipe of the torch and the light".
+        A search for the mean log-likelihood alone has two cheap solutions. The first is
+        repetition, which language models expect: over all words such a search ends in "0 0 0 1 1
+        1 1 1". So 8 times `repeated_share` is subtracted. The second is a text that breaks off; so
+        the end of the text counts like one more LM token (-0.8 after whole captions, -9 after "a
+        brown dog sitting on the"). A search for this score ends in "a swipe of the torch and the
+        light".
 
         SmolLM2-135M, mean (lowest to highest):
 
@@ -161,21 +164,21 @@ class LanguageModel:
         | "a cat a cat a cat" &c | -5.1 (-7.9 to -3.4)  | -10.2 (-12.3 to -6.2)  |
 
         Raises:
-            ValueError: a prompt is empty.
+            ArgumentError: a prompt is empty.
         """
         texts = [as_written(prompt) for prompt in prompts]
         repeated = torch.tensor([repeated_share(text) for text in texts], device=self.device)
         return self._means(texts, end=True) - _REPEAT * repeated
 
     def next_words(self, prefixes: Sequence[str], words: Sequence[str] | WordTable) -> torch.Tensor:
-        """(prefixes, words) log-likelihood that the text goes on with a word.
+        """(prefixes, words) log-likelihood of each word as the next word of each text.
 
         Args:
-            prefixes: texts as they are; "" is the beginning.
-            words: see `table`, which is quicker where the same words are asked for again.
+            prefixes: texts, read unchanged; "" is the beginning.
+            words: the words, or a `table` of them, which is faster for repeated calls.
 
         Raises:
-            ValueError: no words, or one that is empty or has a space in it.
+            ArgumentError: no words, or one that is empty or has a space in it.
         """
         table = words if isinstance(words, WordTable) else self.table(words)
         rows = self._rows(prefixes)
@@ -185,51 +188,51 @@ class LanguageModel:
         return result
 
     def table(self, words: Sequence[str]) -> WordTable:
-        """What `screen` needs to know of the words of a vocabulary.
+        """The words of a vocabulary, prepared for `screen` and `next_words`.
 
-        A word of several LM tokens counts with its first, and with an estimate for the others that
-        does not depend on the text: their likelihood after the first ones at the beginning of a
-        document (correlation with that in a text 0.85). With SmolLM2-135M in bfloat16 on one core
-        that takes 3 s for the 3,617 words of emoji-clip and 34 s for all 34,277 of CLIP. The last
-        table is remembered.
+        A word of several LM tokens is scored by its first token in the text, plus an estimate for
+        the others that does not depend on the text: their likelihood after the first ones at the
+        beginning of a document (correlation with that in a text 0.85). With SmolLM2-135M in
+        bfloat16 on one core a table takes 3 s for the 3,617 words of emoji-clip and 34 s for all
+        34,277 of CLIP. The last table is kept on this object.
 
         Args:
-            words: decoded CLIP tokens that are words or marks by themselves.
+            words: decoded CLIP tokens that are whole words or marks.
 
         Raises:
-            ValueError: no words, or one that is empty or has a space in it.
+            ArgumentError: no words, or one that is empty or has a space in it.
         """
         words = list(words)
         if not words:
-            raise ValueError("`words` is empty; give at least one word.")
+            raise ArgumentError("words", "is empty", "give at least one word")
         for word in words:
             if word.split() != [word]:
-                raise ValueError(f"`words` has to hold single words but holds {word!r}.")
+                raise ArgumentError("words", f"has to hold single words but holds {word!r}")
         if self._table is None or self._table.words != words:
             self._table = WordTable(words, partial(self._read, words))
-            _ = self._table.spaced  # here and not in the first step of a search
+            _ = self._table.after_space  # computed here, not in the first step of a search
         return self._table
 
     def screen(self, prompts: Sequence[Sequence[str]], table: WordTable) -> torch.Tensor:
-        """(problems, positions, vocabulary) log-likelihoods of words given what is to their left.
+        """(problems, positions, vocabulary) log-likelihoods of words given the text to their left.
 
-        One forward pass over the prompts as they are. What is to the right has no say, nor has
-        `repeated_share`, so that words that the prompt has rank high: leave them out, and choose
-        between the best few by the score of whole prompts.
+        One forward pass over the prompts. Neither the text to the right nor `repeated_share`
+        counts, so words that the prompt already holds rank high: leave them out, and compare the
+        best few by the score of whole prompts.
 
         Args:
             prompts: for each problem the words at its positions, decoded CLIP tokens.
-            table: of the words to choose from.
+            table: the words to choose from.
 
         Raises:
-            ValueError: the prompts are empty or differ in length.
+            ArgumentError: the prompts are empty or differ in length.
         """
         positions = len(prompts[0]) if prompts else 0
         if positions == 0 or any(len(words) != positions for words in prompts):
             lengths = [len(words) for words in prompts]
-            raise ValueError(
-                "`prompts` has to hold prompts of one length, at least 1, but they have "
-                f"{lengths} words."
+            raise ArgumentError(
+                "prompts",
+                f"has to hold prompts of one length, at least 1, but they have {lengths} words",
             )
         left = [
             [as_written(" ".join(words[:i])) for i in range(positions + 1)] for words in prompts
@@ -238,7 +241,7 @@ class LanguageModel:
         size = (len(prompts), positions, len(table.words))
         result = torch.empty(size, device=self.device)
         for k, logits in self._logits([texts[-1] for texts in rows]):
-            # the LM tokens before a word are those that the text without the rest has, too
+            # the LM tokens before a word are those that it shares with the text up to this word
             last = [_shared(before, rows[k][-1]) - 1 for before in rows[k][:-1]]
             result[k] = self._look_up(logits[last], left[k][:-1], table)
         return result
@@ -249,7 +252,7 @@ class LanguageModel:
         rows = []
         for row, text in zip(log_p, left, strict=True):
             glue = _OPENS.search(text) if text else not self.opening
-            first, rest = table.glued if glue else table.spaced
+            first, rest = table.without_space if glue else table.after_space
             rows.append(row[first] + rest)
         return torch.stack(rows)
 
@@ -272,11 +275,11 @@ class LanguageModel:
         return torch.tensor([ids[0] for ids in pieces], device=self.device), rest
 
     def _means(self, texts: Sequence[str], end: bool) -> torch.Tensor:
-        """(n,) mean log-likelihoods; `end`: that the text ends is one more LM token."""
+        """(n,) mean log-likelihoods; `end`: the end of the text counts as one more LM token."""
         rows, given = self._rows(texts), self._given
         for text, row in zip(texts, rows, strict=True):
             if len(row) <= given:
-                raise ValueError(f"The texts have to hold words, but one is {text!r}.")
+                raise ArgumentError("texts", f"has to hold texts with words, but one is {text!r}")
         result = torch.empty(len(rows), device=self.device)
         for k, logits in self._logits(rows):
             ids = torch.tensor(rows[k][given:], device=self.device)
@@ -301,7 +304,7 @@ class LanguageModel:
         """The number of each row and its (len(row), LM vocabulary) fp32 logits, in any order."""
         for batch in _batches([len(row) for row in rows]):
             length = max(len(rows[k]) for k in batch)
-            # a causal model does not see what is to the right, so any token does for padding
+            # a causal model does not read to the right, so any token serves as padding
             padded = [[*rows[k], *[self.start] * (length - len(rows[k]))] for k in batch]
             ids = torch.tensor(padded, device=self.device)
             logits = self.model(ids, use_cache=False).logits
@@ -315,14 +318,17 @@ def load_language_model(
     dtype: torch.dtype | None = None,
     download: bool = False,
 ) -> LanguageModel:
-    """Load a language model to judge prompts with.
+    """Load a language model that scores prompts.
+
+    Every call loads the model anew: keep it and pass it as `language_model` to every search.
 
     Args:
         name_or_path, device, dtype, download: see `pez_core.language_models.load_model`.
-            bfloat16 halves the time on processors that have it and moves scores by 0.04 at most.
+            bfloat16 halves the time on processors that support it and changes scores by at most
+            0.04.
 
     Raises:
-        ValueError: no such model on this disk, or a package is missing.
+        ArgumentError: no such model on this disk, a package is missing, or the files are damaged.
     """
     return LanguageModel(*load_model(name_or_path, device, dtype, download))
 
@@ -340,6 +346,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many elements two sequences have in common before they differ."""
+    """The number of elements at which two sequences agree before they first differ."""
     differ = (k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differ, min(len(a), len(b)))

@@ -253,7 +253,7 @@ def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
     default = clip.vocabulary.tolist()
     if lexicon is None:
         return default
-    known, round_trips = set(default), clip.text.words.survives
+    known, round_trips = set(default), clip.text.words.round_trips
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
     return [token for token in single if token in known or round_trips([token])]
 
@@ -638,7 +638,7 @@ def _round_trip(clip: AnyClip, caption: Caption, ids: list[int]) -> list[int]:
     if caption.round_trips(ids):
         return ids
     log.warning("The prompt found does not round-trip; taking the tokens of its printed text.")
-    ids = [i for i in words.encode(words.decode(ids)) if words.survives([i])][:limit]
+    ids = [i for i in words.encode(words.decode(ids)) if words.round_trips([i])][:limit]
     while ids and not caption.round_trips(ids):
         ids.pop()
     return ids or clip.vocabulary[:1].tolist()

@@ -11,7 +11,7 @@ import torch
 from .clip.images import ImageInput, load_images
 from .errors import ArgumentError, ArgumentTypeError, check_number
 from .prompt_text import chunks
-from .targets import Target, as_list, encode_targets
+from .targets import Target, as_list, check_text, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -51,6 +51,7 @@ def score(
 
     Raises:
         ArgumentError: no prompt, an empty prompt, no image, an image that cannot be read.
+        FloatingPointError: a similarity is NaN or infinite.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -58,6 +59,7 @@ def score(
     for text in texts:
         if not isinstance(text, str):
             raise ArgumentTypeError("prompts", f"has to hold strings but holds {text!r}")
+        check_text("prompts", text, "give the file as one of the `images`")
     pictures, _ = load_images(images)
 
     def pairs(one: AnyClip) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,13 +67,28 @@ def score(
 
     with torch.inference_mode(False):
         a, b = pairs(clip)
+        similarity = check_finite(a @ b.T, clip)
         parts_a, parts_b = clip.split(a), clip.split(b)
         encoders = {name: parts_a[name] @ parts_b[name].T for name in parts_a}
         other = None
         if judge is not None:
             c, d = pairs(judge)
-            other = c @ d.T
-        return Scores(a @ b.T, encoders, other)
+            other = check_finite(c @ d.T, judge)
+        return Scores(similarity, encoders, other)
+
+
+def check_finite(values: torch.Tensor, clip: AnyClip) -> torch.Tensor:
+    """The similarities that a CLIP has computed.
+
+    Raises:
+        FloatingPointError: one of them is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        remedy = "load it with dtype=torch.float32"
+        if clip.dtype == torch.float32:
+            remedy = "its weights are damaged, load others"
+        raise FloatingPointError(f"similarities by {clip.name} are NaN or infinite; {remedy}.")
+    return values
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,7 @@ def _split(prompt: str) -> list[str]:
     words = prompt.split()
     if not words:
         raise ArgumentError("prompt", "is empty", "give at least one word")
+    check_text("prompt", prompt, "give a text, and the file as the `target`")
     return words
 
 
@@ -206,4 +224,4 @@ def _towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> li
                 for i in ids
             ]
         )
-    return (features @ feature).tolist()
+    return check_finite(features @ feature, clip).tolist()

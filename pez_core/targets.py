@@ -57,13 +57,19 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
     return [targets]  # type: ignore[list-item]
 
 
-def check_text(name: str, text: str) -> str:
-    """The text; raise where it is the name of an image file, which was meant as an image."""
+def check_text(name: str, text: str, remedy: str | None = None) -> str:
+    """The text; raise where it is the name of an image file, which was meant as an image.
+
+    Args:
+        name: of the argument.
+        text: its value, or a part of it.
+        remedy: of the error; None: where an image can stand, too, give a path object.
+    """
     if text.lower().endswith(_IMAGE_SUFFIXES) and len(text) < 1000 and Path(text).is_file():
         raise ArgumentError(
             name,
             f"is the text {text!r}, which is the name of an image file",
-            f"write Path({text!r}) for the image",
+            f"write Path({text!r}) for the image" if remedy is None else remedy,
         )
     return text
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from .errors import ArgumentError, ArgumentTypeError, check_bool, check_number
 
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
 
 UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 """A list of unsafe words; its head states source and limits."""
-
-
-class Tokenizer(Protocol):
-    """What the rules need to know of a tokenizer; `pez_core.clip.text.Words` is one."""
-
-    def survives(self, ids: Sequence[int]) -> bool:
-        """Whether text made of `ids` is read back as the same ids."""
-        ...
-
-
-def round_trip_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Sorted `ids` of the tokens that survive decode -> encode on their own.
-
-    In CLIP's tokenizer these are whole words and punctuation, 34,277 of 49,408 tokens: a word piece
-    without its word end would fuse with its neighbour when it is printed.
-    """
-    return [i for i in sorted(set(ids)) if tokenizer.survives([i])]
 
 
 class Blocklist:
@@ -146,8 +129,8 @@ class Vocabulary:
             trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
 
     Raises:
-        ValueError: a file cannot be read or holds no phrase; `min_embedding_std` is negative.
-        TypeError: `only` or `blocked` is neither a path nor a list of strings.
+        ArgumentError: a file cannot be read or holds no phrase, `only` or `block` is neither a path
+            nor a list of strings, or `min_embedding_std` is negative.
     """
 
     only: tuple[str, ...] | Sequence[str] | str | os.PathLike | None = None
@@ -249,7 +232,7 @@ class Vocabulary:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file cannot be read or is not a saved vocabulary.
+            ArgumentError: the file cannot be read or is not a saved vocabulary.
         """
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -350,8 +333,8 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
 
 
 def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
-    known = clip.known is None or clip.known.issuperset(phrase)
-    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.survives(phrase)
+    known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
+    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.round_trips(phrase)
 
 
 def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> ArgumentError:

@@ -6,11 +6,42 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from pez_core import Clip, load_clip
+from pez_core import Clip, SearchOptions, load_clip
 from pez_core.clip.images import load_image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
+
+
+def all_words(**fields) -> SearchOptions:
+    """Options without the list of unsafe words, as independent implementations search."""
+    return SearchOptions(block_unsafe=False, **fields)
+
+
+def paper(steps: int, **fields) -> SearchOptions:
+    """The published algorithm alone, with every word of the CLIP."""
+    return all_words(effort="paper", steps=steps, **fields)
+
+
+class Clock:
+    """A clock for tests: reading it takes `tick` seconds."""
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now, self.tick = 1000.0, tick
+
+    def monotonic(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The clock of every search."""
+    clock = Clock()
+    for module in ("runner", "tracker"):
+        monkeypatch.setattr(f"pez_core.{module}.time", clock)
+    return clock
+
 
 VISION = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
@@ -85,4 +116,15 @@ def emoji_clip() -> Clip:
     return load_clip("emoji-clip", device="cpu")
 
 
-__all__ = ["CLIP", "EXAMPLES", "ROOT", "TEXT", "CustomTextCLIP", "make_clip", "make_model"]
+__all__ = [
+    "CLIP",
+    "EXAMPLES",
+    "ROOT",
+    "TEXT",
+    "Clock",
+    "CustomTextCLIP",
+    "all_words",
+    "make_clip",
+    "make_model",
+    "paper",
+]

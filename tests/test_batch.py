@@ -3,10 +3,13 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import tarfile
 import threading
 from collections import Counter
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,14 +19,33 @@ from conftest import EXAMPLES
 from filelock import FileLock
 from PIL import Image
 
-from pez_core import Vocabulary, cli, distill, invert, score
-from pez_core.batch import Columns, Job, find_items, plan, run
+import pez_core.cli
+from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, invert, score
+from pez_core.batch import BatchPlan, Columns, Job, Summary, find_items, plan, run
+from pez_core.batch import job as job_module
 from pez_core.batch import worker as worker_module
 from pez_core.batch.output import Output
 from pez_core.batch.worker import Worker, failed_row
-from pez_core.clip.images import load_image
+from pez_core.cli import batch as command_module
+from pez_core.cli import show
+from pez_core.cli.main import build_parser
 
-QUICK = Job(steps=2, prompt_len=2)
+PAPER = SearchOptions(effort="paper", steps=2, prompt_len=2)
+QUICK = Job(options=PAPER)
+
+
+@pytest.fixture(autouse=True)
+def loads(monkeypatch, emoji_clip):
+    """The calls of `load_clip`; the bundled CLIP is loaded once for all tests."""
+    calls, load = [], worker_module.load_clip
+
+    def loaded(names, device=None, **options):
+        calls.append(SimpleNamespace(names=names, device=device, **options))
+        usual = names == ["emoji-clip"] and options["weights"] is None
+        return emoji_clip if usual else load(names, device="cpu", **options)
+
+    monkeypatch.setattr(worker_module, "load_clip", loaded)
+    return calls
 
 
 @pytest.fixture
@@ -198,7 +220,9 @@ def test_a_table_of_paths_and_prompts(tmp_path, suffix):
     assert [item["prompt"] for item in named] == [text for _, text, _ in rows]
     with pytest.raises(ValueError, match=r"none of the columns prompt.*file_name, words, number"):
         find_items(file, "distill")
-    with pytest.raises(ValueError, match="no column 'path'"):
+    with pytest.raises(
+        ValueError, match=r"`image_column` is 'path', but .*table.* has only file_name"
+    ):
         find_items(file, "invert", Columns(image="path"))
 
 
@@ -211,7 +235,7 @@ def test_empty_cells_have_a_problem(tmp_path):
 def test_an_id_counts_once(tmp_path):
     (tmp_path / "table.csv").write_text("id,prompt\n1,a dog\n2,a cat\n1,a dog\n")
     assert ids(tmp_path / "table.csv", "distill") == ["a dog", "a cat"]
-    with pytest.raises(ValueError, match="id '1' twice in its column id"):
+    with pytest.raises(ValueError, match="`id_column` is 'id', which holds '1' twice"):
         find_items(tmp_path / "table.csv", "distill", Columns(id="id"))
 
 
@@ -228,33 +252,180 @@ def test_sources_that_hold_nothing(images, name, task, message):
         find_items(images.parent / name, task)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes links and pipes")
+@pytest.mark.parametrize("task", ["invert", "distill", "score"])
+def test_entries_that_cannot_be_read_are_items_with_a_problem(images, tmp_path, monkeypatch, task):
+    (images / names()[0]).with_suffix(".txt").write_text("a red thing")
+    (images / "loop").symlink_to(images / "loop")
+    (images / "closed").mkdir()
+    os.mkfifo((images / names()[1]).with_suffix(".txt"))
+    os.mkfifo(images / "pipe.png")
+    scan = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    items = {item["id"]: item for item in find_items(images, task).to_pylist()}
+    assert items["loop"]["problem"].startswith("OSError: ")
+    assert items["closed"]["problem"].startswith("PermissionError: ")
+    if task != "distill":
+        assert items["pipe.png"]["problem"].startswith("NoFile: ")
+    good = names()[0].replace(".png", ".txt") if task == "distill" else names()[0]
+    assert items[good]["problem"] is None
+    if task != "invert":
+        piped = names()[1].replace(".png", ".txt") if task == "distill" else names()[1]
+        assert items[piped]["problem"].startswith("NoFile: ")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(images, monkeypatch):
+    def closed(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(ArgumentError, match=r"`source` .*images cannot be listed .*Permission"):
+        find_items(images)
+
+
+def sparse(header):
+    """The header of a file in GNU's sparse format."""
+    return header[:156] + b"S" + header[157:]
+
+
+def negative(header):
+    """A header whose size is below 0."""
+    return header[:124] + b"\xff" * 12 + header[136:]
+
+
+def huge(header):
+    return header[:124] + b"\x80" + b"\x7f" * 11 + header[136:]
+
+
+@pytest.mark.parametrize("damage", [sparse, negative, huge])
+def test_headers_that_mislead_tarfile_are_a_problem_of_their_tar(tmp_path, damage):
+    write_tar(tmp_path / "a.tar", **{f"{k}.png": picture() for k in range(3)})
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    header = bytearray(damage(bytes(data[1024:1536])))
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "b.tar").write_bytes(data[:1024] + header + data[1536:])
+    items = {item["id"]: item["problem"] for item in find_items(tmp_path).to_pylist()}
+    assert items["a.tar/2"] is None and items["b.tar/0"] is None
+    assert items["b.tar"].startswith("TarError: ") and str(tmp_path / "b.tar") in items["b.tar"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_damaged_table_is_an_item_with_a_problem(tmp_path, suffix):
+    good, bad = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
+    table = pa.table({"prompt": ["a dog", "a cat"]})
+    write = pq.write_table if suffix == ".parquet" else pa.csv.write_csv
+    write(table, good)
+    whole = good.read_bytes()
+    damaged = [whole[:-9], whole.replace(b"a cat", b"a\xff\xfet"), b"", b"\0" * 50]
+    for data in damaged:
+        bad.write_bytes(data)
+        items = find_items(tmp_path / f"*{suffix}", "distill").to_pylist()
+        problems = [item["problem"] for item in items if item["problem"]]
+        assert [item["prompt"] for item in items if not item["problem"]][-2:] == ["a dog", "a cat"]
+        if problems:
+            assert problems[0].startswith("TableError: ") and str(bad) in problems[0]
+        else:  # a CSV file may be cut between two letters
+            assert suffix == ".csv" and data == whole[:-9]
+
+
 # --- what a job is
 
 
-def test_jobs_say_what_does_not_belong():
-    with pytest.raises(ValueError, match="`task` has to be one of 'invert'"):
-        Job(task="paint")
-    with pytest.raises(ValueError, match=r"`template` is 'a \{\}', but task 'distill'"):
-        Job(task="distill", template="a {}")
-    with pytest.raises(ValueError, match="`preset` has to be one of"):
-        Job(preset="quick")
-    with pytest.raises(ValueError, match="`restarts`"):
-        Job(restarts=0)
-    assert Job() == Job(clip="emoji-clip", prompt_len=16, restarts=1)
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"task": "paint"}, "`task` has to be one of 'invert'"),
+        ({"task": "distill", "caption": "a {}"}, "`caption` is given, but task 'distill'"),
+        ({"task": "invert", "ratio": 0.5}, "`ratio` is given, but task 'invert'"),
+        (
+            {"task": "score", "options": SearchOptions(steps=3)},
+            "`steps` is given, but task 'score'",
+        ),
+        ({"task": "score", "language_model": "x"}, "`language_model` is given, but task 'score'"),
+        ({"options": SearchOptions(time_limit=3)}, "`time_limit` cannot be an option of a batch"),
+        ({"options": SearchOptions(batch_size=3)}, "`batch_size` cannot be an option of a batch"),
+        ({"options": SearchOptions(seed=[1, 2])}, "`seed` has to be an integer"),
+        ({"avoid": [3]}, "`avoid` has to be a string"),
+        ({"avoid": str(EXAMPLES[0])}, "`avoid` is the text .* image file"),
+        ({"avoid_weight": -1}, "`avoid_weight` has to be finite and 0 or more"),
+        ({"task": "distill", "ratio": 2}, "`ratio` has to be above 0 and at most 1"),
+    ],
+)
+def test_jobs_with_values_that_cannot_be_used(job, message):
+    with pytest.raises(ArgumentError, match=message):
+        Job(**job)
+
+
+def test_one_clip_or_text_is_a_list_of_one():
+    assert Job(clip="emoji-clip", avoid="dog") == Job(clip=["emoji-clip"], avoid=["dog"])
+
+
+def search_job(**options):
+    return Job(options=SearchOptions(**options))
 
 
 def test_settings_are_all_that_a_result_depends_on():
-    assert Job().settings == Job(preset="balanced").settings
-    assert Job().settings["plan"]["refine_steps"] == 56  # in place of a name: presets may change
-    assert Job().settings != Job(preset="fast").settings
-    assert Job(vocabulary=Vocabulary(bank=["a", "b"])).settings["vocabulary"]["bank"] == ["a", "b"]
+    usual = Job().settings
+    assert usual == search_job(prompt_len=16, restarts=1, effort="balanced").settings
+    # numbers in place of a name, which may get others
+    assert usual == search_job(steps=30, swaps=56).settings and usual["work"]["swaps"] == 56
+    limited = search_job(vocabulary=Vocabulary(only=["a", "b"])).settings
+    assert limited["vocabulary"]["only"] == ["a", "b"]
+    changed = [
+        search_job(effort="fast"),
+        search_job(steps=3),
+        search_job(swaps=3),
+        search_job(prompt_len=3),
+        search_job(restarts=3),
+        search_job(seed=3),
+        search_job(start_from="a"),
+        search_job(readability=0.5),
+        search_job(block_unsafe=False),
+        search_job(lr=0.2),
+        search_job(weight_decay=0.2),
+        search_job(patience=3),
+        search_job(vocabulary=Vocabulary(ascii_only=True)),
+        Job(language_model="x"),
+        Job(caption="a"),
+        Job(avoid="a"),
+        Job(avoid_weight=0.1),
+        Job(clip="a"),
+        Job(clip_weights=[1]),
+        Job(task="distill"),
+        Job(task="score"),
+    ]
+    different = {json.dumps(job.settings) for job in changed}
+    assert len(different) == len(changed) and json.dumps(usual) not in different
     assert set(Job(task="score").settings) == {"task", "clip", "clip_weights"}
 
 
+def test_settings_hold_every_option():
+    """A new option must not be left out."""
+    elsewhere = {"effort", "steps", "swaps", "block_unsafe", *job_module._REFUSED}
+    names = {field.name for field in fields(SearchOptions)} | {field.name for field in fields(Job)}
+    names -= {"options", "ratio"}
+    assert names - elsewhere <= set(Job().settings) and "ratio" in Job(task="distill").settings
+    assert {"work", "unsafe_words"} <= set(Job().settings)
+
+
+def test_a_job_can_be_pickled():
+    vocabulary = Vocabulary(only=["a"]) & Vocabulary(block=["b"], whole_words=False)
+    job = Job(options=SearchOptions(vocabulary=vocabulary, steps=3), avoid=["a"], clip_weights=[1])
+    again = pickle.loads(pickle.dumps(job))
+    assert again == job and again.settings == job.settings
+
+
 def test_the_seed_of_an_item_is_its_own():
-    seeds = {Job(seed=seed).seed_of(item) for seed in range(3) for item in "abc"}
+    seeds = {search_job(seed=seed).seed_of(item) for seed in range(3) for item in "abc"}
     assert len(seeds) == 9 and max(seeds) < 2**48
-    assert Job(preset="best").seed_of("a") == Job().seed_of("a")
+    assert search_job(effort="best").seed_of("a") == Job().seed_of("a")
 
 
 # --- results
@@ -267,7 +438,7 @@ def test_a_row_is_what_invert_finds(images, tmp_path, emoji_clip):
     assert sorted(rows) == sorted(names())
     row = rows[names()[1]]
     seed = QUICK.seed_of(names()[1])
-    alone = invert(emoji_clip, EXAMPLES[1], 2, steps=2, seed=seed)
+    (alone,) = invert(emoji_clip, EXAMPLES[1], replace(PAPER, seed=seed))
     assert (row["prompt"], row["token_ids"]) == (alone.prompt, alone.token_ids)
     assert row["similarity"] == pytest.approx(alone.similarity, abs=1e-6)
     assert row["seed"] == seed and row["seconds"] > 0 and row["error"] is None
@@ -278,14 +449,14 @@ def prompts(out):
 
 
 def test_neither_packing_nor_order_nor_a_second_run_changes_a_prompt(images, tmp_path):
-    job = Job(preset="fast", steps=4, refine_steps=4, prompt_len=4)
-    run(images, tmp_path / "all", job, at_once=5)
+    job = search_job(effort="fast", steps=4, swaps=4, prompt_len=4)
+    run(images, tmp_path / "all", job, batch_size=5)
     expected = prompts(tmp_path / "all")
     assert len(set(expected.values())) == 5
-    run(images, tmp_path / "single", job, at_once=1, chunk=2, shuffle=True)
+    run(images, tmp_path / "single", job, batch_size=1, chunk=2, shuffle=True)
     assert prompts(tmp_path / "single") == expected
-    before = run(images, tmp_path / "twice", job, at_once=2, limit=2)
-    after = run(images, tmp_path / "twice", job, at_once=3)
+    before = run(images, tmp_path / "twice", job, batch_size=2, limit=2)
+    after = run(images, tmp_path / "twice", job, batch_size=3)
     assert (before.found, after.found, after.finished_before) == (2, 5, 2)
     assert prompts(tmp_path / "twice") == expected
 
@@ -298,7 +469,7 @@ def test_groups_are_filled_up_on_a_cpu(images, tmp_path, monkeypatch):
         return search(clip, features, *arguments, **options)
 
     monkeypatch.setattr(worker_module, "invert", counted)
-    run(images, tmp_path / "out", QUICK, at_once=3)
+    run(images, tmp_path / "out", QUICK, batch_size=3)
     assert sizes == [1, 4, 4]  # the first is the check of the settings
     assert len(read(tmp_path / "out")) == 5
 
@@ -312,14 +483,17 @@ def test_finished_items_are_not_searched_again(images, tmp_path, monkeypatch):
 def test_a_shuffled_limit_takes_what_the_seed_says(images, tmp_path):
     taken = set()
     for seed in range(6):
-        job, out = Job(steps=1, prompt_len=1, seed=seed), tmp_path / str(seed)
+        job, out = (
+            search_job(effort="paper", steps=1, prompt_len=1, seed=seed),
+            tmp_path / str(seed),
+        )
         run(images, out, job, shuffle=True, limit=2)
         two = set(read(out))
         run(images, out, job, shuffle=True, limit=3)
         assert len(two) == 2 and two < set(read(out))
         taken.add(frozenset(two))
     assert len(taken) > 1
-    run(images, tmp_path / "plain", Job(steps=1, prompt_len=1), limit=2)
+    run(images, tmp_path / "plain", search_job(effort="paper", steps=1, prompt_len=1), limit=2)
     assert set(read(tmp_path / "plain")) == set(names(2))
 
 
@@ -327,7 +501,7 @@ def test_a_bad_image_is_a_row_with_its_error(images, tmp_path):
     (images / "bad.png").write_bytes(b"no image")
     (images / "empty.png").write_bytes(b"")
     reports = []
-    summary = run(images, tmp_path / "out", QUICK, reports.append, at_once=2)
+    summary = run(images, tmp_path / "out", QUICK, reports.append, batch_size=2)
     assert summary.found == 5
     assert summary.errors == {"UnidentifiedImageError": 1, "ValueError": 1}
     rows = read(tmp_path / "out")
@@ -379,11 +553,41 @@ def test_a_retry_that_fails_again_says_why_now(images, tmp_path):
     assert again.errors == {"ValueError": 8} and len(read(tmp_path / "out")) == 13
 
 
-def test_whatever_a_decoder_raises_is_the_error_of_its_image(images, tmp_path):
-    Image.new("RGB", (8, 8)).save(images / "odd.png", exif=b"Exif\0\0nonsense")
-    with pytest.raises(SyntaxError):  # no error that one would expect
-        load_image(images / "odd.png")
-    assert run(images, tmp_path / "out", QUICK).errors == {"SyntaxError": 1}
+def test_whatever_a_decoder_raises_is_the_error_of_its_image(images, tmp_path, monkeypatch):
+    load = worker_module.load_image
+
+    def odd(path):
+        if path.endswith(names()[1]):
+            raise Unforeseen("a decoder")
+        return load(path)
+
+    monkeypatch.setattr(worker_module, "load_image", odd)
+    summary = run(images, tmp_path / "out", QUICK)
+    assert (summary.found, summary.errors) == (4, {"Unforeseen": 1})
+
+
+def test_a_prompt_without_words_is_an_error_of_its_item(tmp_path):
+    (tmp_path / "table.csv").write_text(f"prompt\n&nbsp;\n{'a red bird ' * 4}\n")
+    summary = run(tmp_path / "table.csv", tmp_path / "out", Job(task="distill", options=PAPER))
+    assert (summary.found, summary.errors) == (1, {"ValueError": 1})
+    assert "no words" in read(tmp_path / "out")["&nbsp;"]["error"]
+
+
+def test_nan_is_an_error_of_its_item(images, tmp_path, monkeypatch, emoji_clip):
+    for name in names(3):
+        (images / name).with_suffix(".txt").write_text("a bird")
+    encode = emoji_clip.encode_images
+    calls = []
+
+    def broken(pictures):
+        calls.append(None)
+        return encode(pictures) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(emoji_clip, "encode_images", broken)
+    summary = run(images, tmp_path / "out", Job(task="score"))
+    assert (summary.found, summary.errors) == (2, {"FloatingPointError": 1, "NoPrompt": 2})
+    (row,) = [r for r in read(tmp_path / "out").values() if "Floating" in (r["error"] or "")]
+    assert "emoji-clip" in row["error"] and row["similarity"] is None
 
 
 def test_a_device_that_is_lost_ends_the_run_and_is_no_fault_of_the_items(
@@ -399,27 +603,45 @@ def test_a_device_that_is_lost_ends_the_run_and_is_no_fault_of_the_items(
 
     monkeypatch.setattr(worker_module, "invert", broken)
     with pytest.raises(worker_module.DeviceLost, match="illegal memory access"):
-        run(images, tmp_path / "out", QUICK, at_once=2)
+        run(images, tmp_path / "out", QUICK, batch_size=2)
     rows = read(tmp_path / "out")
     assert len(rows) == 2 and not any(row["error"] for row in rows.values())
 
 
-def test_an_item_that_breaks_its_group_is_found_and_the_others_stay(images, tmp_path, monkeypatch):
+class Unforeseen(Exception):
+    """No error that anybody expects."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("not a number"),
+        ZeroDivisionError("division by zero"),
+        Unforeseen("caf\udce9"),
+        AssertionError(),
+        KeyError("x"),
+        RecursionError("too deep"),
+    ],
+)
+def test_an_item_that_breaks_its_group_is_found_and_the_others_stay(
+    images, tmp_path, monkeypatch, error
+):
     search, seed = worker_module.invert, QUICK.seed_of(names()[2])
 
-    def failing(clip, features, *arguments, seed=0, **options):
-        if isinstance(seed, list) and bad in seed:
-            raise FloatingPointError("not a number")
-        return search(clip, features, *arguments, seed=seed, **options)
+    def failing(clip, features, options, **steering):
+        if isinstance(options.seed, tuple) and bad in options.seed:
+            raise error
+        return search(clip, features, options, **steering)
 
     bad = seed
     monkeypatch.setattr(worker_module, "invert", failing)
-    summary = run(images, tmp_path / "out", QUICK, at_once=5)
-    assert (summary.found, summary.errors) == (4, {"FloatingPointError": 1})
-    assert read(tmp_path / "out")[names()[2]]["error"] == "FloatingPointError: not a number"
+    summary = run(images, tmp_path / "out", QUICK, batch_size=5)
+    assert (summary.found, summary.errors) == (4, {type(error).__name__: 1})
+    message = f"{type(error).__name__}: {error}".replace("\udce9", "?")
+    assert read(tmp_path / "out")[names()[2]]["error"] == message
 
 
-def test_where_memory_ends_fewer_are_searched_at_once(images, tmp_path, monkeypatch):
+def test_where_memory_ends_fewer_are_searched_batch_size(images, tmp_path, monkeypatch):
     run(images, tmp_path / "room", QUICK)
     search, sizes = worker_module.invert, []
 
@@ -430,18 +652,18 @@ def test_where_memory_ends_fewer_are_searched_at_once(images, tmp_path, monkeypa
         return search(clip, features, *arguments, **options)
 
     monkeypatch.setattr(worker_module, "invert", limited)
-    assert run(images, tmp_path / "out", QUICK, at_once=5).found == 5
+    assert run(images, tmp_path / "out", QUICK, batch_size=5).found == 5
     assert sizes == [1, 8, 4, 4]  # the first is the check of the settings
     assert prompts(tmp_path / "out") == prompts(tmp_path / "room")
 
 
-def test_as_many_items_are_searched_at_once_as_there_is_memory_for(monkeypatch):
-    each = Worker(QUICK).clip.text.memory_per_prompt(2) * QUICK.plan.trials
+def test_as_many_items_are_searched_batch_size_as_there_is_memory_for(monkeypatch):
+    each = Worker(QUICK).clip.text.memory_per_prompt(2) * QUICK.options.work.trials
     each /= worker_module._SHARE  # the rest is for what does not grow
     for free, items in [(None, 16), (10**12, 16), (round(7.5 * each), 7), (each // 2, 1)]:
         monkeypatch.setattr(worker_module, "_free_memory", lambda device, free=free: free)
-        assert Worker(QUICK).at_once == items
-    assert Worker(QUICK, at_once=3).at_once == 3
+        assert Worker(QUICK).batch_size == items
+    assert Worker(QUICK, batch_size=3).batch_size == 3
 
 
 @pytest.mark.parametrize("how", ["stop", "interrupt"])
@@ -453,11 +675,11 @@ def test_whatever_ends_it_what_was_found_is_kept(images, tmp_path, how):
             return True
 
     if how == "stop":
-        summary = run(images, tmp_path / "out", QUICK, end, at_once=1, chunk=5)
+        summary = run(images, tmp_path / "out", QUICK, end, batch_size=1, chunk=5)
         assert summary.stopped and (summary.found, summary.missing) == (2, 3)
     else:
         with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it
-            run(images, tmp_path / "out", QUICK, end, at_once=1, chunk=5)
+            run(images, tmp_path / "out", QUICK, end, batch_size=1, chunk=5)
         assert kept.tb
     assert len(read(tmp_path / "out")) == 2
     assert run(images, tmp_path / "out", QUICK).finished_before == 2
@@ -465,19 +687,19 @@ def test_whatever_ends_it_what_was_found_is_kept(images, tmp_path, how):
 
 def test_settings_that_do_not_fit_the_clip_are_told_before_anything_is_searched(images, tmp_path):
     with pytest.raises(ValueError, match="`prompt_len` has to be from 1 to 75 but is 76"):
-        run(images, tmp_path / "out", Job(prompt_len=76, steps=1))
-    with pytest.raises(ValueError, match="`template` has to hold"):
-        run(images, tmp_path / "out2", Job(template="no place", steps=1))
+        run(images, tmp_path / "out", search_job(prompt_len=76, steps=1))
+    with pytest.raises(ArgumentError, match="`caption`"):
+        run(images, tmp_path / "out2", Job(caption="{} {}", options=PAPER))
     assert not list(tmp_path.glob("out*/*.parquet"))
 
 
 def test_prompts_are_distilled(tmp_path, emoji_clip):
     (tmp_path / "table.csv").write_text("prompt\na small red bird on a long green branch\n\n")
-    job = Job(task="distill", prompt_len=2, steps=2, restarts=1)
+    job = Job(task="distill", options=PAPER)
     assert run(tmp_path / "table.csv", tmp_path / "out", job).found == 1
     (row,) = read(tmp_path / "out").values()
-    settings = {"prompt_len": 2, "steps": 2, "restarts": 1, "seed": job.seed_of(row["id"])}
-    alone = distill(emoji_clip, "a small red bird on a long green branch", **settings)
+    options = replace(PAPER, seed=job.seed_of(row["id"]))
+    alone = distill(emoji_clip, "a small red bird on a long green branch", options)
     assert (row["prompt"], row["token_ids"]) == (alone.prompt, alone.token_ids)
 
 
@@ -525,7 +747,7 @@ def test_another_source_or_column_is_another_setting(images, tmp_path):
     (tmp_path / "t.csv").write_text("a,b\na red bird,a cat\n")
     job = Job(task="score")
     assert job.settings == Job(task="score").settings
-    job = Job(task="distill", prompt_len=1, steps=1, restarts=1)
+    job = Job(task="distill", options=PAPER)
     run(tmp_path / "t.csv", tmp_path / "texts", job, columns=Columns(prompt="a"))
     with pytest.raises(ValueError, match=r"columns: .*'a'.* there, .*'b'.* now"):
         run(tmp_path / "t.csv", tmp_path / "texts", job, columns=Columns(prompt="b"))
@@ -534,8 +756,8 @@ def test_another_source_or_column_is_another_setting(images, tmp_path):
 def test_other_settings_are_refused_with_the_difference(images, tmp_path):
     run(images, tmp_path / "out", QUICK)
     before = sorted(os.listdir(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"prompt_len: 2 there, 3 now\n  template: '\{\}' there"):
-        run(images, tmp_path / "out", Job(steps=2, prompt_len=3, template="a {}"))
+    with pytest.raises(ValueError, match=r"prompt_len: 2 there, 3 now\n  caption: '' there"):
+        run(images, tmp_path / "out", Job(options=replace(PAPER, prompt_len=3), caption="a {}"))
     with pytest.raises(ValueError, match="other settings"):
         plan(images, tmp_path / "out", Job())
     assert sorted(os.listdir(tmp_path / "out")) == before
@@ -549,7 +771,7 @@ def test_a_folder_with_something_else_is_left_alone(images, tmp_path):
         run(images, images / names()[0], QUICK)
 
 
-def test_two_runs_do_not_write_at_once(images, tmp_path):
+def test_two_runs_do_not_write_batch_size(images, tmp_path):
     run(images, tmp_path / "out", QUICK, limit=1)
     with (
         FileLock(tmp_path / "out" / "_lock"),
@@ -610,7 +832,7 @@ def test_a_plan_writes_nothing_and_knows_what_is_left(images, tmp_path):
     (images / "bad.png").write_bytes(b"no image")
     run(images, tmp_path / "out", QUICK, limit=3)
     before = sorted(os.listdir(tmp_path / "out"))
-    planned = plan(images, tmp_path / "out", QUICK, at_once=2)
+    planned = plan(images, tmp_path / "out", QUICK, batch_size=2)
     assert sorted(os.listdir(tmp_path / "out")) == before
     assert (planned.items, planned.finished, planned.failed, planned.to_do) == (6, 2, 1, 3)
     assert plan(images, tmp_path / "out", QUICK, retry_failed=True).to_do == 4
@@ -631,78 +853,274 @@ def test_planned_bytes_are_about_those_written(images, tmp_path):
 
 def test_the_longest_chunk_and_the_shortest(images, tmp_path):
     assert plan(images, tmp_path / "out", QUICK).chunk == 5
-    assert plan(images, tmp_path / "out", QUICK, at_once=2, chunk=3).chunk == 3
-    for name in ("at_once", "chunk", "limit"):
+    assert plan(images, tmp_path / "out", QUICK, batch_size=2, chunk=3).chunk == 3
+    for name in ("batch_size", "chunk", "limit"):
         with pytest.raises(ValueError, match=f"`{name}` has to be"):
             plan(images, tmp_path / "out", QUICK, **{name: 0})
 
 
 @pytest.fixture
 def command(images, tmp_path, capsys):
-    def command(*arguments, out="out"):
-        quick = ["--steps", "2", "--prompt-len", "2"]
-        status = cli.main(["batch", str(images), str(tmp_path / out), *quick, *arguments])
+    def command(*arguments, source=images, out="out"):
+        quick = ["--effort", "paper", "--steps", "2", "--prompt-len", "2"]
+        quick = [] if "score" in arguments else quick
+        given = ["batch", str(source), str(tmp_path / out), *quick, *arguments]
+        try:
+            status = pez_core.cli.main(given)
+        except SystemExit as ended:
+            status = ended.code
         return status, capsys.readouterr()
 
     return command
 
 
-def test_the_command_says_what_it_found(command, images, tmp_path):
+def test_the_command_prints_the_summary(command, images, tmp_path):
     (images / "bad.png").write_bytes(b"no image")
-    status, said = command("--limit", "3")
+    status, done = command("--limit", "3")
     assert status == 1
-    assert said.out.startswith("3 items: 2 found, 1 with errors; ")
-    assert said.out.endswith("\n  1  UnidentifiedImageError\n")
-    status, said = command("--json")
-    summary = json.loads(said.out)
+    assert done.out.startswith("3 items: 2 found, 1 with errors; ")
+    assert done.out.endswith("\n  1  UnidentifiedImageError\n")
+    status, done = command("--json")
+    summary = json.loads(done.out)
     assert status == 1 and (summary["found"], summary["finished_before"]) == (5, 3)
     (images / "bad.png").write_bytes(picture())
-    status, said = command("--retry-failed")
-    assert status == 0 and said.out.startswith("6 items: 6 found, 5 of them before; ")
+    status, done = command("--retry-failed")
+    assert status == 0 and done.out.startswith("6 items: 6 found, 5 of them before; ")
 
 
 def test_a_dry_run(command, tmp_path):
-    status, said = command("--dry-run")
+    status, done = command("--dry-run")
     assert status == 0 and not (tmp_path / "out").exists()
-    first, second, third = said.out.splitlines()
+    first, second, third = done.out.splitlines()
     assert first == "5 items: 5 to do, 0 finished, 0 with errors"
-    assert second == "1 worker, 16 items at once, files of 5"
-    assert third.split(",")[0].endswith(" s per item (5 were searched to tell)")
+    assert second == "1 worker, 16 items side by side, files of 5"
+    assert third.split(",")[0].endswith(" s per item (measured on 5)")
     assert json.loads(command("--dry-run", "--json")[1].out)["to_do"] == 5
 
 
-def test_the_command_in_a_log_says_how_far_it_is(command, monkeypatch):
-    monkeypatch.setattr(cli, "_LOG_EVERY", 0)
-    _, said = command("--at-once", "2", "--chunk", "2")
-    lines = said.err.splitlines()
+def test_the_command_in_a_log_prints_its_progress(command, monkeypatch):
+    monkeypatch.setattr(show, "LOG_EVERY", 0)
+    _, done = command("--batch-size", "2", "--chunk", "2")
+    lines = done.err.splitlines()
     assert lines[0] == "pez: 0 of 5, first items"
     assert lines[-1].startswith("pez: 5 of 5, ") and lines[-1].endswith(" items/s, 0 s left")
+
+
+# option -> its value and other arguments, what it changes, and what this then is
+def option(name):
+    return lambda run: getattr(run.job.options, name)
+
+
+def field(name):
+    return lambda run: getattr(run.job, name)
+
+
+def setting(name):
+    return lambda run: run.settings[name]
+
+
+def words(run):
+    return {word for (word,) in run.job.options.allowed.lexicon(run.clip).phrases}
+
+
+def tokens(*texts):
+    return lambda run: {run.clip.text.words.encode(text)[0] for text in texts}
+
+
+EFFECTS = {
+    "--task": (["score"], field("task"), "score"),
+    "--image-column": (["a"], lambda run: run.settings["columns"].image, "a"),
+    "--prompt-column": (["a"], lambda run: run.settings["columns"].prompt, "a"),
+    "--id-column": (["a"], lambda run: run.settings["columns"].id, "a"),
+    "--limit": (["3"], setting("limit"), 3),
+    "--shuffle": ([], setting("shuffle"), True),
+    "--retry-failed": ([], setting("retry_failed"), True),
+    "--dry-run": ([], lambda run: run.called, "plan"),
+    "--ray": ([], lambda run: run.settings["cluster"] is not None, True),
+    "--address": (["auto", "--ray"], lambda run: run.cluster("address"), "auto"),
+    "--workers": (["3", "--ray"], lambda run: run.cluster("workers"), 3),
+    "--cpus-per-worker": (["2", "--ray"], lambda run: run.cluster("cpus"), 2),
+    "--gpus-per-worker": (["0.5", "--ray"], lambda run: run.cluster("gpus"), 0.5),
+    "--batch-size": (["4"], setting("batch_size"), 4),
+    "--chunk": (["8"], setting("chunk"), 8),
+    "--prompt-len": (["5"], option("prompt_len"), 5),
+    "--effort": (["fast"], option("effort"), "fast"),
+    "--steps": (["7"], option("steps"), 7),
+    "--swaps": (["9", "--effort", "fast"], option("swaps"), 9),
+    "--restarts": (["3"], option("restarts"), 3),
+    "--seed": (["5"], option("seed"), 5),
+    "--readability": (["0.5", "--effort", "fast"], option("readability"), 0.5),
+    "--language-model": (
+        ["x", "--readability", "1", "--effort", "fast"],
+        field("language_model"),
+        "x",
+    ),
+    "--ratio": (["0.5", "--task", "distill"], field("ratio"), 0.5),
+    "--caption": (["a {}"], field("caption"), "a {}"),
+    "--start-from": (["a dog"], option("start_from"), "a dog"),
+    "--avoid": (["dog", "--avoid", "cat"], field("avoid"), ("dog", "cat")),
+    "--avoid-weight": (["2"], field("avoid_weight"), 2),
+    "--only": (["{only}"], lambda run: words(run) == tokens("dog", "cat")(run), True),
+    "--block": (["dog"], lambda run: tokens("dog")(run) <= words(run), False),
+    "--block-list": (["{only}"], lambda run: tokens("dog")(run) <= words(run), False),
+    "--allow-unsafe": ([], option("block_unsafe"), False),
+    "--ascii": ([], lambda run: "ascii_only" in str(run.job.options.vocabulary), True),
+    "--vocabulary": (["{rules}"], lambda run: words(run) == tokens("fish")(run), True),
+    "--clip": (["a", "--clip", "b"], field("clip"), ("a", "b")),
+    "--clip-weight": (["2", "--clip-weight", "1"], field("clip_weights"), (2, 1)),
+    "--device": (["mps"], setting("device"), "mps"),
+    "--download": ([], setting("download"), True),
+    "--json": ([], lambda run: run.out.startswith("{"), True),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for action in build_parser()._subparsers._group_actions[0].choices["batch"]._actions
+        for name in action.option_strings
+        if name not in ("-h", "--help")
+    ],
+)
+def test_every_option_has_its_effect(name, capsys, tmp_path, monkeypatch, emoji_clip):
+    (tmp_path / "only").write_text("dog\ncat\n")
+    Vocabulary(only=["fish"]).save(tmp_path / "rules")
+    calls = []
+
+    def stub(called, result):
+        def call(source, out, job, callback=None, **settings):
+            calls.append(SimpleNamespace(called=called, job=job, settings=settings))
+            return result
+
+        monkeypatch.setattr(pez_core.batch, called, call)
+
+    stub("run", Summary(1, 0, 1, {}, 0, 1.0, False))
+    stub("plan", BatchPlan(1, 0, 0, 1, 1, 1, 1, 0, 0.0, 0.0, 0))
+
+    def effect_of(*arguments):
+        assert pez_core.cli.main(["batch", "source", "out", *arguments]) == 0
+        done = calls.pop()
+        cluster = done.settings["cluster"]
+        done.cluster = lambda name: getattr(cluster, name) if cluster else None
+        done.out, done.clip = capsys.readouterr().out, emoji_clip
+        return effect(done)
+
+    given, effect, expected = EFFECTS[name]
+    paths = {"{only}": str(tmp_path / "only"), "{rules}": str(tmp_path / "rules")}
+    given = [paths.get(part, part) for part in given]
+    assert effect_of() != expected
+    assert effect_of(name, *given) == expected
+
+
+def test_the_options_of_the_run_reach_the_worker(images, tmp_path, loads, monkeypatch):
+    sizes, search = [], Worker._search
+    monkeypatch.setattr(
+        Worker, "_search", lambda self, group: sizes.append(len(group)) or search(self, group)
+    )
+    job = Job(options=PAPER, clip=["emoji-clip"])
+    run(images, tmp_path / "out", job, batch_size=2, device="cpu", download=True)
+    assert sizes == [2, 2, 1]
+    (load,) = loads
+    assert (load.device, load.download, load.weights) == ("cpu", True, None)
+
+
+def test_steering_reaches_the_prompt(images, tmp_path, emoji_clip):
+    vocabulary = Vocabulary(only=["dog", "cat", "sexy"])
+    options = replace(PAPER, vocabulary=vocabulary, start_from="dog")
+    job = Job(options=options, caption="a {} here", avoid=["dog"], avoid_weight=3)
+    run(images, tmp_path / "out", job, limit=1)
+    ((item, row),) = read(tmp_path / "out").items()
+    seeded = replace(options, seed=job.seed_of(item))
+    avoid = pez_core.Avoid(["dog"], 3)
+    (alone,) = invert(emoji_clip, images / item, seeded, caption="a {} here", avoid=avoid)
+    assert row["prompt"] == alone.prompt
+    assert set(row["prompt"].split()) <= {"a", "here", "dog", "cat"}
+
+
+def test_the_tasks_of_the_command_are_those_of_a_job():
+    assert set(command_module.TASKS) == set(job_module.NEEDS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "2"], "and --gpus-per-worker belong to --ray"),
-        (["--address", "auto"], "--address has nothing to say without --ray"),
-        (["--task", "distill", "--template", "a {}"], "task 'distill' has no use for it"),
-        (["--limit", "0"], "`limit` has to be"),
+        (["--workers", "2"], "--workers requires --ray; add it"),
+        (["--address", "auto"], "--address requires --ray; add it"),
+        (["--task", "distill", "--caption", "a {}"], "--caption is given, but task 'distill'"),
+        (["--limit", "0"], "--limit has to be at least 1"),
+        (["--batch-size", "0"], "--batch-size has to be at least 1"),
         (["--clip", "nothing-here"], "nothing-here"),
+        (["--language-model", "x"], "--language-model requires --readability above 0"),
+        (["--avoid", str(EXAMPLES[0])], "a batch can avoid only texts"),
+        (["--task", "score", "--allow-unsafe"], "--allow-unsafe is given, but task 'score'"),
+        (["--image-column", "a"], None),
     ],
 )
 def test_usage_errors(command, arguments, message):
-    status, said = command(*arguments)
-    assert status == 2 and message in said.err
+    status, done = command(*arguments)
+    if message is None:  # no table, no use for the name of a column
+        assert status == 0
+        return
+    assert status == 2 and message in done.err and "`" not in done.err.replace("`name`", "")
 
 
-def test_without_ray_it_says_what_to_install(command, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    status, said = command("--ray")
-    assert status == 2 and "install the extra `batch`" in said.err
+def test_errors_name_their_file(command, tmp_path):
+    for name, message in [("gone", "gone does not exist"), ("*.nothing", "matches no file")]:
+        status, done = command(source=tmp_path / name)
+        assert status == 2 and f"SOURCE {tmp_path / name}" in done.err and message in done.err
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    status, done = command(source=tmp_path / "t.csv")
+    assert status == 2 and f"{tmp_path / 't.csv'} has none of the columns" in done.err
+    assert "--image-column" in done.err
+    status, done = command("--image-column", "c", source=tmp_path / "t.csv")
+    assert status == 2 and f"--image-column is 'c', but {tmp_path / 't.csv'} has" in done.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
+def test_settings_that_cannot_be_read_name_their_file(command, images, tmp_path, text):
+    command()
+    (tmp_path / "out" / "_settings.json").write_text(text)
+    status, done = command()
+    assert status == 2 and "_settings.json" in done.err and "Traceback" not in done.err
+
+
+def test_a_damaged_file_of_results_is_named(command, tmp_path):
+    command()
+    (file,) = (tmp_path / "out").glob("part-*")
+    file.write_bytes(file.read_bytes()[:-20])
+    status, done = command()
+    assert status == 2 and str(file) in done.err and "remove this file" in done.err
+
+
+def test_a_full_disk_names_its_file(command, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def full(number):
+        if len(os.listdir(tmp_path / "out")) > 2:  # the settings and the lock are there
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, done = command()
+    assert status == 2 and "No space left on device" in done.err and ".parquet" in done.err
+
+
+@pytest.mark.parametrize("missing", ["pyarrow", "filelock", "ray"])
+def test_packages_that_are_missing_are_named(command, monkeypatch, missing):
+    modules = __import__("sys").modules
+    monkeypatch.setitem(modules, missing, None)
+    if missing != "ray":
+        for name in [name for name in modules if name.startswith("pez_core.batch")]:
+            monkeypatch.delitem(modules, name)
+        monkeypatch.delattr(pez_core, "batch")
+    status, done = command("--ray")
+    assert status == 2 and missing in done.err and "install the extra `batch`" in done.err
 
 
 def test_images_are_read_while_others_are_searched(images, monkeypatch):
     """The second image waits to be read until the search of the first one has begun."""
-    worker, began = Worker(QUICK, at_once=1), threading.Event()
+    worker, began = Worker(QUICK, batch_size=1), threading.Event()
     read, search, counts = worker._read, worker._search, Counter()
 
     def reading(item):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import EXAMPLES, ROOT
 
+from pez_core import SearchOptions, Vocabulary
 from pez_core.batch import Cluster, Job, run
 
 pytestmark = [
@@ -19,7 +20,14 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc"),
 ]
 
-JOB = Job(preset="fast", steps=6, refine_steps=6, prompt_len=3)
+OPTIONS = SearchOptions(
+    effort="fast",
+    steps=6,
+    swaps=6,
+    prompt_len=3,
+    vocabulary=Vocabulary() & Vocabulary(block=["dog"], whole_words=False),
+)
+JOB = Job(options=OPTIONS, avoid=["a cat"])
 TWO = Cluster(workers=2)
 COUNT = 24
 
@@ -91,7 +99,8 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(ray, images, tmp_path, exp
     """It has joined a cluster, which outlives it and so do its workers for a moment."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pez_core", "batch", str(images), str(out), "--ray"]
-    command += ["--preset", "fast", "--steps", "6", "--refine-steps", "6", "--prompt-len", "3"]
+    command += ["--effort", "fast", "--steps", "6", "--swaps", "6", "--prompt-len", "3"]
+    command += ["--avoid", "a cat", "--block", "dog"]
     command += ["--workers", "2", "--chunk", "1"]
     command += ["--address", ray.get_runtime_context().gcs_address]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -121,7 +130,7 @@ def test_an_item_that_kills_its_worker_has_an_error_and_the_others_are_found(
                 os._exit(1)
             return super().seed_of(item)
 
-    job = Deadly(preset="fast", steps=6, refine_steps=6, prompt_len=3)
+    job = Deadly(options=OPTIONS, avoid=["a cat"])
     summary = run(images, tmp_path / "out", job, cluster=TWO, chunk=4)
     assert (summary.found, summary.missing) == (COUNT - 3, 0)
     assert summary.errors == {"WorkerDied": 2, "UnidentifiedImageError": 1}
@@ -131,9 +140,9 @@ def test_an_item_that_kills_its_worker_has_an_error_and_the_others_are_found(
     assert found == {item: row for item, row in expected.items() if item in found}
 
 
-def test_what_does_not_fit_is_told_as_in_one_process(images, tmp_path):
+def test_errors_are_those_of_one_process(images, tmp_path):
     with pytest.raises(ValueError, match="`prompt_len` has to be from 1 to 75 but is 76"):
-        run(images, tmp_path / "out", Job(prompt_len=76, steps=1), cluster=TWO)
+        run(images, tmp_path / "out", Job(options=SearchOptions(prompt_len=76)), cluster=TWO)
     with pytest.raises(ValueError, match="`workers` is 3, but the cluster has 2 CPU cores"):
         run(images, tmp_path / "out2", JOB, cluster=Cluster(workers=3))
 

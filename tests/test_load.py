@@ -4,26 +4,33 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import threading
-from contextlib import contextmanager, nullcontext
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
-from conftest import EXAMPLES, TEXT, VISION, make_model
+from conftest import EXAMPLES, ROOT, TEXT, VISION, make_model
 from PIL import Image
 from safetensors.torch import save_file
 
 from pez_core import invert, load_clip
-from pez_core.clip import files
-from pez_core.clip import load as loading
+from pez_core.clip import PRESETS, build, files
 from pez_core.clip.images import load_image
-from pez_core.clip.load import PRESETS, download_size
+from pez_core.clip.models import BUNDLED
+from pez_core.clip.weights import download_size, fetch_weights, find_on_disk, weights_of_tag
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def same_text(clip, model):
 def test_bundled(emoji_clip):
     assert emoji_clip.name == "emoji-clip" and emoji_clip.dtype == torch.float32
     assert 2_000 < len(emoji_clip.vocabulary) < 6_000
-    assert all(emoji_clip.text.words.survives([i]) for i in emoji_clip.vocabulary.tolist())
+    assert all(emoji_clip.text.words.round_trips([i]) for i in emoji_clip.vocabulary.tolist())
 
 
 def test_a_file_gives_its_weights(architecture, weights):
@@ -73,7 +80,7 @@ def test_a_file_gives_its_weights(architecture, weights):
         load_clip(f"{architecture}:{weights}", device="cpu"),
     ):
         assert same_text(clip, make_model(seed=3))
-        assert len(clip.vocabulary) == 34_277
+    assert len(clip.vocabulary) == 34_277
 
 
 def test_a_torch_file_gives_its_weights(architecture, tmp_path):
@@ -127,11 +134,11 @@ def test_tags_placed_by_hand_are_found(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     save_file({}, folder / "ViT-B-32.openai.safetensors")
-    found = loading.find_on_disk("ViT-B-32", "openai")
+    found = find_on_disk("ViT-B-32", "openai")
     assert found == folder / "ViT-B-32.openai.safetensors"
-    assert loading.find_on_disk("ViT-B-32", "laion2b_s34b_b79k") is None
+    assert find_on_disk("ViT-B-32", "laion2b_s34b_b79k") is None
     (folder / "ViT-B-32.laion2b_s34b_b79k.bin").write_bytes(b"x")
-    assert loading.find_on_disk("ViT-B-32", "laion2b_s34b_b79k").suffix == ".bin"
+    assert find_on_disk("ViT-B-32", "laion2b_s34b_b79k").suffix == ".bin"
 
 
 def test_openai_tags_use_quick_gelu(tmp_path):
@@ -149,8 +156,30 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch):
     with pytest.raises(ValueError) as caught:
         load_clip("ViT-H-14", pretrained="laion2b_s32b_b79k")
     message = str(caught.value)
-    for part in ("3.94 GB", "download=True", "--download", "laion/CLIP-ViT-H-14", "by hand as"):
+    for part in ("3.94 GB", "`download`", "laion/CLIP-ViT-H-14", "by hand as"):
         assert part in message, message
+
+
+def test_presets_are_open_clips_own():
+    for preset in PRESETS:
+        found = open_clip.get_pretrained_cfg(preset.name, preset.pretrained)
+        assert found["hf_hub"] == preset.repository + "/"
+
+
+def test_presets_and_files_on_disk_are_found_without_open_clip():
+    """What lists models answers at once; open_clip and torch take seconds to import."""
+    script = """
+import sys, types
+package = types.ModuleType("pez_core")
+package.__path__ = [sys.argv[1]]
+sys.modules["pez_core"] = package
+import pez_core.clip, pez_core.clip.models, pez_core.clip.weights
+for preset in pez_core.clip.PRESETS:
+    pez_core.clip.weights.find_on_disk(preset.name, preset.pretrained)
+    pez_core.clip.weights.download_size(preset.name, preset.pretrained)
+assert not {"open_clip", "torch", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script, str(ROOT / "pez_core")], check=True)
 
 
 def test_sizes_of_presets_are_those_of_their_architectures():
@@ -165,12 +194,13 @@ def test_sizes_of_presets_are_those_of_their_architectures():
 class Hub(BaseHTTPRequestHandler):
     """The part of the Hugging Face Hub that serves a file."""
 
-    content, etag, asked = b"", "etag", []
+    content, etag, asked = b"", None, []
 
     def _headers(self, length, status=200):
         self.send_response(status)
         self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", f'"{self.etag}"')
+        etag = self.etag or hashlib.sha256(self.content).hexdigest()
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(length))
         self.end_headers()
 
@@ -220,9 +250,9 @@ def hub(monkeypatch):
 def test_download_when_asked(hub):
     """Fetched once, then found on disk."""
     hub(Hub)
-    path = loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+    path = weights_of_tag("ViT-H-14", "laion2b_s32b_b79k", download=True)
     assert path.read_bytes() == Hub.content
-    assert loading.find_on_disk("ViT-H-14", "laion2b_s32b_b79k").samefile(path)
+    assert find_on_disk("ViT-H-14", "laion2b_s32b_b79k").samefile(path)
 
 
 class BrokenHub(Hub):
@@ -238,21 +268,21 @@ class BrokenHub(Hub):
 def test_a_failed_download_says_so(hub, handler):
     hub(handler)
     with pytest.raises(OSError, match=r"Could not download .*resumed"):
-        loading._fetch("ViT-H-14", "laion2b_s32b_b79k", download=True)
+        weights_of_tag("ViT-H-14", "laion2b_s32b_b79k", download=True)
 
 
 def test_a_tokenizer_on_the_hub_is_not_fetched_unless_asked(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "ViT-B-16-SigLIP.webli.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"tokenizer .*--download"):
+    with pytest.raises(ValueError, match=r"tokenizer .*`download`"):
         load_clip("ViT-B-16-SigLIP:webli")
 
 
 def test_a_file_is_prepared_as_all_tags_of_its_architecture_say():
-    assert loading._preprocess("ViT-B-16-SigLIP", {})["mean"] == (0.5, 0.5, 0.5)
-    assert loading._preprocess("ViT-B-16-SigLIP", {})["resize_mode"] == "squash"
-    assert loading._preprocess("pez-unknown", {}) is None
+    assert build.preprocessing("ViT-B-16-SigLIP", {})["mean"] == (0.5, 0.5, 0.5)
+    assert build.preprocessing("ViT-B-16-SigLIP", {})["resize_mode"] == "squash"
+    assert build.preprocessing("pez-unknown", {}) is None
 
 
 class Evil:
@@ -279,7 +309,7 @@ def test_bad_weights(architecture, weights, tmp_path):
     ]
     script = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     script.save(str(tmp_path / "script.pt"))
-    cases.append((tmp_path / "script.pt", "convert it to safetensors.*TorchScript"))
+    cases.append((tmp_path / "script.pt", "TorchScript.*convert it to safetensors"))
     torch.save({"optimizer": 3}, tmp_path / "other.pt")
     cases.append((tmp_path / "other.pt", "does not hold weights of pez-tiny"))
     for path, message in cases:
@@ -313,6 +343,10 @@ def test_wrong_types():
         load_clip(3)
     with pytest.raises(TypeError, match="`pretrained`"):
         load_clip("ViT-B-32", 3)
+    with pytest.raises(TypeError, match="`device`"):
+        load_clip(device=0.5)
+    with pytest.raises(TypeError, match="`dtype`"):
+        load_clip(dtype=[])
 
 
 def test_bad_folders(tmp_path, weights):
@@ -328,6 +362,96 @@ def test_bad_folders(tmp_path, weights):
             load_clip(str(tmp_path))
     (tmp_path / "vocabulary.json").write_text("[320, 60000]")
     assert load_clip(str(tmp_path), device="cpu").vocabulary.tolist() == [320]
+
+
+def test_paths_may_hold_colons(architecture, tmp_path, monkeypatch):
+    """As all paths of Windows do."""
+    save_file(small_model().state_dict(), tmp_path / "a:b.safetensors")
+    assert load_clip(str(tmp_path / "a:b.safetensors"), device="cpu").name == "a:b"
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("a:b.safetensors", device="cpu").name == "a:b"
+    save_file(small_model().state_dict(), r"C:\clips\small.safetensors")
+    for name in (r"C:\clips\small.safetensors", r"ViT-S-32-alt:C:\clips\small.safetensors"):
+        assert same_text(load_clip(name, device="cpu"), small_model()), name
+    for missing in (r"D:\a.safetensors", "D:/a.safetensors", "no:where.safetensors"):
+        with pytest.raises(ValueError, match=r"`name` is the file .* does not exist"):
+            load_clip(missing)
+    with pytest.raises(ValueError, match=r"`name` is 'ViT-H-41'"):
+        load_clip("ViT-H-41:openai")
+
+
+CODE = "from pathlib import Path\nPath({!r}).touch()\n"
+
+
+@pytest.fixture
+def stranger(tmp_path, weights):
+    """A folder whose tokenizer is Python code that leaves a file `was-here`."""
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    weights.rename(folder / "open_clip_model.safetensors")
+    (folder / "tokens.py").write_text(CODE.format(str(tmp_path / "was-here")))
+    auto_map = {"AutoTokenizer": ["tokens.Tokens", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+
+    def write(vision=None, text=None):
+        towers = {"vision_cfg": VISION | (vision or {}), "text_cfg": TEXT | (text or {})}
+        config = {"model_cfg": {"embed_dim": 16, **towers}}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    yield write
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "vision, text, message",
+    [
+        ({}, {"tokenizer_kwargs": {"trust_remote_code": True}}, "'trust_remote_code'"),
+        ({}, {"tokenizer_kwargs": {"bpe_path": "/etc/hostname"}}, "'bpe_path'"),
+        ({}, {"tokenizer_kwargs": {"clean": ["lower"]}}, "'clean'"),
+        ({}, {"tokenizer_kwargs": {"clean": "dirty"}}, "'dirty'"),
+        ({}, {"tokenizer_kwargs": 3}, "3 for tokenizer_kwargs"),
+        ({}, {"hf_model_name": "someone/text"}, "text tower of Hugging Face"),
+        ({"timm_model_name": "hf-hub:someone/tower"}, {}, "hf-hub:someone/tower"),
+        ({"timm_model_name": "local-dir:/tmp/tower"}, {}, "local-dir:/tmp/tower"),
+        ({"timm_model_name": 3}, {}, "no model of timm"),
+    ],
+)
+def test_the_config_of_a_folder_runs_no_code_and_stays_offline(stranger, vision, text, message):
+    folder = stranger(vision, {"hf_tokenizer_name": "x"} | text)
+    with pytest.raises(
+        ValueError, match=f"`name` is the folder .*open_clip_config.json.*{message}"
+    ):
+        load_clip(folder)
+    config = json.loads((pathlib.Path(folder) / "open_clip_config.json").read_text())
+    with pytest.raises(ValueError, match=f"`config` .*{message}"):
+        build.from_config(config | {"tokenizer": None}, {})
+
+
+def test_the_tokenizer_of_a_folder_runs_no_code(stranger, monkeypatch):
+    """Nobody is asked on the terminal, either."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="no tokenizer that can be read"):
+        load_clip(stranger({}, {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"clean": "lower"}}))
+
+
+@pytest.mark.parametrize("kind", ["local-dir:{}", "hf-hub:someone/clip", "no-such-name", 3, ["a"]])
+def test_a_saved_config_names_only_tokenizers_of_open_clip(stranger, kind):
+    folder = stranger({}, {"hf_tokenizer_name": "x"})
+    name = kind.format(folder) if isinstance(kind, str) else kind
+    model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    with pytest.raises(ValueError, match="`config` names the tokenizer"):
+        build.from_config({"model_cfg": model_cfg, "tokenizer": name}, {})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_cfg": 3}', "[" * 200_000, "\xff"])
+def test_a_folder_without_a_readable_config(tmp_path, weights, text):
+    weights.rename(tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"open_clip_config.json (cannot be read|has no model_cfg)"
+    ):
+        load_clip(str(tmp_path))
 
 
 def small_model(quick_gelu=False):
@@ -363,7 +487,7 @@ def as_transformers(model) -> dict:
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "transformers"])
-def test_a_file_says_by_itself_what_it_holds(layout, tmp_path):
+def test_the_tensors_of_a_file_show_which_clip_it_holds(layout, tmp_path):
     """Both layouts give the features that the libraries that wrote them give."""
     ours = small_model(quick_gelu=layout == "transformers")
     ids = open_clip.get_tokenizer("ViT-S-32-alt")(["a red car", "snow"])
@@ -392,8 +516,9 @@ def test_a_file_says_by_itself_what_it_holds(layout, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_the_activation_is_told_by_the_name_of_the_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(files, "_known", lambda: {None: "ViT-L-14"})
+def test_the_activation_follows_from_the_name_of_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "_dimensions", lambda shapes: ())
+    monkeypatch.setattr(files, "_plain_clips", lambda: {(): "ViT-L-14"})
     for name, tag, quick in (
         ("clip-vit-large-patch14-openai", "openai", True),
         ("ViT-L-14.laion2b_s32b_b82k", "laion2b_s32b_b82k", False),
@@ -406,7 +531,7 @@ def test_the_activation_is_told_by_the_name_of_the_file(monkeypatch, tmp_path):
         assert (found.tag, found.quick_gelu) == (tag, quick), name
 
 
-def test_files_that_hold_no_whole_clip_are_told_apart(tmp_path):
+def test_files_that_hold_no_whole_clip_are_refused(tmp_path):
     text = {k: t for k, t in small_model().state_dict().items() if not k.startswith("visual.")}
     save_file(text, tmp_path / "text.safetensors")
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -415,8 +540,37 @@ def test_files_that_hold_no_whole_clip_are_told_apart(tmp_path):
         assert files.find_clip(path) is None
         with pytest.raises(ValueError, match=r"does not hold both towers"):
             load_clip(str(path))
-    with pytest.raises(ValueError, match=r"missing.safetensors does not exist"):
+    with pytest.raises(ValueError, match=r"missing.safetensors, which does not exist"):
         load_clip(str(tmp_path / "missing.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        "[]",
+        "3",
+        '{"a": 3}',
+        '{"a": {"shape": 3}}',
+        '{"visual.conv1.weight": {"shape": []}}',
+        '{"visual.conv1.weight": {"shape": [[1], {}, "x", null]}}',
+        "\xff",
+        None,
+    ],
+)
+def test_a_file_with_a_crafted_header_holds_no_clip(header, tmp_path):
+    tensors = small_model().state_dict()
+    shapes = {key: {"shape": list(tensor.shape)} for key, tensor in tensors.items()}
+    if header is None:  # all names are there, one of them with an odd shape
+        shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"] = {"shape": []}
+        shapes["visual.proj"] = {"shape": [[1]]}
+        header = json.dumps(shapes)
+    content = header.encode("latin-1")
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    assert files.find_clip(tmp_path / "a.safetensors") is None
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert files._configured_activation(tmp_path / "config.json", True)
 
 
 class Ended(BaseException):
@@ -435,13 +589,11 @@ def test_weights_are_fetched_to_a_place_and_resumed(hub, tmp_path):
             raise Ended
 
     with pytest.raises(Ended):
-        loading.fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path, cancel)
+        fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path, cancel)
     assert not path.exists() and reports[-1][1] == len(Hub.content)
     here = reports[-1][0]
     reports.clear()
-    loading.fetch_weights(
-        "ViT-H-14", "laion2b_s32b_b79k", path, lambda *report: reports.append(report)
-    )
+    fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path, lambda *report: reports.append(report))
     assert path.read_bytes() == Hub.content and list(tmp_path.iterdir()) == [path]
     assert Hub.asked == [0, here] and reports[-1] == (len(Hub.content), len(Hub.content))
 
@@ -452,15 +604,101 @@ def test_a_damaged_download_is_not_kept(hub, monkeypatch, tmp_path):
     for tag, good in ((hashlib.sha256(Hub.content).hexdigest(), True), ("0" * 64, False)):
         monkeypatch.setattr(Hub, "etag", tag)
         if good:
-            loading.fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path)
+            fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path)
             path.unlink()
         else:
             with pytest.raises(OSError, match=r"arrived damaged"):
-                loading.fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path)
-        assert not list(tmp_path.iterdir())
+                fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path)
+        assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
-def test_nothing_of_a_clip_stays_behind_when_its_module_moves(emoji_clip, tiny_clip):
+def test_two_downloads_of_one_file_do_not_destroy_each_other(hub, tmp_path):
+    """The second waits, can be cancelled, and finds the file of the first."""
+    path, wait = tmp_path / "ViT-H-14.safetensors", threading.Event()
+    Hub.content, Hub.asked = os.urandom(3_000_000), []
+    hub(Hub)
+
+    def slow(done, total):
+        assert wait.wait(60)
+
+    def cancel(done, total):
+        raise Ended
+
+    fetch = partial(fetch_weights, "ViT-H-14", "laion2b_s32b_b79k", path)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch, slow)
+        while not list(tmp_path.glob(".*.part")):
+            time.sleep(0.01)
+        with pytest.raises(Ended):
+            fetch(cancel)
+        second = pool.submit(fetch)
+        wait.set()
+        assert first.result() == second.result() == path
+    assert path.read_bytes() == Hub.content and Hub.asked == [0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("tag", ["v1", "W/abc", "", "0" * 40])
+def test_a_file_that_cannot_be_verified_is_not_downloaded(hub, monkeypatch, tmp_path, tag):
+    hub(Hub)
+    monkeypatch.setattr(Hub, "etag", tag or " ")
+    Hub.asked = []
+    with pytest.raises(OSError, match="no SHA-256"):
+        fetch_weights("ViT-H-14", "laion2b_s32b_b79k", tmp_path / "a.safetensors")
+    assert not Hub.asked and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["{}", 'W/"{}"'])
+def test_the_sha256_may_be_written_in_capitals_or_as_a_weak_tag(hub, monkeypatch, tmp_path, form):
+    hub(Hub)
+    digest = hashlib.sha256(Hub.content).hexdigest().upper()
+    monkeypatch.setattr(Hub, "etag", form.format(digest).strip('"'))
+    path = tmp_path / "a.safetensors"
+    assert fetch_weights("ViT-H-14", "laion2b_s32b_b79k", path).read_bytes() == Hub.content
+
+
+class EndlessHub(Hub):
+    """Sends more than it announced."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(self.content)
+            while True:
+                self.wfile.write(bytes(1 << 20))
+
+
+def test_a_download_ends_at_its_size(hub, tmp_path):
+    hub(EndlessHub)
+    path = fetch_weights("ViT-H-14", "laion2b_s32b_b79k", tmp_path / "a.safetensors")
+    assert path.read_bytes() == Hub.content
+
+
+@pytest.mark.parametrize(
+    "address", ["http://example.org/a", "file:///etc/hostname", "ftp://localhost/a"]
+)
+def test_only_encrypted_addresses_are_downloaded_from(hub, monkeypatch, tmp_path, address):
+    """As the place of the file, and as the end of a redirection."""
+    hub(Hub)
+    found = SimpleNamespace(etag="0" * 64, size=5, location=address)
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: found)
+        with pytest.raises(OSError, match="is not https"):
+            fetch_weights("ViT-H-14", "laion2b_s32b_b79k", tmp_path / "a.safetensors")
+
+    class Elsewhere(Hub):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", address)
+            self.end_headers()
+
+    hub(Elsewhere)
+    with pytest.raises(OSError, match=r"is not (https|allowed)"):
+        fetch_weights("ViT-H-14", "laion2b_s32b_b79k", tmp_path / "a.safetensors")
+
+
+def test_no_tensor_of_a_clip_stays_behind_when_its_module_moves(emoji_clip, tiny_clip):
     """Whoever moves the model to another device moves everything that is used in a step."""
     for clip in (emoji_clip, tiny_clip):
         for part in (clip, clip.text):
@@ -487,7 +725,9 @@ def test_the_image_tower_is_lent_for_as_long_as_it_is_used(tiny_clip):
     assert events == ["lent", "back"]
 
 
-def test_with_low_memory_the_image_tower_only_visits_the_device(monkeypatch, emoji_clip):
+def test_with_low_memory_the_image_tower_is_on_the_device_only_while_it_encodes(
+    monkeypatch, emoji_clip
+):
     clip = load_clip(device="meta", low_memory=True)  # a device that holds nothing
     assert clip.device.type == "meta"
     weights = dict(clip.model.named_parameters())
@@ -508,7 +748,7 @@ def test_with_low_memory_the_image_tower_only_visits_the_device(monkeypatch, emo
 
 
 def test_several_clips_have_low_memory_each(tmp_path):
-    shutil.copytree(loading.BUNDLED["emoji-clip"], tmp_path / "other")
+    shutil.copytree(BUNDLED["emoji-clip"], tmp_path / "other")
     joint = load_clip(["emoji-clip", str(tmp_path / "other")], device="meta", low_memory=True)
     for part in joint.clips:
         assert next(part.model.visual.parameters()).device.type == "cpu"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_clip
 
-from pez_core import Settings, TokenSpace, search
+from pez_core import PezSettings, TokenSpace, search
 from pez_core.objectives import Similarity
 
 
@@ -44,7 +44,7 @@ def plain_pez(model, ids, target, steps, lr=0.1, weight_decay=0.1):
 
 
 class Traced(TokenSpace):
-    """A space that remembers what every step projected to."""
+    """A space that records the projection of every step."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -149,7 +149,7 @@ def test_patience_ends_each_problem_on_its_own(tiny_clip):
     assert len(ends) > 1 and together.step == max(ends)
 
 
-def test_callback_sees_progress_and_stops(grid):
+def test_a_callback_gets_progress_and_stops(grid):
     seen = []
 
     def callback(progress):
@@ -202,7 +202,7 @@ def test_nothing_global_is_touched(grid):
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled() == grad
 
 
-def test_nan_is_an_error_that_says_what_to_try(grid):
+def test_a_nan_is_an_error_with_a_remedy(grid):
     def objective(embeddings, step):
         loss = embeddings.sum((-1, -2)) * (math.nan if step == 3 else 1)
         return loss, loss

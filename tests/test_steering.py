@@ -1,16 +1,18 @@
-"""Templates, initial prompts, weights and what to stay away from."""
+"""Captions, text to start from, weights and targets to avoid."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, make_clip
+from conftest import EXAMPLES, make_clip, paper
 
-from pez_core import Vocabulary, invert
+from pez_core import ArgumentError, Avoid, Vocabulary, invert
 from pez_core.clip.images import load_image
 
 STEPS = 60
 FISH, PARROT = (p for p in EXAMPLES if p.stem in ("noto-fish", "noto-parrot"))
+SHORT = paper(STEPS, prompt_len=4)
 
 
 def similarity(clip, prompt, image):
@@ -19,27 +21,29 @@ def similarity(clip, prompt, image):
 
 
 @pytest.mark.parametrize(
-    "template", ["a photo of {} on a beach", "{}, oil", "a fish in Water, {}", "(Big:1.2) {}"]
+    "caption", ["a photo of {} on a beach", "{}, oil", "a fish in Water, {}", "(Big:1.2) {}"]
 )
-def test_a_template_stays_and_is_scored(emoji_clip, template):
-    result = invert(emoji_clip, FISH, 4, STEPS, restarts=2, template=template)
-    assert result.prompt == template.replace("{}", result.learned)
+def test_a_caption_stays_and_is_scored(emoji_clip, caption):
+    (result,) = invert(emoji_clip, FISH, replace(SHORT, restarts=2), caption=caption)
+    assert result.prompt == caption.replace("{}", result.learned)
     assert len(emoji_clip.tokenizer.encode(result.learned)) == 4
     assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
     assert result.similarity == pytest.approx(similarity(emoji_clip, result.prompt, FISH), abs=1e-5)
     assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)
 
 
-def test_learned_tokens_add_what_a_caption_missed(emoji_clip):
+def test_learned_tokens_add_to_a_caption(emoji_clip):
     caption = "a blue fish"
-    result = invert(emoji_clip, FISH, 4, STEPS, template=caption + " {}")
-    assert result.prompt.startswith(caption)
+    (result,) = invert(emoji_clip, FISH, SHORT, caption=caption)
+    assert result.prompt == f"{caption} {result.learned}"  # behind it, where it has no {}
     assert result.similarity > similarity(emoji_clip, caption, FISH) + 0.05
+    (same,) = invert(emoji_clip, FISH, SHORT, caption=caption + " {}")
+    assert same.prompt == result.prompt
 
 
-def test_the_words_around_change_what_is_learned(emoji_clip):
-    plain = invert(emoji_clip, FISH, 4, STEPS)
-    inside = invert(emoji_clip, FISH, 4, STEPS, template="a drawing of a fish {} at night")
+def test_the_words_around_change_the_learned_words(emoji_clip):
+    (plain,) = invert(emoji_clip, FISH, SHORT)
+    (inside,) = invert(emoji_clip, FISH, SHORT, caption="a drawing of a fish {} at night")
     assert plain.learned != inside.learned
     assert inside.similarity > similarity(
         emoji_clip, f"a drawing of a fish {plain.learned} at night", FISH
@@ -47,55 +51,67 @@ def test_the_words_around_change_what_is_learned(emoji_clip):
 
 
 @pytest.mark.parametrize(
-    "template, message",
+    "caption, argument, message",
     [
-        ("no place", "has to hold {} once"),
-        ("{} and {}", "has to hold {} once"),
-        ("pre{}", "put a space on both sides"),
-        ("a " * 72 + "{}", "beside the template's 72 tokens there is room for 3"),
-        ("a " * 90 + "{}", "beside the template's 90 tokens there is room for 0"),
+        ("{} and {}", "caption", "has to hold {} once"),
+        ("pre{}", "caption", "put a space on both sides"),
+        (
+            "a " * 72 + "{}",
+            "prompt_len",
+            "beside the 72 tokens of the `caption` there is room for 3",
+        ),
+        (
+            "a " * 90 + "{}",
+            "prompt_len",
+            "beside the 90 tokens of the `caption` there is room for 0",
+        ),
     ],
 )
-def test_bad_templates(emoji_clip, template, message):
-    with pytest.raises(ValueError, match=message):
-        invert(emoji_clip, FISH, 4, 3, template=template)
+def test_bad_captions(emoji_clip, caption, argument, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        invert(emoji_clip, FISH, SHORT, caption=caption)
+    assert error.value.argument == argument
 
 
-def test_an_initial_prompt_is_where_the_search_begins(emoji_clip):
-    initial = "red fish with big white eyes in blue water"
-    ids = emoji_clip.tokenizer.encode(initial)
-    result = invert(emoji_clip, FISH, len(ids), 1, initial=initial)
-    assert result.prompt == initial
-    filled = invert(emoji_clip, FISH, len(ids) + 3, 1, initial=initial)
+def test_a_search_begins_at_the_text_to_start_from(emoji_clip):
+    text = "red fish with big white eyes in blue water"
+    ids = emoji_clip.tokenizer.encode(text)
+    first = paper(1, prompt_len=len(ids), start_from=text)
+    (result,) = invert(emoji_clip, FISH, first)
+    assert result.prompt == text
+    (filled,) = invert(emoji_clip, FISH, replace(first, prompt_len=len(ids) + 3))
     assert filled.token_ids[: len(ids)] == ids and len(filled.token_ids) == len(ids) + 3
-    longer = invert(emoji_clip, FISH, len(ids), STEPS, initial=initial, restarts=3)
+    (longer,) = invert(emoji_clip, FISH, replace(first, steps=STEPS, restarts=3))
     assert longer.similarity > result.similarity
-    others = invert(emoji_clip, FISH, len(ids), 1, initial=initial, restarts=3)
+    (others,) = invert(emoji_clip, FISH, replace(first, restarts=3))
     assert len({candidate.prompt for candidate in others.candidates}) == 3
 
 
-def test_an_initial_prompt_outside_the_vocabulary_moves_into_it(emoji_clip):
-    words = Vocabulary(bank=["cat", "dog", "tree"])
-    result = invert(emoji_clip, FISH, 3, 1, initial="lion wolf forest", vocabulary=words)
+def test_text_to_start_from_moves_into_the_vocabulary(emoji_clip):
+    words = Vocabulary(only=["cat", "dog", "tree"])
+    options = paper(1, prompt_len=3, start_from="lion wolf forest", vocabulary=words)
+    (result,) = invert(emoji_clip, FISH, options)
     assert set(result.prompt.split()) <= {"cat", "dog", "tree"}
 
 
-def test_bad_initial_prompts(emoji_clip):
-    with pytest.raises(ValueError, match="`initial` has 5 tokens, more than `prompt_len` 3"):
-        invert(emoji_clip, FISH, 3, 1, initial="a b c d e")
-    with pytest.raises(TypeError, match="`initial`"):
-        invert(emoji_clip, FISH, 3, 1, initial=["a"])
-    rules = Vocabulary(whole_words=False, blocked=["hot dog"])
-    words = Vocabulary(bank=["hot", "dog"]) & rules
-    with pytest.raises(ValueError, match="`initial` begins with a blocked word"):
-        invert(emoji_clip, FISH, 2, 1, initial="hot dog", vocabulary=words)
+def test_bad_text_to_start_from(emoji_clip):
+    options = paper(1, prompt_len=3)
+    with pytest.raises(ArgumentError, match="`start_from` has 5 tokens, more than `prompt_len` 3"):
+        invert(emoji_clip, FISH, replace(options, start_from="a b c d e"))
+    with pytest.raises(TypeError, match="`start_from`"):
+        replace(options, start_from=["a"])
+    rules = Vocabulary(whole_words=False, block=["hot dog"])
+    words = Vocabulary(only=["hot", "dog"]) & rules
+    options = paper(1, prompt_len=2, start_from="hot dog", vocabulary=words)
+    with pytest.raises(ArgumentError, match="`start_from` begins with a blocked word"):
+        invert(emoji_clip, FISH, options)
 
 
-def test_what_is_to_be_avoided_costs(emoji_clip):
-    options = dict(prompt_len=8, steps=STEPS)
-    free = invert(emoji_clip, FISH, **options)
+def test_targets_to_avoid_cost(emoji_clip):
+    options = paper(STEPS, prompt_len=8)
+    (free,) = invert(emoji_clip, FISH, options)
     for avoid in ("a fish", Path(PARROT), load_image(PARROT)):
-        kept_off = invert(emoji_clip, FISH, negative=avoid, negative_weights=1.0, **options)
+        (kept_off,) = invert(emoji_clip, FISH, options, avoid=Avoid(avoid, 1.0))
         if isinstance(avoid, str):
             other = emoji_clip.encode_texts([avoid])[0]
         else:
@@ -112,21 +128,27 @@ def test_what_is_to_be_avoided_costs(emoji_clip):
     assert free.avoided == []
 
 
-def test_negative_weights_are_for_all_together_or_for_each(emoji_clip):
-    options = dict(prompt_len=4, steps=20, negative=["a fish", PARROT])
-    one = invert(emoji_clip, FISH, negative_weights=0.6, **options)
-    each = invert(emoji_clip, FISH, negative_weights=[0.3, 0.3], **options)
+def test_a_weight_is_for_all_targets_to_avoid_together_or_for_each(emoji_clip):
+    options, away = paper(20, prompt_len=4), ["a fish", PARROT]
+
+    def find(avoid):
+        return invert(emoji_clip, FISH, options, avoid=avoid)[0]
+
+    one, each = find(Avoid(away, 0.6)), find(Avoid(away, [0.3, 0.3]))
     assert one.prompt == each.prompt and one.avoided == each.avoided
-    none = invert(emoji_clip, FISH, negative_weights=0.0, **options)
-    assert none.prompt == invert(emoji_clip, FISH, 4, 20).prompt
+    none = find(Avoid(away, 0.0))
+    assert none.prompt == find(()).prompt and len(none.avoided) == 2
+    # targets without `Avoid` have the weight 0.5
+    half = find(Avoid(away, 0.5))
+    assert find(away).history == half.history != one.history
 
 
 def test_a_negative_prompt(emoji_clip):
-    options = dict(prompt_len=8, steps=STEPS, learn_negative=True)
-    far = invert(emoji_clip, FISH, **options)
+    options = paper(STEPS, prompt_len=8)
+    (far,) = invert(emoji_clip, FISH, options, negative_prompt=True)
     assert far.similarity < -0.3 and far.similarities == []
     assert far.avoided == [pytest.approx(far.similarity)]
-    unwanted = invert(emoji_clip, FISH, negative=Path(PARROT), **options)
+    (unwanted,) = invert(emoji_clip, FISH, options, avoid=Path(PARROT), negative_prompt=True)
     assert unwanted.similarity == pytest.approx(
         similarity(emoji_clip, unwanted.prompt, PARROT), abs=1e-5
     )
@@ -134,64 +156,56 @@ def test_a_negative_prompt(emoji_clip):
 
 
 def test_weights_of_shared_images(emoji_clip):
-    options = dict(prompt_len=8, steps=STEPS, shared=True)
-    even = invert(emoji_clip, [FISH, PARROT], **options)
-    fish = invert(emoji_clip, [FISH, PARROT], weights=[9, 1], **options)
-    parrot = invert(emoji_clip, [FISH, PARROT], weights=[1, 9], **options)
+    options = paper(STEPS, prompt_len=8)
+    even, fish, parrot = (
+        invert(emoji_clip, [FISH, PARROT], options, shared=shared)[0]
+        for shared in (True, [9, 1], [1, 9])
+    )
     assert fish.similarities[0] > even.similarities[0] > parrot.similarities[0]
     assert fish.similarities[1] < even.similarities[1] < parrot.similarities[1]
     assert fish.similarity == pytest.approx(0.9 * fish.similarities[0] + 0.1 * fish.similarities[1])
 
 
 @pytest.mark.parametrize(
-    "options, error, message",
+    "options, error, argument, message",
     [
-        ({"weights": [1]}, ValueError, "`weights` .* add shared=True"),
-        ({"weights": [1, 2], "shared": True}, ValueError, "`weights` has to hold 1 numbers"),
-        ({"weights": [0], "shared": True}, ValueError, "`weights` has to be finite and above 0"),
-        ({"weights": ["a"], "shared": True}, TypeError, "`weights` has to hold numbers"),
-        ({"negative": "x", "negative_weights": -1}, ValueError, "`negative_weights`"),
-        ({"negative": "x", "negative_weights": [1, 2]}, ValueError, "has to hold 1 numbers"),
-        (
-            {"negative": "x", "negative_weights": 0, "learn_negative": True},
-            ValueError,
-            "`negative_weights` is 0",
-        ),
-        ({"negative": ""}, ValueError, "`negative` holds an empty text"),
-        ({"negative": Path("missing.png")}, ValueError, "`negative`: missing.png does not exist"),
-        ({"negative": [3]}, TypeError, "`negative` has to hold"),
-        ({"vocabulary": "a.txt"}, TypeError, "`vocabulary` has to be a Vocabulary"),
-        ({"template": 3}, TypeError, "`template`"),
+        ({"shared": [1, 2]}, ValueError, "shared", "has to hold 1 numbers but holds 2"),
+        ({"shared": [0]}, ValueError, "shared", "has to be finite and above 0"),
+        ({"shared": ["a"]}, TypeError, "shared", "has to be a number"),
+        ({"shared": "yes"}, TypeError, "shared", "has to be a list of numbers"),
+        ({"shared": 1}, TypeError, "shared", "has to be a list of numbers"),
+        ({"avoid": Avoid("x", -1)}, ValueError, "avoid_weight", "finite and 0 or more"),
+        ({"avoid": Avoid("x", [1, 2])}, ValueError, "avoid_weight", "has to hold 1 numbers"),
+        ({"avoid": Avoid("x", "a")}, TypeError, "avoid_weight", "has to be a number"),
+        ({"avoid": Avoid("x", 0), "negative_prompt": True}, ValueError, "avoid_weight", "is 0"),
+        ({"avoid": ""}, ValueError, "avoid", "holds an empty text"),
+        ({"avoid": Path("missing.png")}, ValueError, "avoid", "missing.png.* does not exist"),
+        ({"avoid": [3]}, TypeError, "avoid", "has to hold"),
+        ({"negative_prompt": 1}, TypeError, "negative_prompt", "has to be True or False"),
+        ({"caption": 3}, TypeError, "caption", "has to be a string"),
     ],
 )
-def test_bad_steering(emoji_clip, options, error, message):
-    with pytest.raises(error, match=message):
-        invert(emoji_clip, FISH, 3, 1, **options)
+def test_bad_steering(emoji_clip, options, error, argument, message):
+    with pytest.raises(error, match=message) as caught:
+        invert(emoji_clip, FISH, paper(1, prompt_len=3), **options)
+    assert isinstance(caught.value, ArgumentError) and caught.value.argument == argument
 
 
-def test_a_phrase_bank_with_a_template_and_something_to_avoid(emoji_clip):
-    bank = Vocabulary(bank=["blue fish", "red car", "a happy old cat", "big"], blocked=["red car"])
-    result = invert(
-        emoji_clip,
-        FISH,
-        5,
-        STEPS,
-        restarts=2,
-        vocabulary=bank,
-        template="painting of {}",
-        negative="a red car",
-    )
+def test_phrases_with_a_caption_and_something_to_avoid(emoji_clip):
+    words = Vocabulary(only=["blue fish", "red car", "a happy old cat", "big"], block=["red car"])
+    options = paper(STEPS, prompt_len=5, restarts=2, vocabulary=words)
+    (result,) = invert(emoji_clip, FISH, options, caption="painting of {}", avoid="a red car")
     rest = result.learned
     for phrase in ("blue fish", "a happy old cat", "big"):
         rest = rest.replace(phrase, "")
     assert not rest.strip() and "blue fish" in result.learned
 
 
-def test_without_a_causal_mask_a_template_works_too():
+def test_without_a_causal_mask_a_caption_works_too():
     from conftest import CustomTextCLIP
 
     clip = make_clip(CustomTextCLIP, text={"no_causal_mask": True})
     image = torch.rand(9, 9, 3, generator=torch.Generator().manual_seed(0))
-    result = invert(clip, image, 3, 5, template="a photo {} of it")
+    (result,) = invert(clip, image, paper(5, prompt_len=3), caption="a photo {} of it")
     assert clip.tokenizer.encode(result.prompt) == result.token_ids
     assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)

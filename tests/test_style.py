@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, paper
 
-from pez_core import Style, Vocabulary, extract_style, invert
+from pez_core import ArgumentError, StyleResult, Vocabulary, invert, style
 from pez_core.clip.images import load_image
 from pez_core.objectives import SampledSimilarity, Similarity
-from pez_core.style import spoil, style_direction
+from pez_core.style_direction import spoil, style_direction
 from pez_core.vocabulary import Blocklist
 
-QUICK = dict(steps=60, restarts=2)
+QUICK = paper(60, restarts=2)
 ONE_STYLE = [path for path in EXAMPLES if path.stem.startswith("fxemoji")][:6]
 
 
@@ -20,38 +20,40 @@ def pictures():
 
 
 def test_a_style_for_subjects(emoji_clip, pictures):
-    style = extract_style(emoji_clip, pictures, **QUICK)
-    assert isinstance(style, Style) and len(style.token_ids) == 8 and len(style.candidates) == 2
-    assert style.apply("a cat") == f"a cat, {style.prompt}"
-    assert style.apply("{x}", "{style} of {subject}") == f"{style.prompt} of {{x}}"
+    found = style(emoji_clip, pictures, QUICK)
+    assert isinstance(found, StyleResult)
+    assert len(found.token_ids) == 8 and len(found.candidates) == 2
+    assert found.apply("a cat") == f"a cat, {found.prompt}"
+    assert found.apply("{x}", "{style} of {subject}") == f"{found.prompt} of {{x}}"
     for template in ("{subject}", "{style}", ""):
-        with pytest.raises(ValueError, match="`template`"):
-            style.apply("a cat", template)
+        with pytest.raises(ArgumentError, match="`style_template`"):
+            found.apply("a cat", template)
     image = emoji_clip.encode_images(pictures)
-    text = emoji_clip.encode_texts([style.prompt])[0]
-    assert style.similarities == pytest.approx((image @ text).tolist(), abs=1e-5)
-    assert style.similarity == pytest.approx((image @ text).mean().item(), abs=1e-5)
+    text = emoji_clip.encode_texts([found.prompt])[0]
+    assert found.similarities == pytest.approx((image @ text).tolist(), abs=1e-5)
+    assert found.similarity == pytest.approx((image @ text).mean().item(), abs=1e-5)
 
 
-def test_the_joint_mode_is_one_prompt_for_all_images(emoji_clip, pictures):
-    joint = extract_style(emoji_clip, pictures, 8, 60, 1, mode="joint")
-    shared = invert(emoji_clip, pictures, 8, 60, shared=True)
+def test_a_style_with_its_content_is_one_prompt_for_all_images(emoji_clip, pictures):
+    options = paper(60, prompt_len=8)
+    joint = style(emoji_clip, pictures, options, keep_content=True)
+    (shared,) = invert(emoji_clip, pictures, options, shared=True)
     assert joint.prompt == shared.prompt
-    everything = extract_style(emoji_clip, pictures, 8, 60, 1, mode="joint", batch_size=6)
+    everything = style(emoji_clip, pictures, options, keep_content=True, images_per_step=6)
     assert everything.similarity == pytest.approx(joint.similarity, abs=0.05)
 
 
-def test_the_separating_mode_turns_away_from_contents(emoji_clip, pictures):
-    """What tells the images apart is less in its prompt than in that of the joint mode."""
+def test_a_style_turns_away_from_contents(emoji_clip, pictures):
+    """Its prompt has less of the differences between the images than with `keep_content`."""
     features = emoji_clip.encode_images(pictures)
     differences = features - features.mean(0)
 
-    def content(style):
-        return (emoji_clip.encode_texts([style.prompt]) @ differences.T).abs().mean().item()
+    def content(found):
+        return (emoji_clip.encode_texts([found.prompt]) @ differences.T).abs().mean().item()
 
-    options = dict(steps=100, restarts=4)
-    joint = extract_style(emoji_clip, pictures, mode="joint", **options)
-    separate = extract_style(emoji_clip, pictures, **options)
+    options = paper(100, restarts=4)
+    joint = style(emoji_clip, pictures, options, keep_content=True)
+    separate = style(emoji_clip, pictures, options)
     assert content(separate) < content(joint)
 
 
@@ -73,7 +75,7 @@ def test_the_direction_has_less_of_what_survives_spoiling(emoji_clip, pictures, 
     def ahead(d):
         return ((features @ d).mean() - (spoilt @ d).mean()) / (features @ d).mean()
 
-    monkeypatch.setattr("pez_core.style.SPOILT", 0.0)
+    monkeypatch.setattr("pez_core.style_direction.SPOILT", 0.0)
     assert ahead(direction) > ahead(style_direction(emoji_clip, pictures, features)) + 0.01
 
 
@@ -84,8 +86,7 @@ def test_many_images_leave_something(emoji_clip):
 
 
 def test_the_same_picture_twice(emoji_clip, pictures):
-    style = extract_style(emoji_clip, [pictures[0]] * 2, steps=20, restarts=1)
-    assert style.similarity > 0.2
+    assert style(emoji_clip, [pictures[0]] * 2, paper(20)).similarity > 0.2
 
 
 def test_spoiling_changes_every_picture_and_keeps_its_size(pictures):
@@ -118,38 +119,47 @@ def test_a_minibatch_per_step_and_a_score_on_all():
 
 
 def test_minibatches_come_from_the_seed(emoji_clip, pictures):
-    options = dict(steps=40, restarts=1, mode="joint", batch_size=2)
-    first = extract_style(emoji_clip, pictures, **options)
-    assert extract_style(emoji_clip, pictures, **options).prompt == first.prompt
-    assert extract_style(emoji_clip, pictures, seed=5, **options).prompt != first.prompt
+    def find(**fields):
+        options = paper(40, **fields)
+        return style(emoji_clip, pictures, options, keep_content=True, images_per_step=2)
+
+    first = find()
+    assert find().prompt == first.prompt
+    assert find(seed=5).prompt != first.prompt
     text = emoji_clip.encode_texts([first.prompt])[0]
     mean = (emoji_clip.encode_images(pictures) @ text).mean().item()
     assert first.similarity == pytest.approx(mean, abs=1e-5)
 
 
-def test_contents_that_are_named_are_not_said(emoji_clip, pictures):
-    free = extract_style(emoji_clip, pictures, **QUICK)
+def test_words_of_the_content_do_not_appear(emoji_clip, pictures):
+    free = style(emoji_clip, pictures, QUICK)
     words = [word for word in free.prompt.split() if len(word) > 2]
-    named = extract_style(emoji_clip, pictures, content=[" ".join(words[:4]), words[4]], **QUICK)
+    named = style(emoji_clip, pictures, QUICK, content=[" ".join(words[:4]), words[4]])
     assert Blocklist(words[:5]).find(named.prompt) is None
-    both = extract_style(
-        emoji_clip, pictures, content=words[0], vocabulary=Vocabulary(ascii_only=True), **QUICK
-    )
+    options = paper(60, restarts=2, vocabulary=Vocabulary(ascii_only=True))
+    both = style(emoji_clip, pictures, options, content=words[0])
     assert Blocklist(words[:1]).find(both.prompt) is None
 
 
 @pytest.mark.parametrize(
-    "options, error, message",
+    "options, error, argument, message",
     [
-        ({"images": [EXAMPLES[0]]}, ValueError, "at least two images"),
-        ({"images": EXAMPLES[0]}, ValueError, "at least two images"),
-        ({"images": []}, ValueError, "`images` is empty"),
-        ({"mode": "other"}, ValueError, "`mode` has to be 'separate' or 'joint'"),
-        ({"batch_size": 2}, ValueError, "`batch_size` belongs to mode='joint'"),
-        ({"batch_size": 4, "mode": "joint"}, ValueError, "`batch_size` has to be from 1 to 3"),
-        ({"content": [3]}, TypeError, "`content`"),
+        ({"images": [EXAMPLES[0]]}, ValueError, "images", "at least two images"),
+        ({"images": EXAMPLES[0]}, ValueError, "images", "at least two images"),
+        ({"images": []}, ValueError, "images", "is empty"),
+        ({"keep_content": "no"}, TypeError, "keep_content", "True or False but is 'no'"),
+        ({"images_per_step": 2}, ValueError, "images_per_step", "needs `keep_content`"),
+        (
+            {"images_per_step": 4, "keep_content": True},
+            ValueError,
+            "images_per_step",
+            "has to be from 1 to 3 but is 4",
+        ),
+        ({"content": [3]}, TypeError, "content", "has to hold strings"),
+        ({"content": 3}, TypeError, "content", "has to hold strings"),
     ],
 )
-def test_bad_arguments(emoji_clip, options, error, message):
-    with pytest.raises(error, match=message):
-        extract_style(emoji_clip, **({"images": EXAMPLES[:3]} | options))
+def test_bad_arguments(emoji_clip, options, error, argument, message):
+    with pytest.raises(error, match=message) as caught:
+        style(emoji_clip, **({"images": EXAMPLES[:3]} | options))
+    assert isinstance(caught.value, ArgumentError) and caught.value.argument == argument

@@ -1,13 +1,14 @@
-"""`invert` on the bundled CLIP: what it reports is what the public path says of the text."""
+"""`invert` on the bundled CLIP: its reports agree with the public path of the same text."""
 
 import pytest
 import torch
-from conftest import EXAMPLES, make_clip
+from conftest import EXAMPLES, all_words, make_clip, paper
 from PIL import Image
 
-from pez_core import Result, Vocabulary, explain, invert, load_clip
+from pez_core import ArgumentError, Report, Result, Vocabulary, explain, invert, load_clip
+from pez_core.caption import Caption
 from pez_core.clip.images import load_image
-from pez_core.runner import Frame, _readable
+from pez_core.runner import _round_trip
 
 STEPS = 40
 
@@ -19,7 +20,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def results(emoji_clip, images):
-    return invert(emoji_clip, images, steps=STEPS, restarts=2)
+    return invert(emoji_clip, images, paper(STEPS, restarts=2))
 
 
 def public_similarity(clip, prompt, image):
@@ -60,41 +61,53 @@ def test_restarts_return_the_best_and_keep_the_others(emoji_clip, images, result
         best, other = result.candidates
         assert (best.prompt, best.similarity) == (result.prompt, result.similarity)
         assert best.similarity >= other.similarity and best.prompt != other.prompt
-        alone = invert(emoji_clip, image, steps=STEPS)
-        second = invert(emoji_clip, image, steps=STEPS, seed=1)
+        (alone,) = invert(emoji_clip, image, paper(STEPS))
+        (second,) = invert(emoji_clip, image, paper(STEPS, seed=1))
         assert {alone.prompt, second.prompt} == {best.prompt, other.prompt}
 
 
-def test_one_image_gives_one_result_and_a_list_gives_a_list(emoji_clip, images):
-    assert isinstance(invert(emoji_clip, images[0], steps=2), Result)
-    assert isinstance(invert(emoji_clip, EXAMPLES[0], steps=2), Result)
-    assert isinstance(invert(emoji_clip, str(EXAMPLES[0]), steps=2), Result)
-    assert isinstance(invert(emoji_clip, torch.rand(3, 9, 9), steps=2), Result)
-    assert isinstance(invert(emoji_clip, images[:2], steps=2, shared=True), Result)
-    assert [type(r) for r in invert(emoji_clip, images[:1], steps=2)] == [Result]
-    assert len(invert(emoji_clip, torch.rand(2, 9, 9, 3), steps=2)) == 2
+def test_every_form_of_images_gives_a_list(emoji_clip, images):
+    forms = {
+        "PIL image": (images[0], 1),
+        "path object": (EXAMPLES[0], 1),
+        "path": (str(EXAMPLES[0]), 1),
+        "tensor": (torch.rand(3, 9, 9), 1),
+        "list of one": (images[:1], 1),
+        "tuple": (tuple(images[:2]), 2),
+        "batch": (torch.rand(2, 9, 9, 3), 2),
+        "features": (emoji_clip.encode_images(images), 3),
+    }
+    for name, (given, count) in forms.items():
+        results = invert(emoji_clip, given, paper(2))
+        assert isinstance(results, list) and len(results) == count, name
+        assert {type(result) for result in results} == {Result}
+    for shared in (True, [1, 2]):
+        assert [type(r) for r in invert(emoji_clip, images[:2], paper(2), shared=shared)] == [
+            Result
+        ]
 
 
 def test_a_result_does_not_depend_on_its_batch(emoji_clip, images, results):
-    alone = invert(emoji_clip, images[1], steps=STEPS, restarts=2)
+    (alone,) = invert(emoji_clip, images[1], paper(STEPS, restarts=2))
     assert alone.prompt == results[1].prompt
     assert alone.similarity == pytest.approx(results[1].similarity, abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_prompts(emoji_clip, images, results):
-    again = invert(emoji_clip, images, steps=STEPS, restarts=2)
+    again = invert(emoji_clip, images, paper(STEPS, restarts=2))
     assert [r.candidates for r in again] == [r.candidates for r in results]
-    other = invert(emoji_clip, images, steps=STEPS, restarts=2, seed=7)
+    other = invert(emoji_clip, images, paper(STEPS, restarts=2, seed=7))
     assert all(a.prompt != b.prompt for a, b in zip(other, results, strict=True))
 
 
 def test_the_same_seed_after_loading_again(images, results):
-    again = invert(load_clip("emoji-clip", device="cpu"), images, steps=STEPS, restarts=2)
+    clip = load_clip("emoji-clip", device="cpu")
+    again = invert(clip, images, paper(STEPS, restarts=2))
     assert [r.token_ids for r in again] == [r.token_ids for r in results]
 
 
 def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
-    result = invert(emoji_clip, images, steps=STEPS, shared=True)
+    (result,) = invert(emoji_clip, images, paper(STEPS), shared=True)
     each = [public_similarity(emoji_clip, result.prompt, image) for image in images]
     assert result.similarity == pytest.approx(sum(each) / len(each), abs=1e-5)
 
@@ -103,10 +116,8 @@ def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
 def test_pieces_of_words_give_only_surviving_prompts(seed):
     """On random weights most prompts on the way do not survive being printed."""
     clip = make_clip()
-    pieces = Vocabulary(whole_words=False)
-    for result in invert(
-        clip, torch.rand(6, 9, 9, 3), prompt_len=12, steps=30, seed=seed, vocabulary=pieces
-    ):
+    options = paper(30, prompt_len=12, seed=seed, vocabulary=Vocabulary(whole_words=False))
+    for result in invert(clip, torch.rand(6, 9, 9, 3), options):
         assert clip.tokenizer.encode(result.prompt) == result.token_ids
         assert 0 < len(result.token_ids) <= 12
         text = clip.encode_texts([result.prompt])
@@ -114,16 +125,17 @@ def test_pieces_of_words_give_only_surviving_prompts(seed):
 
 
 def test_a_prompt_that_does_not_survive_is_repaired(emoji_clip):
-    """What no search should end with: pieces that fuse, special tokens, nothing at all."""
+    """Pieces that fuse, special tokens, nothing at all."""
     encoder = emoji_clip.tokenizer.encoder
     for ids in ([encoder["app"], encoder["le</w>"], encoder["red</w>"]], [49407, 736], [49407]):
-        found = _readable(emoji_clip, Frame(emoji_clip), ids)
+        found = _round_trip(emoji_clip, Caption(emoji_clip), ids)
         assert found and emoji_clip.tokenizer.encode(emoji_clip.tokenizer.decode(found)) == found
-    assert _readable(emoji_clip, Frame(emoji_clip), [736, 3055]) == [736, 3055]
+    assert _round_trip(emoji_clip, Caption(emoji_clip), [736, 3055]) == [736, 3055]
 
 
 def test_pieces_of_words_are_tokens_that_the_default_leaves_out(emoji_clip, images):
-    result = invert(emoji_clip, images[0], steps=STEPS, vocabulary=Vocabulary(whole_words=False))
+    options = paper(STEPS, vocabulary=Vocabulary(whole_words=False))
+    (result,) = invert(emoji_clip, images[0], options)
     assert set(result.token_ids) - set(emoji_clip.vocabulary.tolist())
 
 
@@ -137,7 +149,7 @@ def test_one_text_forward_and_backward_over_two_more_positions_per_step(
         first.register_forward_pre_hook(lambda module, inputs: forwards.append(inputs[0].shape)),
         first.register_full_backward_hook(lambda module, *grads: backwards.append(1)),
     ]
-    invert(emoji_clip, images[:2], prompt_len=prompt_len, steps=6)
+    invert(emoji_clip, images[:2], paper(6, prompt_len=prompt_len))
     for hook in hooks:
         hook.remove()
     start, *steps, verification = forwards
@@ -146,64 +158,61 @@ def test_one_text_forward_and_backward_over_two_more_positions_per_step(
     assert verification[:2] == (2, 77)  # the printed strings, the public way
 
 
-def test_callback_gets_one_dict_and_can_stop(emoji_clip, images):
+def test_a_callback_gets_reports_and_can_stop(emoji_clip, images):
     reports = []
 
     def callback(report):
         reports.append(report)
-        return report["step"] == 7
+        return report.step == 7
 
-    results = invert(emoji_clip, images[:2], steps=500, restarts=2, callback=callback)
+    options = paper(500, restarts=2)
+    results = invert(emoji_clip, images[:2], options, callback=callback)
     assert len(reports) == 7
     last = reports[-1]
-    assert set(last) == {
-        "step",
-        "steps",
-        "prompt",
-        "similarity",
-        "prompts",
-        "similarities",
-        "elapsed",
-        "explain",
-    }
-    assert last["steps"] == 500 and last["elapsed"] > 0
-    assert last["prompts"] == [r.prompt for r in results]
-    assert last["similarity"] == max(last["similarities"])
-    assert last["similarities"] == pytest.approx([r.similarity for r in results], abs=1e-5)
+    assert isinstance(last, Report)
+    assert last.steps == 500 and last.elapsed > 0
+    assert last.prompts == [r.prompt for r in results]
+    best = max((0, 1), key=last.similarities.__getitem__)
+    assert last.similarity == max(last.similarities)
+    assert last.prompt == results[best].prompt
+    assert last.similarities == pytest.approx([r.similarity for r in results], abs=1e-5)
     expected = explain(emoji_clip, results[1].prompt, images[1])
-    assert [c.word for c in last["explain"](1)] == results[1].prompt.split()
-    assert [c.contribution for c in last["explain"](1)] == pytest.approx(
+    assert [c.word for c in last.explain(1)] == results[1].prompt.split()
+    assert [c.contribution for c in last.explain(1)] == pytest.approx(
         [c.contribution for c in expected], abs=1e-5
+    )
+    other = explain(emoji_clip, "a red fish", images[0])
+    assert [c.contribution for c in last.explain(0, "a red fish")] == pytest.approx(
+        [c.contribution for c in other], abs=1e-5
     )
 
 
-def test_searches_can_run_a_few_at_once(emoji_clip, images):
-    """Less memory, the same prompts; what was not reached when stopped is not lost."""
-    whole = invert(emoji_clip, images[:2], steps=20, restarts=3)
+def test_searches_can_run_a_few_side_by_side(emoji_clip, images):
+    """Less memory, the same prompts; a stop keeps the searches that had ended."""
+    whole = invert(emoji_clip, images[:2], paper(20, restarts=3))
     reports = []
-    parts = invert(emoji_clip, images[:2], steps=20, restarts=3, at_once=2, callback=reports.append)
+    few = paper(20, restarts=3, batch_size=2)
+    parts = invert(emoji_clip, images[:2], few, callback=reports.append)
     for a, b in zip(whole, parts, strict=True):
         assert sorted(c.prompt for c in a.candidates) == sorted(c.prompt for c in b.candidates)
         assert b.similarity == pytest.approx(a.similarity, abs=1e-5)
         assert [score for _, score in b.history] == sorted(score for _, score in b.history)
         assert b.history[-1][1] == pytest.approx(b.similarity, abs=1e-5)
-    assert [report["step"] for report in reports] == list(range(1, 61))
-    assert {report["steps"] for report in reports} == {60}
-    assert reports[-1]["prompts"] == [r.prompt for r in parts]
+    assert [report.step for report in reports] == list(range(1, 61))
+    assert {report.steps for report in reports} == {60}
+    assert reports[-1].prompts == [r.prompt for r in parts]
 
-    stopped = invert(
-        emoji_clip, images[:2], steps=20, restarts=3, at_once=2, callback=lambda r: r["step"] >= 25
-    )
+    stopped = invert(emoji_clip, images[:2], few, callback=lambda report: report.step >= 25)
     assert all(len(result.candidates) == 3 for result in stopped)
     # two of the first image's three searches had ended by then
     both = {c.prompt for c in whole[0].candidates} & {c.prompt for c in stopped[0].candidates}
     assert len(both) >= 2
-    with pytest.raises(ValueError, match=r"`at_once` has to be at least 1 but is 0"):
-        invert(emoji_clip, images[0], at_once=0)
+    with pytest.raises(ArgumentError, match=r"`batch_size` has to be at least 1 but is 0"):
+        all_words(batch_size=0)
 
 
 def test_patience_ends_early(emoji_clip, images):
-    result = invert(emoji_clip, images[0], steps=5000, patience=20)
+    (result,) = invert(emoji_clip, images[0], paper(5000, patience=20))
     assert result.history[-1][0] < 5000
 
 
@@ -211,11 +220,11 @@ def test_inside_inference_mode_with_inference_tensors(emoji_clip):
     """As ComfyUI calls it."""
     with torch.inference_mode():
         image = torch.rand(1, 32, 32, 3)
-        assert len(invert(emoji_clip, image, steps=3)) == 1
+        assert len(invert(emoji_clip, image, paper(3))) == 1
 
 
 def test_longest_prompt(emoji_clip, images):
-    result = invert(emoji_clip, images[0], prompt_len=75, steps=3)
+    (result,) = invert(emoji_clip, images[0], paper(3, prompt_len=75))
     expected = public_similarity(emoji_clip, result.prompt, images[0])
     assert len(result.token_ids) == 75 and result.similarity == pytest.approx(expected, abs=1e-5)
 
@@ -234,17 +243,18 @@ def test_longest_prompt(emoji_clip, images):
 )
 def test_bad_arguments(tiny_clip, options, error, message):
     with pytest.raises(error, match=message):
-        invert(tiny_clip, Image.new("RGB", (9, 9)), **options)
+        invert(tiny_clip, Image.new("RGB", (9, 9)), all_words(**options))
 
 
 def test_images_may_have_been_encoded_before(tiny_clip):
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     features = tiny_clip.encode_images(images)
-    again = invert(tiny_clip, features, 3, steps=3)
-    assert [r.prompt for r in again] == [r.prompt for r in invert(tiny_clip, images, 3, steps=3)]
+    options = paper(3, prompt_len=3)
+    again = invert(tiny_clip, features, options)
+    assert [r.prompt for r in again] == [r.prompt for r in invert(tiny_clip, images, options)]
     with pytest.raises(
         ValueError, match=r"`images` has shape \(2, 15\), but features of tiny have"
     ):
-        invert(tiny_clip, features[:, 1:], 3, steps=3)
-    with pytest.raises(ValueError, match="give the features of at least one image"):
-        invert(tiny_clip, features[:0], 3, steps=3)
+        invert(tiny_clip, features[:, 1:], options)
+    with pytest.raises(ValueError, match="`images` is empty; give at least one image"):
+        invert(tiny_clip, features[:0], options)

@@ -1,18 +1,18 @@
-"""`distill` and `concatenate`: prompts in, shorter or joined prompts out."""
+"""`distill` and `fuse`: prompts in, shorter or joined prompts out."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, all_words, paper
 
-from pez_core import Vocabulary, concatenate, distill
+from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, fuse
 
 LONG = (
     "a very happy dog with a big hat sitting in front of a green tree , bright sun , yellow "
     "flower , smile , blue sky with white cloud and a rainbow"
 )
-QUICK = dict(steps=60, restarts=1)
+QUICK = paper(60)
 
 
 def count(clip, text):
@@ -21,7 +21,7 @@ def count(clip, text):
 
 @pytest.mark.parametrize("ratio", [0.7, 0.5, 0.3, 0.1])
 def test_ratios_of_the_paper(emoji_clip, ratio):
-    result = distill(emoji_clip, LONG, ratio, **QUICK)
+    result = distill(emoji_clip, LONG, QUICK, ratio=ratio)
     before = count(emoji_clip, LONG)
     assert result.tokens_before == before
     assert result.tokens_after == len(result.token_ids) == round(ratio * before)
@@ -29,16 +29,16 @@ def test_ratios_of_the_paper(emoji_clip, ratio):
     assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
     a, b = emoji_clip.encode_texts([LONG, result.prompt])
     assert result.similarity == pytest.approx((a @ b).item(), abs=1e-5)
-    # it says more than as many of the prompt's own words do
+    # it is closer than as many of the prompt's own first words
     cut = emoji_clip.text.words.decode(emoji_clip.tokenizer.encode(LONG)[: result.tokens_after])
     assert result.similarity > (emoji_clip.encode_texts([cut])[0] @ a).item()
     assert result.note == "" and len(result.candidates) == 1
 
 
 def test_a_number_of_tokens(emoji_clip):
-    result = distill(emoji_clip, LONG, prompt_len=5, **QUICK)
+    result = distill(emoji_clip, LONG, paper(60, prompt_len=5))
     assert result.tokens_after == 5
-    best = distill(emoji_clip, LONG, prompt_len=5, steps=60, restarts=3)
+    best = distill(emoji_clip, LONG, paper(60, prompt_len=5, restarts=3))
     assert len(best.candidates) == 3 and best.similarity >= result.similarity
 
 
@@ -47,8 +47,9 @@ def test_longer_than_the_context_is_never_cut(emoji_clip):
     head = " , ".join(["red car"] * 25)
     ending = "blue fish in water " * 12
     assert count(emoji_clip, head) == 74
-    first = distill(emoji_clip, head, prompt_len=6, **QUICK)
-    second = distill(emoji_clip, f"{head} {ending}", prompt_len=6, **QUICK)
+    options = paper(60, prompt_len=6)
+    first = distill(emoji_clip, head, options)
+    second = distill(emoji_clip, f"{head} {ending}", options)
     assert second.tokens_before == 74 + 48
     fish = emoji_clip.encode_texts(["blue fish in water"])[0]
     close = [(emoji_clip.encode_texts([r.prompt])[0] @ fish).item() for r in (first, second)]
@@ -63,16 +64,17 @@ def test_longer_than_the_context_is_never_cut(emoji_clip):
     assert second.similarity == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_does_not_fit_one_context_is_shortened_further_and_says_so(emoji_clip):
-    result = distill(emoji_clip, LONG + " , " + LONG + " , " + LONG, 0.9, steps=3, restarts=1)
-    assert result.tokens_after == 75 and "what one context holds: 75" in result.note
-    whole = distill(emoji_clip, " , ".join([LONG] * 4), 1.0, steps=3, restarts=1)
+def test_a_prompt_beyond_one_context_is_shortened_further_with_a_note(emoji_clip):
+    result = distill(emoji_clip, LONG + " , " + LONG + " , " + LONG, paper(3), ratio=0.9)
+    assert result.tokens_after == 75
+    assert "the size of one context: 75 learned tokens, not " in result.note
+    whole = distill(emoji_clip, " , ".join([LONG] * 4), paper(3), ratio=1.0)
     assert whole.tokens_after == 75 and "shortened further" in whole.note
 
 
 def test_weights_and_tags_stay(emoji_clip):
     prompt = f"(red:1.3) cat, {LONG} <lora:foo:0.8>, embedding:bad-hands"
-    result = distill(emoji_clip, prompt, 0.3, **QUICK)
+    result = distill(emoji_clip, prompt, QUICK, ratio=0.3)
     assert result.prompt == f"{result.learned} (red:1.3) <lora:foo:0.8> embedding:bad-hands"
     assert not set("()<>[]\\") & set(result.learned)
     # CLIP reads the weighted word and no tag
@@ -87,17 +89,16 @@ def test_sections_are_shortened_each_for_itself(emoji_clip):
     result = distill(
         emoji_clip,
         f"{LONG} BREAK a cat BREAK {LONG} (big:1.2)",
-        0.2,
-        steps=20,
-        restarts=1,
-        callback=lambda report: reports.append(dict(report)),
+        paper(20),
+        ratio=0.2,
+        callback=reports.append,
     )
     first, second, third = result.prompt.split(" BREAK ")
     assert len(first.split()) < 12 and third.endswith("(big:1.2)")
     assert len(second.split()) == 1
-    assert [r["step"] for r in reports] == list(range(1, 61))
-    assert {r["steps"] for r in reports} == {60}
-    short = distill(emoji_clip, f"{LONG} BREAK a cat", prompt_len=4, **QUICK)
+    assert [r.step for r in reports] == list(range(1, 61))
+    assert {r.steps for r in reports} == {60}
+    short = distill(emoji_clip, f"{LONG} BREAK a cat", paper(60, prompt_len=4))
     assert short.prompt.endswith(" BREAK a cat") and "Section 2 is short enough" in short.note
 
 
@@ -105,19 +106,19 @@ def test_a_stop_keeps_what_was_found(emoji_clip):
     result = distill(
         emoji_clip,
         f"{LONG} BREAK {LONG}",
-        0.2,
-        steps=50,
-        restarts=1,
-        callback=lambda report: report["step"] >= 10,
+        paper(50),
+        ratio=0.2,
+        callback=lambda report: report.step >= 10,
     )
     first, second = result.prompt.split(" BREAK ")
     assert len(first.split()) < 12 and second == LONG
     assert "Section 2 was not reached" in result.note
 
 
-@pytest.mark.parametrize("options", [{"ratio": 1}, {"prompt_len": 60}])
-def test_a_prompt_that_is_short_enough_comes_back(emoji_clip, options):
-    result = distill(emoji_clip, "A Dog,  (red:1.2), <lora:x:1>", **options)
+@pytest.mark.parametrize("ratio, options", [(1, {}), (0.3, {"prompt_len": 60})])
+def test_a_prompt_that_is_short_enough_comes_back(emoji_clip, ratio, options):
+    options = SearchOptions(**options)
+    result = distill(emoji_clip, "A Dog,  (red:1.2), <lora:x:1>", options, ratio=ratio)
     assert result.prompt == "A Dog,  (red:1.2), <lora:x:1>"
     assert result.similarity == 1 and result.tokens_saved == 0
     assert "short enough" in result.note
@@ -130,14 +131,14 @@ def test_sections_without_plain_words(emoji_clip, prompt):
     assert result.prompt.endswith(prompt.split()[-1])
 
 
-def test_braces_in_a_tag_are_no_template(emoji_clip):
-    result = distill(emoji_clip, LONG + " (a {} b:1.2)", prompt_len=3, **QUICK)
+def test_braces_in_a_tag_are_no_place_for_learned_words(emoji_clip):
+    result = distill(emoji_clip, LONG + " (a {} b:1.2)", paper(60, prompt_len=3))
     assert result.prompt == f"{result.learned} (a {{}} b:1.2)"
 
 
 def test_distilling_within_a_vocabulary(emoji_clip):
-    words = Vocabulary(bank=["happy dog", "tree", "sun", "sky"])
-    result = distill(emoji_clip, LONG, prompt_len=4, vocabulary=words, **QUICK)
+    words = Vocabulary(only=["happy dog", "tree", "sun", "sky"])
+    result = distill(emoji_clip, LONG, paper(60, prompt_len=4, vocabulary=words))
     assert set(result.prompt.split()) <= {"happy", "dog", "tree", "sun", "sky"}
 
 
@@ -152,8 +153,6 @@ def test_distilling_within_a_vocabulary(emoji_clip):
         ({"ratio": 1.5}, ValueError, "`ratio` has to be above 0 and at most 1"),
         ({"ratio": float("nan")}, ValueError, "`ratio`"),
         ({"ratio": "0.3"}, TypeError, "`ratio`"),
-        ({"prompt_len": 0}, ValueError, "`prompt_len`"),
-        ({"steps": 0}, ValueError, "`steps`"),
     ],
 )
 def test_bad_distilling(emoji_clip, options, error, message):
@@ -162,7 +161,7 @@ def test_bad_distilling(emoji_clip, options, error, message):
 
 
 def test_a_join_that_fits_is_the_plain_join(emoji_clip):
-    result = concatenate(emoji_clip, ["a red dog", " happy face "], weights=[3, 1])
+    result = fuse(emoji_clip, ["a red dog", " happy face "], weights=[3, 1])
     assert result.prompt == "a red dog happy face" and not result.fused
     assert result.tokens == count(emoji_clip, result.prompt) == 5
     a, b, c = emoji_clip.encode_texts(["a red dog", "happy face", result.prompt])
@@ -172,9 +171,8 @@ def test_a_join_that_fits_is_the_plain_join(emoji_clip):
 
 
 def test_a_join_that_does_not_fit_is_learned(emoji_clip):
-    result = concatenate(
-        emoji_clip, [LONG, LONG, "a red fish"], max_tokens=12, prompt_len=10, **QUICK
-    )
+    options = paper(60, prompt_len=10)
+    result = fuse(emoji_clip, [LONG, LONG, "a red fish"], options, max_tokens=12)
     assert result.fused and result.tokens == 10
     assert "more than max_tokens 12" in result.note
     assert len(result.similarities) == 3 and len(result.candidates) == 1
@@ -182,37 +180,44 @@ def test_a_join_that_does_not_fit_is_learned(emoji_clip):
 
 def test_prompts_and_images_fuse(emoji_clip):
     sources = ["a red dog", Path(EXAMPLES[3]), LONG + " , " + LONG + " , " + LONG]
-    result = concatenate(emoji_clip, sources, steps=100, restarts=2)
+    options = paper(100, restarts=2)
+    result = fuse(emoji_clip, sources, options)
     assert result.fused and result.tokens == 16 and result.note == ""
-    tilted = concatenate(emoji_clip, sources, weights=[1, 20, 1], steps=100, restarts=2)
+    tilted = fuse(emoji_clip, sources, options, weights=[1, 20, 1])
     assert tilted.similarities[1] > result.similarities[1]
-    asked = concatenate(emoji_clip, ["a red dog", "blue fish"], fuse=True, prompt_len=3, **QUICK)
+    options = paper(60, prompt_len=3)
+    asked = fuse(emoji_clip, ["a red dog", "blue fish"], options, always_learn=True)
     assert asked.fused and asked.tokens == 3 and asked.note == ""
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, argument, message",
     [
-        ({"prompts": ["one"]}, "at least two sources but holds 1"),
-        ({"prompts": "one"}, "at least two sources but holds 1"),
-        ({"prompts": ["one", ""]}, "`prompts` holds an empty text"),
-        ({"prompts": ["one", Path("missing.png")]}, "`prompts`: missing.png does not exist"),
-        ({"max_tokens": 76}, "`max_tokens` has to be from 1 to 75"),
-        ({"max_tokens": 3, "prompt_len": 16}, "`prompt_len` is 16, more than `max_tokens` 3"),
-        ({"weights": [1]}, "`weights` has to hold 2 numbers"),
+        ({"sources": ["one"]}, "sources", "has to hold at least two but holds 1"),
+        ({"sources": "one"}, "sources", "has to hold at least two but holds 1"),
+        ({"sources": ["one", ""]}, "sources", "holds an empty text"),
+        ({"sources": ["one", Path("missing.png")]}, "sources", "missing.png.* does not exist"),
+        ({"max_tokens": 76}, "max_tokens", "has to be from 1 to 75"),
+        (
+            {"max_tokens": 3, "options": all_words(prompt_len=16)},
+            "prompt_len",
+            "is 16, more than `max_tokens` 3",
+        ),
+        ({"weights": [1]}, "weights", "has to hold 2 numbers"),
     ],
 )
-def test_bad_joins(emoji_clip, options, message):
-    with pytest.raises(ValueError, match=message):
-        concatenate(emoji_clip, **({"prompts": ["a dog", "a red cat"]} | options))
+def test_bad_joins(emoji_clip, options, argument, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        fuse(emoji_clip, **({"sources": ["a dog", "a red cat"]} | options))
+    assert error.value.argument == argument
 
 
 def test_tags_of_the_sources_stay_and_weights_are_read(emoji_clip):
     sources = ["a (red:1.3) dog <lora:x:1>", "a blue fish embedding:y"]
-    joined = concatenate(emoji_clip, sources)
+    joined = fuse(emoji_clip, sources)
     assert joined.prompt == " ".join(sources) and joined.tokens == 6
-    assert joined.similarities == concatenate(emoji_clip, ["a red dog", "a blue fish"]).similarities
-    fused = concatenate(emoji_clip, sources, fuse=True, max_tokens=5, **QUICK)
+    assert joined.similarities == fuse(emoji_clip, ["a red dog", "a blue fish"]).similarities
+    fused = fuse(emoji_clip, sources, QUICK, always_learn=True, max_tokens=5)
     assert fused.prompt == f"{fused.learned} <lora:x:1> embedding:y" and fused.tokens == 5
     text = emoji_clip.encode_texts([fused.learned])[0]
     close = (emoji_clip.encode_texts(["a red dog", "a blue fish"]) @ text).tolist()

@@ -1,12 +1,12 @@
-"""What may appear in a prompt, and what a prompt is never allowed to say."""
+"""Rules for the words of a prompt."""
 
 import json
 
 import pytest
 import torch
-from conftest import EXAMPLES, make_clip
+from conftest import EXAMPLES, make_clip, paper
 
-from pez_core import UNSAFE_WORDS, Vocabulary, invert
+from pez_core import UNSAFE_WORDS, ArgumentError, Vocabulary, invert
 from pez_core.vocabulary import Blocklist
 
 
@@ -73,10 +73,10 @@ def test_floor_on_how_well_trained_a_token_is():
 def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
     file = tmp_path / "bank.txt"
     file.write_text("\ufeff# a comment\nred car\n\nhappy face with hat\ncat\ncat\nqzxj vvbk\n")
-    bank = Vocabulary(bank=file)
-    assert bank.bank == ("red car", "happy face with hat", "cat", "qzxj vvbk")
+    bank = Vocabulary(only=file)
+    assert bank.only == ("red car", "happy face with hat", "cat", "qzxj vvbk")
     assert phrases(bank, emoji_clip) == {"red car", "happy face with hat", "cat"}
-    result = invert(emoji_clip, EXAMPLES[0], prompt_len=7, steps=30, vocabulary=bank)
+    (result,) = invert(emoji_clip, EXAMPLES[0], paper(30, prompt_len=7, vocabulary=bank))
     left = result.prompt
     for phrase in ("happy face with hat", "red car", "cat"):
         left = left.replace(phrase, "")
@@ -85,41 +85,40 @@ def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
 
 def test_a_word_of_several_pieces_from_a_bank():
     clip = make_clip()
-    clip.known = None
-    bank = Vocabulary(bank=["rutkowski", "cat"])
+    clip.trained_tokens = None
+    bank = Vocabulary(only=["rutkowski", "cat"])
     assert sorted(map(len, bank.lexicon(clip).phrases))[-1] > 1
     assert phrases(bank, clip) == {"rutkowski", "cat"}
 
 
 @pytest.mark.parametrize("whole_words", [True, False])
-@pytest.mark.parametrize("template", ["{}", "a ho {} cat"])
-def test_no_prompt_says_a_blocked_word(emoji_clip, whole_words, template):
+@pytest.mark.parametrize("caption", ["{}", "a ho {} cat"])
+def test_no_prompt_holds_a_blocked_word(emoji_clip, whole_words, caption):
     """The best words for the image are forbidden one after the other."""
-    options = dict(prompt_len=4, steps=40, template=template)
     free = Vocabulary(whole_words=whole_words)
     blocked = []
     for _ in range(3):
-        rules = free & Vocabulary(whole_words=whole_words, blocked=[*blocked, "ho t"])
-        result = invert(emoji_clip, EXAMPLES[5], vocabulary=rules, **options)
+        rules = free & Vocabulary(whole_words=whole_words, block=[*blocked, "ho t"])
+        options = paper(40, prompt_len=4, vocabulary=rules)
+        (result,) = invert(emoji_clip, EXAMPLES[5], options, caption=caption)
         assert Blocklist([*blocked, "hot"]).find(result.prompt) is None
         # a whole word of the prompt, whatever it was spelled from
         blocked.append(max(result.learned.split(), key=len))
     assert len(set(blocked)) == 3
 
 
-def test_a_word_is_blocked_when_the_template_spells_its_first_half(emoji_clip):
+def test_a_word_is_blocked_when_the_caption_spells_its_first_half(emoji_clip):
     words = emoji_clip.text.words
-    house = Vocabulary(bank=["dog", "cat"])
-    options = dict(prompt_len=1, steps=3, template="hot {}")
-    result = invert(
-        emoji_clip, EXAMPLES[5], vocabulary=house & Vocabulary(blocked=["hot dog"]), **options
-    )
+    house = Vocabulary(only=["dog", "cat"])
+    rules = house & Vocabulary(block=["hot dog"])
+    options = paper(3, prompt_len=1, vocabulary=rules)
+    (result,) = invert(emoji_clip, EXAMPLES[5], options, caption="hot {}")
     assert result.prompt == "hot cat"
     assert words.encode(result.prompt) == result.token_ids
 
 
 def test_set_operations(emoji_clip):
-    pets, wild = Vocabulary(bank=["cat", "dog", "fish"]), Vocabulary(bank=["fish", "lion"])
+    pets, wild = Vocabulary(only=["cat", "dog", "fish"]), Vocabulary(only=["fish", "lion"])
     assert phrases(pets & wild, emoji_clip) == {"fish"}
     assert phrases(pets | wild, emoji_clip) == {"cat", "dog", "fish", "lion"}
     assert phrases(pets - wild, emoji_clip) == {"cat", "dog"}
@@ -127,33 +126,45 @@ def test_set_operations(emoji_clip):
     assert "lion" not in phrases(every, emoji_clip) and "cat" in phrases(every, emoji_clip)
     # a list that is taken away is blocked in the decoded prompt, and not only as a token
     assert every.lexicon(emoji_clip).blocked == {"fish", "lion"}
-    one, two = Vocabulary(blocked=["cat", "red"]), Vocabulary(blocked=["cat"])
+    one, two = Vocabulary(block=["cat", "red"]), Vocabulary(block=["cat"])
     assert (one & two).lexicon(emoji_clip).blocked == {"cat", "red"}
     assert (one | two).lexicon(emoji_clip).blocked == {"cat"}
     assert "cat" not in phrases(one & pets, emoji_clip)
 
 
 def test_save_and_load(emoji_clip, tmp_path):
-    rules = (Vocabulary(bank=["cat", "red car"]) | Vocabulary(ascii_only=True)) - Vocabulary(
-        bank=["dog"], blocked=["x"], min_embedding_std=0.001
+    rules = (Vocabulary(only=["cat", "red car"]) | Vocabulary(ascii_only=True)) - Vocabulary(
+        only=["dog"], block=["x"], min_embedding_std=0.001
     )
     rules.save(tmp_path / "rules.json")
     again = Vocabulary.load(tmp_path / "rules.json")
     assert again == rules and again.lexicon(emoji_clip) == rules.lexicon(emoji_clip)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"bank": 3}', '{"operation": "^"}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"only": 3}',
+        '{"only": "/etc/hosts"}',
+        '{"block": "/etc/hosts"}',
+        '{"operation": "^"}',
+        "\x00",
+    ],
+)
 def test_a_file_that_is_no_vocabulary(text, tmp_path):
     (tmp_path / "rules.json").write_text(text)
     with pytest.raises(ValueError, match=r"rules\.json is not a saved vocabulary"):
         Vocabulary.load(tmp_path / "rules.json")
 
 
-def test_the_shipped_list_says_where_it_is_from_and_what_it_cannot_do(emoji_clip):
+def test_the_shipped_list_states_its_source_and_its_limits(emoji_clip):
     head = UNSAFE_WORDS.read_text()
     assert "Source:" in head and "Limits:" in head and "CC BY 4.0" in head
-    unsafe = Vocabulary(blocked=UNSAFE_WORDS)
-    assert len(unsafe.blocked) > 400 and not any("#" in word for word in unsafe.blocked)
+    unsafe = Vocabulary(block=UNSAFE_WORDS)
+    assert len(unsafe.block) > 400 and not any("#" in word for word in unsafe.block)
     left = phrases(unsafe, make_clip())
     assert not {"nude", "sexy", "gore"} & left and {"dog", "class", "menu"} <= left | {"menu"}
     # it leaves an ordinary vocabulary nearly whole
@@ -161,78 +172,84 @@ def test_the_shipped_list_says_where_it_is_from_and_what_it_cannot_do(emoji_clip
 
 
 def test_a_bank_of_which_nothing_is_usable_names_the_nearest_words(emoji_clip):
-    with pytest.raises(ValueError, match=r"`bank`: none of its 2 .* near 'dogz': .*dog"):
-        Vocabulary(bank=["dogz", "qzxj"]).lexicon(emoji_clip)
+    with pytest.raises(ValueError, match=r"`only` holds 2 phrases, .* near 'dogz' .*: .*dog"):
+        Vocabulary(only=["dogz", "qzxj"]).lexicon(emoji_clip)
 
 
 @pytest.mark.parametrize(
     "rules, message",
     [
-        (lambda: Vocabulary(bank=["cat"], blocked=["cat"]), "another rule forbids them.*coat, "),
-        (lambda: Vocabulary(bank=["cat"]) - Vocabulary(), "none of its 1 phrases"),
+        (lambda: Vocabulary(only=["cat"], block=["cat"]), "another rule forbids them.*coat, "),
+        (
+            lambda: Vocabulary(only=["cat"]) - Vocabulary(),
+            "holds 1 phrases, of which emoji-clip can use none",
+        ),
         (lambda: Vocabulary(min_embedding_std=1e6), "leaves no word"),
         (lambda: Vocabulary() - Vocabulary(whole_words=False), "leaves no word"),
-        (lambda: Vocabulary(bank=[]), "`bank` holds no phrase"),
-        (lambda: Vocabulary(bank="no such file"), "`bank`: the file 'no such file'"),
-        (lambda: Vocabulary(blocked="nude"), "`blocked`: the file 'nude'.*a list for single words"),
+        (lambda: Vocabulary(only=[]), "`only` holds no phrase"),
+        (lambda: Vocabulary(only="no such file"), "`only` names the file 'no such file'"),
+        (
+            lambda: Vocabulary(block="nude"),
+            "`block` names the file 'nude'.*a list for single words",
+        ),
         (lambda: Vocabulary(min_embedding_std=-1), "`min_embedding_std`"),
     ],
 )
 def test_bad_rules(rules, message, emoji_clip):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         rules().lexicon(emoji_clip)
 
 
 def test_words_of_the_wrong_type():
-    with pytest.raises(TypeError, match="`blocked` has to hold strings but holds 3"):
-        Vocabulary(blocked=["a", 3])
-    with pytest.raises(TypeError, match="`bank` has to be a path"):
-        Vocabulary(bank=3)
+    with pytest.raises(TypeError, match="`block` has to hold strings but holds 3"):
+        Vocabulary(block=["a", 3])
+    with pytest.raises(TypeError, match="`only` has to be a path"):
+        Vocabulary(only=3)
 
 
 def test_a_saved_file_is_readable_json(tmp_path):
-    Vocabulary(bank=["émile"]).save(tmp_path / "rules.json")
-    assert json.loads((tmp_path / "rules.json").read_text())["bank"] == ["émile"]
+    Vocabulary(only=["émile"]).save(tmp_path / "rules.json")
+    assert json.loads((tmp_path / "rules.json").read_text())["only"] == ["émile"]
     assert "émile" in (tmp_path / "rules.json").read_text()
 
 
 def test_rules_without_a_bank_take_phrases_as_a_whole(emoji_clip):
-    bank = Vocabulary(bank=["red car", "happy dog", "naïve"])
-    assert phrases(bank & Vocabulary(blocked=["dog"], ascii_only=True), emoji_clip) == {"red car"}
-    assert "red car" in phrases(Vocabulary(blocked=["dog"]) & bank, emoji_clip)
-    assert phrases(bank - Vocabulary(bank=["car"]), emoji_clip) == {"happy dog"}
+    bank = Vocabulary(only=["red car", "happy dog", "naïve"])
+    assert phrases(bank & Vocabulary(block=["dog"], ascii_only=True), emoji_clip) == {"red car"}
+    assert "red car" in phrases(Vocabulary(block=["dog"]) & bank, emoji_clip)
+    assert phrases(bank - Vocabulary(only=["car"]), emoji_clip) == {"happy dog"}
     pieces = Vocabulary(whole_words=False)
-    both = (pieces & Vocabulary(blocked=["dog"], whole_words=False)).lexicon(emoji_clip)
+    both = (pieces & Vocabulary(block=["dog"], whole_words=False)).lexicon(emoji_clip)
     assert len(both.phrases) > 49000
-    assert len((pieces & Vocabulary(blocked=["dog"])).lexicon(emoji_clip).phrases) < 40000
+    assert len((pieces & Vocabulary(block=["dog"])).lexicon(emoji_clip).phrases) < 40000
 
 
 def test_taking_away_what_is_not_there_changes_nothing(emoji_clip):
-    pets = Vocabulary(bank=["cat", "dog"])
-    assert phrases(pets - Vocabulary(bank=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
-    assert phrases(pets | Vocabulary(bank=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
-    assert phrases(Vocabulary() - Vocabulary(blocked=["cat"]), emoji_clip) == {"cat"}
+    pets = Vocabulary(only=["cat", "dog"])
+    assert phrases(pets - Vocabulary(only=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
+    assert phrases(pets | Vocabulary(only=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}
+    assert phrases(Vocabulary() - Vocabulary(block=["cat"]), emoji_clip) == {"cat"}
 
 
 def test_marks_can_be_blocked(emoji_clip):
-    left = phrases(Vocabulary(blocked=[",", "("], whole_words=False), emoji_clip)
+    left = phrases(Vocabulary(block=[",", "("], whole_words=False), emoji_clip)
     assert not any("," in text or "(" in text for text in left)
 
 
 def test_hashtags_are_phrases_and_comments_are_not(tmp_path):
     (tmp_path / "bank.txt").write_text("# a comment\n#\n#portrait\ncat\n")
-    assert Vocabulary(bank=tmp_path / "bank.txt").bank == ("#portrait", "cat")
+    assert Vocabulary(only=tmp_path / "bank.txt").only == ("#portrait", "cat")
 
 
 def test_pieces_of_words_beside_a_bank(emoji_clip):
-    rules = Vocabulary(bank=["red car"]) | Vocabulary(whole_words=False)
-    result = invert(emoji_clip, EXAMPLES[0], 6, 10, vocabulary=rules)
+    rules = Vocabulary(only=["red car"]) | Vocabulary(whole_words=False)
+    (result,) = invert(emoji_clip, EXAMPLES[0], paper(10, prompt_len=6, vocabulary=rules))
     assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
 
 
 def test_blocking_alone_adds_no_word(emoji_clip):
     """A rule that only blocks does not bring in words that the CLIP was not trained on."""
-    rule = Vocabulary(blocked=["fish"], whole_words=False)
-    expected = phrases(Vocabulary(blocked=["fish"]), emoji_clip)
+    rule = Vocabulary(block=["fish"], whole_words=False)
+    expected = phrases(Vocabulary(block=["fish"]), emoji_clip)
     assert phrases(Vocabulary() & rule, emoji_clip) == expected
     assert phrases(rule & Vocabulary(), emoji_clip) == expected

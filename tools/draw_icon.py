@@ -1,8 +1,8 @@
-"""Draw the pack's icon and banner: words that come out of a picture as a stack of bricks.
+"""Draw the icon and the banner of the pack: words leave a picture as a stack of bricks.
 
     python tools/draw_icon.py
 
-writes assets/icon.png and assets/banner.png; the same each time.
+writes assets/icon.png and assets/banner.png. The drawing is deterministic.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def draw_banner() -> Canvas:
     return canvas
 
 
-def main() -> None:
-    ASSETS.mkdir(exist_ok=True)
-    draw_icon().save(ASSETS / "icon.png")
-    draw_banner().save(ASSETS / "banner.png")
+def main(folder: Path = ASSETS) -> None:
+    folder.mkdir(exist_ok=True)
+    draw_icon().save(folder / "icon.png")
+    draw_banner().save(folder / "banner.png")
 
 
 if __name__ == "__main__":

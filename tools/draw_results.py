@@ -8,6 +8,7 @@ Takes the first four examples of every style in the order of the table, hits and
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -26,16 +27,21 @@ def wrapped(words: list[str], font, width: float) -> list[list[str]]:
     return lines
 
 
-def main() -> None:
-    rows = json.loads((ROOT / "benchmarks/results/examples.json").read_text())
-    rows = map(json.loads, (ROOT / "examples/index.jsonl").open())
-    index = {row["file"]: row for row in rows}
-    shown, counts = [], {}
+def first_of_each_style(rows: list[dict]) -> list[dict]:
+    index = map(json.loads, (ROOT / "examples/index.jsonl").open())
+    styles = {row["file"]: row["style"] for row in index}
+    shown, counts = [], Counter()
     for row in rows:
-        style = index[row["file"]]["style"]
-        counts[style] = counts.get(style, 0) + 1
+        style = styles[row["file"]]
+        counts[style] += 1
         if counts[style] <= PER_STYLE:
             shown.append(row)
+    return shown
+
+
+def main(out: Path = ROOT / "benchmarks/results/examples.png") -> None:
+    rows = json.loads((ROOT / "benchmarks/results/examples.json").read_text())
+    shown = first_of_each_style(rows)
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     height = PICTURE + GAP
     sheet = Image.new(
@@ -59,7 +65,7 @@ def main() -> None:
                 colour = (180, 30, 30) if true else (25, 25, 25)
                 draw.text((at, y + 24 + n * LINE), word, fill=colour, font=font)
                 at += font.getlength(word + " ")
-    sheet.save(ROOT / "benchmarks/results/examples.png", optimize=True)
+    sheet.save(out, optimize=True)
 
 
 if __name__ == "__main__":

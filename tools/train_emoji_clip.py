@@ -41,7 +41,7 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pez_core import Settings, TokenSpace, search
+from pez_core import PezSettings, TokenSpace, search
 
 log = logging.getLogger("train_emoji_clip")
 

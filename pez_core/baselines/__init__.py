@@ -1,7 +1,7 @@
-"""Rivals of PEZ, to compare it with at the same number of steps or seconds.
+"""Other methods, for comparison with PEZ at the same number of steps or seconds.
 
-All but the interrogator are called like `pez_core.search.search`, and keep and report the best
-prompt by the same `Tracker`.
+All except the interrogator have the signature of `pez_core.search`, and keep and report the best
+prompt with the same `Tracker`.
 """
 
 from .gcg import gcg

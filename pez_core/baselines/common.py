@@ -1,4 +1,4 @@
-"""What several of the rivals need."""
+"""Parts that several methods share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import torch
 from ..pez import Objective
 from ..space import TokenSpace
 
-# Prompts encoded at once while candidates are compared.
+# Prompts of one pass while candidates are compared.
 _ROWS = 1024
 
 
 def per_problem(generator: torch.Generator, problems: int) -> list[torch.Generator]:
     """A generator for each problem, seeded by `generator`.
 
-    What problem k draws then depends on `generator` and k alone, and not on how many other problems
-    there are.
+    The draws of problem k then depend on `generator` and k alone, not on the number of problems.
     """
     seeds = torch.randint(2**63 - 1, (problems,), generator=generator)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
@@ -24,8 +23,12 @@ def per_problem(generator: torch.Generator, problems: int) -> list[torch.Generat
 def gradient(
     space: TokenSpace, objective: Objective, ids: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and score (problems,) of `ids` (problems, prompt_len) and (problems, prompt_len, dim)
-    the gradient of the loss at their embeddings."""
+    """Losses, scores and gradients of prompts.
+
+    Returns:
+        (problems,) losses and (problems,) scores of (problems, prompt_len) `ids`, and
+        (problems, prompt_len, dim) gradients of the losses at their embeddings.
+    """
     embeddings = space.embed(ids).requires_grad_()
     with torch.enable_grad():
         loss, scores = objective(embeddings, step)
@@ -34,7 +37,7 @@ def gradient(
 
 
 @torch.no_grad()
-def evaluate(
+def score_candidates(
     space: TokenSpace, objective: Objective, candidates: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidate ids (problems, n, prompt_len) -> (problems, n) losses and (problems, n) scores."""

@@ -1,25 +1,23 @@
-"""GCG: the best of many random single swaps among the tokens that the gradient favours."""
+"""GCG: the best of many random single swaps among the tokens with the lowest gradients."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from ..errors import check_integer
 from ..pez import Objective
-from ..tracker import Budget, Progress, Tracker
 from ..space import TokenSpace
-from .common import evaluate, gradient, per_problem
+from ..tracker import Acceptable, Budget, Callback, Progress, Tracker
+from .common import gradient, per_problem, score_candidates
 
 
 def gcg(
     space: TokenSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Budget = Budget(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    settings: Budget = Budget(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator,
     topk: int = 256,
@@ -27,27 +25,26 @@ def gcg(
 ) -> Progress:
     """Greedy coordinate gradient (Zou et al. 2023, algorithm 1).
 
-    At each position the `topk` allowed tokens of the lowest gradient at the one-hot vector are
-    kept. `width` candidates differ from the prompt in one random position, where they have a random
-    one of its tokens. The best candidate is the next prompt, also if it is worse than this one. A
-    step is a forward and backward pass of each prompt and `width` forward passes.
+    Each position keeps the `topk` allowed tokens with the lowest gradient at the one-hot vector.
+    `width` candidates differ from the prompt at one random position, where they have a random one
+    of its kept tokens. The best candidate becomes the next prompt, even if it is worse than this
+    one. A step is a forward and backward pass of each prompt and `width` forward passes.
 
-    Positions are drawn at random and the defaults are those of nanoGCG, whose other parts are left
-    out: its test that a candidate survives being printed is what `acceptable` and the allowed
-    tokens of `space` are for.
+    Positions are drawn at random and the defaults are those of nanoGCG. Its other parts are left
+    out: `acceptable` and the allowed tokens of `space` replace its round-trip check of candidates.
 
     Args:
-        space: tokens and embeddings; a `PhraseSpace` is not kept to its phrases.
-        objective, ids, settings, callback, acceptable: as in `pez_core.search.search`.
-        generator: on the CPU; draws positions and tokens, for each problem by itself.
-        topk: tokens that may come to each position, at least 1.
+        space: tokens and embeddings; the phrases of a `PhraseSpace` are ignored.
+        objective, ids, settings, callback, acceptable: as in `pez_core.search`.
+        generator: on the CPU; positions and tokens are drawn from it, separately for each problem.
+        topk: kept tokens of each position, at least 1.
         width: candidates per step, at least 1.
 
     Returns:
         The best prompt of each problem, not the last.
 
     Raises:
-        ValueError: as `search`; `topk` or `width` below 1.
+        ArgumentError: as `search`, or `topk` or `width` is below 1.
         FloatingPointError: as `search`.
     """
     check_integer("topk", topk, 1)
@@ -73,7 +70,7 @@ def gcg(
             tokens = space.allowed[top[every[:, None], places, ranks.to(ids.device)]]
             tried = ids[:, None].repeat(1, width, 1)
             tried.scatter_(2, places[..., None], tokens[..., None])
-            losses, scores = evaluate(space, objective, tried, step)
+            losses, scores = score_candidates(space, objective, tried, step)
             pick = losses.argmin(dim=1)
             ids = tried[every, pick]
             best.update(ids, scores[every, pick])

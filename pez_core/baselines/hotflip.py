@@ -1,25 +1,23 @@
-"""AutoPrompt: one token at a time, chosen by the gradient and then by trying."""
+"""AutoPrompt: one token at a time, preselected by the gradient and chosen by its loss."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from ..errors import check_integer
 from ..pez import Objective
-from ..tracker import Budget, Progress, Tracker
 from ..space import TokenSpace
-from .common import evaluate, gradient, per_problem
+from ..tracker import Acceptable, Budget, Callback, Progress, Tracker
+from .common import gradient, per_problem, score_candidates
 
 
 def autoprompt(
     space: TokenSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: Budget = Budget(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    settings: Budget = Budget(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator,
     candidates: int = 10,
@@ -28,25 +26,25 @@ def autoprompt(
     2018).
 
     Each step draws one position of each problem. The loss with another token there is estimated to
-    first order, as the gradient times the difference of the embeddings; the tokens of the lowest
-    estimates are tried, and the best of them stays if it lowers the loss. A step is a forward and
-    backward pass of each prompt and `candidates` forward passes.
+    first order, as the gradient times the difference of the embeddings; the loss of the tokens with
+    the lowest estimates is computed, and the best of them stays if it lowers the loss. A step is a
+    forward and backward pass of each prompt and `candidates` forward passes.
 
-    With one candidate nothing is tried: the token of the lowest estimate is taken as it is, also
-    where it raises the loss, as in the AutoPrompt k=1 of the PEZ paper (section 2), which is to
-    avoid the forward passes. What the last step puts in is then never scored.
+    With one candidate no loss is computed: the token with the lowest estimate is taken even if it
+    raises the loss, as in the AutoPrompt k=1 of the PEZ paper (section 2), which avoids the forward
+    passes. The token of the last step is then never scored.
 
     Args:
-        space: tokens and embeddings; a `PhraseSpace` is not kept to its phrases.
-        objective, ids, settings, callback, acceptable: as in `pez_core.search.search`.
-        generator: on the CPU; draws positions, for each problem by itself.
-        candidates: tokens tried per step (k), at least 1; 10 is the default of its authors' code.
+        space: tokens and embeddings; the phrases of a `PhraseSpace` are ignored.
+        objective, ids, settings, callback, acceptable: as in `pez_core.search`.
+        generator: on the CPU; positions are drawn from it, separately for each problem.
+        candidates: tokens compared per step (k), at least 1; 10 is the authors' default.
 
     Returns:
         The best prompt of each problem, not the last.
 
     Raises:
-        ValueError: as `search`; `candidates` below 1.
+        ArgumentError: as `search`, or `candidates` is below 1.
         FloatingPointError: as `search`.
     """
     check_integer("candidates", candidates, 1)
@@ -63,7 +61,7 @@ def autoprompt(
             best.check_finite(slope)
             places = torch.cat([torch.randint(prompt_len, (1,), generator=one) for one in draws])
             places = places.to(ids.device)
-            # the token that is there now adds the same to every estimate and moves no minimum
+            # the present token adds the same to every estimate, which moves no minimum
             estimates = slope[every, places] @ E.T
             tokens = space.allowed[estimates.topk(k, largest=False).indices]
             tried = ids[:, None].repeat(1, k, 1)
@@ -71,7 +69,7 @@ def autoprompt(
             if candidates == 1:
                 ids = tried[:, 0]
             else:
-                losses, scores = evaluate(space, objective, tried, step)
+                losses, scores = score_candidates(space, objective, tried, step)
                 lowest, pick = losses.min(dim=1)
                 best.update(tried[every, pick], scores[every, pick])
                 ids = torch.where((lowest < loss)[:, None], tried[every, pick], ids)

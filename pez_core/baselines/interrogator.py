@@ -1,4 +1,4 @@
-"""CLIP Interrogator: phrases of a bank, chained greedily behind a caption."""
+"""CLIP Interrogator: phrases from lists, chained greedily behind a caption."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..clip import AnyClip
-from ..errors import check_integer, check_positive
+from ..errors import ArgumentError, check_choice, check_integer, check_number
 
 # Texts encoded at once.
 _TEXTS = 256
-# Phrases that the chain chooses from.
+# Phrases from which the chain chooses.
 _PRESELECTED = 2048
-# Kinds of phrases that a prompt is made of, in the tool's order.
+# Kinds of phrases in a prompt, in the order of the original tool.
 _KINDS = ("artists", "flavors", "mediums", "movements", "trendings")
 _MODES = ("best", "fast", "classic", "chain")
 _SITES = [
@@ -33,23 +33,24 @@ def load_bank(folder: str | Path | None = None) -> dict[str, list[str]]:
     """The phrases of CLIP Interrogator 0.6, or others in files of the same names.
 
     Args:
-        folder: with artists.txt, flavors.txt, mediums.txt, movements.txt and negative.txt, a phrase
-            a line. None: that of the installed package, which is read and not imported.
+        folder: with artists.txt, flavors.txt, mediums.txt, movements.txt and negative.txt, one
+            phrase per line. None: the folder of the installed package, which is not imported.
 
     Returns:
-        Phrases by kind, as they come into prompts: each artist as "by ..." and as "inspired by
-        ...". "trendings" are those of trendings.txt or, where there is no such file, those that the
-        tool itself makes of the names of 18 sites.
+        Phrases by kind, in their form in prompts: each artist as "by ..." and as "inspired by ...".
+        "trendings" come from trendings.txt or, without such a file, from the names of 18 sites, as
+        in the original tool.
 
     Raises:
-        ValueError: the package is not installed; a file is missing.
+        ArgumentError: the package is not installed, or a file is missing.
     """
     if folder is None:
         package = find_spec("clip_interrogator")
         if package is None:
-            raise ValueError(
-                "`folder` is None, but the package with the phrases is not installed; run "
-                "pip install --no-deps clip-interrogator."
+            raise ArgumentError(
+                "folder",
+                "is None, but the package with the phrases is not installed",
+                "run pip install --no-deps clip-interrogator",
             )
         folder = Path(package.submodule_search_locations[0]) / "data"
     folder = Path(folder)
@@ -61,7 +62,7 @@ def load_bank(folder: str | Path | None = None) -> dict[str, list[str]]:
             lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             bank[kind] = [line.strip() for line in lines if line.strip()]
         elif kind != "trendings":
-            raise ValueError(f"`folder` has to hold {file.name}, but there is no {file}.")
+            raise ArgumentError("folder", f"has to hold {file.name}, but there is no {file}")
     artists = bank["artists"]
     bank["artists"] = [f"by {a}" for a in artists] + [f"inspired by {a}" for a in artists]
     if "trendings" not in bank:
@@ -72,13 +73,13 @@ def load_bank(folder: str | Path | None = None) -> dict[str, list[str]]:
 
 @dataclass
 class Interrogation:
-    """What the interrogator hands to its callback, and what it returns in the end.
+    """The state of an interrogation, for its callback and as its result.
 
     Attributes:
-        prompt: best so far; "" while there is none.
+        prompt: the best so far; "" while there is none.
         score: its similarity, the mean over the images.
         step: links of the chain done.
-        steps: links that it may have.
+        steps: links at most.
         elapsed: seconds since the interrogation began.
         history: one `(step, score)` per report.
         stopped: the callback ended the chain early.
@@ -96,27 +97,27 @@ class Interrogation:
 class Interrogator:
     """CLIP Interrogator 0.6 (pharmapsychotic, clip_interrogator.py) on any CLIP.
 
-    Kept: the phrases that are most similar to the image are preselected, 2,048 of them; each link
-    of the chain tries all of them behind the prompt, joined by ", ", and appends the best; up to
-    `min_flavors` links it does so even if the prompt gets worse, later it ends there, and after
-    `max_flavors` links in any case; the best of all prompts on the way counts. The modes "fast"
-    (caption and the `max_flavors` nearest phrases) and "classic" (caption, medium, artist,
-    trending, movement and flavors), cut at a comma, and "best", the most similar of caption,
-    classic, fast and chain.
+    As in the tool, the 2,048 phrases most similar to the image are preselected. Each link of the
+    chain compares all of them behind the prompt, joined by ", ", and appends the best. The first
+    `min_flavors` links are appended even if the prompt gets worse; later the chain ends there, and
+    after `max_flavors` links in any case. The result is the best of all prompts on the way. Other
+    modes are "fast" (caption and the `max_flavors` nearest phrases) and "classic" (caption, medium,
+    artist, trending, movement and flavors), cut at a comma, and "best", the most similar of
+    caption, classic, fast and chain.
 
-    Not kept: it captions no image itself. Phrases that would make the prompt too long are not
-    tried, where the tool ends the chain at the first and lets the tokenizer cut it. The tool
-    preselects in blocks of the bank, at most 37 from each block of 2,048 of its own bank, and
-    rounds the features of the bank to fp16; here they are compared exactly. There is no negative
-    mode, and "negative" phrases are not used.
+    Unlike the tool, it does not caption images. Phrases that would make the prompt too long are
+    skipped, where the tool ends the chain at the first of them and lets the tokenizer cut it. The
+    tool preselects in blocks, at most 37 phrases from each block of 2,048, and rounds the features
+    of the phrases to fp16; here they are compared exactly. There is no negative mode, and
+    "negative" phrases are not used.
 
     Args:
-        clip: what `load_clip` returns.
-        bank: phrases by kind, as `load_bank` gives them; prompts leave out kinds that it does not
-            have. A plain sequence of phrases is one of flavors.
+        clip: from `load_clip`.
+        bank: phrases by kind, as from `load_bank`; prompts leave out missing kinds. A plain
+            sequence of phrases counts as flavors.
 
     Raises:
-        ValueError: `bank` has no phrase.
+        ArgumentError: `bank` has no phrase.
     """
 
     def __init__(self, clip: AnyClip, bank: Mapping[str, Sequence[str]] | Sequence[str]) -> None:
@@ -130,7 +131,7 @@ class Interrogator:
             self._phrases += bank.get(kind, ())
             self._of_kind[kind] = slice(start, len(self._phrases))
         if not self._phrases:
-            raise ValueError(f"`bank` has to hold phrases of {', '.join(_KINDS)} but has none.")
+            raise ArgumentError("bank", f"has to hold phrases of {', '.join(_KINDS)} but has none")
         self._features = self._encode(self._phrases)
         self._tokens = torch.tensor([self._count(phrase) for phrase in self._phrases])
 
@@ -149,21 +150,22 @@ class Interrogator:
 
         Args:
             images: RGB pictures, or (n, features) their features.
-            caption: what prompts begin with, such as what BLIP says; "": the chain begins at the
-                best single phrase, as the tool's own does when it has nothing to begin with.
+            caption: the beginning of prompts, such as a caption from BLIP; "": the chain begins
+                with the best single phrase, as in the tool.
             max_tokens: tokens of the prompt without start and end token, from 1; the PEZ paper's 8
-                and 77 are 8 and 75 here. None: as many as the context has room for.
+                and 77 are 8 and 75 here. None: as many as the context holds.
             min_flavors, max_flavors: links of the chain, see above. `max_flavors` None: 32, but 3
                 flavors in the mode "classic".
             mode: "best", "fast", "classic" or "chain".
             callback: called after each link of the chain; a true return value ends it.
-            time_limit: seconds after which the link at hand is the last, above 0; None: no limit.
+            time_limit: the link that is compared when these seconds are over is the last; above 0.
+                None: no limit.
 
         Returns:
             The prompt and its score.
 
         Raises:
-            ValueError: an option is out of its range; `caption` is longer than `max_tokens`;
+            ArgumentError: an option is out of range, `caption` is longer than `max_tokens`, or
                 there is no caption and no phrase is short enough.
         """
         room = self.clip.text.max_prompt_len
@@ -174,19 +176,9 @@ class Interrogator:
         check_integer("min_flavors", min_flavors, 0)
         check_integer("max_flavors", max_flavors, 1)
         if time_limit is not None:
-            check_positive("time_limit", time_limit)
-        if mode not in _MODES:
-            raise ValueError(f"`mode` has to be one of {', '.join(_MODES)} but is {mode!r}.")
-        if self._count(caption) > max_tokens:
-            raise ValueError(
-                f"`caption` has {self._count(caption)} tokens, but `max_tokens` is {max_tokens}; "
-                "shorten it or raise `max_tokens`."
-            )
-        if not caption and int(self._tokens.min()) > max_tokens:
-            raise ValueError(
-                f"`max_tokens` is {max_tokens}, but the shortest phrase has "
-                f"{int(self._tokens.min())} tokens; raise it or give a `caption`."
-            )
+            check_number("time_limit", time_limit, above=True)
+        check_choice("mode", mode, _MODES)
+        self._check_length(caption, max_tokens)
 
         began = time.monotonic()
         done = Interrogation("", -torch.inf, 0, max_flavors)
@@ -213,6 +205,21 @@ class Interrogator:
         done.prompt, done.score = self._best(target, [prompt for prompt in prompts if prompt])
         done.elapsed = time.monotonic() - began
         return done
+
+    def _check_length(self, caption: str, max_tokens: int) -> None:
+        """Raise where no prompt has at most `max_tokens` tokens."""
+        if self._count(caption) > max_tokens:
+            raise ArgumentError(
+                "caption",
+                f"has {self._count(caption)} tokens, but `max_tokens` is {max_tokens}",
+                "shorten it or raise `max_tokens`",
+            )
+        if not caption and int(self._tokens.min()) > max_tokens:
+            raise ArgumentError(
+                "max_tokens",
+                f"is {max_tokens}, but the shortest phrase has {int(self._tokens.min())} tokens",
+                "raise it or give a `caption`",
+            )
 
     def _chain(
         self,
@@ -256,7 +263,7 @@ class Interrogator:
         return self._cut(parts, max_tokens)
 
     def _cut(self, parts: Sequence[str], max_tokens: int) -> str:
-        """Joined by commas up to the first part between commas that is too much."""
+        """The parts joined by commas, up to the first that makes the prompt too long."""
         prompt = ""
         for part in ", ".join(filter(None, parts)).split(", "):
             longer = f"{prompt}, {part}" if prompt else part
@@ -269,7 +276,7 @@ class Interrogator:
     def _nearest(
         self, target: torch.Tensor, count: int, max_tokens: int, kind: str | None = None
     ) -> list[str]:
-        """The most similar phrases, the best first, that are short enough to stand alone."""
+        """The most similar phrases of at most `max_tokens` tokens, best first."""
         few = slice(None) if kind is None else self._of_kind[kind]
         phrases, fits = self._phrases[few], self._tokens[few] <= max_tokens
         similarities = (self._features[few] @ target).cpu().masked_fill(~fits, -torch.inf)
@@ -277,7 +284,7 @@ class Interrogator:
         return [phrases[k] for k in top.tolist()]
 
     def _best(self, target: torch.Tensor, texts: Sequence[str]) -> tuple[str, float]:
-        """The text that is most similar, and its similarity."""
+        """The most similar text, and its similarity."""
         score, place = (self._encode(texts) @ target).max(dim=0)
         return texts[int(place)], float(score)
 

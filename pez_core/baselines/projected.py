@@ -1,4 +1,4 @@
-"""Projected gradient descent, plain and with noise: what PEZ is without its continuous prompt."""
+"""Projected gradient descent, plain and with noise: PEZ without its continuous prompt."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import check_number
 from ..pez import Objective, PezSettings, SearchSpace
-from ..tracker import Checkpoint, Progress, Tracker
+from ..tracker import Acceptable, Callback, Checkpoint, Progress, Tracker
 from .common import per_problem
 
 # (problems, prompt_len, dim) embeddings -> (problems,) loss
@@ -18,9 +19,9 @@ def autoprompt_sgd(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    settings: PezSettings = PezSettings(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator | None = None,
     fluency: Fluency | None = None,
@@ -30,25 +31,24 @@ def autoprompt_sgd(
     """AutoPrompt_SGD of the PEZ paper (section 2): `fluent_prompt` without noise.
 
     A step of the optimiser leads from one projected prompt to the next. A token changes only if
-    that one step takes it nearer to another; where it does not, the token is put back and the step
-    is lost. AdamW moves each coordinate by about `lr` at most, however large the gradient.
+    this single step moves it closer to another token; otherwise the projection undoes the step.
+    AdamW moves each coordinate by at most about `lr`, however large the gradient.
 
-    AdamW is the optimiser and has the settings that `search` has, so that the missing continuous
-    prompt is the one difference. Its moments are kept: averages of gradients taken at tokens that
-    may be gone, and all that is remembered. Weight decay shortens an embedding for one step, where
-    in `search` it adds up.
+    The optimiser is AdamW with the settings of `search`, so that the missing continuous prompt is
+    the only difference. Its moments are kept between steps; they average gradients at tokens that
+    may have been replaced, and are the only memory. Weight decay shortens an embedding for one
+    step, whereas it accumulates in `search`.
 
     Args:
-        space, objective, ids, settings, callback, acceptable, checkpoint: as in
-            `pez_core.search.search`.
-        generator: nothing is drawn; taken so that all rivals are called alike.
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in `pez_core.search`.
+        generator: belongs to the common signature and is not used.
         fluency, fluency_weight: as in `fluent_prompt`.
 
     Returns:
         The best prompt of each problem, not the last.
 
     Raises:
-        ValueError: as `fluent_prompt`.
+        ArgumentError: as `fluent_prompt`.
         FloatingPointError: as `search`.
     """
     common = (space, objective, ids, settings, callback, acceptable, checkpoint)
@@ -59,38 +59,38 @@ def fluent_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    settings: PezSettings = PezSettings(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator,
     fluency: Fluency | None = None,
     fluency_weight: float = 0.003,
     checkpoint: Checkpoint | None = None,
 ) -> Progress:
-    """FluentPrompt (Shi et al. 2022): projected Langevin dynamics, as the PEZ authors ran it.
+    """FluentPrompt (Shi et al. 2022): projected Langevin dynamics, as in the PEZ authors' code.
 
-    After each step of the optimiser sqrt(2 lr beta) z is added, z a standard normal draw, and the
-    sum is projected; the next step starts from the projected embeddings. beta falls geometrically
-    from 1 in the first step to 1e-4 after `settings.steps`, whether or not the search ends before.
+    After each step of the optimiser sqrt(2 lr beta) z is added, where z is a standard normal draw,
+    and the sum is projected; the next step starts from the projected embeddings. beta falls
+    geometrically from 1 in the first step to 1e-4 after `settings.steps`, even if the search ends
+    earlier.
 
     The optimiser is AdamW with the settings of `search`, as in the PEZ paper's experiments on
-    images (section 4.1); see `autoprompt_sgd` for what its moments mean here.
+    images (section 4.1); see `autoprompt_sgd` for its moments.
 
     Args:
-        space, objective, ids, settings, callback, acceptable, checkpoint: as in
-            `pez_core.search.search`.
-        generator: on the CPU; draws the noise, for each problem by itself.
-        fluency: (problems, prompt_len, dim) embeddings -> (problems,) loss of a language model that
-            has the same embeddings. None for CLIP, since there is no such model.
-        fluency_weight: lambda in (1 - lambda) loss + lambda fluency, from 0 to 1. The scores that
-            pick the best prompt are those of `objective` alone.
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in `pez_core.search`.
+        generator: on the CPU; the noise is drawn from it, separately for each problem.
+        fluency: (problems, prompt_len, dim) embeddings -> (problems,) loss of a language model with
+            the same embeddings. None for CLIP, for which there is no such model.
+        fluency_weight: lambda in (1 - lambda) loss + lambda fluency, from 0 to 1. The best prompt
+            is chosen by the scores of `objective` alone.
 
     Returns:
         The best prompt of each problem, not the last.
 
     Raises:
-        ValueError: as `search`; `fluency_weight` is not from 0 to 1.
+        ArgumentError: as `search`, or `fluency_weight` is not from 0 to 1.
         FloatingPointError: as `search`.
     """
     draws = per_problem(generator, len(ids))
@@ -103,22 +103,21 @@ def _descend(
     objective: Objective,
     ids: torch.Tensor,
     settings: PezSettings,
-    callback: Callable[[Progress], bool | None] | None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None,
+    callback: Callback | None,
+    acceptable: Acceptable | None,
     checkpoint: Checkpoint | None,
     fluency: Fluency | None,
     fluency_weight: float,
     draws: Sequence[torch.Generator] = (),
 ) -> Progress:
-    if not 0 <= fluency_weight <= 1:
-        raise ValueError(f"`fluency_weight` has to be from 0 to 1 but is {fluency_weight}.")
+    check_number("fluency_weight", fluency_weight, 0, 1)
     best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
         for step in range(best.resume(P, optimizer, draws), settings.steps):
             projected_ids = space.nearest(P.detach())
-            P.data = space.embed(projected_ids)  # P = Proj_E(P), and where it was is forgotten
+            P.data = space.embed(projected_ids)  # P = Proj_E(P), and the continuous P is lost
             loss, scores = objective(P, step)
             if fluency is not None:
                 loss = (1 - fluency_weight) * loss + fluency_weight * fluency(P)

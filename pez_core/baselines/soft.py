@@ -1,4 +1,4 @@
-"""A soft prompt: continuous embeddings, made into text only when they are done."""
+"""A soft prompt: continuous embeddings, projected to tokens only at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..pez import Objective, PezSettings, SearchSpace
-from ..tracker import Checkpoint, Progress, Tracker
+from ..tracker import Acceptable, Checkpoint, Progress, Tracker
 
 
 @dataclass
@@ -16,11 +16,11 @@ class SoftProgress(Progress):
     """`Progress` of a soft prompt.
 
     Attributes:
-        ids: (problems, prompt_len) the projection of the present prompt: the last, not the best.
-            The initial ids where that is not acceptable.
+        ids: (problems, prompt_len) the projection of the current prompt: the last, not the best;
+            the initial ids where the projection is not acceptable.
         scores: (problems,) their scores; -inf where the projection is not acceptable.
-        embeddings: (problems, prompt_len, dim) the present continuous prompt.
-        soft_scores: (problems,) its own scores.
+        embeddings: (problems, prompt_len, dim) the current continuous prompt.
+        soft_scores: (problems,) the scores of `embeddings`.
     """
 
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -31,35 +31,34 @@ def soft_prompt(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
+    settings: PezSettings = PezSettings(),
     callback: Callable[[SoftProgress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> SoftProgress:
     """AdamW on continuous embeddings (Lester et al. 2021), the soft prompt of the PEZ paper.
 
-    Nothing is projected while it learns. What counts as the result is, as in the paper, the
-    projection of the prompt that there is in the end, not the best of those on the way. Projecting
-    and scoring the projection happens at each report and nowhere else, so a `report_every` above 1
-    makes it as cheap as it can be; the result does not depend on it.
+    Nothing is projected during the descent. As in the paper, the result is the projection of the
+    last continuous prompt, not the best projection on the way. Prompts are projected and scored
+    only at each report, so a high `report_every` saves time; the result does not depend on it.
 
     Args:
-        space, objective, ids, callback, acceptable, checkpoint: as in `pez_core.search.search`.
-        settings: see `Settings`. `patience` has no meaning without a best prompt: it is not used.
-        generator: nothing is drawn; taken so that all rivals are called alike.
+        space, objective, ids, callback, acceptable, checkpoint: as in `pez_core.search`.
+        settings: see `PezSettings`. `patience` is ignored, since there is no best prompt.
+        generator: belongs to the common signature and is not used.
 
     Returns:
-        The last projection of each problem, and the continuous prompt that it belongs to.
+        The last projection of each problem, and its continuous prompt.
 
     Raises:
-        ValueError, FloatingPointError: as `search`.
+        ArgumentError, FloatingPointError: as `search`.
     """
     with torch.inference_mode(False), torch.enable_grad():
         P = space.embed(ids).clone().requires_grad_()
         optimizer = settings.optimizer_of(P)
-        # what is reported: P before the step that moves it on, whose scores are known
+        # the reported P is that before the step of the optimiser, whose scores are computed
         prompt, soft_scores = P.detach().clone(), torch.zeros(len(ids), device=P.device)
 
         def report(progress: SoftProgress) -> bool | None:

@@ -1,4 +1,4 @@
-"""Chunks of items in, numbers of finished ones out: in this process, or on Ray Data."""
+"""Engines that search chunks of items: this process, or Ray Data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..errors import ArgumentError
 from .job import Job
 from .output import SCHEMA, Output
-from .worker import DeviceLost, Worker, items_at_once, kind_of
+from .worker import DeviceLost, Worker, default_batch_size, kind_of
 
 # A chunk that kills its worker is tried again this often.
 _RETRIES = 2
 
 Kinds = list[str | None]
-"""Of each finished item, the kind of its error or None."""
+"""For each finished item the kind of its error, or None."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Cluster:
     """Where Ray runs the workers.
 
     Attributes:
-        address: of a cluster that is running, as `ray.init` takes it ("auto" finds the one of this
+        address: of a running cluster, as `ray.init` takes it ("auto" finds the one of this
             machine); None: one is started on this machine for this job.
-        workers: how many; None: one for each GPU or, where there are none, for as many CPU cores as
-            `cpus` says.
+        workers: their number; None: one for each GPU or, where there are none, for each `cpus` CPU
+            cores.
         cpus: cores of each worker, at least 1.
         gpus: GPUs of each worker, a part of one to share it; None: 1 where the cluster has any.
     """
@@ -48,18 +49,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a search of some items took.
+    """Time and space of a search of some items.
 
     Attributes:
-        items: how many.
+        items: their number.
         seconds: of all of them.
-        at_once: how many are searched side by side.
+        batch_size: number of them searched side by side.
         row_bytes: of a row on the disk, on average.
     """
 
     items: int
     seconds: float
-    at_once: int
+    batch_size: int
     row_bytes: float
 
 
@@ -70,7 +71,7 @@ def sample(worker: Worker, items: Sequence[dict]) -> Sample:
     rows = [row for some in worker.rows(items) for row in some]
     seconds = time.perf_counter() - began
     size = (_parquet_size(rows * 9) - _parquet_size(rows)) / (8 * max(len(rows), 1))
-    return Sample(len(rows), seconds, worker.at_once, size)
+    return Sample(len(rows), seconds, worker.batch_size, size)
 
 
 def _parquet_size(rows: Sequence[dict]) -> int:
@@ -86,8 +87,10 @@ class InProcess:
 
     workers = 1
 
-    def __init__(self, job: Job, device: str | None, download: bool, at_once: int | None) -> None:
-        self.worker = Worker(job, device, download, at_once)
+    def __init__(
+        self, job: Job, device: str | None, download: bool, batch_size: int | None
+    ) -> None:
+        self.worker = Worker(job, device, download, batch_size)
 
     def __enter__(self) -> InProcess:
         return self
@@ -96,8 +99,8 @@ class InProcess:
         pass
 
     @property
-    def at_once(self) -> int:
-        return self.worker.at_once
+    def batch_size(self) -> int:
+        return self.worker.batch_size
 
     def check(self) -> None:
         self.worker.check()
@@ -106,7 +109,7 @@ class InProcess:
         return sample(self.worker, items)
 
     def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
-        """Whatever ends it, what was found is written."""
+        """Search the items of all chunks; finished rows are written whatever ends the search."""
         items = (item for chunk in chunks for item in chunk.to_pylist())
         rows: list[dict[str, Any]] = []
         try:
@@ -131,25 +134,25 @@ class OnRay:
     """
 
     def __init__(
-        self, job: Job, device: str | None, download: bool, at_once: int | None, cluster: Cluster
+        self, job: Job, device: str | None, download: bool, batch_size: int | None, cluster: Cluster
     ) -> None:
         try:
-            import ray
-            import ray.data
+            import ray  # pyright: ignore[reportMissingImports]
+            import ray.data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"a run on Ray needs the package {error.name}; install the extra `batch`: "
                 "pip install -e '.[batch]' in the clone."
             ) from error
         self._ray, self._job, self._cluster = ray, job, cluster
-        self._arguments = (job, device, download, at_once)
+        self._arguments = (job, device, download, batch_size)
 
     def __enter__(self) -> OnRay:
         ray, cluster = self._ray, self._cluster
-        # Ray is told not to send statistics away; its own variable has the last word
+        # no usage statistics, unless the variable of Ray is set to send them
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"logging_level": logging.ERROR, "log_to_driver": False}
-        # else it reports each start of a worker as an error
+        # Ray logs each start of a worker as an error
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         if cluster.address is None:
             options["include_dashboard"] = False
@@ -165,14 +168,16 @@ class OnRay:
         self.workers = cluster.workers or max(1, int(room))
         if room < self.workers:
             self.__exit__()
-            raise ValueError(
-                f"`workers` is {self.workers}, but the cluster has {there.get('CPU', 0):g} CPU "
-                f"cores and {there.get('GPU', 0):g} GPUs, enough for {int(room)} with "
-                f"{cluster.cpus} cores and {gpus:g} GPUs each; ask for less."
+            raise ArgumentError(
+                "workers",
+                f"is {self.workers}, but the cluster has {there.get('CPU', 0):g} CPU cores and "
+                f"{there.get('GPU', 0):g} GPUs, enough for {int(room)} with {cluster.cpus} cores "
+                f"and {gpus:g} GPUs each",
+                "ask for fewer",
             )
-        at_once, device = self._arguments[3], self._arguments[1]
+        batch_size, device = self._arguments[3], self._arguments[1]
         kind = (device or ("cuda" if gpus else "cpu")).partition(":")[0]
-        self.at_once = at_once or items_at_once(self._job, kind)
+        self.batch_size = batch_size or default_batch_size(self._job, kind)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -186,7 +191,7 @@ class OnRay:
         return self._ask(_sample, self._arguments, items)
 
     def _ask(self, what: Callable, *arguments) -> Any:
-        """The answer of a process like those of the workers."""
+        """Call a function in a process like those of the workers."""
         task = self._ray.remote(**self.needs)(what)
         try:
             return self._ray.get(task.remote(*arguments))
@@ -196,7 +201,7 @@ class OnRay:
             raise
 
     def search(self, chunks: Sequence[pa.Table], output: Output) -> Iterator[Kinds]:
-        """Chunks that kill their workers again and again are left out."""
+        """Search the chunks; those that kill their workers again and again are left out."""
         data, log = self._ray.data, logging.getLogger("ray.data")
         context = data.DataContext.get_current()
         before = context.enable_progress_bars, context.max_errored_blocks, log.level
@@ -213,7 +218,7 @@ class OnRay:
         # a chunk that waits for a worker which dies counts as one that has killed it
         waiting = {"max_tasks_in_flight_per_actor": 1} if len(chunks[0]) == 1 else {}
         with warnings.catch_warnings():
-            # there is no other way yet to say how often; without it a chunk is tried for ever
+            # there is no other way yet to limit the retries of a chunk
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
             finished = data.from_arrow(list(chunks)).map_batches(
                 _Actor,
@@ -234,10 +239,10 @@ class _Actor:
     """A worker in a process of Ray's."""
 
     def __init__(
-        self, job: Job, device: str | None, download: bool, at_once: int | None, folder: Path
+        self, job: Job, device: str | None, download: bool, batch_size: int | None, folder: Path
     ) -> None:
         _use_cores()
-        self._worker = Worker(job, device, download, at_once)
+        self._worker = Worker(job, device, download, batch_size)
         self._output = Output(folder)
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
@@ -250,10 +255,10 @@ class _Actor:
             except DeviceLost:
                 os._exit(1)  # Ray starts another process, and the chunk there
             order = {item["id"]: k for k, item in enumerate(items)}
-            rows.sort(key=lambda row: order[row["id"]])  # `has` asks by their order
+            rows.sort(key=lambda row: order[row["id"]])  # `has` compares ids in order
             try:
                 self._output.write(rows)
-            except OSError as error:  # no chunk can be written; Ray would just try the others
+            except OSError as error:  # the other chunks cannot be written either
                 return _answer([None], str(error))
         return _answer(_kinds(rows) or [None] * len(chunk))
 
@@ -274,7 +279,7 @@ def _sample(arguments: tuple, items: Sequence[dict]) -> Sample:
 
 
 def _use_cores() -> None:
-    # Ray says how many cores a process has; torch looked before that in some of them
+    # Ray sets the number of cores, in some processes after torch has read it
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

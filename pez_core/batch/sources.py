@@ -7,12 +7,17 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
+import pyarrow.compute
 import pyarrow.parquet as pq
+from pyarrow import csv
+
+from ..errors import ArgumentError, check_choice
+
+pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
 IMAGES = frozenset(
     [".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"]
@@ -21,9 +26,9 @@ TABLES = frozenset([".csv", ".tsv", ".parquet"])
 CAPTION = ".txt"
 
 NEEDS = {"invert": {"image"}, "distill": {"prompt"}, "score": {"image", "prompt"}}
-"""What an item of each task has."""
+"""The fields that an item of each task has."""
 
-# Columns that are meant where none is named; Hugging Face's image folders have `file_name`.
+# Columns that are looked for where none is named; image folders of Hugging Face have `file_name`.
 _USUAL = {"image": ("image", "path", "file_name", "file"), "prompt": ("prompt", "caption", "text")}
 
 ITEMS = pa.schema(
@@ -43,12 +48,14 @@ _ROWS = 65536
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that items are made of; None: the usual names.
+    """The columns of a table that hold the items; None: the usual names.
+
+    Errors name these fields `image_column`, `prompt_column` and `id_column`.
 
     Attributes:
         image: paths, relative ones from the folder of the table.
         prompt: texts.
-        id: what tells items apart, the same in every run; None: the path, the prompt, or both.
+        id: a unique id, the same in every run; None: the path, the prompt, or both.
     """
 
     image: str | None = None
@@ -59,7 +66,9 @@ class Columns:
 def find_items(
     source: str | os.PathLike, task: str = "invert", columns: Columns | None = None
 ) -> pa.Table:
-    """Everything that a source holds for a task.
+    """All items of a source for a task.
+
+    A file or folder that cannot be read is an item with a `problem`.
 
     Args:
         source: a folder, searched with its subfolders; a file; or a pattern such as `"data/*.tar"`
@@ -75,9 +84,10 @@ def find_items(
         move; of items with one id the first counts.
 
     Raises:
-        ValueError: there is no such source, a table lacks the columns or cannot be read, an id of
-            `columns.id` appears twice, or nothing is found.
+        ArgumentError: there is no such source, a table lacks the columns, an id of `columns.id`
+            appears twice, or nothing is found.
     """
+    check_choice("task", task, tuple(NEEDS))
     columns = columns or Columns()
     root, files = _files(os.fspath(source))
     rows = _rows(root, files, NEEDS[task], columns)
@@ -86,65 +96,114 @@ def find_items(
         batches.append(pa.RecordBatch.from_pylist(some, ITEMS))
     if not batches:
         wanted = " and ".join(sorted(NEEDS[task]))
-        raise ValueError(f"`source` {source} holds nothing for {task}, which takes {wanted}.")
+        raise ArgumentError("source", f"{source} holds nothing for {task}, which takes {wanted}")
     return _once(pa.Table.from_batches(batches, ITEMS), columns.id)
 
 
-def _files(source: str) -> tuple[str, list[str]]:
-    """The folder that ids begin in, and the files in their order; links keep their own names."""
+@dataclass(frozen=True, order=True)
+class _File:
+    """A file of a source.
+
+    Attributes:
+        path: its absolute path, in which links keep their own names.
+        problem: why it cannot be read, as `Kind: message`; None: it can.
+    """
+
+    path: str
+    problem: str | None = None
+
+
+def _files(source: str) -> tuple[str, list[_File]]:
+    """The folder that ids begin in, and the files in their order."""
     if os.path.isdir(source):
         root = os.path.abspath(source)
-        return root, sorted(_walk(root, set()))
+        try:
+            os.listdir(root)
+        except OSError as error:
+            raise ArgumentError("source", f"{source} cannot be listed ({error})") from error
+        return root, sorted(_walk(root, frozenset()))
     if os.path.isfile(source):
         path = os.path.abspath(source)
-        return os.path.dirname(path), [path]
+        return os.path.dirname(path), [_File(path)]
+    if os.path.lexists(source):
+        raise ArgumentError("source", f"{source} is neither a folder nor a file; check it")
     if glob.has_magic(source):
         fixed = source
         while glob.has_magic(fixed):
             fixed = os.path.dirname(fixed)
         found = (os.path.abspath(name) for name in glob.glob(source, recursive=True))
-        files = sorted(path for path in found if os.path.isfile(path))
+        files = sorted(_File(path) for path in found if os.path.isfile(path))
         if files:
             return os.path.abspath(fixed), files
-        raise ValueError(f"`source` {source} matches no file; check the pattern.")
-    raise ValueError(f"`source` {source} does not exist; give a folder, a file or a pattern.")
+        raise ArgumentError("source", f"{source} matches no file", "check the pattern")
+    raise ArgumentError("source", f"{source} does not exist", "give a folder, a file or a pattern")
 
 
-def _walk(folder: str, within: set[str]) -> Iterator[str]:
-    """Images, tars and texts of a folder and its subfolders, links to folders among them."""
+def _walk(folder: str, within: frozenset[str]) -> Iterator[_File]:
+    """Images, tars and texts of a folder and its subfolders, links to folders among them.
+
+    An entry that cannot be read has a problem, and the others are found all the same.
+    """
     real = os.path.realpath(folder)
-    if real in within:  # a link to where it is
+    if real in within:  # a link to a folder that it is in
         return
-    for entry in os.scandir(folder):
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        yield _File(folder, _problem_of(error))
+        return
+    for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError as error:  # such as a link to itself
+            yield _File(entry.path, _problem_of(error))
+            continue
+        if is_folder:
             yield from _walk(entry.path, within | {real})
         elif _suffix(entry.name) in IMAGES | {".tar", CAPTION}:
-            yield entry.path
+            # a pipe would be waited for, perhaps for ever
+            yield _File(entry.path, None if is_file else "NoFile: it is no regular file.")
+
+
+def _problem_of(error: Exception) -> str:
+    return _printable(f"{type(error).__name__}: {error}")
+
+
+def _printable(text: str) -> str:
+    """The text with "?" for what is not UTF-8, which Parquet cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _rows(root: str, files: Sequence[str], needs: set[str], columns: Columns) -> Iterator[dict]:
+def _rows(
+    root: str, files: Sequence[_File], needs: set[str], columns: Columns
+) -> Iterator[dict[str, Any]]:
     for file in files:
-        kind, name = _suffix(file), os.path.relpath(file, root).replace(os.sep, "/")
-        if not _is_text(file):
-            name = name.encode("utf-8", "replace").decode()
-            yield {"id": name, "problem": "UnicodeError: its name is not UTF-8; rename it."}
+        path, kind = file.path, _suffix(file.path)
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        if (kind in IMAGES and "image" not in needs) or (kind == CAPTION and "image" in needs):
+            continue
+        if not _is_text(path):
+            problem = "UnicodeError: its name is not UTF-8; rename it."
+            yield {"id": _printable(name), "problem": problem}
+        elif file.problem is not None:
+            yield {"id": name, "problem": file.problem}
         elif kind in TABLES:
-            yield from _from_table(file, name, needs, columns)
+            yield from _from_table(path, name, needs, columns)
         elif kind == ".tar":
-            yield from _from_tar(file, name, needs)
-        elif kind in IMAGES and "image" in needs:
-            row = {"id": name, "path": file}
+            yield from _from_tar(path, name, needs)
+        elif kind in IMAGES:
+            row = {"id": name, "path": path}
             if "prompt" in needs:
-                row |= _caption_file(os.path.splitext(file)[0] + CAPTION)
+                row |= _caption_file(os.path.splitext(path)[0] + CAPTION)
             yield row
-        elif kind == CAPTION and "image" not in needs:
-            yield {"id": name} | _caption_file(file)
+        elif kind == CAPTION:
+            yield {"id": name} | _caption_file(path)
 
 
 def _is_text(name: str) -> bool:
@@ -155,14 +214,17 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _caption_file(path: str) -> dict:
+def _caption_file(path: str) -> dict[str, Any]:
+    name = os.path.basename(path)
     try:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            return {"problem": f"NoFile: {name} is no regular file."}
         with open(path, "rb") as file:
-            return _caption(file.read(), os.path.basename(path))
+            return _caption(file.read(), name)
     except FileNotFoundError:
-        return _caption(None, os.path.basename(path))
+        return _caption(None, name)
     except OSError as error:
-        return {"problem": f"{type(error).__name__}: {error}"}
+        return {"problem": _problem_of(error)}
 
 
 def _caption(data: bytes | None, name: str) -> dict:
@@ -175,62 +237,79 @@ def _caption(data: bytes | None, name: str) -> dict:
     return {"prompt": text} if text else {"problem": f"NoPrompt: {name} is empty."}
 
 
-def _from_tar(file: str, name: str, needs: set[str]) -> Iterator[dict]:
-    """Its samples and, where it is damaged, a row that says so beside those that are whole."""
+def _from_tar(file: str, name: str, needs: set[str]) -> Iterator[dict[str, Any]]:
+    """Its samples and, where it is damaged, a row with an error beside those that are whole."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    damage = None
     try:
         with tarfile.open(file, "r:") as tar:
-            size = os.path.getsize(file)
-            damage = _read_members(tar, size, samples)
+            damage = _read_members(tar, os.path.getsize(file), samples)
             for key, sample in samples.items():
-                row = {"id": f"{name}/{key}", "path": file}
-                image = next((sample[kind] for kind in sample if kind in IMAGES), None)
-                caption = sample.get(CAPTION)
-                if ("image" in needs and image is None) or (
-                    caption is None and "image" not in needs
-                ):
-                    continue
-                if image is not None:
-                    row |= {"offset": image.offset_data, "size": image.size}
-                if "prompt" in needs:
-                    data = None if caption is None else tar.extractfile(caption).read()
-                    row |= _caption(data, f"{key}{CAPTION}")
-                yield row
-    except (tarfile.TarError, OSError, EOFError) as error:
+                row = _sample_row(tar, key, sample, needs)
+                if row is not None:
+                    yield {"id": f"{name}/{key}", "path": file} | row
+    except Exception as error:  # damaged data makes tarfile raise all kinds of errors
         damage = str(error)
-    if damage is not None:  # the others are worth having all the same
-        yield {"id": name, "problem": f"TarError: {file} is damaged or no plain tar ({damage})."}
+    if damage is not None:
+        problem = f"TarError: {file} is damaged or no plain tar ({damage})."
+        yield {"id": name, "problem": _printable(problem)}
+
+
+def _sample_row(
+    tar: tarfile.TarFile, key: str, sample: dict[str, tarfile.TarInfo], needs: set[str]
+) -> dict[str, Any] | None:
+    """What an item has of a sample; None where it lacks what makes it an item."""
+    image = next((sample[kind] for kind in sample if kind in IMAGES), None)
+    caption = sample.get(CAPTION)
+    if ("image" in needs and image is None) or (caption is None and "image" not in needs):
+        return None
+    row: dict[str, Any] = {}
+    if image is not None:
+        row = {"offset": image.offset_data, "size": image.size}
+    if "prompt" in needs:
+        data = None
+        if caption is not None:
+            member = tar.extractfile(caption)
+            data = None if member is None else member.read()
+        row |= _caption(data, f"{key}{CAPTION}")
+    return row
 
 
 def _read_members(
     tar: tarfile.TarFile, size: int, samples: dict[str, dict[str, tarfile.TarInfo]]
 ) -> str | None:
-    """Sort the members of a tar into samples; what is wrong with the tar, if anything is."""
+    """Sort the members of a tar into samples; the damage, if there is any."""
     while True:
         try:
             member = tar.next()
-        except tarfile.TarError as error:
+        except Exception as error:  # such as an OverflowError for a size that is none
             return str(error)
         if member is None:
             break
-        if member.offset_data + member.size > size:
+        if member.issparse():
+            return f"{member.name} is stored as a sparse file"
+        if member.size < 0 or member.offset_data + member.size > size:
             return f"{member.name} is cut"
         folder, _, last = member.name.rpartition("/")
         key, _, suffix = last.partition(".")
-        if member.isfile() and key and _is_text(member.name):  # what begins with a dot is none
+        if member.isfile() and key and _is_text(member.name):  # hidden files are no samples
             sample = samples.setdefault(f"{folder}/{key}" if folder else key, {})
             sample.setdefault(f".{suffix.lower()}", member)
-    # tarfile takes a broken header for the end, of which two empty blocks are the mark
+    # tarfile takes a broken header for the end, which two empty blocks mark
     tar.fileobj.seek(tar.offset)
     return None if tar.fileobj.read(512) == bytes(512) else "it ends early"
 
 
-def _from_table(file: str, name: str, needs: set[str], columns: Columns) -> Iterator[dict]:
+def _from_table(
+    file: str, name: str, needs: set[str], columns: Columns
+) -> Iterator[dict[str, Any]]:
     try:
         table, chosen = _read_table(file, needs, columns)
-    except pa.ArrowException as error:
-        raise ValueError(f"`source` {file} cannot be read ({error}); check it.") from error
+    except ArgumentError:
+        raise
+    except Exception as error:  # damaged files make pyarrow raise all kinds of errors
+        problem = f"TableError: {file} cannot be read ({error}); check it."
+        yield {"id": name, "problem": _printable(problem)}
+        return
     folder, number = os.path.dirname(name), 0
     for batch in table.to_batches():
         for values in zip(*(batch.column(name).to_pylist() for name in chosen), strict=True):
@@ -253,54 +332,69 @@ def _from_table(file: str, name: str, needs: set[str], columns: Columns) -> Iter
 
 
 def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table, dict[str, str]]:
-    """The columns that count, as strings, and what each is: image, prompt or id."""
+    """The needed columns, as strings, and the role of each: image, prompt or id."""
+    delimiter = "\t" if _suffix(file) == ".tsv" else ","
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     if _suffix(file) == ".parquet":
         names = pq.read_schema(file).names
     else:
-        parse = pa.csv.ParseOptions(
-            delimiter="\t" if _suffix(file) == ".tsv" else ",", newlines_in_values=True
-        )
-        with pa.csv.open_csv(file, parse_options=parse) as reader:
+        with csv.open_csv(file, parse_options=parse) as reader:
             names = reader.schema.names
     chosen = {_choose(names, need, columns, file): need for need in sorted(needs)}
     if len(chosen) < len(needs):
-        raise ValueError(f"the image column and the prompt column are both {next(iter(chosen))}.")
+        raise ArgumentError(
+            "image_column",
+            f"is {next(iter(chosen))!r} in {file}, and so is `prompt_column`",
+            "name another one",
+        )
     if columns.id is not None:
         if columns.id not in names:
-            raise ValueError(_no_column(file, columns.id, names))
+            raise _no_column("id", file, columns.id, names)
         if columns.id in chosen:
-            raise ValueError(f"the {chosen[columns.id]} column is its own id; leave the id out.")
+            raise ArgumentError(
+                "id_column",
+                f"is {columns.id!r}, which is the {chosen[columns.id]} column",
+                "leave it out",
+            )
         chosen[columns.id] = "id"
     if _suffix(file) == ".parquet":
         table = pq.read_table(file, columns=list(chosen))
     else:
         # as they are written: an id like 007 is no number, a prompt like null no missing value
-        convert = pa.csv.ConvertOptions(
+        convert = csv.ConvertOptions(
             column_types=dict.fromkeys(chosen, pa.large_string()),
             include_columns=list(chosen),
             strings_can_be_null=False,
         )
-        table = pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
-    return table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names])), chosen
+        table = csv.read_csv(file, parse_options=parse, convert_options=convert)
+    table = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names]))
+    table.validate(full=True)  # Parquet may hold strings that are not UTF-8
+    return table, chosen
 
 
 def _choose(names: Sequence[str], need: str, columns: Columns, file: str) -> str:
     named = getattr(columns, need)
     if named is not None:
         if named not in names:
-            raise ValueError(_no_column(file, named, names))
+            raise _no_column(need, file, named, names)
         return named
     for usual in _USUAL[need]:
         if usual in names:
             return usual
-    raise ValueError(
-        f"`source` {file} has none of the columns {', '.join(_USUAL[need])} for the {need}, but "
-        f"{', '.join(names)}; say which one it is."
+    raise ArgumentError(
+        "source",
+        f"{file} has none of the columns {', '.join(_USUAL[need])} for the {need}, but "
+        f"{', '.join(names)}",
+        f"give one of these as `{need}_column`",
     )
 
 
-def _no_column(file: str, name: str, names: Sequence[str]) -> str:
-    return f"`source` {file} has no column {name!r}, but {', '.join(names)}; name one of these."
+def _no_column(need: str, file: str, name: str, names: Sequence[str]) -> ArgumentError:
+    return ArgumentError(
+        f"{need}_column",
+        f"is {name!r}, but {file} has only {', '.join(names)}",
+        "name one of these",
+    )
 
 
 def _once(items: pa.Table, id_column: str | None) -> pa.Table:
@@ -311,8 +405,9 @@ def _once(items: pa.Table, id_column: str | None) -> pa.Table:
         return items
     if id_column is not None:
         twice = np.setdiff1d(np.arange(len(items)), first)[0]
-        raise ValueError(
-            f"`source` has the id {items['id'][int(twice)].as_py()!r} twice in its column "
-            f"{id_column}; ids have to tell items apart."
+        raise ArgumentError(
+            "id_column",
+            f"is {id_column!r}, which holds {items['id'][int(twice)].as_py()!r} twice",
+            "give a column with another id in each row",
         )
     return items.take(np.sort(first))

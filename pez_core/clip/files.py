@@ -1,13 +1,15 @@
-"""Which CLIP a weights file holds, told from its header, and files that transformers wrote."""
+"""Weights files: the CLIP that a file holds, by its header, and files that transformers wrote."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import struct
+import zipfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -15,7 +17,18 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors.torch import load_file
 
-_LONGEST_HEADER = 100_000_000  # the limit of the format's own library
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# What a file raises whose header is no header, or has other values than it should.
+_MALFORMED = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)
 
 # Names in files of transformers' CLIPModel, and what open_clip calls the same.
 _RENAMED = (
@@ -41,12 +54,12 @@ _PARTS = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class FoundClip:
-    """What a file holds.
+    """The CLIP in a file.
 
     Attributes:
         name: open_clip's name of the architecture.
-        tag: the tag of its weights where the file's name gives it away, else None.
-        quick_gelu: its activation; tensors do not show it.
+        tag: the tag of its weights where the name of the file contains it, else None.
+        quick_gelu: its activation, which cannot be seen in the tensors.
         transformers: the tensors have the names that the package transformers gives them.
     """
 
@@ -57,7 +70,7 @@ class FoundClip:
 
 
 def find_clip(path: Path) -> FoundClip | None:
-    """What CLIP a safetensors file holds; None where it does not hold both towers of a known one.
+    """The CLIP in a safetensors file; None unless the file holds both towers of a known one.
 
     Only the header is read. The activation is that of a `config.json` of transformers in the same
     folder, or that of the tag whose first word is in the name of the file or of its folder (such as
@@ -65,17 +78,17 @@ def find_clip(path: Path) -> FoundClip | None:
     """
     try:
         shapes = _shapes(path)
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        transformers = "text_model.embeddings.token_embedding.weight" in shapes
+        if transformers:
+            shapes = {_rename(key): shape for key, shape in shapes.items()}
+        name = _plain_clips().get(_dimensions(shapes))
+    except _MALFORMED:
         return None
-    transformers = "text_model.embeddings.token_embedding.weight" in shapes
-    if transformers:
-        shapes = {_rename(key): shape for key, shape in shapes.items()}
-    name = _known().get(_dimensions(shapes))
     if name is None:
         return None
     tags = list_pretrained_tags_by_model(name)
-    said = f"{path.parent.name}/{path.stem}".lower()
-    tag = next((tag for tag in tags if re.split(r"[_-]", tag)[0] in said), None)
+    title = f"{path.parent.name}/{path.stem}".lower()
+    tag = next((tag for tag in tags if re.split(r"[_-]", tag)[0] in title), None)
     supposed = tag or ("openai" if "openai" in tags else None)
     quick = bool(supposed and get_pretrained_cfg(name, supposed).get("quick_gelu"))
     if transformers:
@@ -109,21 +122,17 @@ def _rename(key: str) -> str:
     return key
 
 
-def _dimensions(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """What tells architectures apart, in whichever layout the projections are."""
-    try:
-        width, _, patch, _ = shapes["visual.conv1.weight"]
-        places, _ = shapes["visual.positional_embedding"]
-        projections = {*shapes["visual.proj"]}
-        words, text_width = shapes["token_embedding.weight"]
-        context, _ = shapes["positional_embedding"]
-        shared = projections & {*shapes["text_projection"]}
-        hidden = shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0]
-    except (KeyError, ValueError):
-        return None
+def _dimensions(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The dimensions in which architectures differ, however the projections are stored."""
+    width, _, patch, _ = shapes["visual.conv1.weight"]
+    positions, _ = shapes["visual.positional_embedding"]
+    words, text_width = shapes["token_embedding.weight"]
+    context, _ = shapes["positional_embedding"]
+    shared = {*shapes["visual.proj"]} & {*shapes["text_projection"]}
+    hidden = shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0]
     embed_dim = min(shared) if shared else 0
     layers = [_layers(shapes, prefix) for prefix in ("visual.transformer", "transformer")]
-    return embed_dim, width, patch, places, hidden, text_width, words, context, *layers
+    return embed_dim, width, patch, positions, hidden, text_width, words, context, *layers
 
 
 def _layers(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
@@ -131,12 +140,11 @@ def _layers(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
     return len({match[1] for key in shapes if (match := found.match(key))})
 
 
-@cache
-def _known() -> dict[tuple[int, ...], str]:
-    """open_clip's plain CLIPs by their dimensions."""
+def _plain_clips() -> dict[tuple[int, ...], str]:
+    """Names of open_clip's plain CLIPs by their dimensions."""
     names: dict[tuple[int, ...], str] = {}
     for name in open_clip.list_models():
-        config = get_model_config(name)
+        config = config_of(name)
         image, text = config["vision_cfg"], config["text_cfg"]
         if config.get("custom_text") or "multimodal_cfg" in config or config.get("quick_gelu"):
             continue
@@ -161,9 +169,38 @@ def _known() -> dict[tuple[int, ...], str]:
     return names
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """open_clip's config of one of its architectures."""
+    config = get_model_config(name)
+    if config is None:
+        raise KeyError(name)
+    return config
+
+
 def _configured_activation(path: Path, otherwise: bool) -> bool:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return config["text_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except _MALFORMED:
         return otherwise
+
+
+def check_header(path: Path) -> None:
+    """Raise if a file cannot hold weights; torch would raise any kind of exception for some files.
+
+    Raises:
+        EOFError: the file is empty.
+        UnpicklingError: it is no PyTorch file, or one that holds code.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        raise EOFError("the file is empty")
+    if path.suffix == ".safetensors":
+        return
+    if start not in (b"PK", b"\x80\x02"):
+        raise pickle.UnpicklingError("not a PyTorch file")
+    if start == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise pickle.UnpicklingError("a TorchScript archive, which holds code")

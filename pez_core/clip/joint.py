@@ -1,14 +1,16 @@
-"""Several CLIPs that share their tokens, searched as one."""
+"""Several CLIPs of one tokenizer, searched as one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..errors import ArgumentError, check_weights
 from .model import Clip
 from .text import Encoder, TextTower
 
@@ -17,14 +19,14 @@ class JointText:
     """The text towers of several CLIPs side by side; see `TextTower`.
 
     Token embeddings lie next to each other, so that one id means its row in every table. Features
-    are unit vectors times the root of their encoder's weight, so that a dot product of two joint
-    features is the weighted mean of the encoders' cosines.
+    are unit vectors times the square root of their encoder's weight, so that a dot product of two
+    joint features is the weighted mean of the encoders' cosine similarities.
     """
 
     def __init__(self, towers: Sequence[TextTower], weights: Sequence[float]) -> None:
         self.towers = towers
         self.words = towers[0].words
-        self.known_word = towers[0].known_word
+        self.example_token = towers[0].example_token
         self.max_prompt_len = min(tower.max_prompt_len for tower in towers)
         self.parts = [
             (tower.token_embedding.shape[1], weight)
@@ -33,7 +35,7 @@ class JointText:
 
     @property
     def token_embedding(self) -> torch.Tensor:
-        """(vocab_size, sum of widths) tables side by side, where the towers are now."""
+        """(vocab_size, sum of widths) tables side by side, on the device of the towers."""
         return torch.cat([tower.token_embedding.detach().float() for tower in self.towers], dim=1)
 
     def encoder(
@@ -71,6 +73,7 @@ class _JointEncoder:
         return self.text.join([encode(part) for encode, part in self._each(embeddings)])
 
     def given(self, embeddings: torch.Tensor) -> _JointEncoder:
+        """As `Encoder.given`."""
         given = [encode.given(part) for encode, part in self._each(embeddings)]
         return _JointEncoder(self.text, given)
 
@@ -78,49 +81,58 @@ class _JointEncoder:
 class JointClip:
     """Several CLIPs as one, for models that read a prompt with more than one, such as SDXL.
 
-    One id sequence, one search; projection and objective look at all encoders. Made by `load_clip`
-    from a list of names; everything that takes a `Clip` takes this.
+    There is one sequence of ids and one search; projection and objective use all encoders. Made by
+    `load_clip` from a list of names; whatever takes a `Clip` takes this.
 
     Args:
         clips: two or more, whose tokenizers agree on every token.
         weights: how much each counts; scaled to sum to 1. None: all the same.
 
+    Attributes:
+        trained_tokens: ids that all of them were trained on; None: all ids.
+        cache: as that of a `Clip`.
+
     Raises:
-        ValueError: fewer than two clips, the same one twice, tokenizers or devices that differ,
+        ArgumentError: fewer than two clips, the same one twice, tokenizers or devices that differ,
             weights that do not fit.
     """
 
     def __init__(self, clips: Sequence[Clip], weights: Sequence[float] | None = None) -> None:
         if len(clips) < 2:
-            raise ValueError(f"`clips` has to hold at least two CLIPs but holds {len(clips)}.")
+            raise ArgumentError("clips", f"has to hold at least two CLIPs but holds {len(clips)}")
         if len(set(map(id, clips))) < len(clips):
-            raise ValueError(f"`clips` holds one CLIP twice: {', '.join(c.name for c in clips)}.")
-        names = []
-        for clip in clips:
-            taken = names.count(clip.name)
-            names.append(f"{clip.name} ({taken + 1})" if taken else clip.name)
-        weights = [1.0] * len(clips) if weights is None else [float(w) for w in weights]
-        if len(weights) != len(clips) or not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(
-                f"`weights` has to hold one number above 0 for each of {len(clips)} CLIPs but is "
-                f"{weights}."
-            )
+            names = ", ".join(clip.name for clip in clips)
+            raise ArgumentError("clips", f"holds one CLIP twice: {names}")
+        numbers = [1.0] * len(clips)
+        if weights is not None:
+            numbers = check_weights("weights", weights, len(clips))
         for clip in clips[1:]:
             _check_same_tokens(clips[0], clip)
-        self.cache: dict[str, Any] = {}
+            if clip.text.words.equals(clips[0].text.words):
+                clip.text.words = clips[0].text.words  # which remembers the tokens that round-trip
         self.clips = list(clips)
-        self.names = names
-        self.name = " + ".join(names)
-        self.text = JointText([c.text for c in clips], [w / sum(weights) for w in weights])
-        shared = set.intersection(*(set(clip.vocabulary.tolist()) for clip in clips))
-        if not shared:
-            raise ValueError(f"`clips`: {self.name} have no word in common to make prompts of.")
-        self.vocabulary = torch.tensor(sorted(shared))
-        known = [clip.known for clip in clips if clip.known is not None]
-        self.known = frozenset.intersection(*known) if known else None
+        self.names = _distinct([clip.name for clip in clips])
+        self.name = " + ".join(self.names)
+        self.text = JointText([clip.text for clip in clips], [n / sum(numbers) for n in numbers])
+        trained = [clip.trained_tokens for clip in clips if clip.trained_tokens is not None]
+        self.trained_tokens = frozenset.intersection(*trained) if trained else None
+        self.cache: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"JointClip({self.name!r}, device={str(self.device)!r})"
+
+    @cached_property
+    def vocabulary(self) -> torch.Tensor:
+        """(n,) sorted ids in the default vocabularies of all CLIPs, on the CPU.
+
+        Raises:
+            ArgumentError: they have none in common.
+        """
+        shared = set.intersection(*(set(clip.vocabulary.tolist()) for clip in self.clips))
+        if not shared:
+            raise ArgumentError("clip", f"is {self.name}, which have no word in common")
+        with torch.inference_mode(False):
+            return torch.tensor(sorted(shared))
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +152,19 @@ class JointClip:
 
     def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Joint features -> the unit features of each encoder."""
-        sizes = [clip.features for clip in self.clips]
-        parts = features.split(sizes, dim=-1)
+        parts = features.split([clip.feature_size for clip in self.clips], dim=-1)
         return {
             name: F.normalize(part, dim=-1) for name, part in zip(self.names, parts, strict=True)
         }
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered where two are the same."""
+    distinct = []
+    for k, name in enumerate(names):
+        before = names[:k].count(name)
+        distinct.append(f"{name} ({before + 1})" if before else name)
+    return distinct
 
 
 def _check_same_tokens(a: Clip, b: Clip) -> None:
@@ -152,12 +172,13 @@ def _check_same_tokens(a: Clip, b: Clip) -> None:
         a.text.words.decode([i]) == b.text.words.decode([i]) for i in range(a.text.words.size)
     )
     if not same:
-        raise ValueError(
-            f"`clips`: the tokenizers of {a.name} and {b.name} differ, so that one prompt cannot "
-            "be the same tokens for both; take CLIPs of one tokenizer, like ViT-L-14 and "
-            "ViT-bigG-14."
+        raise ArgumentError(
+            "clips",
+            f"holds {a.name} and {b.name}, whose tokenizers differ, so that one prompt cannot be "
+            "the same tokens for both",
+            "take CLIPs of one tokenizer, like ViT-L-14 and ViT-bigG-14",
         )
     if a.device != b.device:
-        raise ValueError(
-            f"`clips`: {a.name} is on {a.device} and {b.name} on {b.device}; put them on one."
+        raise ArgumentError(
+            "clips", f"holds {a.name} on {a.device} and {b.name} on {b.device}", "put them on one"
         )

@@ -1,58 +1,52 @@
-"""A CLIP as the rest of pez_core sees it: pictures and texts in, unit features out."""
+"""A CLIP as the rest of the package uses it: images and texts in, unit features out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import nn
 
-from ..vocabulary import round_trip_ids
 from .images import trim_to_centre
-from .text import TextTower, Words
+from .text import TextTower
 
 _IMAGE_BATCH = 64
-
-
-@lru_cache(maxsize=8)
-def _surviving(words: Words, ids: tuple[int, ...]) -> list[int]:
-    # seconds for a whole vocabulary, and CLIPs that are made of one another ask again
-    return round_trip_ids(words, ids)
 
 
 class Clip:
     """An open_clip model, its public tokenizer and its image preparation.
 
-    Made by `load_clip`; build it directly to search a model you already have in memory.
+    Made by `load_clip`; build it directly to search a model that is already in memory.
 
     Args:
         model: open_clip model on its device, in its dtype.
         tokenizer: what `open_clip.get_tokenizer` returns for it.
         name: shown in messages and results.
-        vocabulary: ids of the tokens that prompts are made of by default; None: all of them. Tokens
-            that do not survive being printed and read again are left out either way.
+        vocabulary: ids of the tokens that the model was trained on, of which prompts are made by
+            default; None: all tokens.
         config: what the model was built from: open_clip's `model_cfg` and, where the tokenizer is
-            not CLIP's own, `tokenizer`, the architecture that it belongs to. Only needed where the
-            model is to be saved; `load_clip` fills it in.
+            not CLIP's own, `tokenizer`, the architecture that it belongs to. Only needed to save
+            the model; `load_clip` fills it in.
 
     Attributes:
         text: `TextTower`, from token embeddings to text features.
-        vocabulary: (n,) sorted ids of the default vocabulary, on the CPU.
-        known: ids that the model was trained on; None: all of them.
-        image_tower: what every use of the image tower is wrapped in. Nothing by default; whoever
-            manages memory puts a context manager here that brings the tower to the device.
+        trained_tokens: ids that the model was trained on; None: all of them.
+        image_tower: a function without arguments; every use of the image tower runs in the context
+            that it returns. Nothing by default; a memory manager sets one that moves the tower to
+            the device and back.
+        cache: for data derived from the weights, such as the features of single tokens, by a name
+            that the module that puts it there chooses. Clear it after a change of the weights.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer,
+        model: Any,
+        tokenizer: Any,
         name: str = "clip",
         vocabulary: Sequence[int] | None = None,
         config: dict | None = None,
@@ -62,25 +56,36 @@ class Clip:
         self.tokenizer = tokenizer
         self.name = name
         self.text = TextTower(model, tokenizer)
-        self._prepare = image_transform_v2(
+        prepare: Any = image_transform_v2(
             PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
         )
+        self._prepare: Callable[[Image.Image], torch.Tensor] = prepare
         self._centre_crops = model.visual.preprocess_cfg.get("resize_mode") == "shortest"
-        self.known = None if vocabulary is None else frozenset(vocabulary)
-        every = range(len(self.text.token_embedding)) if vocabulary is None else vocabulary
-        self.vocabulary = torch.tensor(_surviving(self.text.words, tuple(sorted(every))))
-        self.cache: dict[str, Any] = {}
+        self.trained_tokens = None if vocabulary is None else frozenset(vocabulary)
         self.image_tower: Callable[[], AbstractContextManager] = nullcontext
+        self.cache: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"Clip({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
+
+    @cached_property
+    def vocabulary(self) -> torch.Tensor:
+        """(n,) sorted ids of the default vocabulary, on the CPU.
+
+        The trained tokens that round-trip; it takes seconds to find them among all tokens of CLIP.
+        """
+        tokens = self.trained_tokens
+        if tokens is None:
+            tokens = range(len(self.text.token_embedding))
+        with torch.inference_mode(False):
+            return torch.tensor(self.text.words.round_trip_ids(tokens))
 
     @property
     def device(self) -> torch.device:
         return self.text.token_embedding.device
 
     @cached_property
-    def features(self) -> int:
+    def feature_size(self) -> int:
         """Length of a feature vector."""
         return self.encode_texts(["a"]).shape[1]
 
@@ -91,7 +96,7 @@ class Clip:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB pictures -> (len(images), features) unit features in fp32."""
+        """RGB pictures -> (len(images), features) unit features in float32."""
         if self._centre_crops:
             images = [trim_to_centre(image) for image in images]
         features = []
@@ -105,10 +110,10 @@ class Clip:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts -> (len(texts), features) unit features in fp32, the public way.
+        """Texts -> (len(texts), features) unit features in float32, by open_clip's own way.
 
-        The public tokenizer and the whole text tower, nothing of the search's own path. Texts
-        longer than the context are cut by the tokenizer.
+        That is the public tokenizer and the whole text tower, independent of the code that searches
+        use. The tokenizer cuts texts that are longer than the context.
         """
         ids = self.tokenizer(list(texts)).to(self.device)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
@@ -121,8 +126,8 @@ class Clip:
         does; the features are averaged by their number of tokens.
         """
         text, length = self.text, self.text.context_length
-        rows = [[*text._before, *chunk, *text._after] for chunk in chunks]
-        # the row of one known word is as long as the context, so no row is too short
+        rows = [[*text.ids_before, *chunk, *text.ids_behind] for chunk in chunks]
+        # with one token the row is as long as the context, so no row is too short
         ids = torch.tensor([row[:length] for row in rows], device=self.device)
         each = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         counts = torch.tensor([float(len(chunk)) for chunk in chunks], device=self.device)

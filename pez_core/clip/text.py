@@ -1,14 +1,14 @@
-"""From token embeddings to CLIP text features: the way into open_clip's text towers that they lack.
+"""From token embeddings to CLIP text features, for which open_clip has no function.
 
-open_clip's `encode_text` starts from ids. Here it starts from the embeddings of the learned tokens,
-and where the tower is causal it runs over `prompt_len + 2` positions instead of the whole context:
-what follows the end token cannot reach it. The start token's position is computed once per search.
+open_clip's `encode_text` starts from ids. The towers here start from the embeddings of the learned
+tokens. A causal tower runs over `prompt_len + 2` positions instead of the whole context, since
+nothing behind the end token can change its features. The start token is computed once per search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +17,42 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-# Numbers of the size of its input that a block keeps for the way back: two of norms, four of
-# attention, one behind it, eight of the MLP; fewer where none of them is copied.
+from ..errors import ArgumentError
+
+# Tensors of the size of its input that a block keeps for the backward pass: two of norms, four of
+# attention, one behind it, eight of the MLP; 14 because not all of them are copies.
 _KEPT = 14
 
 
 class Words:
-    """One face for open_clip's two kinds of tokenizer: text to ids, ids to text, nothing added.
+    """One interface for open_clip's two kinds of tokenizer: text to ids and back, nothing added.
 
     Attributes:
-        special_ids: start, end and padding tokens; they never survive.
-        size: ids from 0 to `size - 1` are known.
-        separable: tokens that survive alone survive side by side too, as CLIP's own do.
+        special_ids: start, end and padding tokens; they never round-trip.
+        size: the ids are those from 0 to `size - 1`.
+        separable: tokens that round-trip alone do so side by side, too, as CLIP's own do.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._hf = getattr(tokenizer, "tokenizer", None)
         inner = tokenizer if self._hf is None else self._hf
         self.special_ids = set(inner.all_special_ids)
-        self.size = tokenizer.vocab_size if self._hf is None else len(inner)
+        self.size: int = tokenizer.vocab_size if self._hf is None else len(inner)
         self.separable = self._hf is None
-        # tokenizers of the same vocabulary, cleaning and kind do the same
-        self._same = (
-            (type(tokenizer), tokenizer.clean_fn, tuple(tokenizer.encoder))
-            if type(tokenizer) is SimpleTokenizer
-            else id(tokenizer)
+        self._round_trips_alone: dict[int, bool] = {}
+
+    def equals(self, other: Words) -> bool:
+        """Whether the other one is of CLIP's own kind, too, with the same vocabulary and cleaning.
+
+        Then both encode and decode alike.
+        """
+        a, b = self.tokenizer, other.tokenizer
+        return (
+            type(a) is type(b) is SimpleTokenizer
+            and a.clean_fn is b.clean_fn
+            and a.encoder == b.encoder
         )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Words) and self._same == other._same
-
-    def __hash__(self) -> int:
-        return hash(self._same)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without start, end and padding tokens."""
@@ -58,16 +61,28 @@ class Words:
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that people see; to survive means `encode(decode(ids)) == ids`."""
+        """The text of a prompt, as it is printed."""
         if self._hf is not None:
             return self._hf.decode(list(ids)).strip()
         return self.tokenizer.decode(ids).strip()
 
-    def survives(self, ids: Sequence[int]) -> bool:
-        """Whether the printed text means these very tokens, none of them a special one."""
+    def round_trips(self, ids: Sequence[int]) -> bool:
+        """Whether `encode(decode(ids)) == ids`, and none of them is a special token."""
         if self.special_ids & set(ids) or not all(0 <= i < self.size for i in ids):
             return False
         return self.encode(self.decode(ids)) == list(ids)
+
+    def round_trip_ids(self, ids: Iterable[int]) -> list[int]:
+        """Sorted `ids` of the tokens that round-trip by themselves; remembered from call to call.
+
+        In CLIP's tokenizer these are whole words and punctuation, 34,277 of 49,408 tokens: a word
+        piece without its word end would fuse with its neighbour when it is printed.
+        """
+        found, ids = self._round_trips_alone, sorted(set(ids))
+        for i in ids:
+            if i not in found:
+                found[i] = self.round_trips([i])
+        return [i for i in ids if found[i]]
 
 
 class Encoder(Protocol):
@@ -75,19 +90,21 @@ class Encoder(Protocol):
 
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len, width) token embeddings -> (rows, features), unnormalised."""
+        ...
 
     def given(self, embeddings: torch.Tensor) -> Encoder:
-        """The encoder of what follows the first learned tokens.
+        """The encoder of the learned tokens behind the first ones, which are fixed from now on.
 
-        A causal tower looks at those here, once, and no more.
+        A causal tower computes the first ones here, once for all later calls.
 
         Args:
             embeddings: (problems, n, width) of the first n learned tokens.
 
         Returns:
-            An encoder of the other tokens of one or more prompts per problem, all those of a
-            problem in a row.
+            An encoder of the other tokens, of one or more prompts per problem; the prompts of a
+            problem are consecutive rows.
         """
+        ...
 
 
 class TextTower:
@@ -95,29 +112,31 @@ class TextTower:
 
     Args:
         model: an open_clip model (`CLIP`, `CustomTextCLIP` or `CoCa`).
-        tokenizer: its public tokenizer; it decides what stands around the learned tokens.
+        tokenizer: its public one; it adds start, end and padding to the learned tokens.
 
     Attributes:
         words: text to ids and back.
         max_prompt_len: tokens that the context holds beside start and end token.
-        causal: what follows the end token cannot reach it.
-        known_word: id of an ordinary word.
+        causal: no position can change the features of an earlier one.
+        example_token: id of an ordinary word, for where some token is needed.
+        ids_before, ids_behind: ids that the tokenizer puts around a text of one token.
 
     Raises:
-        ValueError: the text tower is a Hugging Face model.
+        ArgumentError: the text tower is a Hugging Face model.
     """
 
-    def __init__(self, model: nn.Module, tokenizer) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         tower = getattr(model, "text", model)
         if isinstance(tower, HFTextEncoder):
-            raise ValueError(
-                "`clip` has a Hugging Face text tower, which takes ids only and cannot be "
-                "searched; choose a CLIP with open_clip's own text tower, like ViT-L-14."
+            raise ArgumentError(
+                "clip",
+                "has a Hugging Face text tower, which takes ids only and cannot be searched",
+                "choose a CLIP with open_clip's own text tower, like ViT-L-14",
             )
-        self.tower = tower
+        self.tower: Any = tower
         self.words = Words(tokenizer)
         self.context_length = int(tower.context_length)
-        # CLIP keeps the pooling rule under other names than TextTransformer does
+        # CLIP and TextTransformer have different names for the pooling rule
         self._pool = getattr(tower, "text_pool_type", None) or tower.pool_type
         self._cls = getattr(tower, "cls_emb", None)
         self.causal = (
@@ -126,13 +145,13 @@ class TextTower:
         self._plain_blocks = self.causal and all(
             type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks
         )
-        # Positions around the prompt, from the row the public tokenizer makes of a known word.
+        # The ids around a prompt, from the row that the public tokenizer makes of one token.
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
-        self.known_word = word[0]
-        # lists, so that nothing is left behind when the model moves to another device
-        self._before, self._after = row[:start], row[start + len(word) :]
+        self.example_token = word[0]
+        # lists, since tensors would stay behind when the model moves to another device
+        self.ids_before, self.ids_behind = row[:start], row[start + len(word) :]
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
 
     @property
@@ -150,9 +169,9 @@ class TextTower:
     ) -> Encoder:
         """The tower as a function of the learned tokens alone.
 
-        Where the tower is causal and the fixed text is the same for all rows, keys and values of
-        what stands before the learned tokens do not depend on them and are computed here, once. The
-        function is good for as long as the weights stay as they are.
+        Where the tower is causal and the fixed text is the same for all rows, the keys and values
+        before the learned tokens do not depend on them and are computed here, once. Make a new
+        encoder after a change of the weights.
 
         Args:
             fixed: ids before and behind the learned tokens, without start and end token; one pair
@@ -162,17 +181,17 @@ class TextTower:
             (rows, prompt_len, width) token embeddings -> (rows, features), unnormalised.
         """
         if len(fixed) > 1 or not self._plain_blocks:
-            return _Whole(self, fixed)
-        before = self._embed(self._ids([*self._before, *fixed[0][0]]))[None]
-        after = self._embed(self._ids([*fixed[0][1], *self._after[:1]]))
-        nothing = _Causal(self, after, 0, [None] * len(self.tower.transformer.resblocks))
+            return _FullEncoder(self, fixed)
+        before = self._embed(self._ids([*self.ids_before, *fixed[0][0]]))[None]
+        after = self._embed(self._ids([*fixed[0][1], *self.ids_behind[:1]]))
+        nothing = _CausalEncoder(self, after, 0, [None] * len(self.tower.transformer.resblocks))
         return nothing.given(before)
 
     def memory_per_prompt(self, prompt_len: int) -> int:
-        """About how many bytes a step holds for each prompt until its gradient is there.
+        """About how many bytes a step holds for each prompt until its gradient is computed.
 
-        What the blocks keep for the way back; beside it a search takes what the weights and the
-        allowed vocabulary take, whatever the number of prompts.
+        That is what the blocks keep for the backward pass. A search also needs the memory of the
+        weights and of the allowed vocabulary, whatever the number of prompts.
         """
         blocks = len(self.tower.transformer.resblocks)
         positions = prompt_len + 1 if self._plain_blocks else self.context_length
@@ -213,14 +232,14 @@ class TextTower:
         return self.encoder()(embeddings)
 
 
-class _Causal:
-    """The tower over learned tokens and what is behind them, by causal blocks alone.
+class _CausalEncoder:
+    """A causal tower over the learned tokens and those behind them, up to the end token.
 
     Args:
-        text: whose tower.
-        after: (n, width) embeddings of what is behind the learned tokens, the end token the last.
-        start: positions that precede the learned tokens.
-        past: keys and values of these in each block; None where nothing precedes.
+        text: the text tower.
+        after: (n, width) embeddings behind the learned tokens; the end token is the last one.
+        start: number of positions before the learned tokens.
+        past: keys and values of these in each block; None where there are no such positions.
     """
 
     def __init__(self, text: TextTower, after: torch.Tensor, start: int, past: list) -> None:
@@ -238,12 +257,12 @@ class _Causal:
         return self.text._project(tower.ln_final(x)[:, 0])
 
     def _mask(self, x: torch.Tensor) -> torch.Tensor:
-        """(length, start + length) what each position of x may look at; one for all blocks."""
+        """(length, start + length) positions that each position of x attends to, in all blocks."""
         shape = x.shape[1], self.start + x.shape[1]
         return torch.ones(shape, dtype=torch.bool, device=x.device).tril(self.start)
 
     @torch.no_grad()
-    def given(self, embeddings: torch.Tensor) -> _Causal:
+    def given(self, embeddings: torch.Tensor) -> _CausalEncoder:
         past, length = [], embeddings.shape[1]
         if length == 0:
             return self
@@ -252,11 +271,11 @@ class _Causal:
         for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
             x, keys_values = _causal_block(block, x, mask, before)
             past.append(keys_values)
-        return _Causal(self.text, self.after, self.start + length, past)
+        return _CausalEncoder(self.text, self.after, self.start + length, past)
 
 
-class _Whole:
-    """The tower over every position, for any mask and for rows of different fixed text."""
+class _FullEncoder:
+    """The tower over all positions, for any mask and for rows with different fixed text."""
 
     def __init__(
         self, text: TextTower, fixed: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -266,7 +285,7 @@ class _Whole:
 
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         text, tower, (rows, prompt_len, _) = self.text, self.text.tower, embeddings.shape
-        if self._layout is None or self._layout[0] != prompt_len:  # the same in every step
+        if self._layout is None or self._layout[0] != prompt_len:  # equal in all steps of a search
             self._layout = prompt_len, self._lay_out(prompt_len)
         ids, firsts, ends = (part.expand(rows, *part.shape[1:]) for part in self._layout[1])
         every = torch.arange(rows, device=ids.device)
@@ -283,24 +302,24 @@ class _Whole:
         return text._project(x[:, 0] if text._pool == "first" else x[every, ends])
 
     def given(self, embeddings: torch.Tensor) -> Encoder:
-        return _Given(self, embeddings)
+        return _PrefixedEncoder(self, embeddings)
 
     def _lay_out(self, prompt_len: int) -> tuple[torch.Tensor, ...]:
         """(rows, length) ids, (rows,) first learned positions and (rows,) end positions."""
-        text, start = self.text, len(self.text._before)
-        # any id that is not padding stands for the learned ones: only padding is looked at
-        texts = [[*b, *[text.known_word] * prompt_len, *a] for b, a in self.fixed]
+        text, start = self.text, len(self.text.ids_before)
+        # any id but padding can stand for the learned ones: masks depend on padding alone
+        texts = [[*b, *[text.example_token] * prompt_len, *a] for b, a in self.fixed]
         # without a causal mask the padding takes part, and the context has to be filled up
         length = max(map(len, texts)) + 1 if text.causal else text.context_length - start
         return (
-            text._ids([text._before + (row + text._after)[:length] for row in texts]),
+            text._ids([text.ids_before + (row + text.ids_behind)[:length] for row in texts]),
             text._ids([start + len(before) for before, _ in self.fixed]),
             text._ids([start + len(row) for row in texts]),
         )
 
 
-class _Given:
-    """An encoder with the first learned tokens in place, which it looks at every time."""
+class _PrefixedEncoder:
+    """An encoder with fixed first tokens, which it computes again in every call."""
 
     def __init__(self, encode: Encoder, embeddings: torch.Tensor) -> None:
         self.encode, self.embeddings = encode, embeddings
@@ -309,8 +328,8 @@ class _Given:
         first = self.embeddings.repeat_interleave(len(embeddings) // len(self.embeddings), dim=0)
         return self.encode(torch.cat([first, embeddings], dim=1))
 
-    def given(self, embeddings: torch.Tensor) -> _Given:
-        return _Given(self, embeddings)
+    def given(self, embeddings: torch.Tensor) -> _PrefixedEncoder:
+        return _PrefixedEncoder(self, embeddings)
 
 
 def _causal_block(
@@ -320,12 +339,20 @@ def _causal_block(
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     only_last: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """One pre-norm transformer block; with `only_last` just the output at the last position.
+    """One pre-norm transformer block; with `only_last` only the output at the last position.
 
-    The same sums as the block's own forward, but told what keys and values precede; `mask` is that
-    of the positions whose output is wanted. Nothing but the last position of the last block is ever
-    read. Returns the output (problems, length, width) and keys and values (problems, heads, length,
-    width / heads).
+    The same sums as the block's own forward, behind earlier keys and values.
+
+    Args:
+        block: of the tower.
+        x: (problems, length, width) input.
+        mask: of the positions whose output is wanted.
+        past: keys and values of the positions before `x`.
+        only_last: for the last block, of which no other position is used.
+
+    Returns:
+        (problems, length, width) output, and (problems, heads, length, width / heads) keys and
+        values.
     """
     attn, width = block.attn, block.attn.embed_dim
     normed = block.ln_1(x)

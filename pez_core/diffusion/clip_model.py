@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..clip import AnyClip, Clip, JointClip, load_clip
-from ..clip.load import from_config
+from ..clip.build import from_config
 
 T = TypeVar("T")
 # what `from_pretrained` takes to find files, of which `load_config` knows these
@@ -73,7 +73,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
                 "name": part.name,
                 "config": part.config,
                 "preprocess_cfg": part.model.visual.preprocess_cfg,
-                "vocabulary": None if part.known is None else sorted(part.known),
+                "vocabulary": None if part.trained_tokens is None else sorted(part.trained_tokens),
             }
             for part in parts
         ]

@@ -87,7 +87,7 @@ class DenoisingLoss:
             raise ValueError(f"`weight` has to be above 0 and at most 1 but is {weight}.")
         _check_pipeline(pipeline)
         self._tokenizers, self._encoders = zip(*_text_models(pipeline), strict=True)
-        self._known_word = clip.text.known_word
+        self._example_token = clip.text.example_token
         _check_same_tokens(pipeline, self._tokenizers, clip)
         self._model = _Denoiser(pipeline, images, samples, timesteps, batch_size, generator)
         each = range(self._model.images)
@@ -147,7 +147,7 @@ class DenoisingLoss:
     ) -> list[torch.Tensor]:
         """(1, length) ids for each encoder, with a known word in place of those learned."""
         rows = []
-        words = [*before, *[self._known_word] * prompt_len, *after]
+        words = [*before, *[self._example_token] * prompt_len, *after]
         for tokenizer in self._tokenizers:
             length = tokenizer.model_max_length
             row = [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..clip.images import ImageInput, load_images
+from ..errors import ArgumentError
 
 
 def pictures(
@@ -18,8 +19,8 @@ def pictures(
     """Images as `load_images` has them; errors speak of the argument `name`."""
     try:
         return load_images(images)[0]
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("`images`", f"`{name}`")) from error
+    except ArgumentError as error:
+        raise error.about(name) from error
 
 
 def seeds(generator: torch.Generator | list[torch.Generator] | None, prompts: int) -> list[int]:

@@ -1,14 +1,16 @@
-"""Examples to learn prompts from: the paper's tasks, tasks that come in a package, and files."""
+"""Examples of classification tasks: the paper's tasks, tasks from a package, and files."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +20,16 @@ from typing import TextIO
 
 import torch
 
+from ..errors import ArgumentError, check_choice
 from .text import Example
 
 Splits = tuple[list[Example], list[Example]]
 
 # The sdist that holds the snippets, and the archive inside it.
 _VADER = "vaderSentiment==3.3.2"
+_VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _SNIPPETS = "additional_resources/hutto_ICWSM_2014.tar.gz"
-# Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither: SST-2 leaves such out, too.
+# Snippets with a mean rating, from -4 to 4, closer to 0 are left out as neutral, as in SST-2.
 _NEUTRAL = 0.5
 _TEST_SHARE, _SPLIT_SEED = 0.2, 0
 
@@ -36,8 +40,8 @@ class Task:
 
     Attributes:
         template, verbalizer, max_length: see `pez_core.lm.tune_prompt`.
-        source: where its examples come from, in words.
-        load: source and whether to download -> examples to learn from and examples to test with.
+        source: the origin of its examples, in words.
+        load: source and whether to download -> training and test examples.
     """
 
     template: str
@@ -48,29 +52,28 @@ class Task:
 
 
 def load_task(name: str, source: str | Path | None = None, download: bool = False) -> Splits:
-    """The examples of one of `TASKS`: those to learn from, and those to test with.
+    """The training and the test examples of one of `TASKS`.
 
-    "sst2", "amazon-polarity" and "ag-news" are read by the package datasets: what it has on this
-    disk, or `source`, a folder with their files. Their labels are numbers, as there. Of Amazon
-    Polarity 180,000 examples are taken to learn from, about what the paper's code takes.
+    "sst2", "amazon-polarity" and "ag-news" are read by the package datasets, from its cache on this
+    disk or from `source`, a folder with their files. Their labels are numbers, as there. The
+    training examples of Amazon Polarity are cut to 180,000, about as many as in the paper's code.
 
-    The others are made of the snippets that the source package of vaderSentiment 3.3.2 holds
-    (Hutto and Gilbert 2014): movie reviews, Amazon reviews, newspaper editorials and tweets, rated
-    from -4 to 4 by people. "movie-reviews" and "amazon-reviews" ask whether the rating is above 0
-    (snippets within 0.5 of 0 are left out), "sources" asks which of the four a snippet is from.
-    `source` is that source package, or a folder with its `*_GroundTruth.txt`. A fifth, drawn by a
-    fixed seed, is for testing.
+    The others consist of snippets in the source package of vaderSentiment 3.3.2 (Hutto and Gilbert
+    2014): movie reviews, Amazon reviews, newspaper editorials and tweets, rated from -4 to 4 by
+    people. The label of "movie-reviews" and "amazon-reviews" is the sign of the rating (snippets
+    within 0.5 of 0 are left out), the label of "sources" is one of the four origins. `source` is
+    that source package, or a folder with its `*_GroundTruth.txt`. A fifth, drawn with a fixed seed,
+    is for testing.
 
     Args:
         name: one of `TASKS`.
-        source: see above. None: what was downloaded before.
-        download: fetch what is not on this disk, the snippets with pip.
+        source: see above. None: files that were downloaded before.
+        download: fetch files that are not on this disk, the snippets with pip.
 
     Raises:
-        ValueError: no such task, or nothing at `source`; says what to do.
+        ArgumentError: no such task, or no examples at `source`.
     """
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}; there are {', '.join(TASKS)}.")
+    check_choice("name", name, tuple(TASKS))
     return TASKS[name].load(source, download)
 
 
@@ -79,30 +82,31 @@ def read_examples(path: str | Path, label: str = "label") -> list[Example]:
 
     Args:
         path: ends in .csv, .tsv, .jsonl or .json.
-        label: column of the label, which is read as text. All others are columns for the template.
+        label: column of the label, which is read as text. The others are columns for the template.
 
     Raises:
-        ValueError: no such file, another ending, a line that cannot be read or lacks the label.
+        ArgumentError: no such file, another ending, or a line that cannot be read or lacks the
+            label.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"`path` is {str(path)!r}, but there is no such file.")
+        raise ArgumentError("path", f"is {str(path)!r}, but there is no such file")
     readers = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".jsonl": _jsonl}
     readers[".json"] = _jsonl
     read = readers.get(path.suffix.lower())
     if read is None:
-        raise ValueError(
-            f"`path` is {str(path)!r}; it has to end in {', '.join(readers)} to be read."
-        )
+        raise ArgumentError("path", f"is {str(path)!r}, but has to end in {', '.join(readers)}")
     examples: list[Example] = []
-    # a whole book may be one text
+    # one text may be a whole book
     most = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, row in read(file):
                 if row.get(label) is None:
-                    raise ValueError(
-                        f"{path}, line {line}, has no column {label!r}; it has {', '.join(row)}."
+                    raise ArgumentError(
+                        "path",
+                        f"is {str(path)!r}, whose line {line} has no column {label!r}; it has "
+                        f"{', '.join(row)}",
                     )
                 columns = {
                     name: value if isinstance(value, str) else json.dumps(value)
@@ -111,9 +115,11 @@ def read_examples(path: str | Path, label: str = "label") -> list[Example]:
                 }
                 examples.append((columns, str(row[label])))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}).") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as a table ({error}).") from error
+        raise ArgumentError(
+            "path", f"is {str(path)!r}, which is no UTF-8 text ({error})"
+        ) from error
+    except (csv.Error, OSError) as error:
+        raise ArgumentError("path", f"is {str(path)!r}, which cannot be read ({error})") from error
     finally:
         csv.field_size_limit(most)
     return examples
@@ -131,10 +137,12 @@ def _jsonl(file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name}, line {number}, is no JSON ({error}).") from error
+        except (ValueError, RecursionError) as error:
+            raise ArgumentError(
+                "path", f"is {file.name!r}, whose line {number} is no JSON ({error})"
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{file.name}, line {number}, is no JSON object.")
+            raise ArgumentError("path", f"is {file.name!r}, whose line {number} is no JSON object")
         yield number, row
 
 
@@ -148,23 +156,26 @@ def _of_datasets(
 ) -> Splits:
     """The splits of a dataset of the hub."""
     if find_spec("datasets") is None:
-        raise ValueError(
-            f"Reading {name[0]} needs the package datasets (pip install datasets); or give a file."
+        raise ArgumentError(
+            "name",
+            f"is a task whose examples ({name[0]}) need the package datasets",
+            "pip install datasets, or give a file of your own",
         )
     import datasets
 
     given = name if source is None else (str(source),)
-    # the only thing that it looks at before it asks the network
+    # the only setting that it checks before it uses the network
     offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not download
     try:
         splits = datasets.load_dataset(*given)
         parts = [splits[part].select_columns([*columns, "label"]) for part in ("train", test)]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{given[0]} could not be read ({first_line}); fetch it with download=True or give "
-            f"`source`, a folder with its splits train and {test}, of columns "
-            f"{', '.join(columns)} and label."
+        raise ArgumentError(
+            "source",
+            f"is {given[0]!r}, which could not be read ({first_line})",
+            f"fetch it with `download`, or give a folder with its splits train and {test}, of "
+            f"columns {', '.join(columns)} and label",
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
@@ -217,10 +228,11 @@ def _snippets(source: str | Path | None, download: bool) -> dict[str, list[tuple
     try:
         contents = _in_folder(source) if source.is_dir() else _in_sdist(source)
         snippets = {label: _rated(content) for label, content in contents.items()}
-    except (OSError, EOFError, LookupError, ValueError, tarfile.TarError) as error:
-        raise ValueError(
-            f"`source` is {str(source)!r}, which is neither the source package of {_VADER} nor a "
-            f"folder with its *_GroundTruth.txt ({error})."
+    except (OSError, EOFError, LookupError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise ArgumentError(
+            "source",
+            f"is {str(source)!r}, which is neither the source package of {_VADER} nor a folder "
+            f"with its *_GroundTruth.txt ({error})",
         ) from error
     return snippets
 
@@ -244,25 +256,31 @@ def _in_sdist(path: Path) -> dict[str, bytes]:
 
 
 def _fetched(download: bool) -> Path:
-    """The source package, which is fetched where it is not there yet and `download` says so."""
+    """The source package; where it is missing and `download` is set, it is fetched."""
     folder = Path.home() / ".cache" / "pez"
     found = sorted(folder.glob("vader*3.3.2.tar.gz")) if folder.is_dir() else []
-    if found:
-        return found[0]
+    for file in found:
+        if hashlib.sha256(file.read_bytes()).hexdigest() == _VADER_SHA256:
+            return file
     if not download:
-        raise ValueError(
-            "The snippets are not on this disk; fetch them with download=True (2.4 MB, from PyPI), "
-            f"or give `source`, the source package of {_VADER}."
+        raise ArgumentError(
+            "source",
+            "is missing, and the snippets are not on this disk",
+            "fetch them with `download` (2.4 MB, from PyPI), or give the source package of "
+            f"{_VADER}",
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as there:
-        options = ["--no-deps", "--no-binary", ":all:", "--dest", there]
-        command = [sys.executable, "-m", "pip", "download", "-q", *options, _VADER]
+        # pip runs code of a source package, so it is checked before
+        wanted = Path(there) / "wanted.txt"
+        wanted.write_text(f"{_VADER} --hash=sha256:{_VADER_SHA256}\n")
+        options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "--dest", there]
+        command = [sys.executable, "-m", "pip", "download", "-q", *options, "-r", str(wanted)]
         done = subprocess.run(command, capture_output=True, text=True)
         files = list(Path(there).glob("*.tar.gz"))
         if done.returncode or not files:
-            raise ValueError(f"pip could not fetch {_VADER}: {done.stderr.strip()[-300:]}")
-        return files[0].rename(folder / files[0].name)
+            raise OSError(f"pip could not fetch {_VADER}: {done.stderr.strip()[-300:]}")
+        return files[0].replace(folder / files[0].name)
 
 
 _TWO = {0: "negative", 1: "positive"}

@@ -1,4 +1,4 @@
-"""The methods of the paper's section 5, all called alike."""
+"""The search methods of the paper's section 5, with one common signature."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from ..baselines.projected import autoprompt_sgd, fluent_prompt
 from ..baselines.soft import soft_prompt
 from ..pez import Objective, PezSettings, SearchSpace, search
-from ..tracker import Checkpoint, Progress, Tracker
+from ..tracker import Acceptable, Callback, Checkpoint, Progress, Tracker
 
 
 def pez(*problem: Any, generator: torch.Generator | None = None, **options: Any) -> Progress:
-    """`pez_core.search.search`; `generator` is taken so that all methods are called alike."""
+    """`pez_core.search`; `generator` belongs to the common signature and is not used."""
     return search(*problem, **options)
 
 
@@ -22,30 +22,29 @@ def as_released(
     space: SearchSpace,
     objective: Objective,
     ids: torch.Tensor,
-    settings: PezSettings = PezSettings(),  # noqa: B008
-    callback: Callable[[Progress], bool | None] | None = None,
-    acceptable: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    settings: PezSettings = PezSettings(),
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
     *,
     generator: torch.Generator | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Progress:
-    """PEZ as the loop that its authors released for language models runs it.
+    """PEZ as in the loop that its authors released for language models.
 
-    In their prompt_lm/src/train_prompts.py (commit f22a1be) each step ends by putting the
-    projection in the place of the continuous prompt, and the next step begins by keeping a copy of
-    that. So nothing continuous outlives a step and every prompt is that of `autoprompt_sgd`. Here
-    for comparison, with the same names.
+    In their prompt_lm/src/train_prompts.py (commit f22a1be) each step ends by replacing the
+    continuous prompt by its projection, and the next step begins by copying that. So no continuous
+    prompt survives a step, and every prompt is that of `autoprompt_sgd`. It is kept here for
+    comparison, with the names of their variables.
 
     Args:
-        space, objective, ids, settings, callback, acceptable, checkpoint: as in
-            `pez_core.search.search`.
-        generator: nothing is drawn; taken so that all methods are called alike.
+        space, objective, ids, settings, callback, acceptable, checkpoint: as in `pez_core.search`.
+        generator: belongs to the common signature and is not used.
 
     Returns:
         The best prompt of each problem, not the last.
 
     Raises:
-        ValueError, FloatingPointError: as `search`.
+        ArgumentError, FloatingPointError: as `search`.
     """
     best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():
@@ -68,7 +67,7 @@ def as_released(
     return best.progress
 
 
-# What `pez_core.lm.tune_prompt` takes as `method`. "empty" learns nothing: the template alone.
+# Values of `method` in `pez_core.lm.tune_prompt`. "empty" learns nothing: the template alone.
 METHODS: dict[str, Callable[..., Progress] | None] = {
     "pez": pez,
     "autoprompt-sgd": autoprompt_sgd,

@@ -1,4 +1,4 @@
-"""What a language model reads for an example, and the words that stand for labels."""
+"""Turns prompts, examples and labels into the tokens of a language model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError, ArgumentTypeError, check_string
+
 # An example: its text, or its columns by name, and its label.
 Example = tuple["str | Mapping[str, str]", Hashable]
 
-# Stands in for what is to the left while something in running text is tokenized.
+# Text put in front of a text so that it is tokenized as inside a running text.
 _LEFT = "a"
-# No token has more characters, so that texts beyond so many of them need not be looked at.
+# No token has more characters, so longer texts can be cut before they are tokenized.
 _LONGEST = 256
-# Where the templates of T5 have the word that its decoder is to say.
+# Marks in templates for T5 the place of the word that its decoder has to predict.
 SENTINEL = "<extra_id_0>"
 
 
@@ -23,19 +25,21 @@ def columns_of(template: str) -> list[str]:
     """The columns that a template names, in its order.
 
     Raises:
-        ValueError: it names none, or something that is not a plain column.
+        ArgumentError: it names none, or something that is not a plain column.
     """
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(
-            f"`template` is {template!r}, which is cut or damaged: {error}."
+        raise ArgumentError(
+            "template", f"is {template!r}, which is no valid template ({error})"
         ) from error
     names = [name for _, name, _, _ in parts]
     plain = all(n.isidentifier() and not spec and not how for _, n, spec, how in parts)
     if not names or not plain:
-        raise ValueError(
-            f"`template` is {template!r}; it has to name a column, such as '{{text}} It was'."
+        raise ArgumentError(
+            "template",
+            f"is {template!r}",
+            "it has to name a column, such as '{text} It was'",
         )
     return list(dict.fromkeys(names))
 
@@ -43,18 +47,18 @@ def columns_of(template: str) -> list[str]:
 class Format:
     """Turns prompts, examples and labels into token ids.
 
-    A model reads the special tokens that begin a text, the prompt, a space, the filled template,
-    and then has to say the word of a label. Special tokens come where the tokenizer itself puts
-    them, so none for GPT-2, BOS for OPT and Gemma, `</s>` behind the text for T5.
+    A model reads the special tokens that begin a text, the prompt, a space and the filled template,
+    and then has to predict the word of a label. Special tokens stand where the tokenizer itself
+    puts them: none for GPT-2, BOS for OPT and Gemma, `</s>` behind the text for T5.
 
     Args:
         tokenizer: of transformers.
         template: text with the columns of an example in braces, such as "{text} It was"; the word
             of the label follows.
-        verbalizer: label -> word. What is compared is the first token of each word in running text,
-            as in the paper's code; the first tokens have to differ.
-        max_length: tokens of a filled template, at least 1. Longer ones lose the end of their
-            longest column.
+        verbalizer: label -> word. The model's predictions are compared at the first token of each
+            word in running text, as in the paper's code; the first tokens have to differ.
+        max_length: tokens of a filled template, at least 1. In longer ones the longest column is
+            cut at its end.
 
     Attributes:
         labels: the labels in the order of `verbalizer`.
@@ -63,9 +67,9 @@ class Format:
         columns: names of the columns in the template.
 
     Raises:
-        TypeError: `template` is no text, or `verbalizer` no mapping from labels to text.
-        ValueError: a template without a plain column or longer than `max_length`; fewer than two
-            labels, a word that is empty, or words that begin with the same token.
+        ArgumentError: `template` is no text, has no plain column or is longer than `max_length`;
+            `verbalizer` is no mapping from two or more labels to words, or two words begin with the
+            same token.
     """
 
     def __init__(
@@ -84,34 +88,37 @@ class Format:
         self._set_verbalizer(verbalizer)
 
     def _set_template(self, template: str) -> None:
-        if not isinstance(template, str):
-            raise TypeError(f"`template` has to be text but is {template!r}.")
-        self.template = template.rstrip()
+        self.template = check_string("template", template).rstrip()
         self.columns = columns_of(template)
-        nothing = dict.fromkeys(self.columns, "")
-        needed = max(len(self._encode(nothing, prompted)) for prompted in (True, False))
+        empty = dict.fromkeys(self.columns, "")
+        needed = max(len(self._encode(empty, prompted)) for prompted in (True, False))
         if needed > self.max_length:
-            raise ValueError(
-                f"`max_length` is {self.max_length}, but the template alone has {needed} tokens."
+            raise ArgumentError(
+                "max_length", f"is {self.max_length}, but the `template` alone has {needed} tokens"
             )
 
     def _set_verbalizer(self, verbalizer: Mapping[Hashable, str]) -> None:
         if not isinstance(verbalizer, Mapping):
-            raise TypeError(f"`verbalizer` has to map labels to words but is {verbalizer!r}.")
+            raise ArgumentTypeError(
+                "verbalizer", f"has to map labels to words but is {verbalizer!r}"
+            )
         if len(verbalizer) < 2:
-            raise ValueError(f"`verbalizer` has to have two labels or more but is {verbalizer!r}.")
+            raise ArgumentError(
+                "verbalizer", f"has to hold two labels or more but is {verbalizer!r}"
+            )
         first: dict[int, Hashable] = {}
         for label, word in verbalizer.items():
             if not isinstance(word, str) or not word.strip():
-                raise ValueError(
-                    f"`verbalizer` gives label {label!r} the word {word!r}; give it text."
+                raise ArgumentError(
+                    "verbalizer", f"gives label {label!r} the word {word!r}", "give it text"
                 )
-            token = self.continuation(word.strip())[0]
+            token = self.ids_inside_text(word.strip())[0]
             if token in first:
-                raise ValueError(
-                    f"`verbalizer` gives the labels {first[token]!r} and {label!r} words that "
-                    f"begin with the same token, {self.tokenizer.decode([token])!r}; choose words "
-                    "that differ from their first token on."
+                raise ArgumentError(
+                    "verbalizer",
+                    f"gives the labels {first[token]!r} and {label!r} words that begin with the "
+                    f"same token, {self.tokenizer.decode([token])!r}",
+                    "choose words whose first tokens differ",
                 )
             first[token] = label
         self.labels, self.label_ids = list(verbalizer), list(first)
@@ -121,47 +128,59 @@ class Format:
         """Place of a label in `labels`.
 
         Raises:
-            ValueError: the verbalizer has no word for it.
+            ArgumentError: the verbalizer has no word for it.
         """
         if not isinstance(label, Hashable):
-            raise TypeError(f"A label has to be a number or text but is {label!r}.")
+            raise ArgumentTypeError(
+                "dataset", f"has to hold labels that are numbers or text but holds {label!r}"
+            )
         if label not in self._numbers:
-            raise ValueError(
-                f"The examples have the label {label!r}, for which `verbalizer` has no word; it "
-                f"has {', '.join(map(repr, self.labels))}."
+            raise ArgumentError(
+                "verbalizer",
+                f"has no word for the label {label!r} of an example; it has words for "
+                f"{', '.join(map(repr, self.labels))}",
             )
         return self._numbers[label]
 
-    def read(self, examples: Sequence[Example], prompted: bool) -> list[tuple[list[int], int]]:
+    def encode_examples(
+        self, examples: Sequence[Example], prompted: bool
+    ) -> list[tuple[list[int], int]]:
         """Ids of each filled template and the number of its label.
 
         Args:
             examples: see `Example`.
-            prompted: a prompt stands before them; else they begin the text.
+            prompted: a prompt stands before them; otherwise they begin the text.
         """
         return [(self._fill(text, prompted), self.number(label)) for text, label in examples]
 
     def _fill(self, text: str | Mapping[str, str], prompted: bool) -> list[int]:
         if not isinstance(text, (str, Mapping)):
-            raise TypeError(f"An example has to have text, or columns of it, but has {text!r}.")
+            raise ArgumentTypeError(
+                "dataset",
+                f"has to hold examples of text, or of columns of text, but holds {text!r}",
+            )
         columns = {self.columns[0]: text} if isinstance(text, str) else dict(text)
         for name in self.columns:
             if not isinstance(columns.get(name), str):
-                raise ValueError(
-                    f"`template` names the column {name!r}, but an example has "
-                    f"{columns.get(name)!r} there; its columns are {', '.join(columns)}."
+                raise ArgumentError(
+                    "template",
+                    f"names the column {name!r}, but an example has {columns.get(name)!r} there; "
+                    f"its columns are {', '.join(columns)}",
                 )
         columns = {name: columns[name][: self.max_length * _LONGEST] for name in self.columns}
         ids = self._encode(columns, prompted)
         if not ids:
-            raise ValueError(
-                f"`template` is {self.template!r}, which leaves nothing of an example whose text "
-                "is empty; add words to it or leave such examples out."
+            raise ArgumentError(
+                "template",
+                f"is {self.template!r}, which leaves nothing of an example whose text is empty",
+                "add words to it or leave such examples out",
             )
-        # the longest column first; where it does not do to leave it out, the others, too
+        return ids if len(ids) <= self.max_length else self._cut(columns, prompted)
+
+    def _cut(self, columns: dict[str, str], prompted: bool) -> list[int]:
+        """Ids with the longest column cut, and with shorter ones cut where that is not enough."""
+        ids: list[int] = []
         for name in sorted(self.columns, key=lambda name: -len(columns[name])):
-            if len(ids) <= self.max_length:
-                break
             whole, fits, too_long = columns[name], 0, len(columns[name])
             while too_long - fits > 1:
                 middle = (fits + too_long) // 2
@@ -172,26 +191,28 @@ class Format:
                     too_long = middle
             columns[name] = whole[:fits]
             ids = self._encode(columns, prompted)
+            if len(ids) <= self.max_length:
+                break
         return ids
 
     def _encode(self, columns: Mapping[str, str], prompted: bool) -> list[int]:
         filled = self.template.format(**columns).strip()
-        # halves of surrogate pairs, which damaged data have, cannot be encoded
+        # lone surrogates, as in damaged data, cannot be encoded
         filled = filled.encode("utf-8", "replace").decode("utf-8")
         if not filled:
             return []
-        return self.continuation(filled) if prompted else self._ids(filled)
+        return self.ids_inside_text(filled) if prompted else self._ids(filled)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt as it is printed."""
+        """Ids of a printed prompt."""
         return self._ids(prompt)
 
-    def print(self, ids: Sequence[int]) -> str:
-        """A prompt as people get it: decoded, without the space before its first word."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """The printed prompt: decoded, without the space before its first word."""
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).strip()
 
-    def continuation(self, text: str) -> list[int]:
-        """Ids of `text` in running text, behind a space."""
+    def ids_inside_text(self, text: str) -> list[int]:
+        """Ids of `text` inside a running text, behind a space."""
         return self._ids(f"{_LEFT} {text}")[len(self._left) :]
 
     def _ids(self, text: str) -> list[int]:
@@ -199,10 +220,10 @@ class Format:
 
 
 def whole_words(tokenizer: Any) -> torch.Tensor:
-    """Ids, in rising order, of the tokens that begin a word and are read back as they are printed.
+    """Sorted ids of the tokens that begin a word and round-trip through decoding and encoding.
 
-    Such tokens may stand in any order: none fuses with the one before it. Only at the beginning of
-    a text, where there is no space, a tokenizer may have another token for the same word.
+    Such tokens can follow each other in any order: none fuses with the one before it. Only at the
+    beginning of a text, without a space, a tokenizer may have another token for the same word.
     """
     ids = _plain(tokenizer)
     (left,) = tokenizer([_LEFT], add_special_tokens=False)["input_ids"]
@@ -219,7 +240,7 @@ def whole_words(tokenizer: Any) -> torch.Tensor:
 
 
 def all_tokens(tokenizer: Any) -> torch.Tensor:
-    """Ids, in rising order, of all tokens that are not special."""
+    """Sorted ids of all tokens that are not special."""
     return torch.tensor(_plain(tokenizer))
 
 

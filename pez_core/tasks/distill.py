@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError, check_number, check_string
+from ..errors import ArgumentError, check_number, check_string, check_type
 from ..options import SearchOptions
 from ..prompt_text import SYNTAX, chunks, pieces, read, sections
 from ..results import Report, ReportCallback, Result
 from ..runner import PromptTarget, learn, with_share_of_time
+from ..targets import check_text
 
 if TYPE_CHECKING:
     from ..clip import AnyClip
@@ -67,7 +68,8 @@ def distill(
         ArgumentError: the prompt holds no words, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
-    check_string("prompt", prompt)
+    check_type("options", options, SearchOptions)
+    check_text("prompt", check_string("prompt", prompt), "for a prompt of an image use `invert`")
     check_number("ratio", ratio, 0, 1, above=True)
     parts = [_Section(clip, section) for section in sections(prompt)]
     spoken = any(map(str.isalnum, read(prompt)))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError, check_bool, check_integer, check_weights
+from ..errors import ArgumentError, check_bool, check_integer, check_type, check_weights
 from ..options import SearchOptions
 from ..prompt_text import SYNTAX, read, tags
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn
+from ..scoring import check_finite
 from ..targets import Target, as_list, check_text, encode_targets
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def fuse(
         ArgumentError: fewer than two sources, an empty text, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_type("options", options, SearchOptions)
     given = as_list(sources)
     if len(given) < 2:
         raise ArgumentError("sources", f"has to hold at least two but holds {len(given)}")
@@ -102,7 +104,7 @@ def _joined(
     """The plain join of texts, scored."""
     feature = clip.encode_chunks([ids])
     parts, targets = clip.split(feature), clip.split(features)
-    similarities = (features @ feature).tolist()
+    similarities = check_finite(features @ feature, clip).tolist()
     return FuseResult(
         prompt=prompt,
         similarity=sum(s * w for s, w in zip(similarities, shares.tolist(), strict=True)),

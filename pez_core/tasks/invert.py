@@ -9,7 +9,7 @@ import torch
 
 from ..caption import check_caption
 from ..clip.images import ImageInput, load_images
-from ..errors import ArgumentError, check_bool, check_weights
+from ..errors import ArgumentError, check_bool, check_type, check_weights
 from ..options import SearchOptions
 from ..priors import WORD_WEIGHT
 from ..results import ReportCallback, Result
@@ -63,6 +63,7 @@ def invert(
         ArgumentError: an argument is out of range, or an image cannot be read.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_type("options", options, SearchOptions)
     encoded = images if isinstance(images, torch.Tensor) and images.ndim == 2 else None
     pictures = load_images(images)[0] if encoded is None else []
     count = len(pictures) if encoded is None else len(encoded)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clip.images import ImageInput, load_images
-from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_integer, check_string
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_bool,
+    check_integer,
+    check_string,
+    check_type,
+)
 from ..options import SearchOptions
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn
@@ -81,6 +88,7 @@ def style(
         ArgumentError: fewer than two images, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_type("options", options, SearchOptions)
     pictures, single = load_images(images)
     if single or len(pictures) < 2:
         raise ArgumentError(

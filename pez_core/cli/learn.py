@@ -1,0 +1,478 @@
+"""`pez invert`, `style`, `distill` and `fuse`: the commands that search prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from ..interrupts import interruptible
+from .arguments import (
+    add_clip,
+    add_search,
+    add_vocabulary,
+    check_texts,
+    option_name,
+    prepare,
+)
+from .show import print_json, print_result, row_of, search_bar
+
+if TYPE_CHECKING:
+    from ..options import SearchOptions
+    from ..results import Report, Result
+    from ..tasks import DistillResult, FuseResult, StyleResult
+
+    Callback = Callable[[Report], bool]
+
+# Variants of prompts that are searched side by side, of all images and restarts: enough to share
+# the cost of a step, few enough to print results early. With the effort "paper" these are 16
+# images; "balanced" has 16 variants for each image, which keep a processor busy by themselves.
+SIDE_BY_SIDE = 16
+
+
+def add_commands(commands: Any) -> None:
+    """Add these commands to the subparsers of `pez`."""
+    _add_invert(commands)
+    _add_style(commands)
+    _add_distill(commands)
+    _add_fuse(commands)
+
+
+# --- invert
+
+
+def _add_invert(commands: Any) -> None:
+    command = commands.add_parser(
+        "invert",
+        help="find a prompt for each image",
+        description="Find a short text prompt for each image. Ctrl-C keeps the best so far.",
+    )
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    add_search(command, prompt_len="16")
+    add_steering(command)
+    group = command.add_argument_group("several images")
+    group.add_argument("--shared", action="store_true", help="find one prompt for all images")
+    group.add_argument(
+        "--weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="weight of an image with --shared, one for each (default: all the same)",
+    )
+    add_vocabulary(command)
+    add_clip(command)
+    command.set_defaults(run=_invert, names={"weights": "--weight"})
+
+
+def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
+    """Add the options of `invert` that steer a prompt.
+
+    Args:
+        command: to add them to.
+        batch: leave out those that need images beside the items.
+    """
+    group = command.add_argument_group("steering")
+    group.add_argument(
+        "--caption",
+        default="",
+        metavar="TEXT",
+        help="fixed text of the prompt; learned words go where it has {}, else behind it",
+    )
+    group.add_argument("--start-from", metavar="TEXT", help="text that the search starts from")
+    group.add_argument(
+        "--avoid",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that the prompt stays away from; may be repeated",
+    )
+    if not batch:
+        group.add_argument(
+            "--avoid-image",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="image that the prompt stays away from; may be repeated",
+        )
+    group.add_argument(
+        "--avoid-weight",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="weight of all that is avoided; an image has 1 (default: 0.5)",
+    )
+    if not batch:
+        group.add_argument(
+            "--negative-prompt",
+            action="store_true",
+            help="find a negative prompt: words far from the images",
+        )
+
+
+def _invert(arguments: argparse.Namespace) -> int:
+    if arguments.weight and not arguments.shared:
+        raise ArgumentError("weights", "requires `shared`", "add it")
+    check_texts("avoid", arguments.avoid, "--avoid-image")
+    clip, options = prepare(arguments)
+    from .. import Avoid, invert
+
+    avoid = [*arguments.avoid, *map(Path, arguments.avoid_image)]
+    search = partial(
+        invert,
+        clip,
+        caption=arguments.caption,
+        avoid=Avoid(avoid, arguments.avoid_weight) if avoid else (),
+        negative_prompt=arguments.negative_prompt,
+    )
+    if not arguments.shared:
+        return _invert_each(arguments, options, search)
+    if arguments.weight:
+        arguments.names["shared"] = "--weight"
+    shared = arguments.weight or True
+
+    def task(callback: Callback) -> Result:
+        return search(arguments.images, options, shared=shared, callback=callback)[0]
+
+    return _one_result(arguments, options, task)
+
+
+def _invert_each(
+    arguments: argparse.Namespace, options: SearchOptions, search: Callable[..., list[Result]]
+) -> int:
+    """Search a prompt for each image, some side by side, and print each as soon as it is found."""
+    rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
+    count = _images_side_by_side(options)
+    began = time.monotonic()
+    try:
+        with interruptible() as interrupted:
+            for start in range(0, len(rows), count):
+                if interrupted():
+                    break
+                group = rows[start : start + count]
+                limited = _with_share(options, began, len(group) / (len(rows) - start))
+                with search_bar(limited, _label(start, len(group), len(rows))) as show:
+                    watched = partial(
+                        search,
+                        options=limited,
+                        callback=lambda report, show=show: show(report) or interrupted(),
+                    )
+                    _fill(arguments, group, watched)
+            was_interrupted = interrupted()
+    finally:  # results are printed whatever ends the search
+        for row in rows:
+            if "prompt" not in row:
+                row.setdefault("error", "not searched: the command ended before")
+                if not arguments.json:
+                    print(f"pez: error: {_naming(row)}", file=sys.stderr)
+        if arguments.json:
+            print_json(rows)
+    if was_interrupted:
+        return 130
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _naming(row: dict[str, Any]) -> str:
+    """The error of a row, with the name of its image."""
+    image, error = row["image"], row["error"]
+    return error if image in error else f"{image}: {error}"
+
+
+def _images_side_by_side(options: SearchOptions) -> int:
+    if options.readability:  # most of the time goes to the language model, which shares nothing
+        return 1
+    return max(1, SIDE_BY_SIDE // (options.work.trials * options.restarts))
+
+
+def _with_share(options: SearchOptions, began: float, share: float) -> SearchOptions:
+    """The options with a share of the time that is left of the limit."""
+    if options.time_limit is None:
+        return options
+    left = options.time_limit - (time.monotonic() - began)
+    return replace(options, time_limit=max(left * share, 1e-3))
+
+
+def _label(start: int, count: int, total: int) -> str:
+    """Which images are being searched, "" for a single one."""
+    if total == 1:
+        return ""
+    first, last = start + 1, start + count
+    return f"{f'image {first}' if first == last else f'images {first}-{last}'} of {total}"
+
+
+def _fill(
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    search: Callable[..., list[Result]],
+) -> None:
+    """Search the images of `rows` together, fill in their rows, and print them.
+
+    An image that cannot be read has an error in its row, and so have all where the search fails.
+    """
+    from ..clip.images import load_image
+
+    good, images = [], []
+    for row in rows:
+        try:
+            images.append(load_image(row["image"]))
+            good.append(row)
+        except ArgumentError as error:
+            row["error"] = error.render(lambda name: option_name(arguments, name))
+        except (ValueError, OSError) as error:
+            row["error"] = str(error)
+    if not good:
+        return
+    try:
+        results = search(images)
+        found = [row_of(result) for result in results]
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        for row in good:
+            row["error"] = str(error) or type(error).__name__
+        return
+    for row, result, fields in zip(good, results, found, strict=True):
+        row |= fields | {"seconds": round(result.seconds / len(good), 3)}
+        if not arguments.json:
+            print(row["image"])
+            print("  ", end="")
+            print_result(result)
+            sys.stdout.flush()
+
+
+# --- tasks with one result
+
+
+def _one_result(
+    arguments: argparse.Namespace,
+    options: SearchOptions,
+    task: Callable[[Callback], Result],
+    fields: Callable[[Any], dict[str, Any]] = lambda result: {},
+    lines: Callable[[Any], list[str]] = lambda result: [],
+) -> int:
+    """Run a task with a bar, and print its result; Ctrl-C keeps the best so far.
+
+    Args:
+        arguments: of the command.
+        options: that `task` searches with.
+        task: the search, which gets the callback.
+        fields: of the result, for `--json`.
+        lines: about the result, for the terminal.
+    """
+    with interruptible() as interrupted, search_bar(options) as show:
+        result = task(lambda report: show(report) or interrupted())
+        status = 130 if interrupted() else 0
+    if arguments.json:
+        print_json(row_of(result) | fields(result))
+        return status
+    print_result(result)
+    for line in lines(result):
+        print(line)
+    if result.note:
+        print(f"pez: {result.note}", file=sys.stderr)
+    return status
+
+
+def _add_style(commands: Any) -> None:
+    command = commands.add_parser(
+        "style",
+        help="find one prompt for the style of several images",
+        description="Find one prompt for the style that several images share.",
+    )
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files of one style")
+    add_search(command, prompt_len="8")
+    group = command.add_argument_group("style")
+    group.add_argument(
+        "--subject",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="also print a prompt for this subject in the style; may be repeated",
+    )
+    group.add_argument(
+        "--style-template",
+        default="{subject}, {style}",
+        metavar="TEXT",
+        help="how a subject and the style are joined (default: '{subject}, {style}')",
+    )
+    group.add_argument(
+        "--content",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what the images depict; these words will not be in the prompt; may be repeated",
+    )
+    group.add_argument(
+        "--keep-content",
+        action="store_true",
+        help="do not remove the content of the images from the target, as the paper does",
+    )
+    group.add_argument(
+        "--images-per-step",
+        type=int,
+        metavar="N",
+        help="images drawn at random for each step, with --keep-content (default: all)",
+    )
+    add_vocabulary(command)
+    add_clip(command)
+    command.set_defaults(run=_style)
+
+
+def _style(arguments: argparse.Namespace) -> int:
+    from ..tasks import check_style_template
+
+    check_style_template(arguments.style_template)
+    clip, options = prepare(arguments)
+    from .. import style
+
+    def task(callback: Callback) -> StyleResult:
+        return style(
+            clip,
+            arguments.images,
+            options,
+            keep_content=arguments.keep_content,
+            content=arguments.content,
+            images_per_step=arguments.images_per_step,
+            callback=callback,
+        )
+
+    def applied(result: StyleResult) -> list[str]:
+        template = arguments.style_template
+        return [result.apply(subject, template) for subject in arguments.subject]
+
+    return _one_result(
+        arguments,
+        options,
+        task,
+        lambda result: {"applied": applied(result)} if arguments.subject else {},
+        lambda result: [f"        {prompt}" for prompt in applied(result)],
+    )
+
+
+def _add_distill(commands: Any) -> None:
+    command = commands.add_parser(
+        "distill",
+        help="shorten a prompt",
+        description="Find a shorter prompt that CLIP finds similar. Weights and tags stay.",
+    )
+    command.add_argument("prompt", metavar="PROMPT", help="text to shorten; - reads it from stdin")
+    add_search(command, prompt_len="by --ratio")
+    add_ratio(command)
+    add_vocabulary(command)
+    add_clip(command)
+    command.set_defaults(run=_distill)
+
+
+def add_ratio(command: argparse.ArgumentParser) -> None:
+    """Add `--ratio`."""
+    command.add_argument(
+        "--ratio",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="learned tokens per token of the prompt to shorten (default: 0.3)",
+    )
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    prompt = _from_stdin() if arguments.prompt == "-" else arguments.prompt
+    clip, options = prepare(arguments)
+    from .. import distill
+
+    def task(callback: Callback) -> DistillResult:
+        return distill(clip, prompt, options, ratio=arguments.ratio, callback=callback)
+
+    names = ("tokens_before", "tokens_after", "tokens_saved")
+    return _one_result(
+        arguments,
+        options,
+        task,
+        lambda result: {name: getattr(result, name) for name in names},
+        lambda result: [
+            f"        {result.tokens_before} tokens before, {result.tokens_after} now, "
+            f"{result.tokens_saved} saved"
+        ],
+    )
+
+
+def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise ArgumentError("prompt", "is -, but stdin is closed", "give the text itself")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ArgumentError("prompt", f"from stdin cannot be decoded ({error})") from error
+
+
+def _add_fuse(commands: Any) -> None:
+    command = commands.add_parser(
+        "fuse",
+        help="join prompts and images into one prompt",
+        description="Join prompts, or learn one prompt that is similar to all of them and images.",
+    )
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to join")
+    command.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="image as a further source; may be repeated",
+    )
+    command.add_argument(
+        "--weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="weight of a source, one for each prompt and then one for each image (default: all "
+        "the same)",
+    )
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="a longer join is replaced by one learned prompt (default: what the CLIP reads, 75)",
+    )
+    command.add_argument(
+        "--always-learn", action="store_true", help="learn a prompt even where the join fits"
+    )
+    add_search(command, prompt_len="16")
+    add_vocabulary(command)
+    add_clip(command)
+    command.set_defaults(run=_fuse, names={"weights": "--weight"})
+
+
+def _fuse(arguments: argparse.Namespace) -> int:
+    check_texts("sources", arguments.prompts, "--image")
+    clip, options = prepare(arguments)
+    sources = [*arguments.prompts, *map(Path, arguments.image)]
+    from .. import fuse
+
+    def task(callback: Callback) -> FuseResult:
+        return fuse(
+            clip,
+            sources,
+            options,
+            weights=arguments.weight,
+            max_tokens=arguments.max_tokens,
+            always_learn=arguments.always_learn,
+            callback=callback,
+        )
+
+    def lines(result: FuseResult) -> list[str]:
+        made = "learned" if result.fused else "joined"
+        similarities = zip(result.similarities, sources, strict=True)
+        return [
+            f"        {result.tokens} tokens, {made}",
+            *(f"  {similarity:.4f}  {source}" for similarity, source in similarities),
+        ]
+
+    return _one_result(
+        arguments,
+        options,
+        task,
+        lambda result: {"tokens": result.tokens, "fused": result.fused},
+        lines,
+    )

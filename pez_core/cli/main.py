@@ -1,0 +1,96 @@
+"""Dispatch to the commands, errors and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import ArgumentError
+from ..lm import command as lm
+from . import batch, learn, models, score
+from .arguments import option_name
+
+# Errors that a user can do something about; a traceback would not help.
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0; 1 where one of several items failed; 2 for an error; 130 after Ctrl-C;
+        141 where the reader of the output has gone, as for a process that SIGPIPE ends.
+    """
+    _open_streams()
+    try:
+        try:
+            return _run(build_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()  # at exit a closed pipe would be an error that nobody can catch
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except KeyboardInterrupt:
+        print("pez: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.ERROR, format="pez: %(message)s")
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:
+        raise
+    except ArgumentError as error:
+        return _fail(error.render(lambda name: option_name(arguments, name)))
+    except RecursionError:
+        return _fail("an argument or a file is nested too deeply.")
+    except _EXPECTED as error:
+        return _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> int:
+    print(f"pez: error: {message}", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="pez",
+        description="Turn images and long prompts into short text prompts that CLIP finds similar.",
+    )
+    parser.add_argument("--version", action="version", version=f"pez {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in (learn, score, batch, lm, models):
+        module.add_commands(commands)
+    return parser
+
+
+def _open_streams() -> None:
+    """Replace closed streams, and let a terminal show prompts whose letters it lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as cron and daemons do
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere, so that Python does not fail to write it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,212 @@
+"""Models and tokenizers of open_clip, from names, files and configs.
+
+A config may come from a stranger. It never runs code and never makes anything reach the network.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import open_clip
+import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+
+from ..errors import ArgumentError
+from .device import first_line
+from .files import check_header, config_of
+from .weights import find_in_hub_cache
+
+_WRONG = (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ValueError)
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, BadZipFile, EOFError, OSError)
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+# What a config may set of a tokenizer. The other options choose files, or code to run.
+_TOKENIZER_OPTIONS = {"clean": str, "strip_sep_token": bool, "language": str}
+_CLEANING = ("canonicalize", "lower", "whitespace")
+
+
+def create_model(
+    name: str,
+    path: Path,
+    read: Callable[[Path], dict[str, torch.Tensor]] | None = None,
+    **options: Any,
+) -> Any:
+    """open_clip's `create_model`, with errors that name the weights.
+
+    Args:
+        name: an architecture, or `local-dir:` and a folder.
+        path: the file or folder of the weights.
+        read: reads tensors from a file that open_clip itself cannot read.
+        options: of `open_clip.create_model`.
+
+    Raises:
+        ArgumentError: the weights are damaged or belong to another architecture.
+    """
+    try:
+        if path.is_file():
+            check_header(path)
+        if read is None:
+            return open_clip.create_model(
+                name, require_pretrained=True, weights_only=True, **options
+            )
+        model = open_clip.create_model(name, **options)
+        model.load_state_dict(read(path))
+        return model
+    except torch.cuda.OutOfMemoryError:
+        raise  # a RuntimeError like those below, but the file is good
+    except _DAMAGED as error:
+        raise ArgumentError(
+            "pretrained",
+            f"is {path}, which is damaged or not a weights file ({first_line(error)})",
+            "fetch it again or convert it to safetensors",
+        ) from error
+    except (
+        RuntimeError,
+        AssertionError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ArgumentError(
+            "pretrained",
+            f"is {path}, which does not hold weights of {name} ({first_line(error)})",
+            "give the architecture it was trained with",
+        ) from error
+
+
+def preprocessing(name: str, tag: dict) -> dict | None:
+    """How images are prepared: as the tag has it; without one, as all tags of the architecture do.
+
+    None: the tags differ.
+    """
+    tags = (
+        [tag] if tag else [get_pretrained_cfg(name, t) for t in list_pretrained_tags_by_model(name)]
+    )
+    found = [{key: t[key] for key in _PREPROCESS} for t in tags]
+    return found[0] if found and all(one == found[0] for one in found) else None
+
+
+def tokenizer_of_name(name: str, download: bool = False) -> Any:
+    """The public tokenizer of an architecture; some lie on the Hugging Face Hub.
+
+    Raises:
+        ArgumentError: the tokenizer is not on this disk and `download` is off, or it needs a
+            package that is missing.
+    """
+    repository = config_of(name)["text_cfg"].get("hf_tokenizer_name")
+    if not repository:
+        return open_clip.get_tokenizer(name)
+    missing = ArgumentError(
+        "name",
+        f"is {name!r}, whose tokenizer {repository} is not on this disk",
+        "fetch it with `download`",
+    )
+    if not download and not find_in_hub_cache(repository, "tokenizer_config.json"):
+        raise missing
+    return _hub_tokenizer(name, name, missing, local_files_only=not download)
+
+
+def tokenizer_of_folder(folder: Path, model_cfg: dict) -> Any:
+    """The tokenizer of a folder whose config passed `problem_of_config`.
+
+    Raises:
+        ArgumentError: the folder lacks files of the tokenizer, or it needs a package that is
+            missing.
+    """
+    source = f"local-dir:{folder}"
+    if "hf_tokenizer_name" not in model_cfg["text_cfg"]:
+        return open_clip.get_tokenizer(source)
+    missing = ArgumentError("name", f"is {folder}, which holds no tokenizer that can be read")
+    return _hub_tokenizer(source, str(folder), missing, local_files_only=True)
+
+
+def _hub_tokenizer(source: str, name: str, missing: ArgumentError, local_files_only: bool) -> Any:
+    try:
+        # The default of trust_remote_code asks on the terminal.
+        return open_clip.get_tokenizer(
+            source, trust_remote_code=False, local_files_only=local_files_only
+        )
+    except ImportError as error:
+        raise ArgumentError(
+            "name",
+            f"is {name!r}, whose tokenizer needs the package transformers",
+            "pip install transformers",
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if not local_files_only and isinstance(error, OSError):
+            raise  # the download failed
+        problem = f"{missing.problem} ({first_line(error)})"
+        raise ArgumentError(missing.argument, problem, missing.remedy) from error
+
+
+def saved_config(model_cfg: dict, quick_gelu: bool = False, tokenizer: str | None = None) -> dict:
+    """The config, fit for JSON, of which `from_config` builds the same model."""
+    model_cfg = copy.deepcopy(model_cfg) | ({"quick_gelu": True} if quick_gelu else {})
+    if "timm_model_name" in model_cfg["vision_cfg"]:
+        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
+    return {"model_cfg": model_cfg, "tokenizer": tokenizer}
+
+
+def from_config(config: dict, preprocess_cfg: dict) -> tuple[Any, Any]:
+    """`Clip.config` and how images are prepared -> an open_clip model and its tokenizer.
+
+    The weights are those of its initialisation, in float32.
+
+    Raises:
+        ArgumentError: the config is damaged, would run code, or needs files from the network.
+    """
+    problem = problem_of_config(config.get("model_cfg"))
+    name = config.get("tokenizer")
+    if name and name not in open_clip.list_models():
+        problem = f"names the tokenizer {name!r}, which is not that of an architecture of open_clip"
+    if problem:
+        raise ArgumentError("config", problem, "use a CLIP that was saved by this package")
+    model_cfg = saved_config(config["model_cfg"])["model_cfg"]
+    custom = model_cfg.pop("custom_text", False)
+    kind = CustomTextCLIP if custom else CLIP
+    if custom and "multimodal_cfg" in model_cfg:
+        kind = CoCa
+    model = kind(**model_cfg)
+    set_model_preprocess_cfg(model, preprocess_cfg)
+    if name:
+        return model, tokenizer_of_name(name)
+    text = model_cfg["text_cfg"]
+    return model, open_clip.SimpleTokenizer(
+        context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {})
+    )
+
+
+def problem_of_config(model_cfg: object) -> str:
+    """Why a model must not be built from the config of a stranger; "" where it may.
+
+    open_clip hands much of a config on to other packages, some of which load code or ask the
+    network for what the config names.
+    """
+    towers = model_cfg if isinstance(model_cfg, dict) else {}
+    vision, text = towers.get("vision_cfg"), towers.get("text_cfg")
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        return "has no model_cfg with vision_cfg and text_cfg"
+    if "hf_model_name" in text:
+        return "has a text tower of Hugging Face, which takes ids only and cannot be searched"
+    tower = vision.get("timm_model_name", "")
+    if not isinstance(tower, str) or re.search(r"[^\w.-]", tower):
+        return f"names the image tower {tower!r}, which is no model of timm itself"
+    options = text.get("tokenizer_kwargs", {})
+    if not isinstance(options, dict):
+        return f"has {options!r} for tokenizer_kwargs"
+    for option, value in options.items():
+        kind = _TOKENIZER_OPTIONS.get(option)
+        if kind is None or not isinstance(value, kind):
+            return f"sets {option!r} of the tokenizer to {value!r}, which is not allowed"
+    if options.get("clean", "lower") not in _CLEANING:
+        return f"sets 'clean' of the tokenizer to {options['clean']!r}, which does not exist"
+    return ""

@@ -1,0 +1,388 @@
+"""One search for several targets: its parts, its time, its reports and its rules."""
+
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import EXAMPLES, all_words, make_clip, paper
+from PIL import Image
+
+from pez_core import (
+    ArgumentError,
+    PezSettings,
+    SearchOptions,
+    SwapSettings,
+    TokenSpace,
+    Vocabulary,
+    distill,
+    explain,
+    fuse,
+    invert,
+    refine,
+    score,
+    search,
+    style,
+)
+from pez_core.caption import Caption
+from pez_core.objectives import Similarity
+from pez_core.priors import WORD_WEIGHT, SingleWordPrior, SumOfPriors
+
+TEXT = "a cat and a dog in a red car near the old house"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small_clip():
+    """A CLIP with few words."""
+    clip = make_clip()
+    clip.vocabulary = clip.vocabulary[::8]
+    return clip
+
+
+@pytest.fixture
+def all_tokens_clip():
+    """A CLIP whose prompts may have every token."""
+    clip = make_clip()
+    clip.trained_tokens = None
+    return clip
+
+
+# ------------------------------------------------------------------------- the parts
+
+
+def by_hand(clip, target, steps, swaps, word_weight):
+    """Both parts of the search for one target, with the words of the CLIP."""
+    effort = all_words(effort="fast", steps=steps, swaps=swaps).work
+    space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.cat([space.random(1, 4, draws) for _ in range(effort.trials)])
+    objective = Similarity(clip.text.encoder(), target[None, None])
+    begun = search(space, objective, ids, PezSettings(steps=steps))
+    prior = None
+    if word_weight:
+        words = [clip.text.words.decode([token]) for token in clip.vocabulary.tolist()]
+        alone = clip.encode_texts(words)
+        prior = SumOfPriors([SingleWordPrior(alone, space, target[None], word_weight)])
+    settings = SwapSettings(steps=swaps, trials=effort.trials, screened=effort.screened)
+    found = refine(space, objective, begun.ids, settings, seeds=[0], prior=prior)
+    return found.ids[0].tolist()
+
+
+def test_a_search_is_pez_and_then_swaps_with_the_prior_of_single_words(small_clip, picture):
+    options = all_words(prompt_len=4, effort="fast", steps=5, swaps=12)
+    (result,) = invert(small_clip, picture, options)
+    (target,) = small_clip.encode_images([_pil(picture)])
+    assert WORD_WEIGHT > 0
+    assert result.token_ids == by_hand(small_clip, target, 5, 12, WORD_WEIGHT)
+    # the prior changes the choice, so that this test fails without it
+    assert result.token_ids != by_hand(small_clip, target, 5, 12, 0)
+
+
+def test_prompts_of_texts_have_no_prior_of_single_words(tiny_clip, picture, monkeypatch):
+    weights = []
+
+    class Recorded(SingleWordPrior):
+        def __init__(self, alone, space, towards, weight):
+            weights.append(weight)
+            super().__init__(alone, space, towards, weight)
+
+    monkeypatch.setattr("pez_core.runner.SingleWordPrior", Recorded)
+    options = all_words(prompt_len=3, effort="fast", steps=2, swaps=2)
+    invert(tiny_clip, picture, options)
+    assert weights == [WORD_WEIGHT]
+    style(tiny_clip, [picture, picture.flip(0)], options)
+    distill(tiny_clip, TEXT, options)
+    fuse(tiny_clip, ["a dog", "a cat"], options, always_learn=True)
+    assert weights == [WORD_WEIGHT]
+
+
+def _pil(tensor):
+    return Image.fromarray((tensor * 255).round().to(torch.uint8).numpy())
+
+
+def test_a_seed_for_each_image(tiny_clip):
+    pictures = list(torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1)))
+    options = all_words(prompt_len=3, steps=3, swaps=3, effort="fast")
+    together = invert(tiny_clip, pictures, replace(options, seed=[7, 9]))
+    for picture, seed, result in zip(pictures, (7, 9), together, strict=True):
+        (alone,) = invert(tiny_clip, picture, replace(options, seed=seed))
+        assert alone.prompt == result.prompt
+    same = invert(tiny_clip, [pictures[0]] * 2, options)
+    assert same[0].prompt == same[1].prompt
+
+
+# ------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_time_limit_is_for_the_whole_call(tiny_clip, clock, batch_size):
+    clock.tick = 0.02
+    pictures = list(torch.rand(3, 16, 16, 3, generator=torch.Generator().manual_seed(1)))
+    options = all_words(prompt_len=3, effort="fast", time_limit=1.5, batch_size=batch_size)
+    reports = []
+    began = clock.now
+    results = invert(tiny_clip, pictures, options, callback=reports.append)
+    # a search reads the clock a few times before it ends
+    assert 1.5 <= clock.now - began < 1.5 * 1.2
+    assert all(result.seconds == results[0].seconds for result in results)
+    assert 1.4 < results[0].seconds < 1.5 * 1.2
+    steps = [report.step for report in reports]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert all(report.step <= report.steps for report in reports)
+    assert [report.elapsed for report in reports] == sorted(report.elapsed for report in reports)
+    # the number of steps is extrapolated from the speed so far
+    assert reports[-1].step == pytest.approx(reports[len(reports) // 2].steps, rel=0.3)
+
+
+def test_a_time_limit_ends_both_kinds_of_steps_early(tiny_clip, picture, clock):
+    clock.tick = 0.02
+
+    def steps(**fields):
+        (result,) = invert(tiny_clip, picture, all_words(prompt_len=3, **fields))
+        return result.history[-1][0]
+
+    assert 10 < steps(effort="paper", time_limit=0.5) <= 26
+    # PEZ has half of the time, so that swaps follow whatever its speed
+    half = steps(effort="fast", steps=10**6, swaps=10**6, time_limit=1.0)
+    assert 10**6 < half <= 10**6 + 51
+    # its own end comes first where it is earlier
+    assert steps(effort="paper", steps=5, time_limit=100) == 5
+    assert steps(effort="fast", steps=5, swaps=7, time_limit=100) == 12
+
+
+def test_a_time_limit_is_shared_by_the_sections_of_a_prompt(tiny_clip, clock):
+    clock.tick = 0.02
+    began = clock.now
+    options = all_words(effort="fast", time_limit=1.0)
+    result = distill(tiny_clip, f"{TEXT} BREAK {TEXT}", options)
+    assert 1.0 <= clock.now - began < 1.3
+    first, second = result.prompt.split(" BREAK ")
+    assert TEXT not in (first, second)
+
+
+def test_without_time_for_single_words_there_is_no_prior(picture, clock):
+    clip = make_clip()
+    clip.vocabulary = clip.vocabulary[::8]
+    options = all_words(prompt_len=4, effort="fast", steps=2, swaps=3, time_limit=100)
+    clock.tick = 40  # half of the limit is left for the prior, which reads the clock twice
+    (result,) = invert(clip, picture, options)
+    assert result.learned and "single tokens" not in clip.cache
+    clock.tick = 0.01
+    invert(clip, picture, options)
+    assert "single tokens" in clip.cache
+
+
+# ------------------------------------------------------------------------- reports
+
+
+def test_reports_decode_prompts_only_when_they_are_read(tiny_clip, picture, monkeypatch):
+    printed = []
+    original = Caption.print
+    monkeypatch.setattr(
+        Caption, "print", lambda self, ids: printed.append(list(ids)) or original(self, ids)
+    )
+    options = all_words(prompt_len=3, effort="fast", steps=4, swaps=4, restarts=2)
+
+    def prints(callback):
+        printed.clear()
+        invert(tiny_clip, [picture] * 2, options, callback=callback)
+        return len(printed)
+
+    silent = prints(None)  # the candidates at the end
+    assert silent == 4
+    assert prints(lambda report: None) == silent
+    assert prints(lambda report: report.similarity > 2 or report.similarities == []) == silent
+    # two results in each of eight reports; a second look costs nothing
+    assert prints(lambda report: not report.prompts or not report.prompt) == silent + 2 * 8
+    assert prints(lambda report: report.step == 3 and not report.prompt) == silent + 2
+
+
+def test_a_report_is_one_of_its_own_step(tiny_clip, picture):
+    """Reports that are kept do not change with the search."""
+    kept, at_once = [], []
+
+    def callback(report):
+        kept.append(report)
+        at_once.append((report.step, list(report.similarities), list(report.prompts)))
+
+    invert(tiny_clip, picture, paper(20, prompt_len=3), callback=callback)
+    assert at_once == [(r.step, r.similarities, r.prompts) for r in kept]
+    assert len({prompts[0] for _, _, prompts in at_once}) > 1
+    late = []
+    invert(tiny_clip, picture, paper(20, prompt_len=3), callback=late.append)
+    assert [report.prompts for report in late] == [prompts for _, _, prompts in at_once]
+
+
+# ------------------------------------------------------------------------- images
+
+
+def test_images_are_loaded_and_encoded_once(tiny_clip, monkeypatch):
+    opened, encoded = Counter(), []
+    original, encode = Image.open, tiny_clip.model.encode_image
+
+    def count(file, *arguments, **options):
+        opened[str(file)] += 1
+        return original(file, *arguments, **options)
+
+    def record(pixels, *arguments, **options):
+        encoded.append(len(pixels))
+        return encode(pixels, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    monkeypatch.setattr(tiny_clip.model, "encode_image", record)
+    files = EXAMPLES[:3]
+    options = paper(3, prompt_len=3, restarts=2)
+
+    def check(call, *expected):
+        opened.clear()
+        encoded.clear()
+        call()
+        assert opened == Counter(map(str, files))
+        assert encoded == list(expected)
+
+    check(lambda: invert(tiny_clip, files, options), 3)
+    check(lambda: invert(tiny_clip, files, options, shared=True), 3)
+    check(lambda: invert(tiny_clip, files[0], options, avoid=files[1:]), 1, 2)
+    check(lambda: style(tiny_clip, files, options, keep_content=True), 3)
+    check(lambda: style(tiny_clip, files, options), 3, 36)  # and those that are spoilt
+    check(lambda: fuse(tiny_clip, ["a dog", *files], options), 3)
+    check(lambda: score(tiny_clip, ["a", "b"], files), 3)
+    check(lambda: score(tiny_clip, ["a", "b"], files, judge=tiny_clip), 3, 3)
+    check(lambda: explain(tiny_clip, "a red dog", files), 3)
+
+
+# ------------------------------------------------------------------------- rules
+
+
+def test_unsafe_words_are_blocked_by_default(all_tokens_clip, picture):
+    words = Vocabulary(only=["nude", "cat"])
+    given = dict(prompt_len=3, effort="paper", vocabulary=words, start_from="nude nude nude")
+
+    def learned(**fields):
+        return invert(all_tokens_clip, picture, SearchOptions(**given, **fields))[0].learned
+
+    assert learned(steps=1) == "cat cat cat"
+    assert learned(steps=1, block_unsafe=False) == "nude nude nude"
+    # in swaps, too, where "nude" is the better word
+    (target,) = all_tokens_clip.encode_texts(["nude nude nude"])
+    for block_unsafe, found in ((True, {"cat"}), (False, {"nude"})):
+        options = SearchOptions(
+            prompt_len=3,
+            effort="fast",
+            steps=1,
+            swaps=6,
+            vocabulary=words,
+            block_unsafe=block_unsafe,
+        )
+        (result,) = invert(all_tokens_clip, target[None], options)
+        assert set(result.learned.split()) == found
+
+
+def test_unsafe_words_are_not_spelled_by_pieces_or_with_the_caption(all_tokens_clip, picture):
+    clip = all_tokens_clip
+    # "nu" and "de" spell the word across the border of the caption, too
+    words = Vocabulary(only=["de", "cat"])
+    given = {"prompt_len": 1, "effort": "paper", "steps": 1, "vocabulary": words}
+    options = SearchOptions(**given)
+    (safe,) = invert(clip, picture, options, caption="a nu {}")
+    assert safe.learned == "cat"
+    (free,) = invert(
+        clip,
+        picture,
+        SearchOptions(**given, block_unsafe=False, start_from="de"),
+        caption="a nu {}",
+    )
+    assert free.learned == "de"
+
+
+@pytest.mark.parametrize("task", ["invert", "style", "distill", "fuse"])
+def test_unsafe_words_are_blocked_in_every_task(task, all_tokens_clip, picture):
+    clip, words = all_tokens_clip, Vocabulary(only=["nude", "cat"])
+    safe = SearchOptions(
+        prompt_len=3, effort="paper", steps=1, vocabulary=words, start_from="nude nude nude"
+    )
+    call = {
+        "invert": lambda options: invert(clip, picture, options)[0],
+        "style": lambda options: style(clip, [picture, picture.flip(0)], options),
+        "distill": lambda options: distill(clip, TEXT, options),
+        "fuse": lambda options: fuse(clip, ["a dog", "a cat"], options, always_learn=True),
+    }[task]
+    assert "nude" not in call(safe).prompt
+    assert "nude" in call(replace(safe, block_unsafe=False)).prompt
+
+
+def test_only_ascii_words(all_tokens_clip, picture):
+    clip = all_tokens_clip
+    both = Vocabulary(only=["café", "cat"])
+    (target,) = clip.encode_texts(["café café café"])
+    for rules, found in ((both, {"café"}), (both & Vocabulary(ascii_only=True), {"cat"})):
+        options = all_words(
+            prompt_len=3, effort="fast", steps=1, swaps=6, vocabulary=rules, start_from="café"
+        )
+        (result,) = invert(clip, target[None], options)
+        assert set(result.learned.split()) == found
+
+
+def test_a_vocabulary_that_leaves_no_prompt(all_tokens_clip, picture):
+    words = Vocabulary(only=["hot", "dog"]) & Vocabulary(block=["hot dog"], whole_words=False)
+    options = paper(1, prompt_len=2, vocabulary=words)
+    blocked = replace(options, vocabulary=words & Vocabulary(block=["dog dog", "hot hot"]))
+    assert invert(all_tokens_clip, picture, options)
+    blocked = replace(blocked, vocabulary=blocked.vocabulary & Vocabulary(block=["dog hot", "hot"]))
+    with pytest.raises(ArgumentError, match="gives no prompt that round-trips") as caught:
+        invert(all_tokens_clip, picture, blocked)
+    assert caught.value.argument == "vocabulary"
+
+
+# ------------------------------------------------------------------------- an extra loss
+
+
+class Length:
+    """An extra loss: the distance of a prompt's length in letters from a number."""
+
+    parts = ((4, 1.0),)
+
+    def __init__(self, clip, prompts, weight):
+        self.prompts, self.weight = prompts, weight
+        self.token_embedding = clip.text.token_embedding.detach().float()[:, :4].contiguous()
+
+    def objective(self, before, after, goals):
+        return lambda embeddings: embeddings.norm(dim=-1).mean(dim=-1)
+
+    def losses(self, texts, goals):
+        return torch.tensor([abs(len(text) - 12) / 10 for text in texts])
+
+
+def test_candidates_are_ranked_by_both_losses(tiny_clip, picture):
+    for weight in (0.1, 1.0):
+        loss = Length(tiny_clip, 1, weight)
+        options = paper(6, prompt_len=3, restarts=5, extra_loss=loss)
+        (result,) = invert(tiny_clip, picture, options)
+        for candidate in result.candidates:
+            expected = loss.losses([candidate.prompt], [0]).item()
+            assert candidate.extra_loss == pytest.approx(expected)
+        totals = [(1 - weight) * c.similarity - weight * c.extra_loss for c in result.candidates]
+        assert totals == sorted(totals, reverse=True)
+    by_similarity = [c.similarity for c in result.candidates]
+    assert by_similarity != sorted(by_similarity, reverse=True)
+
+
+def test_an_extra_loss_for_another_number_of_prompts(tiny_clip, picture):
+    options = paper(1, extra_loss=Length(tiny_clip, 3, 0.5))
+    with pytest.raises(ArgumentError, match="made for 3 prompts, but 1 are learned") as caught:
+        invert(tiny_clip, picture, options)
+    assert caught.value.argument == "extra_loss"
+    with pytest.raises(ArgumentError, match="draws prompts towards the images") as caught:
+        invert(tiny_clip, picture, options, negative_prompt=True)
+    assert caught.value.argument == "extra_loss"
+
+
+def test_the_module_of_a_task_is_hidden_by_its_function():
+    """`pez_core.tasks.invert` is the function; its module is found in `sys.modules`."""
+    assert sys.modules["pez_core.tasks.invert"].invert is invert
