@@ -1,16 +1,20 @@
-"""The ComfyUI nodes: thin, over `pez_core`. Only this folder knows ComfyUI."""
+"""The ComfyUI nodes, thin wrappers of `pez_core`. Only this folder imports ComfyUI."""
 
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import live, models
-from .kept import cut_wires
-from .learning import ConcatPrompts, DistillPrompt, ExtractStyle, ImageToPrompt
+from . import models
+from .distill import DistillPrompt
+from .fuse import FusePrompts
+from .image_to_prompt import ImageToPrompt
 from .loading import LoadCLIP
+from .prompts import prepare
+from .routes import register_routes
 from .scoring import ScorePrompt
-from .words import MakeVocabulary
+from .style import ExtractStyle
+from .vocabulary import MakeVocabulary
 
-LEARNING = (ImageToPrompt, ExtractStyle, DistillPrompt, ConcatPrompts)
+LEARNING = (ImageToPrompt, ExtractStyle, DistillPrompt, FusePrompts)
 
 
 class PezExtension(ComfyExtension):
@@ -18,9 +22,9 @@ class PezExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         models.register_folder()
-        live.register_routes()
+        register_routes()
         needed = {node.define_schema().node_id: node.NEEDED_TO_LEARN for node in LEARNING}
-        PromptServer.instance.add_on_prompt_handler(lambda request: cut_wires(request, needed))
+        PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt]

@@ -1,4 +1,4 @@
-"""What a learning node has found, in a form that fits into a workflow file."""
+"""Results of a learning node, in a form that fits into a workflow file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ Points = list[tuple[Any, float]]
 
 @dataclass
 class Found:
-    """One prompt and what the screen shows of it.
+    """One prompt with all that the live view shows of it.
 
     Attributes:
         prompt: the text.
         similarity: cosine similarity with its target.
         candidates: prompt and similarity of every restart, best first.
-        words: each word and what it adds.
+        words: each word and its contribution.
         curve: step and best similarity by then.
         similarities: with each target, in their order.
         tokens_saved: against the prompt that was given, where one was.
-        note: what a person should know.
+        note: a remark for people, "" most of the time.
+        fixed: numbers of words before and behind the learned ones; [] where there are none.
     """
 
     prompt: str
@@ -35,10 +36,11 @@ class Found:
     similarities: list[float] = field(default_factory=list)
     tokens_saved: int = 0
     note: str = ""
+    fixed: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, result: Result, words: Points) -> Found:
-        """What `pez_core` returned."""
+        """A result of `pez_core`."""
         candidates = result.candidates or [result]
         return cls(
             prompt=result.prompt,
@@ -51,18 +53,21 @@ class Found:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """With numbers as short as anyone reads them."""
+        """The fields, with numbers rounded to five digits."""
 
         def short(value: Any) -> Any:
             if isinstance(value, float):
                 return round(value, 5)
             return [short(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-        return {name: short(value) for name, value in asdict(self).items()}
+        values = {name: short(value) for name, value in asdict(self).items()}
+        if not self.fixed:
+            del values["fixed"]  # versions without this field can then read the rest
+        return values
 
     @classmethod
     def from_json(cls, values: Any) -> Found:
-        """Read what `to_json` made; a workflow is a stranger's file, so everything is looked at.
+        """Read what `to_json` made; every value is checked, for workflows come from strangers.
 
         Raises:
             ValueError: it is something else.
@@ -74,6 +79,7 @@ class Found:
                 isinstance(found.prompt, str)
                 and isinstance(found.note, str)
                 and isinstance(found.tokens_saved, int)
+                and all(isinstance(count, int) for count in found.fixed)
                 and all(isinstance(text, str) for text, _ in [*found.candidates, *found.words])
                 and all(
                     isinstance(number, Real) and math.isfinite(number)

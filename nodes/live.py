@@ -1,39 +1,44 @@
-"""What a running node tells the screen, and what the screen tells a running node."""
+"""Messages between a running node and the page."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
 
 import comfy.model_management as mm
-from aiohttp import web
 from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..pez_core import Result
+from ..pez_core import Report, Result
 from .found import Found
-from .kept import digests
+
+T = TypeVar("T")
 
 EVENT = "pez.live"
 SEND_SECONDS = 0.25
-"""Between two events; eyes need no more."""
+"""Shortest time between two events."""
 EXPLAIN_SHARE = 0.05
-"""Of the time that may go into telling words apart while a search runs."""
+"""Largest share of the time that goes into the contributions of words while a search runs."""
 CURVE_POINTS = 60
 
-_running: dict[str, Live] = {}
-_with_live_view: set[str] = set()  # clients whose nodes show events, and need no plain text
+running: dict[str, Live] = {}
+"""The nodes that run, by their id."""
+with_live_view: set[str] = set()
+"""Clients whose nodes show events, and need no plain text."""
 
 
 class Live:
-    """One run of a node, as the screen sees it.
+    """One run of a node, as the page shows it.
 
     A context manager; `report` is the callback of a search, and `found` takes its results. Where a
-    node searches several times, `turn` gives the callback of each.
+    node searches several times, `turn` gives the callback of each. An error inside goes to the
+    page, too.
 
     Args:
         hidden: `cls.hidden` of the node, which has to ask for `unique_id` and `extra_pnginfo`.
@@ -42,37 +47,31 @@ class Live:
 
     def __init__(self, hidden: Any, time_limit: float = 0.0) -> None:
         self._ends = time.monotonic() + time_limit if time_limit else None
-        context = get_executing_context()
         self.node = str(getattr(hidden, "unique_id", None) or "")
         self.client = getattr(PromptServer.instance, "client_id", None)
         self._finish = threading.Event()
         self._bar: ProgressBar | None = None
         self._first: tuple[float, int] | None = None  # when the first report came, and its step
         self._sent = self._explained = 0.0
-        self._last: dict[str, Any] | None = None
+        self._last: Report | _Turn | None = None
         self._results: list[Result] = []
+        self._fixed: list[tuple[int, list[int]]] = []
         self._too_late = False
         self._words: dict[int, tuple[str, list[tuple[str, float]]]] = {}
         self._curves: dict[int, list[tuple[int, float]]] = {}
-        workflow = (getattr(hidden, "extra_pnginfo", None) or {}).get("workflow")
-        self.event: dict[str, Any] = {
-            "node": self.node,
-            "prompt_id": context.prompt_id if context else None,
-            "workflow": workflow.get("id") if isinstance(workflow, dict) else None,
-            "state": "starting",
-            "items": [],
-        }
+        self.event = _event(hidden, "starting")
 
     def __enter__(self) -> Live:
-        _running[self.node] = self
+        running[self.node] = self
         self._send()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        _running.pop(self.node, None)
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        running.pop(self.node, None)
         if kind is not None:
             cancelled = issubclass(kind, mm.InterruptProcessingException)
             self.event["state"] = "cancelled" if cancelled else "failed"
+            self.event["message"] = "" if cancelled else _message(error)
             self._send()
 
     def finish(self) -> None:
@@ -84,30 +83,17 @@ class Live:
         """A person asked for the best so far."""
         return self._finish.is_set()
 
-    def turn(self, turns: int) -> Callable[[dict[str, Any]], bool]:
-        """The callback of the next of several searches, after those that `found` has results of.
+    def turn(self, turns: int, caption: str = "") -> Callable[[Report], bool]:
+        """The callback of the next of several searches, after those whose results `found` got.
 
         Args:
             turns: how many there still are, this one included.
+            caption: fixed text around the learned words, as in `invert`.
         """
         self._too_late = self.finished
-        done = self._last["step"] if self._last else 0
-
-        def report(one: dict[str, Any]) -> bool:
-            before = len(self._results)
-            return self.report(
-                {
-                    "step": done + one["step"],
-                    "steps": done + turns * one["steps"],
-                    "prompts": [r.prompt for r in self._results] + one["prompts"],
-                    "similarities": [r.similarity for r in self._results] + one["similarities"],
-                    "explain": lambda k, *prompt: (
-                        one["explain"](k - before, *prompt) if k >= before else []
-                    ),
-                }
-            )
-
-        return report
+        self._fixed.append((len(self._results), _words_around(caption)))
+        before, done = list(self._results), self._last.step if self._last else 0
+        return lambda report: self.report(_Turn(report, before, done, turns))
 
     def time_left(self, turns: int = 1) -> float | None:
         """Seconds for the next of several searches, of which it gets a fair share; None: no limit.
@@ -115,16 +101,17 @@ class Live:
         Args:
             turns: how many there still are, this one included.
         """
-        # a search has to have a moment, so that it ends by itself with what it has
+        # never 0, so that a search ends by itself with its best so far
         return self._ends and max(self._ends - time.monotonic(), 1e-3) / turns
 
     def begin(self) -> None:
         """Forget a search that is tried again."""
         self._results, self._last, self._first = [], None, None
+        self._fixed.clear()
         self._words.clear()
         self._curves.clear()
 
-    def report(self, report: dict[str, Any]) -> bool:
+    def report(self, report: Report | _Turn) -> bool:
         """The callback of a search; true ends it.
 
         Raises:
@@ -132,21 +119,22 @@ class Live:
         """
         mm.throw_exception_if_processing_interrupted()
         if self._bar is None:
-            self._bar = ProgressBar(report["steps"], node_id=self.node or None)
-        self._bar.update_absolute(report["step"], report["steps"])
+            self._bar = ProgressBar(report.steps, node_id=self.node or None)
+        self._bar.update_absolute(report.step, report.steps)
         self._last = report
         now = time.monotonic()
-        self._first = self._first or (now, report["step"])
-        if now - self._sent >= SEND_SECONDS or report["step"] == report["steps"]:
+        self._first = self._first or (now, report.step)
+        if now - self._sent >= SEND_SECONDS or report.step == report.steps:
             self._show(report)
         return self.finished
 
     def found(self, results: Sequence[Result]) -> list[Found]:
-        """Results with what was seen of them on the way, while the CLIP is still in use."""
+        """Results with the curves and words of their search; needs the CLIP in use."""
         found = []
         for k, result in enumerate(results, start=len(self._results)):
             one = Found.of(result, self._words_of(k, result))
             one.curve = self._curves.get(k, [])
+            one.fixed = self._fixed_of(k)
             if self._too_late:
                 one.note = f"{one.note} Finished before its turn; a first guess.".strip()
             found.append(one)
@@ -154,32 +142,26 @@ class Live:
         return found
 
     def _words_of(self, k: int, result: Result) -> list[tuple[str, float]]:
-        if not self._last or k >= len(self._last["prompts"]):
+        if not self._last or k >= len(self._last.prompts):
             return []
-        if self._last["prompts"][k] == result.prompt:
+        if self._last.prompts[k] == result.prompt:
             self._explain_one(self._last, k)
             return self._words[k][1]
-        if not result.candidates:  # in sections, which are explained each for itself
+        if not result.candidates:  # in sections, each with words of its own
             return []
-        # read again, candidates may change places in half precision
-        return [(one.word, one.contribution) for one in self._last["explain"](k, result.prompt)]
+        # in half precision the verified candidates may be in another order
+        return [(one.word, one.contribution) for one in self._last.explain(k, result.prompt)]
 
-    def _show(self, report: dict[str, Any]) -> None:
-        step, steps = report["step"], report["steps"]
+    def _fixed_of(self, k: int) -> list[int]:
+        """Numbers of words around the learned part of the k-th prompt, [] where there are none."""
+        return next((fixed for first, fixed in reversed(self._fixed) if first <= k), [])
+
+    def _show(self, report: Report | _Turn) -> None:
+        step, steps = report.step, report.steps
         began, first = self._first or (time.monotonic(), step)
         elapsed = time.monotonic() - began
-        items = []
-        for k, (prompt, similarity) in enumerate(
-            zip(report["prompts"], report["similarities"], strict=True)
-        ):
-            if not math.isfinite(similarity):
-                items.append({"prompt": "", "similarity": None, "words": [], "curve": []})
-                continue
-            curve = _thinned(self._curves.setdefault(k, []), step, similarity)
-            _, words = self._words.get(k, ("", []))
-            items.append(
-                {"prompt": prompt, "similarity": similarity, "words": words, "curve": [*curve]}
-            )
+        pairs = zip(report.prompts, report.similarities, strict=True)
+        items = [self._item(k, step, *pair) for k, pair in enumerate(pairs)]
         self._explain(report)
         self.event |= {
             "state": "finishing" if self.finished else "running",
@@ -192,17 +174,28 @@ class Live:
         self._send()
         self._sent = time.monotonic()
 
-    def _explain(self, report: dict[str, Any]) -> None:
-        """Tell apart the words of one prompt that has changed, if there is time for it."""
+    def _item(self, k: int, step: int, prompt: str, similarity: float) -> dict[str, Any]:
+        """The k-th prompt as the page shows it."""
+        if not math.isfinite(similarity):
+            return {"prompt": "", "similarity": None, "words": [], "curve": []}
+        curve = _thinned(self._curves.setdefault(k, []), step, similarity)
+        return {
+            "prompt": prompt,
+            "similarity": similarity,
+            "words": self._words.get(k, ("", []))[1],
+            "curve": [*curve],
+            "fixed": self._fixed_of(k),
+        }
+
+    def _explain(self, report: Report | _Turn) -> None:
+        """Find the contributions of words in one prompt that has changed, if there is time."""
         began = time.monotonic()
         if began < self._explained:
             return
-        prompts = report["prompts"]
         changed = [
             k
-            for k, prompt in enumerate(prompts)
-            if prompt != self._words.get(k, ("", []))[0]
-            and math.isfinite(report["similarities"][k])
+            for k, prompt in enumerate(report.prompts)
+            if prompt != self._words.get(k, ("", []))[0] and math.isfinite(report.similarities[k])
         ]
         if not changed:
             return
@@ -210,81 +203,104 @@ class Live:
         took = time.monotonic() - began
         self._explained = time.monotonic() + took / EXPLAIN_SHARE
 
-    def _explain_one(self, report: dict[str, Any], k: int) -> None:
-        prompt = report["prompts"][k]
+    def _explain_one(self, report: Report | _Turn, k: int) -> None:
+        prompt = report.prompts[k]
         if self._words.get(k, ("", []))[0] != prompt:
-            words = [(one.word, one.contribution) for one in report["explain"](k)]
+            words = [(one.word, one.contribution) for one in report.explain(k)]
             self._words[k] = prompt, words
 
     def _send(self) -> None:
         server = PromptServer.instance
         if self.client is None:
             return
-        # a copy, since it is made into text later and by another thread
+        # a copy, since another thread serialises it later
         server.send_sync(EVENT, dict(self.event), self.client)
-        if self.client not in _with_live_view and self.event["items"]:
+        if self.client not in with_live_view and self.event["items"]:
             server.send_progress_text(_as_text(self.event), self.node, self.client)
 
 
-def tell(hidden: Any, text: str) -> None:
-    """A line of text on a node, for screens without the live view."""
+class _Turn:
+    """The report of one of several searches as a part of the whole.
+
+    Args:
+        report: of this search.
+        before: results of the searches before it.
+        done: steps before it.
+        turns: number of searches that are left, this one included.
+    """
+
+    def __init__(self, report: Report, before: list[Result], done: int, turns: int) -> None:
+        self._report, self._before = report, before
+        self.step = done + report.step
+        self.steps = done + turns * report.steps
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [result.prompt for result in self._before] + self._report.prompts
+
+    @cached_property
+    def similarities(self) -> list[float]:
+        return [result.similarity for result in self._before] + self._report.similarities
+
+    def explain(self, k: int, prompt: str | None = None) -> list:
+        """The words of the k-th prompt; [] for one of an earlier search."""
+        here = k - len(self._before)
+        return self._report.explain(here, prompt) if here >= 0 else []
+
+
+def countdown(items: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """Each item with the number of those that are left, itself included."""
+    return zip(range(len(items), 0, -1), items, strict=True)
+
+
+def show_text(hidden: Any, text: str) -> None:
+    """Show a line of text on a node, in pages without the live view."""
     server, node = PromptServer.instance, getattr(hidden, "unique_id", None)
-    if node and server.client_id is not None and server.client_id not in _with_live_view:
+    if node and server.client_id is not None and server.client_id not in with_live_view:
         server.send_progress_text(text, node, server.client_id)
 
 
-def register_routes() -> None:
-    """What the live view asks of the server."""
-    routes = PromptServer.instance.routes
+@contextmanager
+def showing_errors(hidden: Any) -> Iterator[None]:
+    """Send errors to the live view of a node that makes no `Live`.
 
-    @routes.get("/pez/live")
-    async def running(request: web.Request) -> web.Response:
-        """The last event of every node that runs, for pages that were loaded meanwhile."""
-        return web.json_response([dict(live.event) for live in list(_running.values())])
-
-    @routes.post("/pez/live")
-    async def has_live_view(request: web.Request) -> web.Response:
-        """A page says that it shows events."""
-        client = (await _json(request)).get("client_id")
-        if isinstance(client, str) and len(client) < 100:
-            if len(_with_live_view) > 1000:
-                _with_live_view.clear()
-            _with_live_view.add(client)
-        return web.json_response({})
-
-    @routes.post("/pez/finish")
-    async def finish(request: web.Request) -> web.Response:
-        """End the search of a node with the best so far."""
-        asked = await _json(request)
-        live = _running.get(str(asked.get("node")))
-        # a late click must not end another run of the same node
-        found = live is not None and asked.get("prompt_id") in (None, live.event["prompt_id"])
-        if found:
-            live.finish()
-        return web.json_response({"finishing": found})
-
-    @routes.post("/pez/inputs")
-    async def inputs(request: web.Request) -> web.Response:
-        """Digests of what the nodes in a prompt would learn from; tells what is out of date."""
-        prompt = (await _json(request)).get("prompt")
-        if not isinstance(prompt, dict):
-            raise web.HTTPBadRequest(text="`prompt` has to be an object")
-        found = {
-            node: digests(prompt, node)
-            for node, what in prompt.items()
-            if isinstance(what, dict) and str(what.get("class_type", "")).startswith("PEZ_")
-        }
-        return web.json_response(found)
-
-
-async def _json(request: web.Request) -> dict[str, Any]:
+    Args:
+        hidden: as for `Live`.
+    """
     try:
-        asked = await request.json()
-    except ValueError as error:
-        raise web.HTTPBadRequest(text="this is no JSON") from error
-    if not isinstance(asked, dict):
-        raise web.HTTPBadRequest(text="this is no JSON object")
-    return asked
+        yield
+    except Exception as error:
+        server = PromptServer.instance
+        if server.client_id is not None:
+            event = _event(hidden, "failed") | {"message": _message(error)}
+            server.send_sync(EVENT, event, server.client_id)
+        raise
+
+
+def _event(hidden: Any, state: str) -> dict[str, Any]:
+    """An event of the node that runs."""
+    context = get_executing_context()
+    workflow = (getattr(hidden, "extra_pnginfo", None) or {}).get("workflow")
+    return {
+        "node": str(getattr(hidden, "unique_id", None) or ""),
+        "prompt_id": context.prompt_id if context else None,
+        "workflow": workflow.get("id") if isinstance(workflow, dict) else None,
+        "state": state,
+        "items": [],
+    }
+
+
+def _message(error: BaseException | None) -> str:
+    """The text of an error, or its type where it has none."""
+    return str(error).strip() or type(error).__name__
+
+
+def _words_around(caption: str) -> list[int]:
+    """Numbers of words before and behind the learned ones; [] without a caption."""
+    if not caption:
+        return []
+    before, _, behind = caption.partition("{}")
+    return [len(before.split()), len(behind.split())]
 
 
 def _thinned(curve: list, step: int, similarity: float) -> list:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.model_management as mm
 import torch
 from comfy.utils import ProgressBar
@@ -9,8 +12,9 @@ from comfy_api.latest import io
 
 from ..pez_core.clip.device import default_dtype
 from . import models
-from .inputs import CATEGORY, PezClip, naming_widgets
-from .live import tell
+from .errors import naming_widgets
+from .inputs import CATEGORY, PezClip
+from .live import show_text
 from .memory import LoadedClip
 
 _PRECISIONS = {
@@ -30,42 +34,10 @@ class LoadCLIP(io.ComfyNode):
             node_id="PEZ_LoadCLIP",
             display_name="PEZ Load CLIP",
             category=CATEGORY,
-            description="Loads a CLIP that sees images and reads prompts. Choose the one of the "
+            description="Loads a CLIP with image encoder and text encoder. Choose the one of the "
             "image model that will get the prompts.",
             search_aliases=["clip", "load clip for prompts", "image encoder", "pez model"],
-            inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=models.choices(),
-                    default=next(iter(models.PRESETS)),
-                    tooltip="The model that you make images with. Files in models/pez, "
-                    "models/clip_vision and models/text_encoders that hold a whole CLIP are listed "
-                    "too.",
-                ),
-                io.Boolean.Input(
-                    "download",
-                    default=False,
-                    tooltip="Fetch the model into models/pez if it is not there. Nothing is "
-                    "downloaded while this is off.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(_PRECISIONS),
-                    default="automatic",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Automatic takes bfloat16 on NVIDIA cards that have it, float16 on "
-                    "older ones, float32 elsewhere.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["default", "cpu"],
-                    default="default",
-                    optional=True,
-                    advanced=True,
-                    tooltip="CPU leaves the graphics card to other models, and is slow.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[PezClip.Output("clip", tooltip="For the other PEZ nodes.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -90,15 +62,57 @@ class LoadCLIP(io.ComfyNode):
         load_device = cpu if stays else mm.get_torch_device()
         offload_device = cpu if stays else mm.text_encoder_offload_device()
         dtype = _PRECISIONS[precision] or default_dtype(load_device)
-        bar = ProgressBar(1)
-
-        def progress(done: int, total: int) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            # megabytes: some hooks keep the numbers in 32 bits
-            bar.update_absolute(done >> 20, max(total >> 20, 1))
-            if done == total:
-                tell(cls.hidden, f"downloaded {total / 1e9:.2f} GB")
-
-        with naming_widgets({"`name`": "`model`", "`pretrained`": "`model`"}):
-            clip = models.load(model, download, progress, device=offload_device, dtype=dtype)
+        with naming_widgets({"name": "`model`", "pretrained": "`model`"}):
+            clip = models.load(
+                model, download, _progress(cls.hidden), device=offload_device, dtype=dtype
+            )
         return io.NodeOutput(LoadedClip(clip, load_device, offload_device))
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "model",
+            options=models.choices(),
+            default=next(iter(models.PRESETS)),
+            tooltip="The model that you make images with. The list also has files in models/pez, "
+            "models/clip_vision and models/text_encoders that hold a whole CLIP.",
+        ),
+        io.Boolean.Input(
+            "download",
+            default=False,
+            tooltip="On: download the model into models/pez if it is missing. Off: download "
+            "nothing.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(_PRECISIONS),
+            default="automatic",
+            optional=True,
+            advanced=True,
+            tooltip="automatic: bfloat16 on NVIDIA cards that support it, float16 on older ones, "
+            "float32 elsewhere.",
+        ),
+        io.Combo.Input(
+            "device",
+            options=["default", "cpu"],
+            default="default",
+            optional=True,
+            advanced=True,
+            tooltip="cpu leaves the graphics card to other models, and is slow.",
+        ),
+    ]
+
+
+def _progress(hidden: Any) -> Callable[[int, int], None]:
+    """A callback that shows how much of a file is downloaded, and ends with a cancelled run."""
+    bar = ProgressBar(1)
+
+    def progress(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        # megabytes: some hooks keep the numbers in 32 bits
+        bar.update_absolute(done >> 20, max(total >> 20, 1))
+        if done == total:
+            show_text(hidden, f"downloaded {total / 1e9:.2f} GB")
+
+    return progress

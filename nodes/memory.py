@@ -1,10 +1,11 @@
-"""A CLIP under ComfyUI's model manager, which loads, evicts and offloads it with all else."""
+"""A CLIP under ComfyUI's model manager, which loads, evicts and offloads it like any model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -13,14 +14,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..pez_core import AnyClip, JointClip
-from ..pez_core.presets import Plan
+from ..pez_core import AnyClip, JointClip, SearchOptions
+from ..pez_core.options import Effort
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Rows that a refinement encodes at once, without gradients.
+# Rows that a refinement encodes in one batch, without gradients.
 _SWAPS_AT_ONCE = 2048
 
 
@@ -49,7 +50,7 @@ class PezTextEncoder(nn.Module):
 
 
 class LoadedClip:
-    """What travels along a PEZ_CLIP wire.
+    """The value of a PEZ_CLIP wire.
 
     Args:
         clip: on the offload device.
@@ -71,55 +72,55 @@ class LoadedClip:
         ]
         for part in parts:
             images = ModelPatcher(part.model.visual, load_device, offload_device)
-            # of no method, or the CLIP and this would keep each other alive
+            # a partial, not a bound method: avoids a reference cycle
             part.image_tower = partial(_lend, images, self._texts)
             part.model.requires_grad_(False)  # or activations are kept for gradients of weights
         self.patcher = self._texts[0]  # by which ComfyUI's cache knows that models are large
 
     @contextmanager
     def in_use(
-        self, searches: int = 1, prompt_len: int = 75, plan: Plan | None = None
+        self, searches: int = 1, prompt_len: int | None = None, effort: Effort | None = None
     ) -> Iterator[AnyClip]:
-        """The CLIP, ready for gradients, inside of what ComfyUI runs without them.
+        """The CLIP, ready for gradients, inside of ComfyUI's inference mode.
 
         Args:
             searches: how many run side by side.
-            prompt_len: tokens of each.
-            plan: what they do; None: the steps of PEZ alone.
+            prompt_len: tokens of each; None: as many as CLIP can read.
+            effort: their work; None: the steps of PEZ alone.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            _load(self._texts, _needed(self.clip, searches, prompt_len, plan))
+            _load(self._texts, _needed(self.clip, searches, prompt_len, effort))
             yield self.clip
 
     def search(
         self,
-        run: Callable[[AnyClip, int | None], T],
-        searches: int,
-        prompt_len: int,
-        plan: Plan | None = None,
+        run: Callable[[AnyClip, SearchOptions], T],
+        options: SearchOptions,
+        targets: int = 1,
     ) -> T:
         """Run a task; where memory runs out, once more with half of the searches side by side.
 
         Args:
-            run: gets the CLIP and `at_once` of the tasks of `pez_core`.
-            searches: how many there are, one for each image and restart.
-            prompt_len, plan: as in `in_use`.
+            run: gets the CLIP and the options of the task.
+            options: of the search.
+            targets: number of prompts that are learned side by side.
 
         Raises:
-            torch.OutOfMemoryError: again, so that ComfyUI frees what it can and says so.
+            torch.OutOfMemoryError: again, so that ComfyUI frees memory and reports it.
         """
+        searches = targets * options.restarts
         try:
-            with self.in_use(searches, prompt_len, plan) as clip:
-                return run(clip, None)
+            with self.in_use(searches, options.prompt_len, options.work) as clip:
+                return run(clip, options)
         except Exception as error:
             if searches < 2 or not _is_oom(error):
                 raise
             log.warning("Out of memory with %d searches side by side; trying half.", searches)
-        # outside of the handler, whose traceback holds what has to be freed
+        # outside of the handler, whose traceback holds the memory that has to be freed
         mm.soft_empty_cache()
-        at_once = -(-searches // 2)
-        with self.in_use(at_once, prompt_len, plan) as clip:
-            return run(clip, at_once)
+        half = -(-searches // 2)
+        with self.in_use(half, options.prompt_len, options.work) as clip:
+            return run(clip, replace(options, batch_size=half))
 
 
 @contextmanager
@@ -156,15 +157,18 @@ def _unload(patcher: ModelPatcher) -> None:
     mm.soft_empty_cache()
 
 
-def _needed(clip: AnyClip, searches: int, prompt_len: int, plan: Plan | None = None) -> int:
+def _needed(
+    clip: AnyClip, searches: int, prompt_len: int | None = None, effort: Effort | None = None
+) -> int:
     """Bytes that a search holds beside the weights.
 
     Korthikanti et al. 2022 count 34 for each value of a layer in half precision. Swaps are compared
     without gradients, so that one layer is held at a time.
     """
     needed = 0
-    rows = searches * (plan.trials if plan else 1)
-    swaps = _SWAPS_AT_ONCE if plan and plan.refine_steps else 0
+    prompt_len = prompt_len or clip.text.max_prompt_len
+    rows = searches * (effort.trials if effort else 1)
+    swaps = _SWAPS_AT_ONCE if effort and effort.swaps else 0
     for part in clip.clips if isinstance(clip, JointClip) else [clip]:
         tower = part.text.tower.transformer
         values = (prompt_len + 2) * tower.width * max(rows * tower.layers, swaps)

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 
-from ..pez_core.judge import contributions, prune_towards
+from ..pez_core.errors import ArgumentError
+from ..pez_core.scoring import Pruned, WordContribution, contributions, prune_towards
 from ..pez_core.targets import encode_targets
 from . import inputs
-from .inputs import CATEGORY, PezClip, naming_widgets, one, pictures, texts
-from .live import tell
+from .errors import naming_widgets
+from .inputs import CATEGORY, PezClip
+from .live import show_text, showing_errors
 from .memory import LoadedClip
+from .values import Values
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One prompt with its scores.
+
+    Attributes:
+        prompt: the text.
+        similarity: its mean similarity with the images.
+        words: its words with their contributions.
+        pruned: the prompt without the words that do not help.
+        judged: its mean similarity by the judge; None without one.
+    """
+
+    prompt: str
+    similarity: float
+    words: list[WordContribution]
+    pruned: Pruned
+    judged: float | None
+
+    @property
+    def rank(self) -> float:
+        return self.similarity if self.judged is None else self.judged
 
 
 class ScorePrompt(io.ComfyNode):
-    """What prompts are worth, and which of their words carry them."""
+    """How well prompts fit images, and which words contribute."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,122 +53,138 @@ class ScorePrompt(io.ComfyNode):
             node_id="PEZ_ScorePrompt",
             display_name="PEZ Score Prompt",
             category=CATEGORY,
-            description="Says how similar prompts and images are, which words carry a prompt, and "
-            "what is left without those that do not.",
+            description="Scores the similarity of prompts and images, shows the contribution of "
+            "each word, and drops words that do not help.",
             search_aliases=["clip score", "compare prompts", "prompt quality", "prune prompt"],
             is_input_list=True,
             is_output_node=True,
-            inputs=[
-                inputs.clip(),
-                io.Image.Input(
-                    "images", tooltip="One image or several, whose mean similarity counts."
-                ),
-                io.String.Input(
-                    "text",
-                    default="",
-                    multiline=True,
-                    placeholder="a prompt",
-                    tooltip="The prompt. A list, such as all candidates, is compared.",
-                ),
-                io.Float.Input(
-                    "max_loss",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Similarity that dropping words may cost.",
-                ),
-                PezClip.Input(
-                    "held_out",
-                    optional=True,
-                    tooltip="Another CLIP, which took no part in the search, as a fairer judge.",
-                ),
-            ],
-            outputs=[
-                io.String.Output(
-                    "best",
-                    tooltip="The prompt of the highest similarity; by the "
-                    "held-out CLIP if there is one.",
-                ),
-                io.Float.Output("similarity", is_output_list=True, tooltip="Of each prompt."),
-                io.Float.Output(
-                    "held_out_similarity",
-                    is_output_list=True,
-                    tooltip="Of each prompt by the held-out CLIP; empty without one.",
-                ),
-                io.String.Output(
-                    "pruned",
-                    is_output_list=True,
-                    tooltip="Each prompt without the words that do not pay, by `clip`.",
-                ),
-                io.String.Output("report", tooltip="All of it as text."),
-            ],
-            hidden=[io.Hidden.unique_id],
+            inputs=_inputs(),
+            outputs=_outputs(),
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(
-        cls,
-        clip: Sequence[LoadedClip],
-        images: Sequence[Any],
-        text: Sequence[str],
-        max_loss: Sequence[float] = (0.0,),
-        held_out: Sequence[LoadedClip | None] = (None,),
-    ) -> io.NodeOutput:
-        prompts, all_images = texts(text), pictures(images)
-        if not prompts:
-            raise ValueError("`text` is empty; give a prompt to score.")
-        judged: list[float] = []
-        with naming_widgets({"`prompts`": "`text`", "`target`": "`images`"}):
-            with one(clip).in_use() as model:
-                feature = encode_targets("images", model, all_images).mean(0)
-                similarities = (encode_targets("text", model, prompts) @ feature).tolist()
-                words, pruned = [], []
-                for prompt in prompts:
-                    mm.throw_exception_if_processing_interrupted()
-                    words.append(contributions(model, prompt, feature))
-                    pruned.append(prune_towards(model, prompt, feature, one(max_loss) or 0.0))
-            if judge := one(held_out):
-                with judge.in_use() as model:
-                    feature = encode_targets("images", model, all_images).mean(0)
-                    judged = (encode_targets("text", model, prompts) @ feature).tolist()
-        ranked = judged or similarities
-        best = max(range(len(prompts)), key=ranked.__getitem__)
-        items = [
-            {
-                "prompt": prompt,
-                "similarity": round(similarity, 5),
-                "words": [(w.word, round(w.contribution, 5)) for w in each],
-                "curve": [],
-                "note": f"without idle words: {rest.similarity:.4f}  {rest.prompt}"
-                if rest.dropped
-                else "",
-            }
-            for prompt, similarity, each, rest in zip(
-                prompts, similarities, words, pruned, strict=True
-            )
-        ]
-        report = _report(items, judged)
-        tell(cls.hidden, report)
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        values = Values(cls.define_schema(), given)
+        names = {"prompts": "`text`", "prompt": "`text`", "target": "`images`"}
+        with showing_errors(cls.hidden), naming_widgets(names):
+            scored = _score(values)
+        report = "\n".join(line for one in scored for line in _lines(one))
+        show_text(cls.hidden, report)
+        event = {"state": "done", "items": [_item(one) for one in scored], "changed": []}
         return io.NodeOutput(
-            prompts[best],
-            similarities,
-            judged,
-            [rest.prompt for rest in pruned],
+            max(scored, key=lambda one: one.rank).prompt,
+            [one.similarity for one in scored],
+            [one.judged for one in scored if one.judged is not None],
+            [one.pruned.prompt for one in scored],
             report,
-            ui={"text": [report], "pez": [{"state": "done", "items": items, "changed": []}]},
+            ui={"text": [report], "pez": [event]},
         )
 
 
-def _report(items: list[dict[str, Any]], judged: list[float]) -> str:
-    lines = []
-    for k, item in enumerate(items):
-        lines.append(f"{item['similarity']:.4f}  {item['prompt']}")
-        if judged:
-            lines.append(f"{judged[k]:.4f}  by the held-out CLIP")
-        lines += [f"    {value:+.4f}  {word}" for word, value in item["words"]]
-        if item["note"]:
-            lines.append(f"  {item['note']}")
-    return "\n".join(lines)
+def _inputs() -> list[io.Input]:
+    return [
+        inputs.clip(),
+        io.Image.Input(
+            "images", tooltip="One image or several. The mean of their similarities counts."
+        ),
+        io.String.Input(
+            "text",
+            default="",
+            multiline=True,
+            placeholder="a prompt",
+            tooltip="The prompt. The prompts of a list, such as all candidates, are compared.",
+        ),
+        io.Float.Input(
+            "max_loss",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.005,
+            optional=True,
+            advanced=True,
+            tooltip="Largest loss of similarity when words are dropped.",
+        ),
+        PezClip.Input(
+            "judge",
+            optional=True,
+            tooltip="A held-out CLIP, which the prompts were not learned with. Its scores are "
+            "fairer.",
+        ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.String.Output(
+            "best", tooltip="The prompt with the highest similarity, by the judge if there is one."
+        ),
+        io.Float.Output(
+            "similarity", is_output_list=True, tooltip="Mean similarity of each prompt."
+        ),
+        io.Float.Output(
+            "judge_similarity",
+            is_output_list=True,
+            tooltip="Mean similarity of each prompt by the judge; empty without one.",
+        ),
+        io.String.Output(
+            "pruned",
+            is_output_list=True,
+            tooltip="Each prompt without the words that do not help, by `clip`.",
+        ),
+        io.String.Output("report", tooltip="All results as text."),
+    ]
+
+
+def _score(values: Values) -> list[_Scored]:
+    prompts, images = values.texts("text"), values.pictures("images")
+    if not prompts:
+        raise ArgumentError("text", "is empty", "give a prompt to score")
+    with values["clip"].in_use() as model:
+        similarities, feature = _similarities(model, prompts, images)
+        words, pruned = [], []
+        for prompt in prompts:
+            mm.throw_exception_if_processing_interrupted()
+            words.append(contributions(model, prompt, feature))
+            pruned.append(prune_towards(model, prompt, feature, values["max_loss"]))
+    judged = [None] * len(prompts)
+    judge: LoadedClip | None = values["judge"]
+    if judge is not None:
+        with judge.in_use() as model:
+            judged, _ = _similarities(model, prompts, images)
+    columns = zip(prompts, similarities, words, pruned, judged, strict=True)
+    return [_Scored(*row) for row in columns]
+
+
+def _similarities(
+    model: Any, prompts: Sequence[str], images: Sequence[torch.Tensor]
+) -> tuple[list[float], torch.Tensor]:
+    """The similarity of each prompt with the images, and the mean feature of these."""
+    feature = encode_targets("images", model, images).mean(0)
+    return (encode_targets("text", model, prompts) @ feature).tolist(), feature
+
+
+def _item(scored: _Scored) -> dict[str, Any]:
+    """A prompt for the live view."""
+    return {
+        "prompt": scored.prompt,
+        "similarity": round(scored.similarity, 5),
+        "words": [(one.word, round(one.contribution, 5)) for one in scored.words],
+        "curve": [],
+        "note": _note(scored.pruned),
+    }
+
+
+def _note(pruned: Pruned) -> str:
+    if not pruned.dropped:
+        return ""
+    return f"without words that do not help: {pruned.similarity:.4f}  {pruned.prompt}"
+
+
+def _lines(scored: _Scored) -> list[str]:
+    """A prompt in the report."""
+    lines = [f"{scored.similarity:.4f}  {scored.prompt}"]
+    if scored.judged is not None:
+        lines.append(f"{scored.judged:.4f}  by the judge")
+    lines += [f"    {one.contribution:+.4f}  {one.word}" for one in scored.words]
+    return lines + ([f"  {note}"] if (note := _note(scored.pruned)) else [])

@@ -1,7 +1,7 @@
 """Write the example workflows: python tools/make_workflows.py URL_OF_A_RUNNING_COMFYUI
 
-They are graphs as the page saves them, laid out in columns, each with a note. What sockets and
-widgets the nodes have is asked of the server, so that the workflows fit the nodes.
+They are graphs as the page saves them, laid out in columns, each with a note. The server lists the
+sockets and widgets of the nodes, so that the workflows fit them.
 """
 
 from __future__ import annotations
@@ -199,18 +199,18 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
 
 
 ONCE = """\
-**Once:** in *PEZ Load CLIP* turn on `download` (1.71 GB; it may stay on). In *Load Checkpoint*
-choose a model of the Stable Diffusion 1.5 family. To only watch a search, choose the bundled emoji
-CLIP and a drawing of the folder `examples` in this pack; it sees emoji even in photographs, so do
-not judge by it.
+**Once:** in **PEZ Load CLIP** turn on **download** (1.71 GB; it may stay on). In **Load
+Checkpoint** choose a model of the Stable Diffusion 1.5 family. To try PEZ without a download,
+choose the bundled emoji CLIP and a drawing of an animal or a thing. It was trained on emoji
+drawings alone, so do not judge PEZ by its prompts.
 """
 ALWAYS = """\
-A learned prompt reads like word salad. That is normal: its words are chosen for what CLIP makes of
-them together. Judge it by the pictures. Not happy? Change `seed`; while nothing changes, nothing
-runs.
+A learned prompt reads like word salad. That is normal: the search chooses words by their CLIP
+features together. Judge the prompt by the images. Not happy? Change **seed** and run again; without
+a change nothing runs.
 
-Inputs that are rarely used: *Show advanced inputs* at the bottom of the node, or *Show Advanced* in
-its right-click menu.
+For advanced inputs: **Show advanced inputs** at the bottom of the node, or **Show Advanced** in its
+right-click menu.
 """
 
 
@@ -218,14 +218,14 @@ def image_to_image_via_prompt(graph: Graph) -> None:
     clip = _start(
         graph,
         "An image becomes a prompt becomes images",
-        "1. Pick your image.\n2. Queue. Watch the prompt emerge; *Finish now* takes the best so "
-        "far.\n3. Click words that you do not want, and queue again.\n\n"
+        "1. Choose your image.\n2. Run. Watch the prompt emerge; **Finish now** ends the search "
+        "with the best so far.\n3. Click words that you do not want, and run again.\n\n"
         "The new image shares subject, mood and style; it does not copy layout, face or pose.\n\n"
-        "Every finished run is stored in the node. Turn on `keep` after a run that you like: the "
-        "node then repeats that prompt, whatever you change, and whoever opens the workflow needs "
-        "neither the CLIP nor your image.\n\n"
-        "For several prompts to choose from set `restarts` to 4 and wire `candidates` instead of "
-        "`prompt` to *CLIP Text Encode*: an image of each, the most similar first.",
+        "The node stores the prompt of every finished run. Turn on **keep** after a run that you "
+        "like: the node then repeats that prompt whatever you change, and everyone who opens the "
+        "workflow gets it without the CLIP and without your image.\n\n"
+        "To choose among several prompts, set **restarts** to 4 and wire **candidates** instead of "
+        "**prompt** to **CLIP Text Encode**: you get an image of each, the most similar first.",
     )
     image = _image(graph)
     learned = graph.add(
@@ -238,10 +238,10 @@ def style_onto_a_new_subject(graph: Graph) -> None:
     clip = _start(
         graph,
         "A style for new subjects",
-        "1. Replace **all** the pictures: different subjects, one style. Six do well; add *Load "
-        "Image* nodes to *Batch Images*.\n"
-        "2. Write subjects, one a line: each becomes a prompt and an image.\n3. Queue.\n\n"
-        "With `keep` on you can change the subjects without a new search.",
+        "1. Replace **all** the images: different subjects, one style. Six do well; add **Load "
+        "Image** nodes to **Batch Images**.\n"
+        "2. Write subjects, one per line: each becomes a prompt and an image.\n3. Run.\n\n"
+        "With **keep** on you can change the subjects without a new search.",
     )
     images = [_image(graph, f"Style image {k}") for k in (1, 2, 3)]
     batch = graph.add(
@@ -269,9 +269,9 @@ def fuse_two_pictures(graph: Graph) -> None:
     clip = _start(
         graph,
         "Two pictures in one prompt",
-        "Replace both pictures. One prompt is learned that both agree with. A text in `prompt_1` "
-        "is one more goal; it is not kept word for word. `weights` says what counts more: texts "
-        "first, then images.",
+        "Replace both images. The node learns one prompt that is similar to both. A text in "
+        "**prompt_1** is one more source; it does not stay word for word. **weights** sets how "
+        "much each source counts: first the texts, then the images.",
     )
     first, second = (_image(graph, f"Picture {k}") for k in (1, 2))
     fused = graph.add(
@@ -301,8 +301,8 @@ def shorten_a_long_prompt(graph: Graph) -> None:
     clip = _start(
         graph,
         "A long prompt, shortened",
-        "`ratio` says how much shorter. Weights such as `(word:1.2)`, LoRA tags, embeddings and "
-        "`BREAK` stay as they are.\n\n`tokens_saved` tells what room there is now.",
+        "**ratio** sets the new length. Weights such as (word:1.2), LoRA tags, embeddings and "
+        "BREAK stay as they are.\n\n**tokens_saved** counts the tokens that became free.",
     )
     short = graph.add(Node("PEZ_DistillPrompt", 1, {"clip": (clip, "clip"), "text": LONG}))
     graph.add(Node("PreviewAny", 1, {"source": (short, "tokens_saved")}, title="Tokens saved"))
@@ -313,8 +313,9 @@ def sharpen_a_caption(graph: Graph) -> None:
     clip = _start(
         graph,
         "A caption, and the words that it missed",
-        "Put your captioner node (Florence, BLIP, JoyCaption, ...) in place of *Caption*. The "
-        "caption stays; a few learned words add what it left out.",
+        "Put your captioner node (Florence, BLIP, JoyCaption, ...) in place of **Caption**. The "
+        "caption stays; a few learned words add what it left out. Choose a short caption: CLIP "
+        "reads 75 tokens, the learned ones included.",
     )
     image = _image(graph)
     caption = graph.add(

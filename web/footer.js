@@ -6,7 +6,7 @@ import { hasBlocked } from "./words.js";
 const COPIED = 1500; // milliseconds
 
 /**
- * What can be done, and what should be known.
+ * Notices and buttons.
  * @param {() => void} onFinish
  * @param {() => string} copied what goes onto the clipboard
  */
@@ -30,10 +30,10 @@ export function createFooter(onFinish, copied) {
    * @param {import("./found.js").Found} [found] the prompt whose words are shown
    */
   function update(view, found) {
-    const names = isRunning(view) ? "" : view.changed.join(", ");
+    const names = isRunning(view) ? "" : view.changed.join(text("separator"));
     setText(changed, names && text("changed", { names }));
     changed.title = changed.textContent;
-    const strikes = view.items.some((item) => hasBlocked(item.prompt, view.blocked));
+    const strikes = view.items.some((item) => hasBlocked(item, view.blocked));
     setText(blocked, strikes ? text(view.keep ? "blockedWhileKept" : "blockedHint") : "");
     finish.style.display = ["running", "finishing"].includes(view.state) ? "" : "none";
     finish.disabled = view.state === "finishing";

@@ -1,25 +1,22 @@
 /**
- * One prompt and what is known of it.
+ * One prompt with all that the panel shows of it.
  * @typedef {object} Found
  * @property {string} prompt
  * @property {number | null} similarity
- * @property {[string, number][]} words each word and what it adds
+ * @property {[string, number][]} words each word and its contribution
  * @property {[number, number][]} curve step and similarity
  * @property {[string, number][]} candidates prompts and their similarity
  * @property {string} note
- */
-
-/**
- * What a kept text holds.
- * @typedef {object} Kept
- * @property {Found[]} items
- * @property {Record<string, string>} inputs digests of what it was learned from
+ * @property {[number, number]} fixed numbers of words before and behind the learned ones
  */
 
 const isPair = (type) => (value) =>
   Array.isArray(value) && typeof value[0] === type && Number.isFinite(value[1]);
 
 const pairs = (value, type) => (Array.isArray(value) ? value.filter(isPair(type)) : []);
+
+const counts = (value) =>
+  Array.isArray(value) && value.length === 2 && value.every(Number.isInteger) ? value : [0, 0];
 
 /**
  * Prompts out of JSON, which may be anyone's.
@@ -37,20 +34,20 @@ export function readFound(values) {
       curve: pairs(value.curve, "number"),
       candidates: pairs(value.candidates, "string"),
       note: typeof value.note === "string" ? value.note : "",
+      fixed: counts(value.fixed),
     }));
 }
 
 /**
- * What the widget `kept` of a node says.
+ * The prompts in the widget `kept` of a node.
  * @param {unknown} text
- * @returns {Kept | null} null where there is nothing that can be read
+ * @returns {Found[] | null} null where there is nothing that can be read
  */
 export function readKept(text) {
   if (typeof text !== "string" || !text) return null;
   try {
-    const kept = JSON.parse(text);
-    const items = readFound(kept.items);
-    return items.length ? { items, inputs: { ...kept.inputs } } : null;
+    const items = readFound(JSON.parse(text).items);
+    return items.length ? items : null;
   } catch {
     return null;
   }

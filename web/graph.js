@@ -71,6 +71,33 @@ export function setWidget(node, name, value) {
 }
 
 /**
+ * Set a widget to a result: no step of its own to undo, and no other step takes it back.
+ * @param {object} node
+ * @param {string} name
+ * @param {string} value
+ */
+export function setResult(node, name, value) {
+  const widget = widgetOf(node, name);
+  if (!widget || widget.value === value) return;
+  widget.value = value;
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  const states = [tracker?.activeState, ...(tracker?.undoQueue ?? []), ...(tracker?.redoQueue ?? [])];
+  const place = node.widgets.indexOf(widget);
+  for (const state of states) {
+    const values = savedNode(state, node)?.widgets_values;
+    if (values?.length > place) values[place] = value;
+  }
+  tracker?.updateModified?.();
+}
+
+/** A node as a saved state of the workflow has it. */
+function savedNode(state, node) {
+  const subgraphs = state?.definitions?.subgraphs ?? [];
+  const graph = node.graph === rootGraph() ? state : subgraphs.find(({ id }) => id === node.graph?.id);
+  return graph?.nodes?.find(({ id, type }) => String(id) === String(node.id) && type === node.type);
+}
+
+/**
  * Do something after a method of one object, whatever the method was.
  * @param {object} object
  * @param {string} name

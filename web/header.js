@@ -42,9 +42,14 @@ function statusOf(view) {
   const several = view.items.length > 1 ? text("several", { count: view.items.length }) : "";
   if (view.state === "idle") return "";
   if (view.keep && !isRunning(view)) return [text("kept"), several].filter(Boolean).join(" · ");
-  const state = view.scores && view.state === "done" ? "scored" : view.state;
+  const state = stateOf(view);
   const said = text(state, { step: view.step, steps: view.steps });
   return isRunning(view) || !several ? said : `${said} · ${several}`;
+}
+
+function stateOf(view) {
+  if (view.scores && view.state === "done") return "scored";
+  return view.state === "failed" && !view.items.length ? "error" : view.state;
 }
 
 function leftOf(view) {

@@ -1,6 +1,7 @@
 import { app } from "../../scripts/app.js";
 import { readKept } from "./found.js";
-import { chain, isLinked, labelOf, setWidget, widgetOf } from "./graph.js";
+import { allNodes, chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
+import { messageParts } from "./message.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
 import { phrases, toggled } from "./words.js";
@@ -20,6 +21,23 @@ const views = new WeakMap();
  */
 export const viewOf = (node) => views.get(node);
 
+/** What the page has mounted, by execution id. */
+const mounted = new Map();
+
+/**
+ * Put every live view where the page shows that of an older node with the same id. Nodes 2.0 mounts
+ * the element of a widget once, and undo makes new nodes under the old ids.
+ */
+export function remount() {
+  for (const [id, node] of allNodes()) {
+    const element = viewOf(node)?.element;
+    if (!element) continue;
+    const before = mounted.get(id);
+    if (before !== element && before?.isConnected) before.replaceWith(element);
+    mounted.set(id, element);
+  }
+}
+
 /** Joins a node, its live view and its kept prompt. */
 export class NodeView {
   #node;
@@ -36,7 +54,7 @@ export class NodeView {
     });
     this.#addWidget();
     this.#hideKept();
-    for (const name of ["keep", "blocked"]) {
+    for (const name of ["keep", "block"]) {
       const widget = widgetOf(node, name);
       if (widget) chain(widget, "callback", () => this.refresh());
     }
@@ -45,23 +63,26 @@ export class NodeView {
     this.refresh();
   }
 
+  get element() {
+    return this.#panel.element;
+  }
+
   /**
-   * Show a run, and keep what it brought.
+   * Show a run, and keep its result.
    * @param {import("./runs.js").Run} run
    */
   show(run) {
     this.#run = run;
     if (run.kept !== null) {
-      // opening the workflow again must not undo what happened to the node since
-      setWidget(this.#node, "kept", run.kept);
-      run.kept = null;
+      setResult(this.#node, "kept", run.kept);
+      run.kept = null; // opening the workflow again must not overwrite later changes
       this.#changed = run.changed;
     }
     this.refresh();
   }
 
   /**
-   * Tell which inputs changed since the kept prompt was learned.
+   * Name the inputs that changed since the kept prompt was learned.
    * @param {string[]} names
    */
   setChanged(names) {
@@ -69,15 +90,14 @@ export class NodeView {
     this.refresh();
   }
 
-  /** Show what holds now. */
+  /** Show the present state. */
   refresh() {
-    const { items, ...base } = this.#base();
     this.#panel.update({
       step: 0,
       steps: 0,
       secondsLeft: null,
-      ...base,
-      items,
+      ...this.#base(),
+      message: this.#message(),
       changed: this.#changed.map((name) => labelOf(this.#node, name)),
       blocked: this.#blocked(),
       keep: this.#keeps() && this.#kept() !== null,
@@ -93,27 +113,35 @@ export class NodeView {
     return widgetOf(this.#node, "keep")?.value === true;
   }
 
-  /** What runs or was broken off comes first, then what the workflow holds. */
+  /** A search that runs comes first, then the prompt that the node would give. */
   #base() {
     const run = this.#run;
-    const ended = run?.state === "done" || run?.state === "finished" || run?.state === "kept";
-    if (run && !ended && (isRunning(run) || run.items.length)) return run;
+    if (run && isRunning(run)) return run;
     const kept = this.#kept();
-    if (!kept) return ended ? run : { state: "idle", items: [] };
-    const same = ended && run.items[0]?.prompt === kept.items[0].prompt;
-    return same ? { ...run, items: kept.items } : { state: "stored", items: kept.items };
+    if (kept && this.#keeps()) return { state: "kept", items: kept };
+    const ended = run?.state === "done" || run?.state === "finished" || run?.state === "kept";
+    if (run && !ended && run.items.length) return run;
+    if (kept) {
+      const same = ended && run.items[0]?.prompt === kept[0].prompt;
+      return same ? { ...run, items: kept } : { state: "stored", items: kept };
+    }
+    return ended || run?.state === "failed" ? run : { state: "idle", items: [] };
+  }
+
+  #message() {
+    return this.#run?.state === "failed" ? messageParts(this.#node, this.#run.message) : [];
   }
 
   /** Blocked words in lower case, if this node can block any. */
   #blocked() {
-    const widget = widgetOf(this.#node, "blocked");
-    if (!widget || isLinked(this.#node, "blocked")) return null;
+    const widget = widgetOf(this.#node, "block");
+    if (!widget || isLinked(this.#node, "block")) return null;
     return new Set(phrases(String(widget.value ?? "")).map((word) => word.toLowerCase()));
   }
 
   #toggle(word) {
-    const { value } = widgetOf(this.#node, "blocked");
-    setWidget(this.#node, "blocked", toggled(String(value ?? ""), word));
+    const { value } = widgetOf(this.#node, "block");
+    setWidget(this.#node, "block", toggled(String(value ?? ""), word));
   }
 
   #addWidget() {
@@ -123,7 +151,7 @@ export class NodeView {
       margin: MARGIN,
       getMinHeight: () => HEIGHT + 2 * MARGIN,
     });
-    widget.serialize = false; // not into the workflow either, whose last value has to be `kept`
+    widget.serialize = false; // not into the workflow either
     const [width, height] = this.#node.size;
     this.#node.setSize([Math.max(width, WIDTH), height + HEIGHT + 2 * MARGIN]);
     this.#panel.scroll.addEventListener("wheel", forwardWheel, { passive: false });

@@ -2,6 +2,7 @@ import { createCandidates } from "./candidates.js";
 import { element, setText } from "./dom.js";
 import { createFooter } from "./footer.js";
 import { createHeader } from "./header.js";
+import { showMessage } from "./message.js";
 import { createRows } from "./rows.js";
 import { isRunning } from "./runs.js";
 import { text } from "./strings.js";
@@ -15,7 +16,8 @@ import { createWords } from "./words.js";
  * @property {number} steps
  * @property {number | null} secondsLeft
  * @property {import("./found.js").Found[]} items
- * @property {string[]} changed labels of inputs that the prompts were not learned from
+ * @property {string[]} message of an error, as texts in turn plain and bold; [] without one
+ * @property {string[]} changed labels of inputs that changed since the prompts were learned
  * @property {Set<string> | null} blocked blocked words in lower case; null where none can be
  * @property {boolean} keep the node gives its kept prompt
  * @property {boolean} scores the node scores prompts and learns none
@@ -37,7 +39,11 @@ export function createPanel({ onFinish, onToggle }) {
   detail.append(words.element, note, candidates.element);
   const hint = element("p", "pez-hint");
   const rows = createRows(open);
+  const message = element("p", "pez-message");
+  message.setAttribute("role", "alert");
+  const content = element("div", "pez-content");
   const scroll = element("div", "pez-scroll");
+  scroll.append(message, content);
   scroll.dataset.captureWheel = "true"; // Nodes 2.0: scrolls once it has the focus
   scroll.tabIndex = 0;
   const footer = createFooter(onFinish, () => copied());
@@ -63,6 +69,7 @@ export function createPanel({ onFinish, onToggle }) {
     root.dataset.state = view.state;
     scroll.setAttribute("aria-live", isRunning(view) ? "off" : "polite");
     header.update(view, found);
+    showMessage(message, view.message);
     if (found) showDetail(found);
     if (view.items.length > 1) {
       rows.update(view.items, opened, detail);
@@ -70,20 +77,21 @@ export function createPanel({ onFinish, onToggle }) {
     } else if (found?.prompt) {
       place(detail);
     } else {
-      setText(hint, isRunning(view) ? "" : text(view.scores ? "idleScore" : "idle"));
+      const idle = text(view.scores ? "idleScore" : "idle");
+      setText(hint, isRunning(view) || view.message.length ? "" : idle);
       place(hint);
     }
     footer.update(view, found);
   }
 
   function showDetail(found) {
-    words.update(found, view.blocked);
+    words.update(found, view.blocked, view.scores);
     setText(note, found.note);
     candidates.update(found.candidates);
   }
 
-  function place(content) {
-    if (scroll.firstChild !== content) scroll.replaceChildren(content);
+  function place(shown) {
+    if (content.firstChild !== shown) content.replaceChildren(shown);
   }
 
   return { element: root, scroll, update };

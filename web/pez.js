@@ -2,8 +2,11 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
-import { NodeView, viewOf } from "./node.js";
+import { NodeView, remount, viewOf } from "./node.js";
+import { followProblems } from "./problems.js";
+import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
 import { belongsToOpenWorkflow, catchUp, followRuns, runsOfOpenWorkflow } from "./runs.js";
+import { translateWidgets } from "./strings.js";
 
 const NODES = new Set([
   "PEZ_ImageToPrompt",
@@ -20,12 +23,21 @@ let asked = 0;
 app.registerExtension({
   name: "PEZ.LiveView",
 
-  init() {
+  async init() {
     const link = document.createElement("link");
     link.rel = "stylesheet";
     link.href = new URL("./pez.css", import.meta.url).href;
     document.head.append(link);
+    await loadRenames();
   },
+
+  beforeRegisterNodeDef(nodeType, definition) {
+    if (!definition.name.startsWith("PEZ_")) return;
+    updateOnLoad(nodeType);
+    translateWidgets(definition);
+  },
+
+  beforeConfigureGraph: updatePromoted,
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
@@ -33,6 +45,7 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
+    remount();
     runsOfOpenWorkflow().forEach(show);
     catchUp();
     compareSoon();
@@ -40,6 +53,7 @@ app.registerExtension({
 
   async setup() {
     api.addEventListener("graphChanged", compareSoon);
+    followProblems((node) => node.comfyClass?.startsWith("PEZ_") && !viewOf(node));
     await followRuns((run) => {
       if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened
       show(run);

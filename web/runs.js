@@ -3,7 +3,7 @@ import { readFound } from "./found.js";
 import { rootGraph } from "./graph.js";
 
 /**
- * What is known of the last run of a node.
+ * The last run of a node.
  * @typedef {object} Run
  * @property {string | null} workflow
  * @property {string} node execution id
@@ -13,7 +13,8 @@ import { rootGraph } from "./graph.js";
  * @property {number} steps
  * @property {number | null} secondsLeft
  * @property {import("./found.js").Found[]} items
- * @property {string[]} changed inputs that are not what kept prompts were learned from
+ * @property {string} message of an error, "" without one
+ * @property {string[]} changed inputs that changed since the prompts were kept
  * @property {string | null} kept text for the widget `kept`, if the run brought one
  * @property {number} heard when the server last spoke of it
  */
@@ -103,6 +104,7 @@ function fromEvent(event) {
     steps: event.steps ?? 0,
     secondsLeft: event.seconds_left ?? null,
     items: readFound(event.items),
+    message: typeof event.message === "string" ? event.message : "",
     changed: [],
     kept: null,
     heard: Date.now(),
@@ -179,7 +181,15 @@ async function learnTheEnd(run) {
   if (runs.get(keyOf(run)) !== run) return; // it was heard of meanwhile
   const result = ended?.outputs?.[run.node]?.pez?.[0];
   if (result) accept(fromResult(result, run.node, run.prompt, run.workflow));
-  else accept({ ...run, state: "cancelled" });
+  else accept({ ...run, ...endWithoutResult(ended, run.node) });
+}
+
+/** State and message of a run that failed or was cancelled, out of the history. */
+function endWithoutResult(ended, node) {
+  const messages = new Map(ended?.status?.messages ?? []);
+  const error = messages.get("execution_error");
+  if (String(error?.node_id) !== node) return { state: "cancelled" };
+  return { state: "failed", message: String(error.exception_message).trim() };
 }
 
 /** What runs is remembered over a reload, for its result may come while the page is away. */

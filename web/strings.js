@@ -1,8 +1,8 @@
 import { app } from "../../scripts/app.js";
 
 const ENGLISH = {
-  idle: "Queue the workflow and watch the prompt grow here, word by word.",
-  idleScore: "Queue the workflow to see what each word of the prompt is worth.",
+  idle: "Run the workflow and watch the prompt grow here, word by word.",
+  idleScore: "Run the workflow to see the contribution of each word.",
   starting: "Getting ready…",
   running: "Step {step} of {steps}",
   left: "{time} left",
@@ -14,6 +14,7 @@ const ENGLISH = {
   stored: "Learned before",
   cancelled: "Cancelled · the best so far",
   failed: "Failed · the best so far",
+  error: "Failed",
   several: "{count} prompts",
   mean: "mean",
   changed: "Learned with other settings: {names}",
@@ -24,20 +25,21 @@ const ENGLISH = {
   notCopied: "Cannot copy",
   finish: "Finish now",
   finishHint: "End the search and go on with the best prompt so far",
-  similarity: "Similarity with the target, by CLIP",
+  similarity: "Cosine similarity with the target, by CLIP",
   blockedHint: "Struck words are blocked in the next run",
-  blockedWhileKept: "Struck words are blocked once it learns again",
+  blockedWhileKept: "Struck words are blocked in the next search",
   adds: "adds {value}",
   takes: "takes {value} away",
   block: "Click to block it in the next run",
   unblock: "Click to allow it again",
   curve: "Similarity over the steps, now {value}",
   progress: "Progress of the search",
+  separator: ", ",
 };
 
 const CHINESE = {
-  idle: "运行工作流,提示词会在这里逐词显现。",
-  idleScore: "运行工作流,查看提示词中每个词的作用。",
+  idle: "运行工作流，提示词会在这里逐词显现。",
+  idleScore: "运行工作流，查看提示词中每个词的贡献。",
   starting: "准备中…",
   running: "第 {step} / {steps} 步",
   left: "剩余 {time}",
@@ -49,26 +51,63 @@ const CHINESE = {
   stored: "此前学得",
   cancelled: "已取消 · 目前最佳",
   failed: "出错 · 目前最佳",
+  error: "出错",
   several: "{count} 条提示词",
   mean: "平均",
-  changed: "学习时的设置不同:{names}",
+  changed: "学习时的设置不同：{names}",
   candidates: "{count} 个候选",
   copy: "复制",
   copyAll: "全部复制",
   copied: "已复制",
   notCopied: "无法复制",
   finish: "立即结束",
-  finishHint: "结束搜索,采用目前最佳的提示词",
-  similarity: "CLIP 评估的与目标的相似度",
+  finishHint: "结束搜索，采用目前最佳的提示词",
+  similarity: "CLIP 计算的与目标的余弦相似度",
   blockedHint: "划掉的词在下次运行时会被屏蔽",
-  blockedWhileKept: "重新学习时会屏蔽划掉的词",
+  blockedWhileKept: "下次搜索时会屏蔽划掉的词",
   adds: "贡献 +{value}",
   takes: "降低 {value}",
   block: "点击后在下次运行时屏蔽",
   unblock: "点击后重新允许",
-  curve: "相似度随步数的变化,当前 {value}",
+  curve: "相似度随步数的变化，当前 {value}",
   progress: "搜索进度",
+  separator: "、",
 };
+
+/** Labels and placeholders of the schemas, which the page itself does not translate. */
+const CHINESE_WIDGETS = {
+  "prompt: kept": "提示词：已保留",
+  "prompt: new": "提示词：新",
+  "one prompt for all images": "所有图像共用一个",
+  "one prompt per image": "每张图像一个",
+  "style and content": "风格和内容",
+  "style alone": "仅风格",
+  "always learn": "总是学习",
+  "join if it fits": "放得下就拼接",
+  "your caption (optional)": "固定文本（可选）",
+  "things to avoid, one per line": "要避开的内容，每行一个",
+  "subjects, one per line": "主体，每行一个",
+  "contents of the images": "图像的内容",
+  "long prompt": "长提示词",
+  "a prompt": "提示词",
+  "all words": "所有词",
+  "blocked words": "屏蔽词",
+};
+
+const isChinese = () =>
+  String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en").startsWith("zh");
+
+/**
+ * Translate the labels and placeholders of a node's widgets.
+ * @param {object} definition of the node, as the server sends it; changed in place
+ */
+export function translateWidgets(definition) {
+  if (!isChinese()) return;
+  for (const inputs of Object.values(definition.input ?? {}))
+    for (const [, options] of Object.values(inputs).filter(Array.isArray))
+      for (const name of ["label_on", "label_off", "placeholder"])
+        if (options?.[name]) options[name] = CHINESE_WIDGETS[options[name]] ?? options[name];
+}
 
 /**
  * A text in the language of the page.
@@ -77,7 +116,6 @@ const CHINESE = {
  * @returns {string}
  */
 export function text(key, values = {}) {
-  const locale = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
-  const table = locale.startsWith("zh") ? CHINESE : ENGLISH;
+  const table = isChinese() ? CHINESE : ENGLISH;
   return table[key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }

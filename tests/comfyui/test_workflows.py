@@ -36,7 +36,7 @@ def affordable(prompt: dict[str, Any], sd15: str) -> dict[str, Any]:
         elif node["class_type"] == "CheckpointLoaderSimple":
             node["class_type"], node["inputs"] = "DiffusersLoader", {"model_path": sd15}
         elif node["class_type"].startswith("PEZ_"):
-            values |= {"preset": "paper (by steps)", "steps": 5, "restarts": 2}
+            values |= {"effort": "paper", "steps": 5, "restarts": 2}
         elif node["class_type"] == "KSampler":
             values["steps"] = 1
         elif node["class_type"] == "EmptyLatentImage":
@@ -67,10 +67,10 @@ def test_an_example_opens_and_runs(
     )  # fmt: skip
     # every widget got its own value, none that of a neighbour
     values = learner["inputs"]
-    assert (values["preset"], values["restarts"], values["seed"]) == ("balanced", 1, 0)
+    assert (values["effort"], values["restarts"], values["seed"]) == ("balanced", 1, 0)
     assert (values["readability"], values["time_limit"], values["steps"]) == (0, 0, 3000)
     assert (values["lr"], values["weight_decay"], values["patience"]) == (0.1, 0.1, 0)
-    assert (values["keep"], values["kept"], values["blocked"]) == (False, "", "")
+    assert (values["keep"], values["kept"], values["block"]) == (False, "", "")
 
     run = client.run(affordable(prompt, sd15), timeout=200)
     assert run.status == "success", run.error

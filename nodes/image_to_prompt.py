@@ -1,0 +1,187 @@
+"""PEZ Image to Prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from comfy_api.latest import io
+
+from ..pez_core import Avoid, SearchOptions, invert
+from ..pez_core.errors import ArgumentError
+from . import inputs
+from .found import Found
+from .learning import Learner, all_candidates, all_prompts, learner_schema, search_options
+from .live import Live, countdown
+from .values import Values, lines
+
+
+class ImageToPrompt(Learner):
+    """A prompt for each image, or one for all."""
+
+    NEEDED_TO_LEARN = ("clip", "images", "vocabulary", "avoid_images")
+    REQUIRED = ("clip", "images")
+    WIDGETS: ClassVar[dict[str, str]] = {"weight": "`avoid_weight`"}
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return learner_schema(
+            node_id="PEZ_ImageToPrompt",
+            display_name="PEZ Image to Prompt",
+            description="Finds a short text prompt for an image. Wire it to CLIP Text Encode.",
+            search_aliases=[
+                "image to text",
+                "interrogate",
+                "clip interrogator",
+                "caption",
+                "reverse prompt",
+                "hard prompts made easy",
+                "describe image",
+                "tagger",
+                "img2prompt",
+                "textual inversion",
+            ],
+            inputs_=[
+                io.Image.Input(
+                    "images",
+                    lazy=True,
+                    optional=True,
+                    tooltip="One image or a batch. Sizes may differ.",
+                ),
+                *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
+                *_target_inputs(),
+                *_avoid_inputs(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def learn(cls, live: Live, values: Values) -> list[Found]:
+        images, shared = values.pictures("images"), values["shared"]
+        options = replace(search_options(values), start_from=values["start_from"].strip() or None)
+        captions = [caption.strip() for caption in values.every("caption")]
+        groups = _groups(images, captions, shared)
+        avoid = [*lines(values["avoid"]), *values.pictures("avoid_images")]
+
+        def run(clip: Any, options: SearchOptions) -> list[Found]:
+            live.begin()
+            found = []
+            for turns, (group, caption) in countdown(groups):
+                results = invert(
+                    clip,
+                    group,
+                    replace(options, time_limit=live.time_left(turns)),
+                    caption=caption,
+                    avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
+                    shared=shared,
+                    negative_prompt=values["negative_prompt"],
+                    callback=live.turn(turns, caption),
+                )
+                found += live.found(results)
+            return found
+
+        return values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
+
+    @classmethod
+    def outputs(cls, found: list[Found], values: Values) -> tuple:
+        return *all_prompts(found), *all_candidates(found)
+
+
+def _target_inputs() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "shared",
+            default=False,
+            optional=True,
+            label_on="one prompt for all images",
+            label_off="one prompt per image",
+            tooltip="With several images: one prompt for all of them, or one for each.",
+        ),
+        io.String.Input(
+            "caption",
+            default="",
+            multiline=True,
+            optional=True,
+            placeholder="your caption (optional)",
+            tooltip="Text that stays in the prompt, for example from a captioner node. The learned "
+            "words add what it misses. They follow it, or stand where it has {}.",
+        ),
+    ]
+
+
+def _avoid_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "avoid",
+            default="",
+            multiline=True,
+            optional=True,
+            advanced=True,
+            placeholder="things to avoid, one per line",
+            tooltip="Things that the prompt must not resemble, one per line.",
+        ),
+        io.Image.Input(
+            "avoid_images",
+            lazy=True,
+            optional=True,
+            tooltip="Images that the prompt must not resemble.",
+        ),
+        io.Float.Input(
+            "avoid_weight",
+            default=Avoid([]).weight,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            advanced=True,
+            tooltip="Weight of all things to avoid together. The images have weight 1.",
+        ),
+        io.Boolean.Input(
+            "negative_prompt",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="On: find a negative prompt, far from the images and close to the things to "
+            "avoid.",
+        ),
+        io.String.Input(
+            "start_from",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Text that the first search starts from, at most prompt_len tokens.",
+        ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.String.Output(
+            "prompt",
+            is_output_list=True,
+            tooltip="A prompt for each image, or one for all.",
+        ),
+        io.Float.Output(
+            "similarity",
+            is_output_list=True,
+            tooltip="Cosine similarity of prompt and image by the CLIP, at most 1. For a negative "
+            "prompt: of the prompt and the things to avoid.",
+        ),
+    ]
+
+
+def _groups(
+    images: list[torch.Tensor], captions: Sequence[str], shared: bool
+) -> list[tuple[list[torch.Tensor], str]]:
+    """Images that are searched side by side, with their caption."""
+    if len(set(captions)) == 1:
+        return [(images, captions[0])]
+    if shared or len(captions) != len(images):
+        raise ArgumentError(
+            "caption",
+            f"gives {len(captions)} captions for {len(images)} images",
+            "give one caption, or one for each image with one prompt per image",
+        )
+    return [([image], caption) for image, caption in zip(images, captions, strict=True)]

@@ -1,0 +1,62 @@
+"""The routes of ComfyUI's server that the live view uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from .kept import changed_inputs
+from .live import running, with_live_view
+from .renames import update_prompt
+
+
+def register_routes() -> None:
+    """Add the routes that the live view uses."""
+    routes = PromptServer.instance.routes
+
+    @routes.get("/pez/live")
+    async def events(request: web.Request) -> web.Response:
+        """The last event of every node that runs, for pages that were loaded meanwhile."""
+        return web.json_response([dict(live.event) for live in list(running.values())])
+
+    @routes.post("/pez/live")
+    async def has_live_view(request: web.Request) -> web.Response:
+        """Register a page that shows events."""
+        client = (await _json(request)).get("client_id")
+        if isinstance(client, str) and len(client) < 100:
+            if len(with_live_view) > 1000:
+                with_live_view.clear()
+            with_live_view.add(client)
+        return web.json_response({})
+
+    @routes.post("/pez/finish")
+    async def finish(request: web.Request) -> web.Response:
+        """End the search of a node with the best so far."""
+        asked = await _json(request)
+        live = running.get(str(asked.get("node")))
+        # a late click must not end another run of the same node
+        found = live is not None and asked.get("prompt_id") in (None, live.event["prompt_id"])
+        if found:
+            live.finish()
+        return web.json_response({"finishing": found})
+
+    @routes.post("/pez/changed")
+    async def changed(request: web.Request) -> web.Response:
+        """The inputs that changed since prompts were kept, by the nodes of a prompt that do so."""
+        prompt = (await _json(request)).get("prompt")
+        if not isinstance(prompt, dict):
+            raise web.HTTPBadRequest(text="`prompt` has to be an object")
+        update_prompt(prompt)
+        return web.json_response(changed_inputs(prompt))
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        asked = await request.json()
+    except ValueError as error:
+        raise web.HTTPBadRequest(text="the body is not JSON") from error
+    if not isinstance(asked, dict):
+        raise web.HTTPBadRequest(text="the body is not a JSON object")
+    return asked

@@ -1,0 +1,79 @@
+"""The values that a node gets for its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+CONTROL = "control_after_generate"
+"""The widget that the page puts behind a seed."""
+
+
+class Values:
+    """The inputs of a node that gets all of them as lists, with the schema's own defaults.
+
+    Args:
+        schema: of the node.
+        given: a list for each input that has a value; optional inputs may be missing.
+    """
+
+    def __init__(self, schema: io.Schema, given: dict[str, Any]) -> None:
+        self._defaults = defaults(schema)
+        self._given = given
+
+    def __getitem__(self, name: str) -> Any:
+        """The first value of an input; the schema's default (None for a wire) where it has none."""
+        values = self._given.get(name)
+        value = values[0] if isinstance(values, (list, tuple)) and values else None
+        return self._defaults[name] if value is None else value
+
+    def every(self, name: str) -> list[Any]:
+        """All values of an input, without those that are None."""
+        values = [value for value in self._given.get(name) or () if value is not None]
+        return values or [value for value in [self._defaults[name]] if value is not None]
+
+    def pictures(self, *names: str) -> list[torch.Tensor]:
+        """The (height, width, channels) images of these inputs, whose batches may vary in size."""
+        return [image for name in names for batch in self.every(name) for image in batch]
+
+    def texts(self, *names: str) -> list[str]:
+        """The texts of these inputs that are not empty."""
+        return texts([text for name in names for text in self.every(name)])
+
+
+def defaults(schema: io.Schema) -> dict[str, Any]:
+    """The default of every input; None where there is none, as for a wire."""
+    return {one.id: getattr(one, "default", None) for one in schema.inputs}
+
+
+def widget_names(schema: io.Schema) -> list[str]:
+    """The names of a node's widgets in the order in which a workflow file stores their values.
+
+    The page puts required inputs before optional ones.
+    """
+    names = []
+    for one in sorted(schema.inputs, key=lambda one: one.optional):
+        if not isinstance(one, io.WidgetInput):
+            continue
+        names.append(one.id)
+        if getattr(one, "control_after_generate", None):
+            names.append(CONTROL)
+    return names
+
+
+def texts(values: Sequence[str | None]) -> list[str]:
+    """Texts that are not empty."""
+    return [text.strip() for text in values if text and text.strip()]
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text box that are not empty."""
+    return texts(text.splitlines())
+
+
+def phrases(text: str) -> list[str]:
+    """Phrases that are separated by commas or line ends."""
+    return texts(text.replace("\n", ",").split(","))
