@@ -9,7 +9,7 @@ from conftest import CLIP, CustomTextCLIP, make_clip, make_model
 from open_clip.coca_model import CoCa
 from safetensors.torch import save_file
 
-from pez_core import Clip, JointClip, invert, load_clip
+from pez_core import Clip, JointClip, SearchOptions, invert, load_clip
 from pez_core.clip.text import TextTower, Words
 
 TOWERS = {
@@ -209,7 +209,8 @@ def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_token
     ours = torch.nn.functional.normalize(clip.text(embeddings), dim=-1)
     theirs = clip.encode_texts(["red apple on a table", "dog dog dog dog dog"])
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
-    result = invert(clip, torch.rand(8, 8, 3), prompt_len=15, steps=20)
+    options = SearchOptions(prompt_len=15, effort="paper", steps=20, block_unsafe=False)
+    (result,) = invert(clip, torch.rand(8, 8, 3), options)
     assert clip.text.words.encode(result.prompt) == result.token_ids
 
 

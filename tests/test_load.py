@@ -26,7 +26,7 @@ from conftest import EXAMPLES, ROOT, TEXT, VISION, make_model
 from PIL import Image
 from safetensors.torch import save_file
 
-from pez_core import invert, load_clip
+from pez_core import SearchOptions, invert, load_clip
 from pez_core.clip import PRESETS, build, files
 from pez_core.clip.images import load_image
 from pez_core.clip.models import BUNDLED
@@ -120,7 +120,7 @@ def test_the_bundled_model_in_half_precision(emoji_clip, dtype):
         (clip.encode_texts(["red apple"]), emoji_clip.encode_texts(["red apple"])),
     ):
         assert (ours * full).sum() > 0.999
-    result = invert(clip, image, steps=5)
+    (result,) = invert(clip, image, SearchOptions(effort="paper", steps=5))
     assert result.similarity == pytest.approx(result.history[-1][1], abs=0.01)
 
 
