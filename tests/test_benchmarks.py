@@ -650,3 +650,15 @@ def test_mutants_are_killed_or_survive_and_runs_resume(tmp_path, monkeypatch, ca
     mutate.main([*arguments, "--report"])
     assert out.read_text().count("\n") == 9
     assert (tmp_path / "small.py").read_text() == FAULTY
+
+
+def test_a_mutant_that_loops_for_ever_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "small.py").write_text("def wait(n):\n    while n:\n        n = 0\n")
+    test = "from small import wait\n\ndef test_wait():\n    wait(1)\n"
+    (tmp_path / "test_small.py").write_text(test)
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setattr(mutate, "LEAST_LIMIT", 1)
+    out = tmp_path / "mutants.jsonl"
+    mutate.main(["small.py", "--tests", "test_small.py", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["before"]: row["killed"] for row in rows}["n = 0"] == "time limit"

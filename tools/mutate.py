@@ -7,8 +7,8 @@
 
 A mutant is a copy of a file with one fault: another comparison, operator or constant, a negated
 condition, a removed statement, `and` for `or`. A mutant that lets all tests pass, or that no test
-runs, survives. The tests run with `-x` and a time limit, at first without any fault, whose time
-sets the limit (a mutant may loop for ever, which counts as killed).
+runs, survives. The tests run with `-x`, at first without any fault. Three times the processor time
+of this run is the limit of the others, since a mutant may loop for ever, which counts as killed.
 
 Mutants are written to a temporary copy of the repository, never to the tree itself. Results are
 appended to OUT.jsonl; a run that is started again skips mutants that are there, unless the source
@@ -23,8 +23,10 @@ import ast
 import copy
 import hashlib
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -33,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -54,7 +57,9 @@ TESTS = {
 # Folders that the copy does without, or shares with the tree.
 LEFT_OUT = (".git", ".venv", ".venv-comfyui", "build", "dist", "__pycache__", ".pytest_cache")
 SHARED = ("build",)
-LEAST_LIMIT = 30.0  # seconds
+LEAST_LIMIT = 30  # seconds of processor time
+# A run that waits instead of computing ends after this many times its limit, and ten minutes.
+WAITING, AT_LEAST = 10, 600
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -234,8 +239,13 @@ class Workplace:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def fails(self, tests: Sequence[str], limit: float | None) -> str:
-        """ "failed" or "time limit" if a test fails, "" if all pass."""
+    def fails(self, tests: Sequence[str], limit: int | None) -> str:
+        """Why the tests fail: "failed" or "time limit"; "" if all pass.
+
+        Args:
+            tests: files.
+            limit: seconds of processor time; other load of the machine does not count.
+        """
         # the copy comes before an installed package; a changed file has no stale bytecode
         environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
         options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
@@ -246,9 +256,10 @@ class Workplace:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=limit and partial(resource.setrlimit, resource.RLIMIT_CPU, (limit, limit)),
         )
         try:
-            code = process.wait(limit)
+            code = process.wait(limit and WAITING * limit + AT_LEAST)
         except subprocess.TimeoutExpired:
             return "time limit"
         finally:
@@ -257,6 +268,8 @@ class Workplace:
                 process.wait()
         if code == 5:
             raise SystemExit(f"There are no tests in {' '.join(tests)}.")
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "time limit"
         return "failed" if code else ""
 
     def write(self, file: str, content: str) -> None:
@@ -270,10 +283,10 @@ def run_mutants(
     original = (ROOT / file).read_text(encoding="utf-8")
     # formatted as the mutants are, so that only the fault differs
     work.write(file, ast.unparse(ast.parse(original)))
-    began = time.monotonic()
+    began = _seconds_of_children()
     if work.fails(tests, None):
         raise SystemExit(f"{' '.join(tests)} fail without any fault in {file}.")
-    limit = max(LEAST_LIMIT, 3 * (time.monotonic() - began))
+    limit = max(LEAST_LIMIT, math.ceil(3 * (_seconds_of_children() - began)))
     for k, mutant in enumerate(chosen, start=1):
         work.write(file, with_fault(original, mutant.number))
         began = time.monotonic()
@@ -284,6 +297,12 @@ def run_mutants(
         state = row["killed"] or "SURVIVED"
         print(f"{file} {k}/{len(chosen)} line {mutant.line}: {state}", file=sys.stderr, flush=True)
     work.write(file, original)
+
+
+def _seconds_of_children() -> float:
+    """Processor time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def results(out: Path) -> list[dict]:
