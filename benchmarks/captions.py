@@ -161,9 +161,8 @@ def main() -> None:
         clip = load_clip(name, device="cpu")
         figures[name], texts[name] = measured(clip, pairs, arguments.preset)
     text = (
-        f"# What people write\n\n{len(pairs)} captions of drawings that no bundled CLIP was "
-        f"trained on; prompts of {PROMPT_LEN} tokens by the preset `{arguments.preset}`. "
-        f"{machine()}.\n\n"
+        f"# Captions of held-out drawings\n\n{len(pairs)} captions; prompts of {PROMPT_LEN} tokens "
+        f"by the preset `{arguments.preset}`. {machine()}.\n\n"
         f"{table(figures)}\n"
     )
     print(text)

@@ -1,8 +1,8 @@
 """Captions for the drawings that `emoji-clip` learns from: true ones, and ones that are just wrong.
 
-What is true of a drawing comes from three places: its name and keywords, phrases that people wrote
-for the name (`emoji_phrases.tsv`), and its pixels, which tell colours, where they are, and shape.
-A phrase that names a colour is only said of a drawing that has the colour.
+True words of a drawing come from three places: its name and keywords, hand-written phrases for the
+name (`emoji_phrases.tsv`), and its pixels, from which colours, their positions and shape are
+computed. Phrases with a colour word are used only for drawings that have the colour.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _table() -> np.ndarray:
 
 @dataclass
 class Look:
-    """What the pixels of a drawing tell.
+    """Colours and shape of a drawing, from its pixels.
 
     Attributes:
         shares: of each shade that it has, the largest first.
@@ -188,7 +188,7 @@ def _shares(shades: np.ndarray) -> dict[str, float]:
 
 
 def looks(pixels: np.ndarray) -> list[Look]:
-    """What the pixels (N, H, W, 4) of each drawing tell."""
+    """Colours and shape of each of (N, H, W, 4) drawings."""
     table = _table()
     return [_look(image, table) for image in pixels]
 
@@ -275,7 +275,7 @@ class Caption:
 
     Attributes:
         text: words, with commas where a person would put them.
-        styled: it says the style, so that other styles of the same name are something else.
+        styled: it has words for the style, so that it is false of other styles of the same name.
         bag: it is a list of words and no sentence.
     """
 
@@ -454,7 +454,7 @@ class Captions:
         ]
         self.words = [self._own_words(i) for i in range(len(drawings))]
         counts = Counter(w for ps in written.values() for w in {w for p in ps for w in words_of(p)})
-        # words that phrases of many names have say little of one of them
+        # words in the phrases of many names do not describe one of them
         self.usual = {w for w, count in counts.items() if count > _USUAL} - COLOUR_WORDS
         known = {w for words in self.words for w in words} | set(_SMALL_WORDS.split())
         known |= {w for phrases in written.values() for p in phrases for w in words_of(p)}
@@ -470,7 +470,7 @@ class Captions:
         self.all_names = sorted(set(self.names))
 
     def _fits(self, i: int, phrase: str) -> bool:
-        """Whether what a phrase says of colours is true of drawing `i`."""
+        """Whether drawing `i` has every colour that a phrase names."""
         words = set(phrase.split())
         if self.drawings[i].style in BLACK_STYLES:
             return not words & (COLOUR_WORDS | _COLOURFUL)
@@ -733,7 +733,7 @@ class Captions:
 
 
 def _mended(words: list[str]) -> list[str]:
-    """The words with articles that fit what now stands behind them, lest these tell on it."""
+    """The words with "a" and "an" corrected, so that the articles do not give a change away."""
     pairs = zip(words, [*words[1:], ""], strict=True)
     return [article(after) if word in ("a", "an") else word for word, after in pairs]
 

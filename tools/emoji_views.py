@@ -1,4 +1,4 @@
-"""What the image tower of `emoji-clip` sees in training: drawings, moved, tinted and composited."""
+"""Training images of `emoji-clip`: drawings, moved, tinted and put on backgrounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class View:
-    """What one training image shows.
+    """The content of one training image.
 
     Attributes:
         shown: one drawing, or two side by side from left to right.
@@ -137,7 +137,7 @@ def cached_round(
     pixels: np.ndarray,
     trunk: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[list[View], np.ndarray]:
-    """A view of each training drawing, and what the frozen part of the image tower makes of it.
+    """A view of each training drawing, and its activations in the frozen part of the image tower.
 
     Written to `folder` once and read from there afterwards.
 

@@ -14,8 +14,7 @@ Without, all is trained from nothing, which takes several times as long.
 search: benchmarks ask it whether a prompt means to another CLIP what it means to the one that it
 was learned on. It goes to `benchmarks/models/emoji-clip-judge` and is not part of the package.
 
-What differs from plain CLIP training, and why: prompts that are *searched* for find every weakness
-of the text tower, so it is trained to be honest.
+Searched prompts exploit every weakness of the text tower. So training differs from plain CLIP:
 
 * Most captions are sentences that are true of the drawing, colours included (`emoji_captions.py`);
   the others are bags of its own words in random order, up to the full context.
@@ -25,6 +24,7 @@ of the text tower, so it is trained to be honest.
   drawing, and for some of each batch it is improved by a few steps of the search against the
   current weights, with the drawing's true words excluded. (Gradient-ranked token swaps were tried
   in its place and found far weaker prompts in the same time.)
+* So are bags of the false words that are, each for itself, most similar to the image.
 * The temperature stays high, so that true captions have to be much more similar than false ones.
 """
 
@@ -59,7 +59,7 @@ log = logging.getLogger("train_emoji_clip")
 
 @dataclass(frozen=True)
 class Model:
-    """What differs between the models that this tool makes."""
+    """Configuration, place and seed of a model that this tool makes."""
 
     config: dict  # open_clip's `model_cfg`
     out: Path
@@ -96,9 +96,12 @@ PREPROCESS = {
 
 CONTENT = 20  # tokens of most captions at most
 ADVERSARIAL_LEN = 16
-ATTACKED, CORRUPTED, NEARLY = 48, 32, 112  # negatives of each kind in a batch
+ATTACKED, SALADS, CORRUPTED, NEARLY = 32, 64, 32, 112  # negatives of each kind in a batch
+ATTACK_EVERY, READ_EVERY = 4, 40  # steps between searches, and between looks at all single words
+TEMPTING = 40  # false words that an image's salads are made of
+EACH = 2  # captions of each view, since images take longer than texts
 ADVERSARIAL_STEPS = 5  # of PEZ, each time an adversarial prompt is improved
-SAVE_EVERY, LOG_EVERY = 100, 25  # steps
+SAVE_EVERY, LOG_EVERY = 50, 25  # steps
 ROUNDS = 4  # views of each drawing that are encoded before training, with `--init`
 DEV = 60  # drawings for the figures during training, never trained on
 
@@ -108,11 +111,13 @@ class Plan:
     """How to train.
 
     Attributes:
-        steps, batch, lr, seed: as usual.
+        steps, lr, seed: as usual.
+        batch: captions in a step.
         init: the folder of the model to start from; None: from nothing.
         adversarial_from: share of the steps after which adversarial prompts take part.
         hottest: the largest factor of cosines in the loss; small ones ask for large differences.
-        alignment: weight of the similarity of true captions itself.
+        alignment: weight of the similarity of true captions itself, less those of any captions
+            and of tempting false words.
         evaluate_every: steps between two measurements on what was never trained on.
     """
 
@@ -121,7 +126,7 @@ class Plan:
     lr: float
     seed: int
     init: Path | None = None
-    adversarial_from: float = 0.3
+    adversarial_from: float = 0.35
     hottest: float = 20.0
     alignment: float = 1.0
     evaluate_every: int = 200
@@ -163,7 +168,7 @@ def encode_text(model: CLIP, embeddings: torch.Tensor, ends: torch.Tensor) -> to
 
 
 def _at_end(block: nn.Module, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What the last block makes of the end positions, the only ones that are read: (N, width)."""
+    """(N, width) output of the last block at the end positions, the only ones that are used."""
     n, length, width = x.shape
     heads, attention = block.attn.num_heads, block.attn
     h, rows = block.ln_1(x), torch.arange(n)
@@ -212,7 +217,7 @@ def contrastive_loss(
     same: torch.Tensor,
     scale: torch.Tensor,
 ) -> torch.Tensor:
-    """CLIP loss whose image side also sees texts that are true of no image.
+    """CLIP loss with further texts, true of no image, as negatives of the images.
 
     Args:
         image, text: (N, features) pairs.
@@ -504,6 +509,7 @@ class Training:
         shape = (len(self.drawings), ADVERSARIAL_LEN)
         self.prompts = torch.randint(3, len(self.lexicon.tokens), shape, generator=self.generator)
         self.step, self.left = 0, []
+        self.alone: torch.Tensor | None = None  # features of each token, as a word alone
         self.seen: dict[tuple[int, ...], torch.Tensor] = {}  # what the trunk makes of test images
         self.dev = self._dev_set()
         log.info("%d drawings, %d tokens, bf16 %s", len(self.index), len(self.lexicon.tokens), BF16)
@@ -613,11 +619,11 @@ class Training:
         return zero | figures
 
     def _chosen(self) -> list[int]:
-        if len(self.left) < self.plan.batch:
+        count = self.plan.batch // EACH
+        if len(self.left) < count:
             self.left = self.index.copy()
             self.rng.shuffle(self.left)
-        chosen = self.left[: self.plan.batch]
-        self.left = self.left[self.plan.batch :]
+        chosen, self.left = self.left[:count], self.left[count:]
         return chosen
 
     def _written(self, views: list[View], longest: int) -> list[Caption]:
@@ -636,10 +642,10 @@ class Training:
         return same.fill_diagonal_(False)
 
     def _attacked(self, chosen: list[int], views: list[View], image: torch.Tensor) -> list:
-        """Adversarial prompts for the last of every second batch; none at the beginning."""
-        if self.step % 2 or self.step < self.plan.adversarial_from * self.plan.steps:
+        """Adversarial prompts for the last of some batches; none at the beginning."""
+        if self.step % ATTACK_EVERY or self.step < self.plan.adversarial_from * self.plan.steps:
             return []
-        part = slice(-ATTACKED, None)
+        part = slice(-ATTACKED * EACH, None, EACH)
         true_ids = [
             self.lexicon.ids(" ".join(self.captions.true_words(view))) for view in views[part]
         ]
@@ -647,6 +653,28 @@ class Training:
             self.model, self.prompts, chosen[part], image[part], true_ids, self.generator
         )
         return found.tolist()
+
+    @torch.no_grad()
+    def _salads(self, views: list[View], image: torch.Tensor) -> list[list[int]]:
+        """For the first images bags of the false words that are most similar to them alone.
+
+        A search finds much the same and takes far longer. There are none at the beginning.
+        """
+        if self.step < self.plan.adversarial_from * self.plan.steps:
+            return []
+        if self.alone is None or self.step % READ_EVERY == 0:
+            words = range(3, len(self.lexicon.tokens))
+            self.alone = encode_rows(self.model, [[word] * 3 for word in words], 3)
+        part = slice(0, SALADS * EACH, EACH)
+        cosines = image[part] @ self.alone.T
+        for row, view in zip(cosines, views[part], strict=True):
+            true = torch.tensor(self.lexicon.ids(" ".join(self.captions.true_words(view))))
+            row[true[true >= 3] - 3] = -1
+        best = cosines.topk(TEMPTING)
+        weights = (self.plan.hottest * best.values).softmax(-1)
+        picks = weights.multinomial(ADVERSARIAL_LEN, replacement=True, generator=self.generator)
+        rows = (best.indices.gather(1, picks) + 3).tolist()
+        return [row[: self.rng.randint(4, ADVERSARIAL_LEN)] for row in rows]
 
     def train_step(self) -> dict[str, float]:
         """One step; returns what it is logged by."""
@@ -657,38 +685,45 @@ class Training:
             group["lr"] = rate
         chosen = self._chosen()
         views, x = self.pictures.draw(chosen)
+        with autocast():
+            image = self.encode_images(x).repeat_interleave(EACH, dim=0)
+        chosen, views = ([one for one in many for _ in range(EACH)] for many in (chosen, views))
         longest = 74 if self.step % 16 == 15 else CONTENT
         written = self._written(views, longest)
         wrong = [ids(self.captions.corrupted(caption)) for caption in written[:CORRUPTED]]
         pairs = zip(written[:NEARLY], views, strict=False)
         nearly = [ids(self.captions.nearly(caption, view)) for caption, view in pairs]
-        with autocast():
-            image = self.encode_images(x)
         attacked = self._attacked(chosen, views, image)
-        rows = [ids(caption.text) for caption in written] + wrong + attacked + nearly
+        salads = self._salads(views, image)
+        rows = [ids(caption.text) for caption in written] + wrong + attacked + salads + nearly
         with autocast():
             features = encode_rows(self.model, rows, longest)
-        sizes = [len(written), CORRUPTED, len(attacked), NEARLY]
-        text, wrong, attacked, nearly = features.split(sizes)
-        negatives = torch.cat([wrong, attacked])
+        sizes = [len(written), CORRUPTED, len(attacked), len(salads), NEARLY]
+        text, wrong, attacked, salads, nearly = features.split(sizes)
+        negatives = torch.cat([wrong, attacked, salads])
         scale = self.model.logit_scale.exp()
         same = self._same(chosen, written)
         loss = contrastive_loss(image, text, negatives, nearly, same, scale)
         true = (image * text).sum(1)
         sentences = true[[not caption.bag for caption in written]]
-        self._update(loss + plan.alignment * (1 - sentences).mean())
+        others = (image @ text.T).mean()
+        fooled = (image[: len(salads) * EACH : EACH] * salads).sum(1)
+        apart = 1 - sentences.mean() + others.relu() + fooled.relu().sum() / SALADS
+        self._update(loss + plan.alignment * apart)
         levels = {
             "loss": loss,
             "true": true.mean(),
             "sentences": sentences.mean(),
-            "others": (image @ text.T).mean(),
+            "others": others,
             "corrupted": (image[:CORRUPTED] * wrong).sum(1).mean(),
             "nearly": (image[:NEARLY] * nearly).sum(1).mean(),
             "nearly_higher": ((image[:NEARLY] * nearly).sum(1) > true[:NEARLY]).float().mean(),
             "scale": scale,
         }
+        if len(salads):
+            levels["salads"] = fooled.mean()
         if len(attacked):
-            levels["adversarial"] = (image[-ATTACKED:] * attacked).sum(1).mean()
+            levels["adversarial"] = (image[-ATTACKED * EACH :: EACH] * attacked).sum(1).mean()
         self.step += 1
         return {name: value.item() for name, value in levels.items()}
 
