@@ -507,9 +507,9 @@ class Captions:
         text = self._single(view.shown[0], view.flip) if single else self._both(view)
         styled = False
         roll = rng.random()
-        if roll < 0.15:
+        if roll < 0.1:
             text, styled = self._in_style(view.shown[0], text), True
-        if 0.1 < roll < (0.15 if view.background == "white" else 0.4):
+        if 0.07 < roll < (0.12 if view.background == "white" else 0.35):
             b = view.background
             text = rng.choice(_ON).format(text=text, b=b, a_b=article(b))
         if rng.random() < 0.4:
@@ -526,8 +526,10 @@ class Captions:
             said = [w for p in self.phrases[i] for w in words_of(p)]
             words += [w for w in said if len(w) > 2 and w not in self.usual]
             words += [w for shade in self.looks[i].colours[:4] for w in self._called(shade).split()]
-            words += [w for p in STYLES[self.drawings[i].style][1] for w in p.split()]
-        words += view.background.split()
+            if rng.random() < 0.3:
+                words += [w for p in STYLES[self.drawings[i].style][1] for w in p.split()]
+        if view.background != "white" or rng.random() < 0.2:
+            words += view.background.split()
         return Caption(" ".join(rng.choices(words, k=rng.randint(1, longest))), bag=True)
 
     def _in_style(self, i: int, text: str) -> str:
@@ -541,9 +543,9 @@ class Captions:
         rng = self.rng
         phrases = self._phrases_of(i, flip)
         roll = rng.random()
-        if phrases and roll < 0.5:
+        if phrases and roll < 0.45:
             return self.from_phrase(i, phrases)
-        if roll < 0.6 and self.keywords[i]:
+        if roll < 0.53 and self.keywords[i]:
             extra = rng.sample(self.keywords[i], min(len(self.keywords[i]), rng.randint(1, 3)))
             return " ".join([self.names[i], *extra]) if rng.random() < 0.7 else rng.choice(extra)
         return self._from_name(i, flip)
@@ -603,7 +605,7 @@ class Captions:
             placed = self._placed(i, name, flip)
             if placed is not None:
                 return placed
-        if roll < 0.7 and shades:
+        if roll < 0.6 and shades:
             return self._coloured(name, shades)
         return rng.choice(_NAMED).format(a=_with_article(name), name=name)
 

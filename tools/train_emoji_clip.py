@@ -20,11 +20,9 @@ Searched prompts exploit every weakness of the text tower. So training differs f
   the others are bags of its own words in random order, up to the full context.
 * Captions that one change makes false are extra negatives of their own image.
 * Corrupted captions, half of whose words are random, are extra negatives.
-* Later on, prompts that PEZ itself finds are extra negatives: a pool keeps one 16-token prompt per
-  drawing, and for some of each batch it is improved by a few steps of the search against the
-  current weights, with the drawing's true words excluded. (Gradient-ranked token swaps were tried
-  in its place and found far weaker prompts in the same time.)
-* So are bags of the false words that are, each for itself, most similar to the image.
+* Later on, bags of the false words that are, each for itself, most similar to the image are extra
+  negatives, and so are prompts that a search by swaps goes on improving against the growing model,
+  with the true words of the drawing excluded.
 * The temperature stays high, so that true captions have to be much more similar than false ones.
 """
 
@@ -51,8 +49,6 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from pez_core import Settings, TokenSpace, search
 
 log = logging.getLogger("train_emoji_clip")
 
@@ -96,11 +92,11 @@ PREPROCESS = {
 
 CONTENT = 20  # tokens of most captions at most
 ADVERSARIAL_LEN = 16
-ATTACKED, SALADS, CORRUPTED, NEARLY = 32, 64, 32, 112  # negatives of each kind in a batch
-ATTACK_EVERY, READ_EVERY = 4, 40  # steps between searches, and between looks at all single words
+SALADS, CORRUPTED, NEARLY = 48, 32, 112  # negatives of each kind in a batch
+HUNTED, CANDIDATES, SWAPS = 32, 4, 1  # prompts of the hunt, tokens tried, positions in a step
+READ_EVERY = 40  # steps after which all single words are encoded anew
 TEMPTING = 40  # false words that an image's salads are made of
 EACH = 2  # captions of each view, since images take longer than texts
-ADVERSARIAL_STEPS = 5  # of PEZ, each time an adversarial prompt is improved
 SAVE_EVERY, LOG_EVERY = 50, 25  # steps
 ROUNDS = 4  # views of each drawing that are encoded before training, with `--init`
 DEV = 60  # drawings for the figures during training, never trained on
@@ -117,7 +113,7 @@ class Plan:
         adversarial_from: share of the steps after which adversarial prompts take part.
         hottest: the largest factor of cosines in the loss; small ones ask for large differences.
         alignment: weight of the similarity of true captions itself, less those of any captions
-            and of tempting false words.
+            and of false words that are similar to the image.
         evaluate_every: steps between two measurements on what was never trained on.
     """
 
@@ -128,8 +124,8 @@ class Plan:
     init: Path | None = None
     adversarial_from: float = 0.35
     hottest: float = 20.0
-    alignment: float = 1.0
-    evaluate_every: int = 200
+    alignment: float = 4.0
+    evaluate_every: int = 250
 
 
 def _has_bf16() -> bool:
@@ -237,60 +233,71 @@ def contrastive_loss(
     return (F.cross_entropy(with_negatives, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-class FalseWords(TokenSpace):
-    """A space in which each problem has tokens of its own that it must not use."""
+class Hunt:
+    """Prompts of false words that are improved step by step against the model in training.
 
-    def __init__(self, table: torch.Tensor, true_ids: list[list[int]]) -> None:
-        super().__init__(table)
-        self.directions = F.normalize(self.table, dim=-1)
-        self.forbidden = torch.zeros(len(true_ids), len(table))
-        self.forbidden[:, :3] = float("-inf")  # padding, start and end
-        for row, ids in zip(self.forbidden, true_ids, strict=True):
-            row[ids] = float("-inf")
+    Each belongs to a drawing and is changed at one position in each step, to the best of a few
+    tokens that the gradient promises most of. In every step the oldest one gives way to a new one,
+    which begins with words that are similar to its drawing each for itself. So at any time some of
+    them are as strong as those that a whole search finds.
 
-    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return (embeddings @ self.directions.T + self.forbidden[:, None]).argmax(-1)
-
-
-def attack(
-    model: CLIP,
-    pool: torch.Tensor,
-    chosen: Sequence[int],
-    image: torch.Tensor,
-    true_ids: list[list[int]],
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Improve the pooled prompts of the `chosen` drawings by a few steps of PEZ.
-
-    Args:
-        model: with the compact token table.
-        pool: (drawings, 16) compact ids, updated in place.
-        chosen: drawings.
-        image: (len(chosen), features) unit image features to get close to.
-        true_ids: for each chosen drawing the tokens that describe it truly; they are never used.
-        generator: of new prompts.
-
-    Returns:
-        (len(chosen), 16) prompts of false words that the model finds similar to the images.
+    Attributes:
+        drawings: of each prompt.
+        prompts: (HUNTED, ADVERSARIAL_LEN) compact ids.
+        false: (HUNTED, tokens) 0 for tokens that may be used, -inf for true and special ones.
+        oldest: place of the prompt that goes next.
     """
-    space = FalseWords(model.token_embedding.weight, true_ids)
-    prompts = pool[chosen]
-    fresh = torch.randint(3, len(space.table), prompts.shape, generator=generator)
-    restart = torch.rand(len(prompts), 1, generator=generator) < 0.1
-    prompts = torch.where(restart | (space.forbidden.gather(1, prompts) < 0), fresh, prompts)
-    edges = space.embed(torch.tensor([1, 2])).expand(len(prompts), -1, -1)
-    ends = torch.full((len(prompts),), ADVERSARIAL_LEN + 1)
-    image = image.detach()
 
-    def similarity(embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = torch.cat([edges[:, :1], embeddings, edges[:, 1:]], dim=1)
+    def __init__(self) -> None:
+        self.drawings: list[int] = []
+        self.prompts = torch.zeros(0, ADVERSARIAL_LEN, dtype=torch.long)
+        self.false = torch.zeros(0, 0)
+        self.oldest = 0
+
+    def add(self, drawing: int, prompt: torch.Tensor, false: torch.Tensor) -> None:
+        if len(self.drawings) < HUNTED:
+            self.drawings.append(drawing)
+            self.prompts = torch.cat([self.prompts, prompt[None]])
+            self.false = torch.cat([self.false.view(-1, len(false)), false[None]])
+            return
+        k = self.oldest
+        self.drawings[k], self.prompts[k], self.false[k] = drawing, prompt, false
+        self.oldest = (k + 1) % HUNTED
+
+    def improve(self, model: CLIP, image: torch.Tensor, position: int) -> None:
+        """Change one position of each prompt for the better.
+
+        Args:
+            model: with the compact token table.
+            image: (HUNTED, features) unit features of the drawings.
+            position: in the prompts.
+        """
+        table = model.token_embedding.weight.detach()
+        embeddings = table[_edged(self.prompts)].requires_grad_()
+        now = self._cosines(model, embeddings, image)
+        (gradient,) = torch.autograd.grad(now.sum(), embeddings)
+        promise = gradient[:, position + 1] @ table.T + self.false
+        tokens = promise.topk(CANDIDATES).indices
+        swapped = self.prompts[:, None].repeat(1, CANDIDATES, 1)
+        swapped[:, :, position] = tokens
+        with torch.no_grad():
+            rows = table[_edged(swapped.flatten(0, 1))]
+            found = self._cosines(model, rows, image.repeat_interleave(CANDIDATES, dim=0))
+        best = found.view(-1, CANDIDATES).max(1)
+        every = torch.arange(len(self.prompts))
+        better = best.values > now.detach()
+        self.prompts = torch.where(better[:, None], swapped[every, best.indices], self.prompts)
+
+    @staticmethod
+    def _cosines(model: CLIP, embeddings: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        ends = torch.full((len(embeddings),), ADVERSARIAL_LEN + 1)
         with autocast():
-            features = encode_text(model, embeddings, ends)
-        cosine = (features * image).sum(-1)
-        return 1 - cosine, cosine
+            return (encode_text(model, embeddings, ends) * image).sum(1)
 
-    pool[chosen] = search(space, similarity, prompts, Settings(steps=ADVERSARIAL_STEPS)).ids
-    return pool[chosen]
+
+def _edged(ids: torch.Tensor) -> torch.Tensor:
+    """Compact ids (N, L) with the start token before and the end token behind them."""
+    return F.pad(F.pad(ids, (1, 0), value=1), (0, 1), value=2)
 
 
 TextEncoder = Callable[[list[str]], torch.Tensor]
@@ -506,8 +513,7 @@ class Training:
                 getattr(visual, f"conv{k}").requires_grad_(False)
                 getattr(visual, f"bn{k}").requires_grad_(False)
         self.optimizer = self._optimizer()
-        shape = (len(self.drawings), ADVERSARIAL_LEN)
-        self.prompts = torch.randint(3, len(self.lexicon.tokens), shape, generator=self.generator)
+        self.hunt = Hunt()
         self.step, self.left = 0, []
         self.alone: torch.Tensor | None = None  # features of each token, as a word alone
         self.seen: dict[tuple[int, ...], torch.Tensor] = {}  # what the trunk makes of test images
@@ -528,7 +534,7 @@ class Training:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "prompts": self.prompts,
+            "hunt": vars(self.hunt),
             "step": self.step,
             "left": self.left,
             "rng": self.rng.getstate(),
@@ -548,7 +554,8 @@ class Training:
             raise ValueError(f"{self.checkpoint} was made with other captions.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.prompts, self.step, self.left = state["prompts"], state["step"], state["left"]
+        self.step, self.left = state["step"], state["left"]
+        vars(self.hunt).update(state.get("hunt", {}))
         self.rng.setstate(state["rng"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
@@ -641,18 +648,52 @@ class Training:
         same &= ~(other_style & styled[None, :])
         return same.fill_diagonal_(False)
 
-    def _attacked(self, chosen: list[int], views: list[View], image: torch.Tensor) -> list:
-        """Adversarial prompts for the last of some batches; none at the beginning."""
-        if self.step % ATTACK_EVERY or self.step < self.plan.adversarial_from * self.plan.steps:
-            return []
-        part = slice(-ATTACKED * EACH, None, EACH)
-        true_ids = [
-            self.lexicon.ids(" ".join(self.captions.true_words(view))) for view in views[part]
-        ]
-        found = attack(
-            self.model, self.prompts, chosen[part], image[part], true_ids, self.generator
-        )
-        return found.tolist()
+    def _hunted(self) -> torch.Tensor | None:
+        """(HUNTED, features) of the hunted drawings, after a step of the hunt; None at first."""
+        if self.alone is None:
+            return None
+        hunt = self.hunt
+        for _ in range(1 if len(hunt.drawings) == HUNTED else HUNTED):
+            i = self.rng.choice(self.index)
+            false = self._false_tokens(View((i,), False, "white"))
+            with torch.no_grad():
+                cosines = self._as_shown([i])[0] @ self.alone.T
+            prompt = self._tempting(cosines[None], false[None, 3:])[0]
+            hunt.add(i, prompt, false)
+        with torch.no_grad():
+            image = self._as_shown(hunt.drawings)
+        for _ in range(SWAPS):
+            hunt.improve(self.model, image, self.rng.randrange(ADVERSARIAL_LEN))
+        return image
+
+    def _as_shown(self, index: list[int]) -> torch.Tensor:
+        """Unit features of whole drawings on white, by the model as it is outside training."""
+        self.model.visual.eval()
+        parts = [self._plain([i]) if self.trunk is None else self._stages(i) for i in index]
+        features = torch.cat(parts)
+        if self.trunk is not None:
+            features = self.encode_images(features)
+        self.model.visual.train()
+        return features
+
+    def _stages(self, i: int) -> torch.Tensor:
+        key = (i,)
+        if key not in self.seen:
+            self.seen[key] = self.trunk(self.images.plain([i]))
+        return self.seen[key]
+
+    def _false_tokens(self, view: View) -> torch.Tensor:
+        """(tokens,) 0, or -inf for those of true words and the special ones."""
+        false = torch.zeros(len(self.lexicon.tokens))
+        false[[0, 1, 2, *self.lexicon.ids(" ".join(self.captions.true_words(view)))]] = -math.inf
+        return false
+
+    def _tempting(self, cosines: torch.Tensor, false: torch.Tensor) -> torch.Tensor:
+        """(N, words) cosines and which are false -> (N, ADVERSARIAL_LEN) similar false words."""
+        best = (cosines + false).topk(TEMPTING)
+        weights = (self.plan.hottest * best.values).softmax(-1)
+        picks = weights.multinomial(ADVERSARIAL_LEN, replacement=True, generator=self.generator)
+        return best.indices.gather(1, picks) + 3
 
     @torch.no_grad()
     def _salads(self, views: list[View], image: torch.Tensor) -> list[list[int]]:
@@ -666,14 +707,8 @@ class Training:
             words = range(3, len(self.lexicon.tokens))
             self.alone = encode_rows(self.model, [[word] * 3 for word in words], 3)
         part = slice(0, SALADS * EACH, EACH)
-        cosines = image[part] @ self.alone.T
-        for row, view in zip(cosines, views[part], strict=True):
-            true = torch.tensor(self.lexicon.ids(" ".join(self.captions.true_words(view))))
-            row[true[true >= 3] - 3] = -1
-        best = cosines.topk(TEMPTING)
-        weights = (self.plan.hottest * best.values).softmax(-1)
-        picks = weights.multinomial(ADVERSARIAL_LEN, replacement=True, generator=self.generator)
-        rows = (best.indices.gather(1, picks) + 3).tolist()
+        false = torch.stack([self._false_tokens(view)[3:] for view in views[part]])
+        rows = self._tempting(image[part] @ self.alone.T, false).tolist()
         return [row[: self.rng.randint(4, ADVERSARIAL_LEN)] for row in rows]
 
     def train_step(self) -> dict[str, float]:
@@ -693,8 +728,9 @@ class Training:
         wrong = [ids(self.captions.corrupted(caption)) for caption in written[:CORRUPTED]]
         pairs = zip(written[:NEARLY], views, strict=False)
         nearly = [ids(self.captions.nearly(caption, view)) for caption, view in pairs]
-        attacked = self._attacked(chosen, views, image)
         salads = self._salads(views, image)
+        hunted = self._hunted()
+        attacked = [] if hunted is None else self.hunt.prompts.tolist()
         rows = [ids(caption.text) for caption in written] + wrong + attacked + salads + nearly
         with autocast():
             features = encode_rows(self.model, rows, longest)
@@ -709,7 +745,8 @@ class Training:
         others = (image @ text.T).mean()
         fooled = (image[: len(salads) * EACH : EACH] * salads).sum(1)
         apart = 1 - sentences.mean() + others.relu() + fooled.relu().sum() / SALADS
-        self._update(loss + plan.alignment * apart)
+        found = torch.zeros(0) if hunted is None else (hunted * attacked).sum(1)
+        self._update(loss + plan.alignment * (apart + found.relu().sum() / HUNTED))
         levels = {
             "loss": loss,
             "true": true.mean(),
@@ -723,7 +760,7 @@ class Training:
         if len(salads):
             levels["salads"] = fooled.mean()
         if len(attacked):
-            levels["adversarial"] = (image[-ATTACKED * EACH :: EACH] * attacked).sum(1).mean()
+            levels["adversarial"], levels["strongest"] = found.mean(), found.max()
         self.step += 1
         return {name: value.item() for name, value in levels.items()}
 
