@@ -1,58 +1,64 @@
 """Train, evaluate and export `emoji-clip`, the small real CLIP that ships with pez_core.
 
-    pip install -e . resvg-py && python tools/train_emoji_clip.py [--model emoji-clip-judge]
+    pip install -e . resvg-py && python tools/train_emoji_clip.py --init pez_core/models/emoji-clip
 
 Downloads and renders the drawings (`emoji_data.py`), trains an ordinary open_clip model with the
-ordinary CLIP tokenizer on them and writes weights, config, vocabulary and metrics to
-`pez_core/models/emoji-clip`. About 75 minutes on two cores with AVX-512 bf16; the seed is fixed.
+ordinary CLIP tokenizer on them and writes weights, config, vocabulary and metrics to `--out`. The
+state is kept in `--checkpoint`; `--resume` goes on from there. The seed is fixed.
+
+With `--init` it goes on from a trained model: what is new (tokens, text layers) is added, and the
+image tower up to its third stage stays as it is, so that most views are encoded that far only once.
+Without, all is trained from nothing, which takes several times as long.
 
 `emoji-clip-judge` is a second model, of other widths, depths and seed, that takes no part in any
 search: benchmarks ask it whether a prompt means to another CLIP what it means to the one that it
 was learned on. It goes to `benchmarks/models/emoji-clip-judge` and is not part of the package.
 
-What differs from plain CLIP training, and why: prompts that are *searched* for find every weakness
-of the text tower, so it is trained to be honest about lists of words.
+Searched prompts exploit every weakness of the text tower. So training differs from plain CLIP:
 
-* Half of the captions are bags of the drawing's own words in random order, up to the full context.
+* Most captions are sentences that are true of the drawing, colours included (`emoji_captions.py`);
+  the others are bags of its own words in random order, up to the full context.
+* Captions that one change makes false are extra negatives of their own image.
 * Corrupted captions, half of whose words are random, are extra negatives.
-* In the second half, prompts that PEZ itself finds are extra negatives: a pool keeps one 16-token
-  prompt per drawing, and for a quarter of each batch it is improved by a few steps of the search
-  against the current weights, with the drawing's true words excluded. (Gradient-ranked token swaps
-  were tried in its place and found far weaker prompts in the same time.)
+* Later on, bags of the false words that are, each for itself, most similar to the image are extra
+  negatives, and so are prompts that a search by swaps goes on improving against the growing model,
+  with the true words of the drawing excluded.
+* The temperature stays high, so that true captions have to be much more similar than false ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
+from emoji_captions import EOT, SOT, Caption, Captions, Lexicon
 from emoji_data import SIZE, STYLES, Drawing, prepare, words_of
+from emoji_views import Images, View, cached_round, draw_view
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from pez_core import PezSettings, TokenSpace, search
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 log = logging.getLogger("train_emoji_clip")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What differs between the models that this tool makes."""
+    """Configuration, place and seed of a model that this tool makes."""
 
     config: dict  # open_clip's `model_cfg`
     out: Path
-    epochs: int
     seed: int
 
 
@@ -67,15 +73,13 @@ def _config(features: int, image: dict, text: dict) -> dict:
 
 MODELS = {
     "emoji-clip": Model(
-        _config(256, {"layers": [1, 1, 1, 1]}, {"width": 128, "heads": 4, "layers": 2}),
+        _config(256, {"layers": [1, 1, 1, 1]}, {"width": 128, "heads": 4, "layers": 3}),
         Path("pez_core/models/emoji-clip"),
-        epochs=80,
         seed=0,
     ),
     "emoji-clip-judge": Model(
         _config(192, {"layers": [1, 1, 2, 1]}, {"width": 160, "heads": 5, "layers": 3}),
         Path("benchmarks/models/emoji-clip-judge"),
-        epochs=40,
         seed=1,
     ),
 }
@@ -86,125 +90,58 @@ PREPROCESS = {
     "resize_mode": "shortest",
 }
 
-BACKGROUNDS = {
-    "white": (255, 255, 255),
-    "red": (214, 40, 40),
-    "orange": (247, 148, 29),
-    "yellow": (250, 220, 60),
-    "green": (60, 160, 70),
-    "blue": (40, 90, 200),
-    "sky blue": (140, 205, 245),
-    "purple": (130, 60, 160),
-    "pink": (250, 170, 200),
-    "brown": (130, 90, 60),
-    "gray": (150, 150, 150),
-    "black": (20, 20, 20),
-}
-TEMPLATES = [
-    "{style} emoji of {name} on {background} background",
-    "{name} , {style} , {background} background",
-    "a {style} {name}",
-    "{style} drawing of {name} , {background}",
-    "a picture of {name}",
-    "{name}",
-    "{name} emoji",
-    "{name} in {style} style",
-]
-BLACK_STYLES = {"emojione-monotone", "fluent-emoji-high-contrast"}
-SOT, EOT, CONTENT = 49406, 49407, 18
+CONTENT = 20  # tokens of most captions at most
 ADVERSARIAL_LEN = 16
-ADVERSARIAL_FROM = 0.5  # share of the training after which adversarial prompts take part
-ADVERSARIAL_STEPS = 5  # of PEZ, each time an adversarial prompt is improved
+SALADS, CORRUPTED, NEARLY = 48, 32, 112  # negatives of each kind in a batch
+HUNTED, CANDIDATES, SWAPS = 32, 4, 1  # prompts of the hunt, tokens tried, positions in a step
+READ_EVERY = 40  # steps after which all single words are encoded anew
+TEMPTING = 40  # false words that an image's salads are made of
+EACH = 2  # captions of each view, since images take longer than texts
+SAVE_EVERY, LOG_EVERY = 50, 25  # steps
+ROUNDS = 4  # views of each drawing that are encoded before training, with `--init`
+DEV = 60  # drawings for the figures during training, never trained on
 
 
-class Lexicon:
-    """Token ids of words, and the compact ids of the tokens that training uses at all."""
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
 
-    def __init__(self) -> None:
-        self.tokenizer = open_clip.SimpleTokenizer()
-        self.cache: dict[str, list[int]] = {}
-        self.compact: dict[int, int] = {}
-        for token in (0, SOT, EOT):
-            self._add(token)
+    Attributes:
+        steps, lr, seed: as usual.
+        batch: captions in a step.
+        init: the folder of the model to start from; None: from nothing.
+        adversarial_from: share of the steps after which adversarial prompts take part.
+        hottest: the largest factor of cosines in the loss; small ones ask for large differences.
+        alignment: weight of the similarity of true captions itself, less those of any captions
+            and of false words that are similar to the image.
+        evaluate_every: steps between two measurements on what was never trained on.
+    """
 
-    def _add(self, token: int) -> int:
-        return self.compact.setdefault(token, len(self.compact))
-
-    def ids(self, text: str) -> list[int]:
-        """Compact token ids of a text; the same as tokenizing it whole, word by word and cached."""
-        out = []
-        for word in text.split():
-            if word not in self.cache:
-                self.cache[word] = [self._add(t) for t in self.tokenizer.encode(word)]
-            out += self.cache[word]
-        return out
-
-    @property
-    def tokens(self) -> list[int]:
-        return list(self.compact)
-
-
-class Captions:
-    """Writes captions, word bags and corrupted captions for drawings."""
-
-    def __init__(self, drawings: list[Drawing], lexicon: Lexicon, rng: random.Random) -> None:
-        self.drawings, self.lexicon, self.rng = drawings, lexicon, rng
-        self.names = [" ".join(words_of(d.name)) or d.name for d in drawings]
-        self.words = [
-            sorted({w for text in (d.name, *d.keywords) for w in words_of(text)}) for d in drawings
-        ]
-        self.every_word = sorted(
-            {w for ws in self.words for w in ws}
-            | {w for s, (_, phrases) in STYLES.items() for p in phrases for w in p.split()}
-            | {w for b in BACKGROUNDS for w in b.split()}
-        )
-        for text in [*self.every_word, *TEMPLATES, ", emoji and next to"]:
-            lexicon.ids(text.replace("{", "").replace("}", ""))
-
-    def true_words(self, shown: list[int], background: str) -> list[str]:
-        words = {w for i in shown for w in self.words[i]} | set(background.split()) | {"emoji"}
-        for i in shown:
-            for phrase in STYLES[self.drawings[i].style][1]:
-                words |= set(phrase.split())
-        return sorted(words)
-
-    def caption(self, shown: list[int], background: str, longest: int) -> tuple[list[str], bool]:
-        """Words of one true caption, and whether they say the style."""
-        rng = self.rng
-        if rng.random() < 0.5:
-            words = self.true_words(shown, background)
-            own = [w for i in shown for w in self.names[i].split()]
-            # a name's own words are what people search for: they come up more often than keywords
-            bag = rng.choices(words + own * 2, k=rng.randint(1, longest))
-            return bag, False
-        style = rng.choice(STYLES[self.drawings[shown[0]].style][1])
-        names = []
-        for i in shown:
-            name = self.names[i]
-            extra = self.drawings[i].keywords
-            if extra and rng.random() < 0.35:
-                name = " ".join([name, *rng.sample(extra, min(len(extra), rng.randint(1, 3)))])
-            elif extra and rng.random() < 0.15:
-                name = rng.choice(extra)
-            names.append(name)
-        joint = rng.choice([" and ", " next to "])
-        template = rng.choice(TEMPLATES)
-        text = template.format(name=joint.join(names), style=style, background=background)
-        words = [w for part in text.split() for w in ([part] if part == "," else words_of(part))]
-        return words, "{style}" in template
-
-    def corrupted(self, words: list[str]) -> list[str]:
-        """The same words with half of them (at least one) replaced by random ones, shuffled."""
-        rng = self.rng
-        words = list(words)
-        for k in rng.sample(range(len(words)), max(1, len(words) // 2)):
-            words[k] = rng.choice(self.every_word)
-        if rng.random() < 0.5:
-            rng.shuffle(words)
-        return words
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+    init: Path | None = None
+    adversarial_from: float = 0.35
+    hottest: float = 20.0
+    alignment: float = 4.0
+    evaluate_every: int = 250
 
 
-def pack(rows: list[list[int]], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16; where it does not, that is far slower than fp32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+BF16 = _has_bf16()
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=BF16)
+
+
+def pack(rows: Sequence[Sequence[int]], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact id rows -> (N, L) ids with start and end tokens, and (N,) end positions."""
     rows = [row[:longest] for row in rows]
     ends = torch.tensor([len(row) + 1 for row in rows])
@@ -217,128 +154,163 @@ def pack(rows: list[list[int]], longest: int) -> tuple[torch.Tensor, torch.Tenso
 def encode_text(model: CLIP, embeddings: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """(N, L, width) embeddings -> (N, embed_dim) unit features; exact, as the tower is causal."""
     length = embeddings.shape[1]
+    mask = model.attn_mask[:length, :length]
     x = embeddings + model.positional_embedding[:length]
-    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-    x = model.ln_final(x)[torch.arange(len(x)), ends] @ model.text_projection
-    return F.normalize(x.float(), dim=-1)
+    *blocks, last = model.transformer.resblocks
+    for block in blocks:
+        x = block(x, attn_mask=mask)
+    x = _at_end(last, x, ends)
+    return F.normalize((model.ln_final(x) @ model.text_projection).float(), dim=-1)
 
 
-def encode_image(model: CLIP, images: torch.Tensor) -> torch.Tensor:
-    return F.normalize(model.visual(images).float(), dim=-1)
+def _at_end(block: nn.Module, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """(N, width) output of the last block at the end positions, the only ones that are used."""
+    n, length, width = x.shape
+    heads, attention = block.attn.num_heads, block.attn
+    h, rows = block.ln_1(x), torch.arange(n)
+    w_q, w_kv = attention.in_proj_weight.split([width, 2 * width])
+    b_q, b_kv = attention.in_proj_bias.split([width, 2 * width])
+    q = F.linear(h[rows, ends], w_q, b_q).view(n, heads, 1, -1)
+    k, v = F.linear(h, w_kv, b_kv).view(n, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
+    seen = (torch.arange(length) <= ends[:, None])[:, None, None]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    x = x[rows, ends] + attention.out_proj(mixed.reshape(n, width))
+    return x + block.mlp(block.ln_2(x))
 
 
-def composite(rgba: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """(N, 4, H, W) in [0, 1] over (N, 3) colours -> model input (N, 3, H, W) in [-1, 1]."""
-    alpha = rgba[:, 3:]
-    return (rgba[:, :3] * alpha + colours[:, :, None, None] * (1 - alpha)) * 2 - 1
+def attention_pool(pool: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The same as `pool(x)` in a third of the time: there is one query, so that a projection of it
+    takes the place of those of all keys, and one of the mixed values that of all values."""
+    n, heads = len(x), pool.num_heads
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + pool.positional_embedding
+    width = x.shape[-1]
+    q = pool.q_proj(x[:, 0]).view(n, heads, -1).transpose(0, 1)
+    keys, values = (p.weight.view(heads, -1, width) for p in (pool.k_proj, pool.v_proj))
+    q = torch.bmm(q, keys).transpose(0, 1) * (width // heads) ** -0.5
+    weights = torch.bmm(q, x.transpose(1, 2)).softmax(-1)
+    mixed = torch.bmm(weights, x).transpose(0, 1)
+    mixed = torch.bmm(mixed, values.transpose(1, 2)).transpose(0, 1).reshape(n, width)
+    return pool.c_proj(mixed + pool.v_proj.bias)
 
 
-class Images:
-    """Augmented model inputs from the rendered drawings."""
-
-    def __init__(self, pixels: np.ndarray, generator: torch.Generator) -> None:
-        self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        self.generator = generator
-
-    def _uniform(self, n: int, low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(n, generator=self.generator)
-
-    def augmented(self, shown: list[list[int]], flip: list[bool], colours) -> torch.Tensor:
-        first = self.pixels[[s[0] for s in shown]].float() / 255
-        first[..., :3, :, :] *= first[:, 3:]  # premultiplied, so that resampling keeps edges clean
-        for k, drawings in enumerate(shown):
-            if len(drawings) == 2:
-                second = self.pixels[drawings[1]].float() / 255
-                second[:3] *= second[3:]
-                halves = F.interpolate(
-                    torch.stack([first[k], second]), scale_factor=0.5, mode="area"
-                )
-                first[k] = 0
-                first[k, :, SIZE // 4 : 3 * SIZE // 4] = torch.cat([*halves], dim=-1)
-        n = len(shown)
-        angle = self._uniform(n, -0.25, 0.25)
-        scale = self._uniform(n, 0.85, 1.35)
-        mirror = torch.tensor([-1.0 if f else 1.0 for f in flip])
-        stretch = self._uniform(n, 0.88, 1.14)
-        theta = torch.zeros(n, 2, 3)
-        theta[:, 0, 0], theta[:, 0, 1] = mirror * scale * angle.cos(), -scale * angle.sin()
-        theta[:, 1, 0], theta[:, 1, 1] = mirror * scale * angle.sin(), scale * angle.cos() * stretch
-        theta[:, 0, 2], theta[:, 1, 2] = (
-            self._uniform(n, -0.12, 0.12),
-            self._uniform(n, -0.12, 0.12),
-        )
-        grid = F.affine_grid(theta, (n, 4, SIZE, SIZE), align_corners=False)
-        rgba = F.grid_sample(first, grid, align_corners=False)
-        rgb, alpha = rgba[:, :3], rgba[:, 3:]
-        gain = 1 + 0.12 * torch.randn(n, 3, 1, 1, generator=self.generator)
-        rgb = (rgb * gain).clamp(max=1)
-        colours = (colours + 0.04 * torch.randn(n, 3, generator=self.generator)).clamp(0, 1)
-        x = rgb + colours[:, :, None, None] * (1 - alpha)
-        return x * 2 - 1
-
-    def plain(self, index: list[int]) -> torch.Tensor:
-        return composite(self.pixels[index].float() / 255, torch.ones(len(index), 3))
+def encode_rows(model: CLIP, rows: Sequence[Sequence[int]], longest: int) -> torch.Tensor:
+    """Compact id rows -> unit features; rows of about the same length go together."""
+    order = sorted(range(len(rows)), key=lambda k: len(rows[k]))
+    parts = [order[k : k + 128] for k in range(0, len(order), 128)]
+    found = []
+    for part in parts:
+        ids, ends = pack([rows[k] for k in part], longest)
+        found.append(encode_text(model, model.token_embedding(ids), ends))
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def contrastive_loss(
-    image: torch.Tensor, text: torch.Tensor, negatives: torch.Tensor, same: torch.Tensor, scale
+    image: torch.Tensor,
+    text: torch.Tensor,
+    wrong: torch.Tensor,
+    nearly: torch.Tensor,
+    same: torch.Tensor,
+    scale: torch.Tensor,
 ) -> torch.Tensor:
-    """CLIP loss whose image side also sees `negatives`; pairs in `same` do not count."""
-    logits = scale * image @ text.T
-    logits = logits.masked_fill(same, float("-inf"))
-    with_negatives = torch.cat([logits, scale * image @ negatives.T], dim=1)
+    """CLIP loss with further texts, true of no image, as negatives of the images.
+
+    Args:
+        image, text: (N, features) pairs.
+        wrong: negatives of all images.
+        nearly: negatives of the first len(nearly) images, one of each.
+        same: (N, N) pairs that do not count, as the text may be true of the image.
+        scale: of the cosines.
+    """
+    logits = (scale * image @ text.T).masked_fill(same, float("-inf"))
+    own = F.pad(
+        scale * (image[: len(nearly)] * nearly).sum(1),
+        (0, len(image) - len(nearly)),
+        value=float("-inf"),
+    )[:, None]
+    with_negatives = torch.cat([logits, scale * image @ wrong.T, own], dim=1)
     target = torch.arange(len(image))
     return (F.cross_entropy(with_negatives, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-class FalseWords(TokenSpace):
-    """A space in which each problem has tokens of its own that it must not use."""
+class Hunt:
+    """Prompts of false words that are improved step by step against the model in training.
 
-    def __init__(self, table: torch.Tensor, true_ids: list[list[int]]) -> None:
-        super().__init__(table)
-        self.directions = F.normalize(self.table, dim=-1)
-        self.forbidden = torch.zeros(len(true_ids), len(table))
-        self.forbidden[:, :3] = float("-inf")  # padding, start and end
-        for row, ids in zip(self.forbidden, true_ids, strict=True):
-            row[ids] = float("-inf")
+    Each belongs to a drawing and is changed at one position in each step, to the best of a few
+    tokens that the gradient promises most of. In every step the oldest one gives way to a new one,
+    which begins with words that are similar to its drawing each for itself. So at any time some of
+    them are as strong as those that a whole search finds.
 
-    def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return (embeddings @ self.directions.T + self.forbidden[:, None]).argmax(-1)
-
-
-def attack(model, pool, chosen, image, true_ids, generator) -> torch.Tensor:
-    """Improve the pooled prompts of the `chosen` drawings by a few steps of PEZ.
-
-    Args:
-        pool: (drawings, 16) compact ids, updated in place.
-        image: (len(chosen), features) unit image features to get close to.
-        true_ids: for each chosen drawing the tokens that describe it truly; they are never used.
-
-    Returns:
-        (len(chosen), 16) prompts of false words that the model finds similar to the images.
+    Attributes:
+        drawings: of each prompt.
+        prompts: (HUNTED, ADVERSARIAL_LEN) compact ids.
+        false: (HUNTED, tokens) 0 for tokens that may be used, -inf for true and special ones.
+        oldest: place of the prompt that goes next.
     """
-    space = FalseWords(model.token_embedding.weight, true_ids)
-    prompts = pool[chosen]
-    fresh = torch.randint(3, len(space.table), prompts.shape, generator=generator)
-    restart = torch.rand(len(prompts), 1, generator=generator) < 0.1
-    prompts = torch.where(restart | (space.forbidden.gather(1, prompts) < 0), fresh, prompts)
-    edges = space.embed(torch.tensor([1, 2])).expand(len(prompts), -1, -1)
-    ends = torch.full((len(prompts),), ADVERSARIAL_LEN + 1)
-    image = image.detach()
 
-    def similarity(embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = torch.cat([edges[:, :1], embeddings, edges[:, 1:]], dim=1)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = encode_text(model, embeddings, ends)
-        cosine = (features * image).sum(-1)
-        return 1 - cosine, cosine
+    def __init__(self) -> None:
+        self.drawings: list[int] = []
+        self.prompts = torch.zeros(0, ADVERSARIAL_LEN, dtype=torch.long)
+        self.false = torch.zeros(0, 0)
+        self.oldest = 0
 
-    pool[chosen] = search(space, similarity, prompts, PezSettings(steps=ADVERSARIAL_STEPS)).ids
-    return pool[chosen]
+    def add(self, drawing: int, prompt: torch.Tensor, false: torch.Tensor) -> None:
+        if len(self.drawings) < HUNTED:
+            self.drawings.append(drawing)
+            self.prompts = torch.cat([self.prompts, prompt[None]])
+            self.false = torch.cat([self.false.view(-1, len(false)), false[None]])
+            return
+        k = self.oldest
+        self.drawings[k], self.prompts[k], self.false[k] = drawing, prompt, false
+        self.oldest = (k + 1) % HUNTED
+
+    def improve(self, model: CLIP, image: torch.Tensor, position: int) -> None:
+        """Change one position of each prompt for the better.
+
+        Args:
+            model: with the compact token table.
+            image: (HUNTED, features) unit features of the drawings.
+            position: in the prompts.
+        """
+        table = model.token_embedding.weight.detach()
+        embeddings = table[_edged(self.prompts)].requires_grad_()
+        now = self._cosines(model, embeddings, image)
+        (gradient,) = torch.autograd.grad(now.sum(), embeddings)
+        promise = gradient[:, position + 1] @ table.T + self.false
+        tokens = promise.topk(CANDIDATES).indices
+        swapped = self.prompts[:, None].repeat(1, CANDIDATES, 1)
+        swapped[:, :, position] = tokens
+        with torch.no_grad():
+            rows = table[_edged(swapped.flatten(0, 1))]
+            found = self._cosines(model, rows, image.repeat_interleave(CANDIDATES, dim=0))
+        best = found.view(-1, CANDIDATES).max(1)
+        every = torch.arange(len(self.prompts))
+        better = best.values > now.detach()
+        self.prompts = torch.where(better[:, None], swapped[every, best.indices], self.prompts)
+
+    @staticmethod
+    def _cosines(model: CLIP, embeddings: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        ends = torch.full((len(embeddings),), ADVERSARIAL_LEN + 1)
+        with autocast():
+            return (encode_text(model, embeddings, ends) * image).sum(1)
+
+
+def _edged(ids: torch.Tensor) -> torch.Tensor:
+    """Compact ids (N, L) with the start token before and the end token behind them."""
+    return F.pad(F.pad(ids, (1, 0), value=1), (0, 1), value=2)
+
+
+TextEncoder = Callable[[list[str]], torch.Tensor]
+ImageEncoder = Callable[[list[int]], torch.Tensor]
 
 
 @torch.no_grad()
-def zero_shot(encode_texts, encode_images, drawings: list[Drawing], index: list[int]):
+def zero_shot(
+    encode_texts: TextEncoder,
+    encode_images: ImageEncoder,
+    drawings: list[Drawing],
+    index: list[int],
+) -> torch.Tensor:
     """(len(index),) bool: is the drawing's own name the best of all the names in `index`."""
     own = [" ".join(words_of(drawings[i].name)) for i in index]
     names = sorted(set(own))
@@ -349,7 +321,9 @@ def zero_shot(encode_texts, encode_images, drawings: list[Drawing], index: list[
     return torch.tensor([names[b] == name for b, name in zip(best, own, strict=True)])
 
 
-def evaluate(encode_texts, encode_images, drawings: list[Drawing]) -> dict:
+def evaluate(
+    encode_texts: TextEncoder, encode_images: ImageEncoder, drawings: list[Drawing]
+) -> dict:
     """Zero-shot top-1 on the drawings that were left out of training.
 
     Args:
@@ -374,17 +348,6 @@ def evaluate(encode_texts, encode_images, drawings: list[Drawing]) -> dict:
     }
 
 
-def evaluate_in_training(model: CLIP, images: Images, lexicon: Lexicon, drawings) -> dict:
-    def texts(lines: list[str]) -> torch.Tensor:
-        ids, ends = pack([lexicon.ids(line) for line in lines], 40)
-        return encode_text(model, model.token_embedding(ids), ends)
-
-    model.eval()
-    metrics = evaluate(texts, lambda index: encode_image(model, images.plain(index)), drawings)
-    model.train()
-    return metrics
-
-
 def evaluate_exported(folder: Path, out: Path) -> dict:
     """The same figures from the files in `out`, through pez_core and its public path."""
     from pez_core import load_clip
@@ -399,150 +362,435 @@ def evaluate_exported(folder: Path, out: Path) -> dict:
     )
 
 
-def train(
-    folder: Path,
-    config: dict,
-    out: Path,
-    epochs: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    threads: int,
-    resume: bool,
-) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    drawings, pixels = prepare(folder)
-    lexicon = Lexicon()
-    captions = Captions(drawings, lexicon, rng)
-    images = Images(pixels, generator)
-    index = [i for i, d in enumerate(drawings) if d.split == "train"]
-    names = {}
-    name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in drawings])
-    style_id = torch.tensor([list(STYLES).index(d.style) for d in drawings])
+def _fused(block: nn.Module) -> None:
+    """Put each batch norm behind a convolution of the block into that."""
+    for k in (1, 2, 3):
+        conv, norm = getattr(block, f"conv{k}"), getattr(block, f"bn{k}")
+        setattr(block, f"conv{k}", fuse_conv_bn_eval(conv, norm))
+        setattr(block, f"bn{k}", nn.Identity())
+    if getattr(block, "downsample", None) is not None:
+        pool, conv, norm = block.downsample
+        block.downsample = nn.Sequential(pool, fuse_conv_bn_eval(conv, norm))
 
+
+def frozen_trunk(visual: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The image tower up to its third stage, as it is now, for looking only."""
+    tower = copy.deepcopy(visual).eval()
+    _fused(tower)
+    for stage in (tower.layer1, tower.layer2, tower.layer3):
+        for block in stage:
+            _fused(block)
+
+    @torch.no_grad()
+    def trunk(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            return tower.layer3(tower.layer2(tower.layer1(tower.stem(x)))).float().contiguous()
+
+    return trunk
+
+
+class Pictures:
+    """Views of the training drawings, as far as they need not be encoded anew in each step.
+
+    Args:
+        drawings, images: all of them.
+        index: drawings that are trained on.
+        rng: draws views.
+        trunk: frozen part of the image tower; None: nothing is frozen, and each view is new.
+        folder: where the first encoded views are kept.
+    """
+
+    def __init__(
+        self,
+        drawings: list[Drawing],
+        images: Images,
+        index: list[int],
+        rng: random.Random,
+        trunk: Callable[[torch.Tensor], torch.Tensor] | None,
+        folder: Path,
+    ) -> None:
+        self.drawings, self.images, self.index, self.rng = drawings, images, index, rng
+        self.trunk = trunk
+        self.row = {i: k for k, i in enumerate(index)}
+        self.rounds = []
+        if trunk is not None:
+            pixels = images.pixels.permute(0, 2, 3, 1).numpy()
+            for k in range(ROUNDS):
+                self.rounds.append(cached_round(k, folder, drawings, pixels, trunk))
+
+    def draw(self, chosen: Sequence[int]) -> tuple[list[View], torch.Tensor]:
+        """A view of each chosen drawing and what the trained part of the tower takes in.
+
+        With a trunk an eighth of the views are new, and take the place of others in the pool.
+        """
+        fresh = len(chosen) if self.trunk is None else len(chosen) // 8
+        views = [draw_view(self.drawings, i, self.index, self.rng) for i in chosen[:fresh]]
+        x = self.images.augmented(views)
+        if self.trunk is None:
+            return views, x
+        parts = [self.trunk(x)]
+        for i, view, row in zip(chosen, views, parts[0], strict=False):
+            known, array = self.rng.choice(self.rounds)
+            known[self.row[i]], array[self.row[i]] = view, row.half().numpy()
+        rows = []
+        for i in chosen[fresh:]:
+            known, array = self.rng.choice(self.rounds)
+            views.append(known[self.row[i]])
+            rows.append(array[self.row[i]])
+        parts.append(torch.from_numpy(np.stack(rows)).float())
+        return views, torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+
+def make_model(config: dict, lexicon: Lexicon, init: Path | None) -> tuple[CLIP, torch.Tensor]:
+    """A model with the compact token table, and the whole table.
+
+    What `init` has is taken from there. Further text layers begin as ones that change nothing, and
+    tokens that it was not trained on as random ones of the kind of those that it was.
+    """
     model = CLIP(**config)
     full_table = model.token_embedding.weight.detach().clone()
+    if init is not None:
+        state = load_file(init / "open_clip_model.safetensors")
+        state = {name: value.float() for name, value in state.items()}
+        full_table = state["token_embedding.weight"]
+        for block in model.transformer.resblocks:
+            for last in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or any(not name.startswith("transformer.resblocks") for name in missing):
+            raise ValueError(f"{init} has another shape: {missing} {unexpected}")
+        trained = json.loads((init / "vocabulary.json").read_text())
+        new = sorted(set(lexicon.tokens) - {*trained, 0, SOT, EOT})
+        known = full_table[trained]
+        full_table[new] = known.mean(0) + known.std(0) * torch.randn(len(new), known.shape[1]) / 2
     model.token_embedding = nn.Embedding.from_pretrained(
         full_table[lexicon.tokens].clone(), freeze=False
     )
-    vocabulary_size = len(lexicon.tokens)
-    first_epoch = 0
-    if resume:
-        state = load_file(out / "open_clip_model.safetensors")
-        state["token_embedding.weight"] = state["token_embedding.weight"][lexicon.tokens]
-        model.load_state_dict({name: value.float() for name, value in state.items()})
-        first_epoch = json.loads((out / "metrics.json").read_text())["epochs"]
     model.visual = model.visual.to(memory_format=torch.channels_last)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-    )
-    steps_per_epoch = len(index) // batch
-    total = epochs * steps_per_epoch
-    pool = torch.randint(3, vocabulary_size, (len(drawings), ADVERSARIAL_LEN), generator=generator)
-    log.info("%d drawings, %d tokens, %d steps", len(index), vocabulary_size, total)
+    return model, full_table
 
-    first_step = step = first_epoch * steps_per_epoch
-    began = time.monotonic()
-    for epoch in range(first_epoch, epochs):
-        rng.shuffle(index)
-        running = 0.0
-        for k in range(steps_per_epoch):
-            share = step / total
-            rate = (
-                lr * min(1, (step + 1 - first_step) / 200) * 0.5 * (1 + math.cos(math.pi * share))
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
 
-            chosen = index[k * batch : (k + 1) * batch]
-            shown, flip, backgrounds = [], [], []
-            for i in chosen:
-                pair = rng.random() < 0.1
-                shown.append([i, rng.choice(index)] if pair else [i])
-                left_or_right = {"left", "right"} & set(captions.words[i])
-                flip.append(rng.random() < 0.5 and not left_or_right and not pair)
-                plain_white = rng.random() < 0.5
-                background = "white" if plain_white else rng.choice(list(BACKGROUNDS))
-                if background == "black" and {drawings[j].style for j in shown[-1]} & BLACK_STYLES:
-                    background = "yellow"
-                backgrounds.append(background)
-            colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds]) / 255
-            x = images.augmented(shown, flip, colours).contiguous(memory_format=torch.channels_last)
+class Training:
+    """All that a training run has, and its steps.
 
-            longest = 74 if step % 16 == 15 else CONTENT
-            written = [
-                captions.caption(s, b, longest if rng.random() < 0.3 else CONTENT - 4)
-                for s, b in zip(shown, backgrounds, strict=True)
+    Args:
+        folder: of the drawings.
+        model: what to train.
+        plan: how.
+        checkpoint: file that the state is kept in.
+    """
+
+    def __init__(self, folder: Path, model: Model, plan: Plan, checkpoint: Path) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.config, self.checkpoint = plan, model.config, checkpoint
+        self.rng = random.Random(plan.seed)
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.drawings, pixels = prepare(folder)
+        self.lexicon = Lexicon()
+        self.captions = Captions(self.drawings, pixels, self.lexicon, self.rng)
+        self.index = [i for i, d in enumerate(self.drawings) if d.split == "train"]
+        names: dict[str, int] = {}
+        self.name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in self.drawings])
+        self.style_id = torch.tensor([list(STYLES).index(d.style) for d in self.drawings])
+        self.model, self.full_table = make_model(model.config, self.lexicon, plan.init)
+        self.images = Images(pixels, self.generator)
+        visual = self.model.visual
+        self.trunk = None if plan.init is None else frozen_trunk(visual)
+        self.pictures = Pictures(
+            self.drawings,
+            self.images,
+            self.index,
+            self.rng,
+            self.trunk,
+            checkpoint.parent / "views",
+        )
+        if self.trunk is not None:
+            for part in (visual.layer1, visual.layer2, visual.layer3):
+                part.requires_grad_(False)
+            for k in (1, 2, 3):
+                getattr(visual, f"conv{k}").requires_grad_(False)
+                getattr(visual, f"bn{k}").requires_grad_(False)
+        self.optimizer = self._optimizer()
+        self.hunt = Hunt()
+        self.step, self.left = 0, []
+        self.alone: torch.Tensor | None = None  # features of each token, as a word alone
+        self.seen: dict[tuple[int, ...], torch.Tensor] = {}  # what the trunk makes of test images
+        self.dev = self._dev_set()
+        log.info("%d drawings, %d tokens, bf16 %s", len(self.index), len(self.lexicon.tokens), BF16)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2]
+        others = [p for p in trained if p.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": 0.2},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), fused=True)
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hunt": vars(self.hunt),
+            "step": self.step,
+            "left": self.left,
+            "rng": self.rng.getstate(),
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+            "tokens": self.lexicon.tokens,
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.checkpoint.with_suffix(".part")
+        torch.save(state, whole)
+        whole.replace(self.checkpoint)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint; views that were renewed since the start are drawn again."""
+        state = torch.load(self.checkpoint, weights_only=False)
+        if state["tokens"] != self.lexicon.tokens:
+            raise ValueError(f"{self.checkpoint} was made with other captions.")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.left = state["step"], state["left"]
+        vars(self.hunt).update(state.get("hunt", {}))
+        self.rng.setstate(state["rng"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+
+    def encode_images(self, x: torch.Tensor) -> torch.Tensor:
+        """Unit features of what `Pictures` gives."""
+        visual = self.model.visual
+        if self.trunk is not None:
+            features = attention_pool(visual.attnpool, visual.layer4(x))
+        else:
+            features = visual(x)
+        return F.normalize(features.float(), dim=-1)
+
+    def _plain(self, index: list[int]) -> torch.Tensor:
+        key = tuple(index)
+        if self.trunk is None or key not in self.seen:
+            x = self.images.plain(index).contiguous(memory_format=torch.channels_last)
+            if self.trunk is None:
+                return self.encode_images(x)
+            self.seen[key] = self.trunk(x)
+        return self.encode_images(self.seen[key])
+
+    def _texts(self, lines: list[str]) -> torch.Tensor:
+        return encode_rows(self.model, [self.lexicon.ids(line) for line in lines], 40)
+
+    def _dev_set(self) -> list[tuple[int, str]]:
+        """Held-out drawings with captions; those of the tests and examples are not among them."""
+        root = Path(__file__).parent.parent
+        apart = {row["file"] for row in map(json.loads, (root / "examples/index.jsonl").open())}
+        tests = (root / "benchmarks/data/unseen_captions.jsonl").open()
+        apart |= {f"{row['style']}-{row['icon']}.png" for row in map(json.loads, tests)}
+        rng, kept = random.Random(5), self.captions.rng
+        self.captions.rng = rng
+        found, names = [], set()
+        for style in ("noto", "twemoji", "fxemoji"):
+            index = [
+                i
+                for i, d in enumerate(self.drawings)
+                if d.style == style
+                and d.split != "train"
+                and f"{style}-{d.icon}.png" not in apart
+                and self.captions.phrases[i]
+                and d.name not in names
             ]
-            ids, ends = pack([lexicon.ids(" ".join(w)) for w, _ in written], longest)
-            quarter = batch // 4
-            wrong = [lexicon.ids(" ".join(captions.corrupted(w))) for w, _ in written[:quarter]]
-            negative_batches = [pack(wrong, CONTENT)]
+            for i in rng.sample(index, DEV // 3):
+                names.add(self.drawings[i].name)
+                found.append((i, self.captions.from_phrase(i, self.captions.phrases[i])))
+        self.captions.rng = kept
+        return found
 
-            named = name_id[chosen]
-            same = named[:, None] == named[None, :]
-            styled = torch.tensor([s for _, s in written])
-            other_style = style_id[chosen][:, None] != style_id[chosen][None, :]
-            same &= ~(other_style & styled[None, :])
-            same.fill_diagonal_(False)
+    @torch.no_grad()
+    def measure(self) -> dict:
+        """Retrieval of the dev set in both directions, and zero-shot figures."""
+        self.model.eval()
+        image = self._plain([i for i, _ in self.dev])
+        text = self._texts([caption for _, caption in self.dev])
+        cosines = image @ text.T
+        own = torch.arange(len(self.dev))
+        figures = {
+            "dev_caption_to_image": (cosines.argmax(0) == own).float().mean().item(),
+            "dev_image_to_caption": (cosines.argmax(1) == own).float().mean().item(),
+            "dev_similarity": cosines.diag().mean().item(),
+            "dev_similarity_of_others": cosines[~torch.eye(len(own), dtype=bool)].mean().item(),
+        }
+        figures = {name: round(value, 4) for name, value in figures.items()}
+        zero = evaluate(self._texts, self._plain, self.drawings)
+        self.model.train()
+        return zero | figures
 
-            with torch.autocast("cpu", torch.bfloat16):
-                image = encode_image(model, x)
+    def _chosen(self) -> list[int]:
+        count = self.plan.batch // EACH
+        if len(self.left) < count:
+            self.left = self.index.copy()
+            self.rng.shuffle(self.left)
+        chosen, self.left = self.left[:count], self.left[count:]
+        return chosen
 
-            if share >= ADVERSARIAL_FROM:
-                attacked = range(batch - batch // 4, batch)
-                true_ids = [
-                    lexicon.ids(" ".join(captions.true_words(shown[k], backgrounds[k])))
-                    for k in attacked
-                ]
-                prompts = attack(
-                    model, pool, [chosen[k] for k in attacked], image[attacked], true_ids, generator
-                )
-                negative_batches.append(pack(prompts.tolist(), ADVERSARIAL_LEN))
+    def _written(self, views: list[View], longest: int) -> list[Caption]:
+        short = CONTENT - 6
+        return [
+            self.captions.caption(view, longest if self.rng.random() < 0.3 else short)
+            for view in views
+        ]
 
-            with torch.autocast("cpu", torch.bfloat16):
-                text = encode_text(model, model.token_embedding(ids), ends)
-                negatives = [
-                    encode_text(model, model.token_embedding(i), e) for i, e in negative_batches
-                ]
-            loss = contrastive_loss(
-                image, text, torch.cat(negatives), same, model.logit_scale.exp()
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    def _same(self, chosen: list[int], written: list[Caption]) -> torch.Tensor:
+        """(N, N) which texts may be true of which other images: those of the same name."""
+        same = self.name_id[chosen][:, None] == self.name_id[chosen][None, :]
+        other_style = self.style_id[chosen][:, None] != self.style_id[chosen][None, :]
+        styled = torch.tensor([caption.styled for caption in written])
+        same &= ~(other_style & styled[None, :])
+        return same.fill_diagonal_(False)
+
+    def _hunted(self) -> torch.Tensor | None:
+        """(HUNTED, features) of the hunted drawings, after a step of the hunt; None at first."""
+        if self.alone is None:
+            return None
+        hunt = self.hunt
+        for _ in range(1 if len(hunt.drawings) == HUNTED else HUNTED):
+            i = self.rng.choice(self.index)
+            false = self._false_tokens(View((i,), False, "white"))
             with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(60))
-            running += loss.item()
-            if step % 50 == 0:
-                with torch.no_grad():
-                    shown_of = [image[:quarter], image[-quarter:]]
-                    levels = [
-                        f"{(i * n).sum(1).mean():.3f}"
-                        for i, n in zip(shown_of, negatives, strict=False)
-                    ]
-                    log.info(
-                        "step %d loss %.3f true %.3f corrupted, adversarial %s scale %.1f %.0fs",
-                        step,
-                        loss.item(),
-                        (image * text).sum(1).mean(),
-                        levels,
-                        model.logit_scale.exp(),
-                        time.monotonic() - began,
-                    )
-            step += 1
-        if epoch % 5 == 4 or epoch == epochs - 1:
-            metrics = evaluate_in_training(model, images, lexicon, drawings)
-            log.info("epoch %d loss %.3f %s", epoch + 1, running / steps_per_epoch, metrics)
-            metrics |= {"epochs": epoch + 1, "seed": seed}
-            export(model, config, full_table, lexicon, metrics, out)
+                cosines = self._as_shown([i])[0] @ self.alone.T
+            prompt = self._tempting(cosines[None], false[None, 3:])[0]
+            hunt.add(i, prompt, false)
+        with torch.no_grad():
+            image = self._as_shown(hunt.drawings)
+        for _ in range(SWAPS):
+            hunt.improve(self.model, image, self.rng.randrange(ADVERSARIAL_LEN))
+        return image
+
+    def _as_shown(self, index: list[int]) -> torch.Tensor:
+        """Unit features of whole drawings on white, by the model as it is outside training."""
+        self.model.visual.eval()
+        parts = [self._plain([i]) if self.trunk is None else self._stages(i) for i in index]
+        features = torch.cat(parts)
+        if self.trunk is not None:
+            features = self.encode_images(features)
+        self.model.visual.train()
+        return features
+
+    def _stages(self, i: int) -> torch.Tensor:
+        key = (i,)
+        if key not in self.seen:
+            self.seen[key] = self.trunk(self.images.plain([i]))
+        return self.seen[key]
+
+    def _false_tokens(self, view: View) -> torch.Tensor:
+        """(tokens,) 0, or -inf for those of true words and the special ones."""
+        false = torch.zeros(len(self.lexicon.tokens))
+        false[[0, 1, 2, *self.lexicon.ids(" ".join(self.captions.true_words(view)))]] = -math.inf
+        return false
+
+    def _tempting(self, cosines: torch.Tensor, false: torch.Tensor) -> torch.Tensor:
+        """(N, words) cosines and which are false -> (N, ADVERSARIAL_LEN) similar false words."""
+        best = (cosines + false).topk(TEMPTING)
+        weights = (self.plan.hottest * best.values).softmax(-1)
+        picks = weights.multinomial(ADVERSARIAL_LEN, replacement=True, generator=self.generator)
+        return best.indices.gather(1, picks) + 3
+
+    @torch.no_grad()
+    def _salads(self, views: list[View], image: torch.Tensor) -> list[list[int]]:
+        """For the first images bags of the false words that are most similar to them alone.
+
+        A search finds much the same and takes far longer. There are none at the beginning.
+        """
+        if self.step < self.plan.adversarial_from * self.plan.steps:
+            return []
+        if self.alone is None or self.step % READ_EVERY == 0:
+            words = range(3, len(self.lexicon.tokens))
+            self.alone = encode_rows(self.model, [[word] * 3 for word in words], 3)
+        part = slice(0, SALADS * EACH, EACH)
+        false = torch.stack([self._false_tokens(view)[3:] for view in views[part]])
+        rows = self._tempting(image[part] @ self.alone.T, false).tolist()
+        return [row[: self.rng.randint(4, ADVERSARIAL_LEN)] for row in rows]
+
+    def train_step(self) -> dict[str, float]:
+        """One step; returns what it is logged by."""
+        plan, ids = self.plan, self.lexicon.ids
+        share = self.step / plan.steps
+        rate = plan.lr * min(1, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        chosen = self._chosen()
+        views, x = self.pictures.draw(chosen)
+        with autocast():
+            image = self.encode_images(x).repeat_interleave(EACH, dim=0)
+        chosen, views = ([one for one in many for _ in range(EACH)] for many in (chosen, views))
+        longest = 74 if self.step % 16 == 15 else CONTENT
+        written = self._written(views, longest)
+        wrong = [ids(self.captions.corrupted(caption)) for caption in written[:CORRUPTED]]
+        pairs = zip(written[:NEARLY], views, strict=False)
+        nearly = [ids(self.captions.nearly(caption, view)) for caption, view in pairs]
+        salads = self._salads(views, image)
+        hunted = self._hunted()
+        attacked = [] if hunted is None else self.hunt.prompts.tolist()
+        rows = [ids(caption.text) for caption in written] + wrong + attacked + salads + nearly
+        with autocast():
+            features = encode_rows(self.model, rows, longest)
+        sizes = [len(written), CORRUPTED, len(attacked), len(salads), NEARLY]
+        text, wrong, attacked, salads, nearly = features.split(sizes)
+        negatives = torch.cat([wrong, attacked, salads])
+        scale = self.model.logit_scale.exp()
+        same = self._same(chosen, written)
+        loss = contrastive_loss(image, text, negatives, nearly, same, scale)
+        true = (image * text).sum(1)
+        sentences = true[[not caption.bag for caption in written]]
+        others = (image @ text.T).mean()
+        fooled = (image[: len(salads) * EACH : EACH] * salads).sum(1)
+        apart = 1 - sentences.mean() + others.relu() + fooled.relu().sum() / SALADS
+        found = torch.zeros(0) if hunted is None else (hunted * attacked).sum(1)
+        self._update(loss + plan.alignment * (apart + found.relu().sum() / HUNTED))
+        levels = {
+            "loss": loss,
+            "true": true.mean(),
+            "sentences": sentences.mean(),
+            "others": others,
+            "corrupted": (image[:CORRUPTED] * wrong).sum(1).mean(),
+            "nearly": (image[:NEARLY] * nearly).sum(1).mean(),
+            "nearly_higher": ((image[:NEARLY] * nearly).sum(1) > true[:NEARLY]).float().mean(),
+            "scale": scale,
+        }
+        if len(salads):
+            levels["salads"] = fooled.mean()
+        if len(attacked):
+            levels["adversarial"], levels["strongest"] = found.mean(), found.max()
+        self.step += 1
+        return {name: value.item() for name, value in levels.items()}
+
+    def _update(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(self.plan.hottest))
+
+    def run(self, out: Path) -> None:
+        """All steps that are left."""
+        began, last, sums = time.monotonic(), self.step, {}
+        while self.step < self.plan.steps:
+            for name, value in self.train_step().items():
+                sums.setdefault(name, []).append(value)
+            if self.step % LOG_EVERY == 0:
+                seconds = (time.monotonic() - began) / (self.step - last)
+                means = {k: round(sum(v) / len(v), 3) for k, v in sums.items()}
+                log.info("step %d, %.2f s each: %s", self.step, seconds, means)
+                sums = {}
+            done = self.step == self.plan.steps
+            if done or self.step % SAVE_EVERY == 0:
+                self.save()
+            if done or self.step % self.plan.evaluate_every == 0:
+                metrics = self.measure()
+                log.info("step %d: %s", self.step, metrics)
+                metrics |= {"steps": self.step, "seed": self.plan.seed}
+                export(self.model, self.config, self.full_table, self.lexicon, metrics, out)
 
 
 def export(
@@ -553,7 +801,11 @@ def export(
     metrics: dict,
     out: Path,
 ) -> None:
-    """Write open_clip config, fp16 safetensors, default vocabulary and metrics."""
+    """Write open_clip config, fp16 safetensors, default vocabulary and metrics.
+
+    The vocabulary is what prompts are made of by default: the tokens that are a word of a name, a
+    keyword, a phrase, a colour or a style. Pieces of words were trained too but are not in it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     table = full_table.clone()
@@ -566,33 +818,42 @@ def export(
     save_file(state, out / "open_clip_model.safetensors")
     whole = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
     (out / "open_clip_config.json").write_text(json.dumps(whole, indent=2) + "\n")
-    tokens = sorted(t for t in lexicon.tokens if t not in (0, SOT, EOT))
-    (out / "vocabulary.json").write_text(json.dumps(tokens) + "\n")
+    (out / "vocabulary.json").write_text(json.dumps(sorted(lexicon.whole)) + "\n")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="emoji-clip")
     parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
     parser.add_argument("--out", type=Path, help="default: where the model belongs")
-    parser.add_argument("--epochs", type=int, help="default: those of the model")
+    parser.add_argument("--init", type=Path, help="folder of the model to start from")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, help="default: that of the model")
+    parser.add_argument("--hottest", type=float, default=Plan.hottest)
+    parser.add_argument("--alignment", type=float, default=Plan.alignment)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the last export in --out; the optimiser starts anew",
-    )
+    parser.add_argument("--checkpoint", type=Path, help="default: build/MODEL/checkpoint.pt")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--evaluate", action="store_true", help="measure what is in --out, as JSON")
-    arguments = vars(parser.parse_args())
-    model = MODELS[arguments.pop("model")]
-    for name, value in arguments.items():
-        arguments[name] = getattr(model, name) if value is None else value
-    if arguments.pop("evaluate"):
-        print(json.dumps(evaluate_exported(arguments["folder"], arguments["out"])))
-    else:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        train(config=model.config, **arguments)
+    a = parser.parse_args()
+    model = MODELS[a.model]
+    out = a.out or model.out
+    if a.evaluate:
+        print(json.dumps(evaluate_exported(a.folder, out)))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(a.threads)
+    seed = model.seed if a.seed is None else a.seed
+    plan = Plan(a.steps, a.batch, a.lr, seed, a.init, hottest=a.hottest, alignment=a.alignment)
+    checkpoint = a.checkpoint or Path("build") / a.model / "checkpoint.pt"
+    training = Training(a.folder, model, plan, checkpoint)
+    if a.resume:
+        training.resume()
+    training.run(out)
+
+
+if __name__ == "__main__":
+    main()

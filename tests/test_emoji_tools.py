@@ -1,0 +1,112 @@
+"""What `emoji-clip` is trained on and how: captions that are true, and shortcuts that are exact."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.model import CLIP
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import train_emoji_clip as train
+from emoji_captions import COLOUR_WORDS, Captions, Lexicon, looks
+from emoji_data import Drawing, words_of
+from emoji_views import View
+
+RED, GREEN, BLUE = (221, 46, 68), (92, 170, 60), (40, 90, 200)
+
+
+def picture(*columns, turned=False):
+    """A wide bar (64, 64, 4) of colours from left to right, or from top to bottom."""
+    image = np.zeros((64, 64, 4), np.uint8)
+    for k, colour in enumerate(columns):
+        start = 8 + 48 * k // len(columns)
+        image[20:40, start : 8 + 48 * (k + 1) // len(columns)] = (*colour, 255)
+    return image.transpose(1, 0, 2) if turned else image
+
+
+def captions_of(*images, name="parrot", style="noto"):
+    drawings = [Drawing(style, "x", "", name, ["bird"], 3, "train") for _ in images]
+    return Captions(drawings, np.stack(images), Lexicon(), random.Random(0))
+
+
+def test_colours_and_where_they_are_come_from_the_pixels():
+    bar, tower = looks(np.stack([picture(RED, GREEN), picture(RED, GREEN, BLUE, turned=True)]))
+    assert bar.colours == ["green", "red"] or bar.colours == ["red", "green"]
+    assert (bar.places["left"], bar.places["right"]) == ("red", "green")
+    assert (tower.places["top"], tower.places["bottom"]) == ("red", "blue")
+    assert "wide" in bar.shapes and "tall" in tower.shapes
+    assert bar.has("red") and not bar.has("blue")
+    assert "blue" in bar.false_colours() and "green" not in bar.false_colours()
+
+
+def test_captions_say_only_colours_that_are_there():
+    written = captions_of(picture(RED, GREEN))
+    said = set()
+    for _ in range(300):
+        said |= set(words_of(written.caption(View((0,), False, "white"), 14).text)) & COLOUR_WORDS
+    assert {"red", "green"} <= said
+    assert all(written.looks[0].has(word) for word in said - {"white"})
+
+
+def test_sides_change_when_the_view_is_mirrored():
+    written = captions_of(picture(RED, GREEN))
+    for flip, side in ((False, "left"), (True, "right")):
+        texts = [written._placed(0, "parrot", flip) for _ in range(50)]
+        assert all(f"red at the {side}" in t or "red " + side in t for t in texts if "red" in t)
+
+
+def test_phrases_with_colours_are_for_drawings_that_have_them():
+    green, blue = (captions_of(picture(colour), name="frog") for colour in (GREEN, BLUE))
+    black = captions_of(picture((0, 0, 0)), name="frog", style="emojione-monotone")
+    said = [" ".join(one.phrases[0]).split() for one in (green, blue, black)]
+    assert ["green" in words for words in said] == [True, False, False]
+
+
+def test_what_is_nearly_true_differs_and_uses_known_words():
+    written = captions_of(picture(RED, GREEN))
+    known = len(written.lexicon.tokens)
+    for _ in range(300):
+        view = View((0,), False, "white")
+        caption = written.caption(view, 14)
+        wrong = written.nearly(caption, view)
+        assert wrong != caption.text
+        for text in (caption.text, wrong, written.corrupted(caption)):
+            written.lexicon.ids(text)
+    assert len(written.lexicon.tokens) == known
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    image = {"image_size": 64, "width": 32, "head_width": 64, "layers": [1, 1, 1, 1]}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    return CLIP(32, image | {"patch_size": None}, text).eval()
+
+
+@torch.no_grad()
+def test_texts_of_all_lengths_are_encoded_as_open_clip_does(model):
+    rows = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    whole = torch.zeros(3, 77, dtype=torch.long)
+    for row, ids in zip(rows, whole, strict=True):
+        ids[: len(row) + 2] = torch.tensor([49406, *row, 49407])
+    theirs = model.encode_text(whole, normalize=True)
+    for row, one in zip(rows, theirs, strict=True):
+        embeddings = model.token_embedding(torch.tensor([[49406, *row, 49407]]))
+        ours = train.encode_text(model, embeddings, torch.tensor([len(row) + 1]))
+        torch.testing.assert_close(ours[0], one)
+
+
+@torch.no_grad()
+def test_the_image_tower_in_two_parts_is_the_whole(model):
+    for norm in (m for m in model.visual.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 3, 64, 64)
+    visual = model.visual
+    halves = train.attention_pool(visual.attnpool, visual.layer4(train.frozen_trunk(visual)(x)))
+    torch.testing.assert_close(halves, visual(x), rtol=1e-3, atol=1e-4)
