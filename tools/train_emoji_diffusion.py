@@ -1,0 +1,472 @@
+"""Train `emoji-diffusion`, a small latent diffusion model whose text encoder is `emoji-clip`.
+
+    pip install -e ".[diffusers,train]"
+    python tools/train_emoji_diffusion.py autoencoder
+    python tools/train_emoji_diffusion.py unet
+    python tools/train_emoji_diffusion.py export
+
+The exported folder is an ordinary Stable Diffusion pipeline: `StableDiffusionPipeline` of diffusers
+loads it without code of this project. The autoencoder has 4 latent channels and turns 64x64 pixels
+into 16x16 latents. The U-Net reads the hidden states of `emoji-clip`'s own text tower, which stays
+frozen, as Stable Diffusion reads those of CLIP. Drawings, captions and split are those of
+`train_emoji_clip.py`: the held-out style and names are never used here.
+
+Every stage writes a checkpoint to --runs every few minutes and resumes from it. On two cores without
+AVX-512 the autoencoder takes about an hour and the U-Net about six.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from emoji_captions import Captions, Lexicon
+from emoji_data import Drawing, prepare
+from emoji_views import BACKGROUNDS, View, composite
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+log = logging.getLogger("train_emoji_diffusion")
+
+CLIP = Path("pez_core/models/emoji-clip")
+OUT = Path("pez_core/models/emoji-diffusion")
+SAVE_SECONDS, LOG_EVERY = 300, 50
+CONTEXT = 77
+NO_CAPTION = 0.12  # share of captions left out, for classifier-free guidance
+WHITE = 0.75  # share of drawings on white; the others are on a colour that the caption names
+EMA = 0.999
+MIN_SNR = 5.0  # Hang et al. 2023: weight of a timestep, min(SNR, 5) / (SNR + 1) for v-prediction
+
+AUTOENCODER = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [16, 48, 64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+    "mid_block_add_attention": False,
+}
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [64, 128, 208],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+    "cross_attention_dim": 128,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def text_encoder(folder: Path) -> CLIPTextModel:
+    """The text tower of an open_clip model as a `CLIPTextModel`, with equal hidden states."""
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    width, layers = config["width"], config["layers"]
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=config["heads"],
+            max_position_embeddings=config["context_length"],
+            hidden_act="gelu",
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=49407,
+        )
+    )
+    state = load_file(folder / "open_clip_model.safetensors")
+    table = "embeddings.token_embedding.weight"
+    prefix = next(n.removesuffix(table) for n in model.state_dict() if n.endswith(table))
+    new = {
+        f"{prefix}embeddings.token_embedding.weight": state["token_embedding.weight"],
+        f"{prefix}embeddings.position_embedding.weight": state["positional_embedding"],
+        f"{prefix}final_layer_norm.weight": state["ln_final.weight"],
+        f"{prefix}final_layer_norm.bias": state["ln_final.bias"],
+    }
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for k in range(layers):
+        there, here = f"transformer.resblocks.{k}.", f"{prefix}encoder.layers.{k}."
+        for end in ("weight", "bias"):
+            for old, name in names.items():
+                new[f"{here}{name}.{end}"] = state[f"{there}{old}.{end}"]
+            parts = state[f"{there}attn.in_proj_{end}"].chunk(3)
+            for letter, part in zip("qkv", parts, strict=True):
+                new[f"{here}self_attn.{letter}_proj.{end}"] = part
+    missing, unexpected = model.load_state_dict(
+        {name: value.float() for name, value in new.items()}, strict=False
+    )
+    if unexpected or any("position_ids" not in name for name in missing):
+        raise RuntimeError(f"the text tower does not fit: {missing} {unexpected}")
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer, made of the vocabulary that open_clip ships."""
+    import open_clip
+
+    simple = open_clip.SimpleTokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        ids = simple.encoder | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+        own = {"<start_of_text>", "<end_of_text>"}  # what open_clip calls them
+        ids = {token: k for token, k in ids.items() if token not in own}
+        vocabulary.write_text(json.dumps(ids), "utf-8")
+        ranked = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in ranked)]
+        merges.write_text("\n".join(lines) + "\n", "utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training drawings.
+
+    Attributes:
+        drawings, pixels: all drawings and their (N, 4, 64, 64) values in [0, 255].
+        index: of those that may be trained on.
+    """
+
+    drawings: list[Drawing]
+    pixels: torch.Tensor
+    index: list[int]
+
+    def on(self, chosen: list[int], backgrounds: list[str], flip: list[bool]) -> torch.Tensor:
+        """(n, 3, 64, 64) values in [-1, 1] of drawings on backgrounds, some mirrored."""
+        colours = torch.tensor([BACKGROUNDS[name] for name in backgrounds]) / 255
+        images = composite(self.pixels[chosen].float() / 255, colours)
+        mirror = torch.tensor(flip)[:, None, None, None]
+        return torch.where(mirror, images.flip(-1), images)
+
+
+def load_data(folder: Path) -> Data:
+    drawings, pixels = prepare(folder)
+    index = [i for i, d in enumerate(drawings) if d.split == "train"]
+    return Data(drawings, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), index)
+
+
+def batches(index: list[int], size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Batches of shuffled indices for ever."""
+    while True:
+        order = rng.sample(index, len(index))
+        yield from (order[k : k + size] for k in range(0, len(order) - size + 1, size))
+
+
+class Run:
+    """A training that saves its state every few minutes and resumes from it."""
+
+    def __init__(self, path: Path, model: nn.Module, lr: float, steps: int) -> None:
+        self.path, self.model, self.lr, self.steps = path, model, lr, steps
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+        self.average = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        self.step, self._saved = 0, time.monotonic()
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step = state["average"], state["step"]
+            log.info("resumed at step %d of %d", self.step, steps)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step of the optimiser, with warm-up and cosine decay."""
+        warm = min(1.0, (self.step + 1) / 500)
+        rate = (
+            self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(EMA, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - keep)
+        if time.monotonic() - self._saved > SAVE_SECONDS or self.step == self.steps:
+            self.save()
+
+    def save(self) -> None:
+        self._saved = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "step": self.step,
+            },
+            part,
+        )
+        part.replace(self.path)
+
+
+def train_autoencoder(data: Data, runs: Path, steps: int, batch: int, seed: int) -> None:
+    """Reconstruction by L1 and edges, with a small KL term."""
+    torch.manual_seed(seed)
+    model = AutoencoderKL.from_config(AUTOENCODER).to(memory_format=torch.channels_last)
+    run = Run(runs / "autoencoder.pt", model, 1.5e-3, steps)
+    rng = random.Random(seed + run.step)
+    for chosen in batches(data.index, batch, rng):
+        if run.step >= steps:
+            break
+        names = [rng.choice(list(BACKGROUNDS)) if rng.random() > WHITE else "white" for _ in chosen]
+        x = data.on(chosen, names, [rng.random() < 0.5 for _ in chosen])
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = model.encode(x).latent_dist
+        found = model.decode(posterior.sample()).sample
+        flat = F.l1_loss(found, x)
+        loss = flat + _edges(found, x) + 1e-6 * posterior.kl().mean()
+        run.update(loss)
+        if run.step % LOG_EVERY == 0:
+            log.info("autoencoder %d: L1 %.4f loss %.4f", run.step, flat, loss)
+            _save_grid(torch.cat([x[:8], found[:8].detach()]), runs / "autoencoder.png")
+
+
+def _edges(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 of the differences between neighbouring pixels, which keeps outlines sharp."""
+    rows = F.l1_loss(found.diff(dim=2), x.diff(dim=2))
+    return rows + F.l1_loss(found.diff(dim=3), x.diff(dim=3))
+
+
+def load_autoencoder(runs: Path) -> AutoencoderKL:
+    model = AutoencoderKL.from_config(AUTOENCODER)
+    model.load_state_dict(torch.load(runs / "autoencoder.pt", weights_only=True)["average"])
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scaled latents of every training drawing on white, plain and mirrored.
+
+    Attributes:
+        values: (2, drawings, 4, 16, 16) in the order of `Data.index`.
+        scale: `scaling_factor` of the autoencoder, the inverse of their standard deviation.
+    """
+
+    values: torch.Tensor
+    scale: float
+
+
+@torch.no_grad()
+def encode_all(data: Data, autoencoder: AutoencoderKL, runs: Path) -> Latents:
+    """The latents, computed once."""
+    path = runs / "latents.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        return Latents(state["values"], state["scale"])
+    rows = []
+    for flip in (False, True):
+        for k in range(0, len(data.index), 128):
+            part = data.index[k : k + 128]
+            x = data.on(part, ["white"] * len(part), [flip] * len(part))
+            rows.append(autoencoder.encode(x).latent_dist.mode().half())
+    values = torch.cat(rows).view(2, len(data.index), *rows[0].shape[1:])
+    scale = 1 / values.float().std().item()
+    torch.save({"values": values, "scale": scale}, path)
+    return Latents(values, scale)
+
+
+def train_unet(data: Data, runs: Path, steps: int, batch: int, seed: int, clip: Path) -> None:
+    """v-prediction on latents, conditioned on captions of all kinds that a person may write."""
+    torch.manual_seed(seed)
+    autoencoder = load_autoencoder(runs)
+    latents = encode_all(data, autoencoder, runs)
+    model = UNet2DConditionModel.from_config(UNET)
+    run = Run(runs / "unet.pt", model, 1e-3, steps)
+    rng = random.Random(seed + run.step)
+    generator = torch.Generator().manual_seed(seed + run.step)
+    encoder, words = text_encoder(clip), tokenizer()
+    pixels = data.pixels.permute(0, 2, 3, 1).numpy()
+    captions = Captions(data.drawings, pixels, Lexicon(), rng)
+    scheduler = DDIMScheduler.from_config(SCHEDULER)
+    place = {i: k for k, i in enumerate(data.index)}
+    began, first = time.monotonic(), run.step
+    for chosen in batches(data.index, batch, rng):
+        if run.step >= steps:
+            break
+        views = [_view(data, i, rng) for i in chosen]
+        z = torch.stack([latents.values[int(v.flip), place[v.shown[0]]] for v in views]).float()
+        coloured = [k for k, v in enumerate(views) if v.background != "white"]
+        if coloured:
+            names, flips = zip(
+                *[(views[k].background, views[k].flip) for k in coloured], strict=True
+            )
+            x = data.on([chosen[k] for k in coloured], list(names), list(flips))
+            with torch.no_grad():
+                z[coloured] = autoencoder.encode(x).latent_dist.mode()
+        loss = _diffusion_loss(
+            model,
+            scheduler,
+            z * latents.scale,
+            _states(encoder, words, captions, views, rng),
+            generator,
+        )
+        run.update(loss)
+        if run.step % LOG_EVERY == 0:
+            seconds = (time.monotonic() - began) / (run.step - first)
+            log.info("unet %d: loss %.4f, %.2f s each", run.step, loss, seconds)
+
+
+def _view(data: Data, i: int, rng: random.Random) -> View:
+    words = set(data.drawings[i].name.split()) | {
+        w for k in data.drawings[i].keywords for w in k.split()
+    }
+    flip = rng.random() < 0.5 and not words & {"left", "right"}
+    background = "white" if rng.random() < WHITE else rng.choice(list(BACKGROUNDS))
+    return View((i,), flip, background)
+
+
+@torch.no_grad()
+def _states(
+    encoder: CLIPTextModel,
+    words: CLIPTokenizer,
+    captions: Captions,
+    views: list[View],
+    rng: random.Random,
+) -> torch.Tensor:
+    """(n, 77, width) hidden states of a caption of each view; some are empty."""
+    texts = []
+    for view in views:
+        text = captions.caption(view, 16).text
+        if view.background != "white" and view.background not in text:
+            text = f"{text}, {view.background} background"
+        texts.append("" if rng.random() < NO_CAPTION else text)
+    ids = words(
+        texts, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
+    ).input_ids
+    return encoder(ids).last_hidden_state
+
+
+def _diffusion_loss(
+    model: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    z: torch.Tensor,
+    states: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    noise = torch.randn(z.shape, generator=generator)
+    steps = torch.randint(scheduler.config.num_train_timesteps, (len(z),), generator=generator)
+    noisy = scheduler.add_noise(z, noise, steps)
+    target = scheduler.get_velocity(z, noise, steps)
+    found = model(noisy, steps, states).sample
+    signal = scheduler.alphas_cumprod[steps]
+    snr = signal / (1 - signal)
+    weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+    return (weight * (found - target).square().mean((1, 2, 3))).mean() / weight.mean()
+
+
+def build(runs: Path, clip: Path) -> StableDiffusionPipeline:
+    """The pipeline of the weights in `runs`."""
+    autoencoder = load_autoencoder(runs)
+    autoencoder.register_to_config(
+        scaling_factor=torch.load(runs / "latents.pt", weights_only=True)["scale"]
+    )
+    model = UNet2DConditionModel.from_config(UNET)
+    model.load_state_dict(torch.load(runs / "unet.pt", weights_only=True)["average"])
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder(clip),
+        tokenizer=tokenizer(),
+        unet=model.eval(),
+        scheduler=DDIMScheduler.from_config(SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sample(runs: Path, clip: Path, texts: list[str], path: Path, guidance_scale: float) -> None:
+    """A grid of four images for each text."""
+    pipe = build(runs, clip)
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for text in texts:
+        made = pipe(
+            text,
+            num_images_per_prompt=4,
+            num_inference_steps=25,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        )
+        images.append(made.images * 2 - 1)
+    _save_grid(torch.cat(images), path, columns=4)
+
+
+def _save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
+    rows = [torch.cat([*row], dim=2) for row in images.float().split(columns)]
+    pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(pixels)).resize(
+        (pixels.shape[1] * 2, pixels.shape[0] * 2), Image.Resampling.NEAREST
+    ).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["autoencoder", "unet", "sample", "export"])
+    parser.add_argument("texts", nargs="*", help="for sample")
+    parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--runs", type=Path, default=Path("build/emoji-diffusion"))
+    parser.add_argument("--clip", type=Path, default=CLIP)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--batch", type=int, help="default: 16 for the autoencoder, 64 for the U-Net"
+    )
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if a.stage == "sample":
+        sample(a.runs, a.clip, a.texts, a.runs / "samples.png", a.guidance_scale)
+    elif a.stage == "export":
+        build(a.runs, a.clip).to(dtype=torch.float16).save_pretrained(a.out)
+    elif a.stage == "autoencoder":
+        train_autoencoder(load_data(a.folder), a.runs, a.steps or 6_000, a.batch or 16, a.seed)
+    else:
+        train_unet(load_data(a.folder), a.runs, a.steps or 8_000, a.batch or 64, a.seed, a.clip)
+
+
+if __name__ == "__main__":
+    main()
