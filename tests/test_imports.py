@@ -12,13 +12,6 @@ from conftest import ROOT
 
 # Lines of a function without its docstring.
 LONGEST = 60
-# Files whose long functions are still to be split.
-EXEMPT = {
-    "nodes/learning.py",
-    "nodes/words.py",
-    "pez_core/diffusion/evaluation.py",
-    "pez_core/diffusion/pipeline.py",
-}
 
 
 def modules_after(code: str) -> set[str]:
@@ -110,15 +103,10 @@ def lengths(path):
 def test_functions_are_short(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    long = {
-        f"{path.relative_to(ROOT).as_posix()}: {name}": lines
+    long = [
+        f"{path.relative_to(ROOT).as_posix()}: {name} has {lines} lines"
         for path in files
         for name, lines in lengths(path)
         if lines > LONGEST
-    }
-    wrong = [
-        f"{name} has {n} lines" for name, n in long.items() if name.split(":")[0] not in EXEMPT
     ]
-    assert not wrong, "\n".join(wrong)
-    done = {name for name in EXEMPT if name.startswith(folder)} - {n.split(":")[0] for n in long}
-    assert not done, f"no function is long any more; take out of EXEMPT: {sorted(done)}"
+    assert not long, "\n".join(long)
