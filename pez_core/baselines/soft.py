@@ -61,10 +61,10 @@ def soft_prompt(
         # the reported P is that before the step of the optimiser, whose scores are computed
         prompt, soft_scores = P.detach().clone(), torch.zeros(len(ids), device=P.device)
 
-        def report(progress: SoftProgress) -> bool | None:
+        def report(_: Progress) -> bool | None:
             projected_ids = space.nearest(prompt)
             with torch.no_grad():
-                _, scores = objective(space.embed(projected_ids), progress.step - 1)
+                scores = objective(space.embed(projected_ids), progress.step - 1)[1]
             last.reset(ids)
             last.update(projected_ids, scores)
             progress.ids, progress.scores = last.ids, last.scores
@@ -73,9 +73,9 @@ def soft_prompt(
             return callback is not None and callback(progress)
 
         last = Tracker(ids, replace(settings, patience=None), report, acceptable, checkpoint)
-        last.progress = SoftProgress(**vars(last.progress))
+        last.progress = progress = SoftProgress(**vars(last.progress))
         begin = last.resume(P, optimizer, tensors=[prompt, soft_scores])
-        last.progress.embeddings, last.progress.soft_scores = prompt.clone(), soft_scores.clone()
+        progress.embeddings, progress.soft_scores = prompt.clone(), soft_scores.clone()
         for step in range(begin, settings.steps):
             loss, scores = objective(P, step)
             (P.grad,) = torch.autograd.grad(loss.sum(), P)
@@ -86,4 +86,4 @@ def soft_prompt(
             optimizer.step()
             if last.end_step():
                 break
-    return last.progress
+    return progress

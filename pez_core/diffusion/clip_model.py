@@ -103,7 +103,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any
     ) -> PezClipModel:
         """As `ModelMixin.from_pretrained`.
 

@@ -466,7 +466,7 @@ def _latents(
 
 
 def _encode(
-    encoder: nn.Module, ids: torch.Tensor, embeddings: torch.Tensor, start: int, xl: bool
+    encoder: Any, ids: torch.Tensor, embeddings: torch.Tensor, start: int, xl: bool
 ) -> list[torch.Tensor]:
     """States, and pooled ones if any, of ids whose embeddings from `start` on are replaced.
 

@@ -145,11 +145,12 @@ def evaluate(
     accepted = _accepted(pipeline, [*kwargs, *(["generator"] if generator is not None else [])])
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
     scored = _Scored(texts, _targets(images, len(texts)), judge, searched)
+    make: Any = pipeline  # the base class has no `__call__`
     for k, text in enumerate(texts):
         # a pipeline without several images per prompt gets the prompt several times
         repeated = text if "num_images_per_prompt" in settings else [text] * num_images_per_prompt
         try:
-            scored.add(pipeline(prompt=repeated, **generators[k], **settings)[0])
+            scored.add(make(prompt=repeated, **generators[k], **settings)[0])
         except Exception as error:
             raise EvaluationError(
                 f"Prompt {k + 1} of {len(texts)}, {text!r}, failed ({error}); `partial` has the "
@@ -247,20 +248,12 @@ def _clip(model: PezClipModel | AnyClip) -> AnyClip:
 
 
 def _check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyClip | None) -> None:
-    towers = []
-    for argument, model in (("judge", judge), ("searched", searched)):
-        if argument == "searched" and model is None:
-            return
-        clip = _clip(model)
-        if not isinstance(clip, (Clip, JointClip)):
-            raise ArgumentTypeError(
-                argument,
-                f"has to be a CLIP from `load_clip` or a PezClipModel but is "
-                f"{type(model).__name__}",
-            )
-        towers.append(clip.clips if isinstance(clip, JointClip) else [clip])
-    for one in towers[0]:
-        if any(_same(one, other) for other in towers[1]):
+    judges = _towers("judge", judge)
+    if searched is None:
+        return
+    others = _towers("searched", searched)
+    for one in judges:
+        if any(_same(one, other) for other in others):
             raise ArgumentError(
                 "judge",
                 f"is {one.name}, on which the prompts were learned",
@@ -268,11 +261,21 @@ def _check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyC
             )
 
 
+def _towers(argument: str, model: PezClipModel | AnyClip) -> list[Clip]:
+    clip = _clip(model)
+    if not isinstance(clip, (Clip, JointClip)):
+        raise ArgumentTypeError(
+            argument,
+            f"has to be a CLIP from `load_clip` or a PezClipModel but is {type(model).__name__}",
+        )
+    return clip.clips if isinstance(clip, JointClip) else [clip]
+
+
 def _same(a: Clip, b: Clip) -> bool:
     """Whether two CLIPs have the same weights, under any names and in any precision."""
-    tables = [clip.text.token_embedding.detach()[:1000].float().cpu() for clip in (a, b)]
+    first, second = (clip.text.token_embedding.detach()[:1000].float().cpu() for clip in (a, b))
     return a.name == b.name or (
-        tables[0].shape == tables[1].shape and torch.allclose(*tables, atol=1e-3)
+        first.shape == second.shape and torch.allclose(first, second, atol=1e-3)
     )
 
 
@@ -320,8 +323,8 @@ def _generators(
     return [{"generator": generator[k * each : (k + 1) * each]} for k in range(prompts)]
 
 
-def _targets(images: Targets, prompts: int) -> list[list[Image.Image]]:
-    """The targets of each prompt."""
+def _targets(images: Any, prompts: int) -> list[list[Image.Image]]:
+    """The targets of each prompt, from `Targets`."""
     if not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) != 4:
         return [load_images(images)[0]] * prompts
     entries = list(images)

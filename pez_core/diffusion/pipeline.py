@@ -49,7 +49,8 @@ from .tasks import TASKS, apply_style, calls_of, check_task, count_prompts, task
 
 logger = logging.getLogger(__name__)
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 PezCallback = Callable[["PezPipeline", int, Report], Any]
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -147,7 +148,7 @@ class PezPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["clip"]  # noqa: RUF012
     _optional_components = ["pipeline"]  # noqa: RUF012
 
-    def __init__(self, clip: PezClipModel, pipeline: DiffusionPipeline = None) -> None:
+    def __init__(self, clip: PezClipModel, pipeline: DiffusionPipeline | None = None) -> None:
         super().__init__()
         if pipeline is not None:
             _check_pipeline(pipeline)
@@ -251,7 +252,7 @@ class PezPipeline(DiffusionPipeline):
         return pez
 
     @classmethod
-    def from_pipe(
+    def from_pipe(  # pyright: ignore[reportIncompatibleMethodOverride] - takes no components
         cls,
         pipeline: DiffusionPipeline,
         clip: PezClipModel | AnyClip | str | Sequence[str] | None = None,
@@ -724,12 +725,8 @@ class PezPipeline(DiffusionPipeline):
 # Components.
 
 
-def _component(
-    clip: PezClipModel | AnyClip | str | Sequence[str],
-    pretrained: str | None = None,
-    download: bool = False,
-) -> PezClipModel:
-    """A CLIP, or the name of one, as a component."""
+def _component(clip: Any, pretrained: str | None = None, download: bool = False) -> PezClipModel:
+    """A CLIP, or the name of one, as a component; `from_clip` refuses everything else."""
     if isinstance(clip, PezClipModel):
         return clip
     if not isinstance(clip, (str, list, tuple)):

@@ -27,9 +27,11 @@ class PromptedClassifier(ABC):
     has_fluency: bool
 
     def __init__(self, model: torch.nn.Module, text: Format) -> None:
-        self.model, self.text = model, text
+        # the methods of transformers are not those of Module
+        self.model: Any = model
+        self.text = text
         self.device = next(model.parameters()).device
-        self.dtype = model.get_input_embeddings().weight.dtype
+        self.dtype = self.model.get_input_embeddings().weight.dtype
         parameters = inspect.signature(model.forward).parameters
         # transformers 5 has another name for it
         self._cache = "cache" if "cache" in parameters else "past_key_values"
@@ -129,7 +131,7 @@ class CausalClassifier(PromptedClassifier):
     def _tied(self) -> float | None:
         """The output row of a token as a multiple of its embedding; None: they are not tied."""
         output = getattr(self.model.get_output_embeddings(), "weight", None)
-        if output is not self.model.get_input_embeddings().weight:
+        if output is None or output is not self.model.get_input_embeddings().weight:
             return None
         return float(output.float().norm() / self.table.float().norm())
 
@@ -219,7 +221,7 @@ class EncoderDecoderClassifier(PromptedClassifier):
         return logits[:, -1, self._words].float().view(rows, n, -1), None
 
 
-def classifier_of(model: torch.nn.Module, text: Format) -> PromptedClassifier:
+def classifier_of(model: Any, text: Format) -> PromptedClassifier:
     """The classifier of a causal or an encoder-decoder model."""
     kind = EncoderDecoderClassifier if model.config.is_encoder_decoder else CausalClassifier
     return kind(model, text)

@@ -14,9 +14,10 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -161,8 +162,7 @@ def _of_datasets(
             f"is a task whose examples ({name[0]}) need the package datasets",
             "pip install datasets, or give a file of your own",
         )
-    import datasets
-
+    datasets: Any = import_module("datasets")
     given = name if source is None else (str(source),)
     # the only setting that it checks before it uses the network
     offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not download
@@ -249,10 +249,17 @@ def _in_folder(folder: Path) -> dict[str, bytes]:
 def _in_sdist(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as outer:
         (inner,) = [one for one in outer.getmembers() if one.name.endswith(_SNIPPETS)]
-        data = outer.extractfile(inner).read()
+        data = _content(outer, inner)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         names = {Path(one.name).name: one for one in archive.getmembers()}
-        return {label: archive.extractfile(names[file]).read() for label, file in _FILES.items()}
+        return {label: _content(archive, names[file]) for label, file in _FILES.items()}
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name} is not a file")
+    return file.read()
 
 
 def _fetched(download: bool) -> Path:
@@ -283,8 +290,8 @@ def _fetched(download: bool) -> Path:
         return files[0].replace(folder / files[0].name)
 
 
-_TWO = {0: "negative", 1: "positive"}
-_REVIEW = {"negative": "negative", "positive": "positive"}
+_TWO: dict[Hashable, str] = {0: "negative", 1: "positive"}
+_REVIEW: dict[Hashable, str] = {"negative": "negative", "positive": "positive"}
 _PACKAGE = f"source package of {_VADER}"
 
 # Templates, verbalizers and lengths of the first three are those of the paper's code (table 4).

@@ -69,7 +69,8 @@ class TaskLoss:
             size = min(size, _ON_CPU)
         parts = [batch[k : k + size] for k in range(0, len(batch), size)]
         if len(parts) == 1 or not embeddings.requires_grad:
-            loss = sum(self._loss(embeddings, ids, part, len(batch)) for part in parts)
+            losses = (self._loss(embeddings, ids, part, len(batch)) for part in parts)
+            loss = sum(losses, torch.zeros(len(embeddings), device=embeddings.device))
         else:
             loss = self._accumulated(embeddings, ids, parts, len(batch))
         if self.checks_holdout(step + 1):

@@ -195,14 +195,20 @@ def _frame(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "Give --task, or --data with --template and a --word LABEL=WORD for each label."
         )
-    task = TASKS[arguments.task] if arguments.task else None
-    if task and not arguments.data:  # its labels may be numbers
-        labels = {str(label): label for label in task.verbalizer}
+    if not arguments.task:
+        return {
+            "template": arguments.template,
+            "verbalizer": words,
+            "max_length": arguments.max_length or 128,
+        }
+    task = TASKS[arguments.task]
+    if not arguments.data:  # its labels may be numbers
+        labels: dict[Hashable, Hashable] = {str(label): label for label in task.verbalizer}
         words = {labels.get(label, label): word for label, word in words.items()}
     return {
         "template": arguments.template or task.template,
         "verbalizer": words or dict(task.verbalizer),
-        "max_length": arguments.max_length or (task.max_length if task else 128),
+        "max_length": arguments.max_length or task.max_length,
     }
 
 
@@ -213,12 +219,12 @@ def _splits(
     other_templates: Sequence[str] = (),
 ) -> Splits:
     """Training and test examples; those of a file serve as both."""
-    if arguments.data is None and task is None:
-        raise ValueError(f"{arguments.tuned} was learned from a file; give it with --data.")
     if arguments.data is None:
+        if task is None:
+            raise ValueError(f"{arguments.tuned} was learned from a file; give it with --data.")
         return load_task(task, arguments.source, arguments.download)
     # labels of a file are text, but may be numbers in the verbalizer of a task
-    labels = {str(label): label for label in frame["verbalizer"]}
+    labels: dict[Hashable, Hashable] = {str(label): label for label in frame["verbalizer"]}
     read = read_examples(arguments.data, arguments.label)
     _check_file(arguments.data, read, labels, [frame["template"], *other_templates])
     examples = [(text, labels[label]) for text, label in read]
@@ -226,7 +232,7 @@ def _splits(
 
 
 def _check_file(
-    path: str, examples: list[Example], labels: Collection[str], templates: Sequence[str]
+    path: str, examples: list[Example], labels: Collection[Hashable], templates: Sequence[str]
 ) -> None:
     """Check examples before a model is loaded, which takes a while."""
     if not examples:

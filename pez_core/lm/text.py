@@ -28,13 +28,17 @@ def columns_of(template: str) -> list[str]:
         ArgumentError: it names none, or something that is not a plain column.
     """
     try:
-        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+        parts = [part[1:] for part in Formatter().parse(template)]
     except ValueError as error:
         raise ArgumentError(
             "template", f"is {template!r}, which is no valid template ({error})"
         ) from error
-    names = [name for _, name, _, _ in parts]
-    plain = all(n.isidentifier() and not spec and not how for _, n, spec, how in parts)
+    names = [name for name, _, _ in parts if name is not None]
+    plain = all(
+        name.isidentifier() and not spec and not how
+        for name, spec, how in parts
+        if name is not None
+    )
     if not names or not plain:
         raise ArgumentError(
             "template",

@@ -205,14 +205,17 @@ def tune_prompt(
         fluency = _fluency(fluency, classifier)
         examples, held = _encoded(formats, dataset, True), _encoded(formats, holdout, True)
         check_context(classifier, prompt_len, [*examples, *held], "prompt_len")
-        if METHODS[method] is None:
+        search = METHODS[method]
+        if search is None:
             held = _encoded(formats, holdout, False)
             found = [_measured(classifier, "", held, batch_size, seed)]
         else:
             options = {name: given[name] for name in _OPTIONS} | {"fluency": fluency}
             words = whole_words(tokenizer) if whole_words_only else all_tokens(tokenizer)
             space = TokenSpace(classifier.table, words.to(classifier.device))
-            tuning = _Tuning(classifier, space, examples, held, settings, accumulate, options)
+            tuning = _Tuning(
+                classifier, space, search, examples, held, settings, accumulate, options
+            )
             found = tuning.run(restarts, checkpoint, callback)
     found.sort(key=lambda one: (-one.accuracy, one.loss))
     log.debug("tuned %d prompts", len(found))
@@ -232,11 +235,13 @@ class _Tuning:
     """The search of `tune_prompt`, after its arguments are checked and its examples are encoded.
 
     Attributes:
+        search: of `METHODS`.
         options: the arguments of `_OPTIONS`.
     """
 
     classifier: PromptedClassifier
     space: TokenSpace
+    search: Callable[..., Progress]
     examples: list[Encoded]
     held: list[Encoded]
     settings: PezSettings
@@ -280,7 +285,7 @@ class _Tuning:
             self.classifier, self.space, self.examples, holdout, batch_size, options["fluency"],
             self.accumulate, self.settings.steps, options["check_every"], seed,
         )  # fmt: skip
-        progress = METHODS[options["method"]](
+        progress = self.search(
             self.space,
             loss,
             self._initial_ids(generator),
@@ -479,7 +484,7 @@ def _measured(
     return TunedPrompt(prompt, found.accuracy, found.loss, perplexity, ids, seed, 0, [])
 
 
-def _digest_of(model: torch.nn.Module) -> str:
+def _digest_of(model: Any) -> str:
     """Differs where the architecture or the first numbers of any weight differ."""
     beginnings = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
