@@ -193,7 +193,7 @@ def cached(run: dict[str, Any]) -> set[str]:
 
 
 def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Client, snap):
-    editor.load(workflow(steps=100))
+    editor.load(workflow(steps=300))
     state(editor, "idle")
     snap("idle")
 
@@ -202,7 +202,7 @@ def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Clien
     expect(editor.live().locator(".pez-word").first).to_be_visible()
     step = editor.live().locator(".pez-status")
     first = step.inner_text()
-    assert re.fullmatch(r"Step \d+ of 100", first)
+    assert re.fullmatch(r"Step \d+ of 300", first)
     snap("running")
     expect(step).not_to_have_text(first)
     state(editor, "done")
@@ -226,10 +226,10 @@ def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Clien
 
     changed = editor.live().locator(".pez-changed")
     expect(changed).to_be_empty()
-    editor.set_widget(LEARNER, "steps", 101)
+    editor.set_widget(LEARNER, "steps", 301)
     expect(changed).to_have_text("Learned with other settings: steps")
     snap("out-of-date")
-    editor.set_widget(LEARNER, "steps", 100)
+    editor.set_widget(LEARNER, "steps", 300)
     expect(changed).to_be_empty()
 
 
