@@ -111,7 +111,8 @@ class PezClipModel(ModelMixin, ConfigMixin):
             ArgumentError: the config is damaged, would run code, or names files in another place.
         """
         files = {name: kwargs[name] for name in _FILES if name in kwargs}
-        config: Any = cls.load_config(pretrained_model_name_or_path, **files)
+        load_config: Any = cls.load_config  # diffusers types it without None
+        config = load_config(pretrained_model_name_or_path, **files)
         try:
             of_timm = _of_timm(config["towers"])
         except (LookupError, TypeError, AttributeError) as error:
