@@ -110,3 +110,25 @@ def test_the_image_tower_in_two_parts_is_the_whole(model):
     visual = model.visual
     halves = train.attention_pool(visual.attnpool, visual.layer4(train.frozen_trunk(visual)(x)))
     torch.testing.assert_close(halves, visual(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_hunt_only_improves_and_uses_no_barred_token(model):
+    hunt = train.Hunt()
+    barred = torch.zeros(len(model.token_embedding.weight))
+    barred[:1000] = -torch.inf
+    for k in range(train.HUNTED + 1):
+        prompt = torch.randint(1000, 49000, (train.ADVERSARIAL_LEN,))
+        hunt.add(k, prompt, barred, free=False)
+    assert hunt.drawings[:2] == [train.HUNTED, 1] and len(hunt.prompts) == train.HUNTED
+
+    image = nn.functional.normalize(torch.randn(train.HUNTED, 32), dim=1)
+
+    def cosines():
+        embeddings = model.token_embedding(train._edged(hunt.prompts))
+        return train.Hunt._cosines(model, embeddings, image).detach()
+
+    before = cosines()
+    for position in (0, 5, train.ADVERSARIAL_LEN - 1):
+        hunt.improve(model, image, position)
+    assert (cosines() >= before - 1e-6).all() and cosines().mean() > before.mean()
+    assert hunt.prompts.min() >= 1000

@@ -21,8 +21,7 @@ Searched prompts exploit every weakness of the text tower. So training differs f
 * Captions that one change makes false are extra negatives of their own image.
 * Corrupted captions, half of whose words are random, are extra negatives.
 * Later on, bags of the false words that are, each for itself, most similar to the image are extra
-  negatives, and so are prompts that a search by swaps goes on improving against the growing model,
-  with the true words of the drawing excluded.
+  negatives, and so are prompts that a search by swaps goes on improving against the growing model.
 * The temperature stays high, so that true captions have to be much more similar than false ones.
 """
 
@@ -93,7 +92,8 @@ PREPROCESS = {
 CONTENT = 20  # tokens of most captions at most
 ADVERSARIAL_LEN = 16
 SALADS, CORRUPTED, NEARLY = 48, 32, 112  # negatives of each kind in a batch
-HUNTED, CANDIDATES, SWAPS = 32, 4, 1  # prompts of the hunt, tokens tried, positions in a step
+HUNTED, CANDIDATES = 16, 24  # prompts of the hunt, and tokens tried for each in a step
+HUNTED_FOR = 64  # steps that a prompt stays in the hunt
 READ_EVERY = 40  # steps after which all single words are encoded anew
 TEMPTING = 40  # false words that an image's salads are made of
 EACH = 2  # captions of each view, since images take longer than texts
@@ -234,34 +234,41 @@ def contrastive_loss(
 
 
 class Hunt:
-    """Prompts of false words that are improved step by step against the model in training.
+    """Prompts that are improved step by step against the model in training.
 
     Each belongs to a drawing and is changed at one position in each step, to the best of a few
-    tokens that the gradient promises most of. In every step the oldest one gives way to a new one,
+    tokens that the gradient promises most of. From time to time the oldest gives way to a new one,
     which begins with words that are similar to its drawing each for itself. So at any time some of
-    them are as strong as those that a whole search finds.
+    them are as strong as those that a whole search finds. Half of them are made of false words and
+    should not be similar at all; the others of any words, and should not be more similar than
+    sentences are.
 
     Attributes:
         drawings: of each prompt.
         prompts: (HUNTED, ADVERSARIAL_LEN) compact ids.
-        false: (HUNTED, tokens) 0 for tokens that may be used, -inf for true and special ones.
+        barred: (HUNTED, tokens) 0 for tokens that may be used, -inf for the others.
+        free: (HUNTED,) any words may be used.
         oldest: place of the prompt that goes next.
     """
 
     def __init__(self) -> None:
         self.drawings: list[int] = []
         self.prompts = torch.zeros(0, ADVERSARIAL_LEN, dtype=torch.long)
-        self.false = torch.zeros(0, 0)
+        self.barred = torch.zeros(0, 0)
+        self.free = torch.zeros(0, dtype=torch.bool)
         self.oldest = 0
 
-    def add(self, drawing: int, prompt: torch.Tensor, false: torch.Tensor) -> None:
+    def add(self, drawing: int, prompt: torch.Tensor, barred: torch.Tensor, free: bool) -> None:
+        """A new prompt, in place of the oldest where there are enough."""
         if len(self.drawings) < HUNTED:
             self.drawings.append(drawing)
             self.prompts = torch.cat([self.prompts, prompt[None]])
-            self.false = torch.cat([self.false.view(-1, len(false)), false[None]])
+            self.barred = torch.cat([self.barred.view(-1, len(barred)), barred[None]])
+            self.free = torch.cat([self.free, torch.tensor([free])])
             return
         k = self.oldest
-        self.drawings[k], self.prompts[k], self.false[k] = drawing, prompt, false
+        self.drawings[k], self.prompts[k] = drawing, prompt
+        self.barred[k], self.free[k] = barred, free
         self.oldest = (k + 1) % HUNTED
 
     def improve(self, model: CLIP, image: torch.Tensor, position: int) -> None:
@@ -276,7 +283,7 @@ class Hunt:
         embeddings = table[_edged(self.prompts)].requires_grad_()
         now = self._cosines(model, embeddings, image)
         (gradient,) = torch.autograd.grad(now.sum(), embeddings)
-        promise = gradient[:, position + 1] @ table.T + self.false
+        promise = gradient[:, position + 1] @ table.T + self.barred
         tokens = promise.topk(CANDIDATES).indices
         swapped = self.prompts[:, None].repeat(1, CANDIDATES, 1)
         swapped[:, :, position] = tokens
@@ -555,7 +562,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.left = state["step"], state["left"]
-        vars(self.hunt).update(state.get("hunt", {}))
+        if len(state["hunt"]["drawings"]) == HUNTED:
+            vars(self.hunt).update(state["hunt"])
         self.rng.setstate(state["rng"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
@@ -653,17 +661,17 @@ class Training:
         if self.alone is None:
             return None
         hunt = self.hunt
-        for _ in range(1 if len(hunt.drawings) == HUNTED else HUNTED):
-            i = self.rng.choice(self.index)
-            false = self._false_tokens(View((i,), False, "white"))
+        full, due = len(hunt.drawings) == HUNTED, self.step % (HUNTED_FOR // HUNTED) == 0
+        for _ in range(int(due) if full else HUNTED):
+            i, free = self.rng.choice(self.index), self.rng.random() < 0.5
+            barred = self._false_tokens(None if free else View((i,), False, "white"))
             with torch.no_grad():
                 cosines = self._as_shown([i])[0] @ self.alone.T
-            prompt = self._tempting(cosines[None], false[None, 3:])[0]
-            hunt.add(i, prompt, false)
+            prompt = self._tempting(cosines[None], barred[None, 3:])[0]
+            hunt.add(i, prompt, barred, free)
         with torch.no_grad():
             image = self._as_shown(hunt.drawings)
-        for _ in range(SWAPS):
-            hunt.improve(self.model, image, self.rng.randrange(ADVERSARIAL_LEN))
+        hunt.improve(self.model, image, self.rng.randrange(ADVERSARIAL_LEN))
         return image
 
     def _as_shown(self, index: list[int]) -> torch.Tensor:
@@ -682,10 +690,11 @@ class Training:
             self.seen[key] = self.trunk(self.images.plain([i]))
         return self.seen[key]
 
-    def _false_tokens(self, view: View) -> torch.Tensor:
-        """(tokens,) 0, or -inf for those of true words and the special ones."""
+    def _false_tokens(self, view: View | None) -> torch.Tensor:
+        """(tokens,) 0, or -inf for the special ones and those of words that are true of `view`."""
         false = torch.zeros(len(self.lexicon.tokens))
-        false[[0, 1, 2, *self.lexicon.ids(" ".join(self.captions.true_words(view)))]] = -math.inf
+        true = [] if view is None else self.lexicon.ids(" ".join(self.captions.true_words(view)))
+        false[[0, 1, 2, *true]] = -math.inf
         return false
 
     def _tempting(self, cosines: torch.Tensor, false: torch.Tensor) -> torch.Tensor:
@@ -736,7 +745,8 @@ class Training:
             features = encode_rows(self.model, rows, longest)
         sizes = [len(written), CORRUPTED, len(attacked), len(salads), NEARLY]
         text, wrong, attacked, salads, nearly = features.split(sizes)
-        negatives = torch.cat([wrong, attacked, salads])
+        false = [] if hunted is None else [attacked[~self.hunt.free]]
+        negatives = torch.cat([wrong, *false, salads])
         scale = self.model.logit_scale.exp()
         same = self._same(chosen, written)
         loss = contrastive_loss(image, text, negatives, nearly, same, scale)
@@ -745,8 +755,11 @@ class Training:
         others = (image @ text.T).mean()
         fooled = (image[: len(salads) * EACH : EACH] * salads).sum(1)
         apart = 1 - sentences.mean() + others.relu() + fooled.relu().sum() / SALADS
-        found = torch.zeros(0) if hunted is None else (hunted * attacked).sum(1)
-        self._update(loss + plan.alignment * (apart + found.relu().sum() / HUNTED))
+        if hunted is not None:
+            found = (hunted * attacked).sum(1)
+            limit = self.hunt.free * sentences.mean().detach()
+            apart = apart + (found - limit).relu().mean()
+        self._update(loss + plan.alignment * apart)
         levels = {
             "loss": loss,
             "true": true.mean(),
@@ -760,7 +773,8 @@ class Training:
         if len(salads):
             levels["salads"] = fooled.mean()
         if len(attacked):
-            levels["adversarial"], levels["strongest"] = found.mean(), found.max()
+            for name, kind in (("false", ~self.hunt.free), ("free", self.hunt.free)):
+                levels[name] = found[kind].mean()
         self.step += 1
         return {name: value.item() for name, value in levels.items()}
 
