@@ -34,7 +34,7 @@ def answer(value):
 """
 
 
-def inside(code: str, timeout: float = 120) -> Any:
+def inside(code: str, timeout: float = 280) -> Any:
     """Run `code` with the pack as `pez_pack`; returns what it gives to `answer`.
 
     Raises:
