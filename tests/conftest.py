@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import open_clip
@@ -8,6 +9,11 @@ from open_clip.model import CLIP, CustomTextCLIP
 
 from pez_core import Clip, SearchOptions, load_clip
 from pez_core.clip.images import load_image
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one process per core: more threads would only wait for each other, here and in commands
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
