@@ -580,6 +580,7 @@ def test_the_chain_equals_a_plain_one(
     assert len(emoji_clip.tokenizer.encode(prompt)) <= (max_tokens or 75)
 
 
+@pytest.mark.slow
 def test_the_cases_above_differ_in_what_they_test(emoji_clip, fish):
     plain = partial(greedy, emoji_clip, fish, PHRASES, "")
     assert plain(0, 32)[1] < plain(9, 32)[1]  # it goes on although it gets worse

@@ -448,6 +448,7 @@ def prompts(out):
     return {item: (row["prompt"], row["seed"]) for item, row in read(out).items()}
 
 
+@pytest.mark.slow
 def test_neither_packing_nor_order_nor_a_second_run_changes_a_prompt(images, tmp_path):
     job = search_job(effort="fast", steps=4, swaps=4, prompt_len=4)
     run(images, tmp_path / "all", job, batch_size=5)

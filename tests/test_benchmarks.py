@@ -46,6 +46,8 @@ from unseen import from_folder, unseen
 
 import examples
 
+pytestmark = pytest.mark.slow
+
 DRAWINGS = {"food": ("noto-fish", "noto-wine-glass"), "things": ("noto-glasses",)}
 STEPS = {"0.1": 2, "0.2": 5}  # by budget
 

@@ -22,6 +22,8 @@ from pez_core.capture import NoWaiting, Replay, recorder_for
 from pez_core.objectives import SampledSimilarity, Similarity
 from pez_core.priors import SingleWordPrior, SumOfPriors
 
+pytestmark = pytest.mark.slow
+
 
 class Traced:
     """A recorder for CPUs. As in a CUDA graph every number that Python has becomes a constant, and

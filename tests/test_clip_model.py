@@ -125,6 +125,7 @@ def test_a_clip_without_config_is_refused():
         PezClipModel.from_clip(clip)
 
 
+@pytest.mark.slow
 def test_image_towers_of_timm_compute_while_they_are_built(tmp_path):
     """ViTamin's does, which fails on weights that are not there yet."""
     vision = {
@@ -192,6 +193,7 @@ def test_code_that_a_config_names_is_not_run(tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.slow
 def test_a_config_does_not_reach_the_network(tmp_path):
     folder = _stranger(tmp_path / "clip", "hf-hub:stranger/repository")
     asked = []

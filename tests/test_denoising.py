@@ -26,6 +26,8 @@ from pez_core import ArgumentError, JointClip, PezPipeline, SearchOptions, Vocab
 from pez_core.diffusion import DenoisingLoss
 from pez_core.diffusion.denoising import denoising_loss
 
+pytestmark = pytest.mark.slow
+
 PAPER = SearchOptions(effort="paper")
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
 COLOURS = {

@@ -43,6 +43,7 @@ SMALLER = {
     "pipe(image=": "pipe(height=32, width=32, image=",
     'load_clip("ViT-bigG-14:laion2b_s39b_b160k", download=True)': "neutral",
     "--time-limit 60": "--time-limit 0.1",
+    "judge, num_images_per_prompt=4": "judge, num_images_per_prompt=4, height=32, width=32",
 }
 TINY = {"steps": 2, "swaps": 2, "trials": 2, "screened": 8}
 
@@ -69,7 +70,11 @@ def is_run(block: Block) -> bool:
     return not block.comment.startswith("not run") and block.comment not in MARKED
 
 
-RUN = [page for page in PAGES if any(map(is_run, blocks_of(page)))]
+RUN = [
+    pytest.param(page, marks=() if page.stem == "README" else pytest.mark.slow, id=page.stem)
+    for page in PAGES
+    if any(map(is_run, blocks_of(page)))
+]
 
 
 @pytest.fixture
@@ -152,7 +157,7 @@ def run_bash(code: str, folder) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN)
 def test_the_blocks_of_a_page_run(page, desk, tiny, tiny_clip, capsys):
     if page.stem == "datasets":
         make_tables(desk)

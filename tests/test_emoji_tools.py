@@ -60,6 +60,7 @@ def test_sides_change_when_the_view_is_mirrored():
         assert all(f"red at the {side}" in t or "red " + side in t for t in texts if "red" in t)
 
 
+@pytest.mark.slow
 def test_phrases_with_colours_are_for_drawings_that_have_them():
     green, blue = (captions_of(picture(colour), name="frog") for colour in (GREEN, BLUE))
     black = captions_of(picture((0, 0, 0)), name="frog", style="emojione-monotone")

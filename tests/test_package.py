@@ -111,6 +111,7 @@ def sdist(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_the_sdist_has_all_that_its_tests_read(sdist):
     assert (sdist / "pez_core/py.typed").exists()
     assert (sdist / "pez_core/models/emoji-clip/open_clip_model.safetensors").exists()

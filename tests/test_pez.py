@@ -57,6 +57,7 @@ class Traced(TokenSpace):
 
 
 @pytest.mark.parametrize("name", ["tiny", "emoji-clip"])
+@pytest.mark.slow
 def test_ids_of_every_step_equal_a_plain_implementation(name, tiny_clip, emoji_clip):
     clip = {"tiny": tiny_clip, "emoji-clip": emoji_clip}[name]
     ids = torch.randint(49408, (3, 8), generator=torch.Generator().manual_seed(5))

@@ -343,6 +343,7 @@ def test_a_name_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "xl"])
+@pytest.mark.slow
 def test_saved_as_a_whole_and_loaded_again(kind, request, tmp_path):
     pez = request.getfixturevalue(kind)
     pez.save_pretrained(tmp_path)
@@ -379,6 +380,7 @@ def test_a_prior_is_saved_without_an_image_pipeline(emoji_clip, tmp_path):
     assert isinstance(pez.pipeline, StableDiffusionPipeline)
 
 
+@pytest.mark.slow
 def test_loaded_in_a_process_that_imports_the_public_name_alone(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     code = (
@@ -427,6 +429,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_loaded_from_a_repository_of_the_hub(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "folder", tmp_path / "saved")
     pipe.save_pretrained(Hub.folder)
@@ -622,6 +625,7 @@ def test_a_loss_of_ones_own_is_not_replaced(pipe):
         pipe(image=FISH, options=options, denoising_weight=0.5)
 
 
+@pytest.mark.slow
 def test_denoising_arguments_reach_the_loss(pipe):
     def loss(weight=0.5, **kwargs):
         output = pipe(

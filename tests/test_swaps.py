@@ -418,6 +418,7 @@ def test_features_of_single_words_follow_changed_weights():
     assert find(used) == find(fresh) != before
 
 
+@pytest.mark.slow
 def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features):
     ids = begin(space, 2, 5, 3)
     one = objective(emoji_clip, features[:2])
@@ -433,6 +434,7 @@ def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features)
 # ------------------------------------------------------------------------- through the tasks
 
 
+@pytest.mark.slow
 def test_more_effort_finds_better_prompts(emoji_clip):
     means = {}
     for effort in ("fast", "balanced"):
@@ -461,6 +463,7 @@ def test_the_paper_effort_is_algorithm_1_alone(emoji_clip, features):
     assert result.token_ids == found.ids[0].tolist() and result.history[-1][0] == 25
 
 
+@pytest.mark.slow
 def test_searches_in_turns_find_the_same(emoji_clip):
     options = all_words(prompt_len=5, steps=5, swaps=8, restarts=2, seed=3)
     together = invert(emoji_clip, EXAMPLES[:2], options)
@@ -541,6 +544,7 @@ def language_model():
     return make_lm()
 
 
+@pytest.mark.slow
 def test_readable_prompts_read_better_and_report_it(emoji_clip, language_model, monkeypatch):
     # to an untrained model all texts are nearly the same
     monkeypatch.setattr("pez_core.priors._NAT", 0.5)

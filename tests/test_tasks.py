@@ -55,6 +55,7 @@ def test_the_search_improves_and_reports_it(results):
         assert similarities[-1] == pytest.approx(result.similarity, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_restarts_return_the_best_and_keep_the_others(emoji_clip, images, results):
     for image, result in zip(images, results, strict=True):
         assert len(result.candidates) == 2
@@ -113,6 +114,7 @@ def test_shared_prompt_is_scored_against_all_images(emoji_clip, images):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_pieces_of_words_give_only_surviving_prompts(seed):
     """On random weights most prompts on the way do not survive being printed."""
     clip = make_clip()
@@ -133,6 +135,7 @@ def test_a_prompt_that_does_not_survive_is_repaired(emoji_clip):
     assert _round_trip(emoji_clip, Caption(emoji_clip), [736, 3055]) == [736, 3055]
 
 
+@pytest.mark.slow
 def test_pieces_of_words_are_tokens_that_the_default_leaves_out(emoji_clip, images):
     options = paper(STEPS, vocabulary=Vocabulary(whole_words=False))
     (result,) = invert(emoji_clip, images[0], options)

@@ -84,6 +84,7 @@ def test_weights_and_tags_stay(emoji_clip):
     assert result.tokens_before == count(emoji_clip, f"red cat, {LONG}")
 
 
+@pytest.mark.slow
 def test_sections_are_shortened_each_for_itself(emoji_clip):
     reports = []
     result = distill(
@@ -125,6 +126,7 @@ def test_a_prompt_that_is_short_enough_comes_back(emoji_clip, ratio, options):
 
 
 @pytest.mark.parametrize("prompt", ["BREAK a dog", "<lora:x:1> BREAK a cat", "(a dog:1.2)"])
+@pytest.mark.slow
 def test_sections_without_plain_words(emoji_clip, prompt):
     result = distill(emoji_clip, prompt)
     assert "unchanged" in result.note and result.tokens_after >= 1
@@ -178,6 +180,7 @@ def test_a_join_that_does_not_fit_is_learned(emoji_clip):
     assert len(result.similarities) == 3 and len(result.candidates) == 1
 
 
+@pytest.mark.slow
 def test_prompts_and_images_fuse(emoji_clip):
     sources = ["a red dog", Path(EXAMPLES[3]), LONG + " , " + LONG + " , " + LONG]
     options = paper(100, restarts=2)

@@ -83,6 +83,7 @@ def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
     assert not left.strip() and len(result.token_ids) == 7
 
 
+@pytest.mark.slow
 def test_a_word_of_several_pieces_from_a_bank():
     clip = make_clip()
     clip.trained_tokens = None
@@ -93,6 +94,7 @@ def test_a_word_of_several_pieces_from_a_bank():
 
 @pytest.mark.parametrize("whole_words", [True, False])
 @pytest.mark.parametrize("caption", ["{}", "a ho {} cat"])
+@pytest.mark.slow
 def test_no_prompt_holds_a_blocked_word(emoji_clip, whole_words, caption):
     """The best words for the image are forbidden one after the other."""
     free = Vocabulary(whole_words=whole_words)
@@ -241,6 +243,7 @@ def test_hashtags_are_phrases_and_comments_are_not(tmp_path):
     assert Vocabulary(only=tmp_path / "bank.txt").only == ("#portrait", "cat")
 
 
+@pytest.mark.slow
 def test_pieces_of_words_beside_a_bank(emoji_clip):
     rules = Vocabulary(only=["red car"]) | Vocabulary(whole_words=False)
     (result,) = invert(emoji_clip, EXAMPLES[0], paper(10, prompt_len=6, vocabulary=rules))
