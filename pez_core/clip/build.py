@@ -20,8 +20,7 @@ from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 
-from ..errors import ArgumentError
-from .device import first_line
+from ..errors import ArgumentError, first_line
 from .files import check_header, config_of
 from .weights import find_in_hub_cache
 
@@ -65,7 +64,7 @@ def create_model(
     except _DAMAGED as error:
         raise ArgumentError(
             "pretrained",
-            f"is {path}, which is damaged or not a weights file ({first_line(error)})",
+            f"is {str(path)!r}, which is damaged or not a weights file ({first_line(error)})",
             "fetch it again or convert it to safetensors",
         ) from error
     except (
@@ -78,7 +77,7 @@ def create_model(
     ) as error:
         raise ArgumentError(
             "pretrained",
-            f"is {path}, which does not hold weights of {name} ({first_line(error)})",
+            f"is {str(path)!r}, which does not hold weights of {name} ({first_line(error)})",
             "give the architecture it was trained with",
         ) from error
 

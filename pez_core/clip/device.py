@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, first_line
 
 if TYPE_CHECKING:
     from .model import Clip
@@ -83,8 +83,3 @@ def _on_device(tower: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         tower.to("cpu")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type where there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

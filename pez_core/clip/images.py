@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, first_line
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike | torch.Tensor | np.ndarray
 """One image: PIL image, path, or (H, W, C) / (C, H, W) array with C = 1, 3 or 4, of 8-bit integers
@@ -58,7 +58,7 @@ def load_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         if str(image).startswith(("http://", "https://")):
             raise ArgumentError(
-                "images", f"holds the address {image}", "download it, give the file"
+                "images", f"holds the address {str(image)!r}", "download it, give the file"
             )
         return _from_path(Path(image))
     if isinstance(image, Image.Image):
@@ -118,21 +118,21 @@ def load_image_at(path: str | os.PathLike, offset: int, size: int) -> Image.Imag
             file.seek(offset)
             return BytesIO(file.read(size))
 
-    return _read(read, f"{path} at byte {offset}", size)
+    return _read(read, f"{str(path)!r} at byte {offset}", size)
 
 
 def _from_path(path: Path) -> Image.Image:
-    with _naming(str(path)):
+    with _naming(repr(str(path))):
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise ArgumentError(
-                "images", f"holds {path}, which is a folder", "give the image files in it"
+                "images", f"holds {str(path)!r}, which is a folder", "give the image files in it"
             )
         if not stat.S_ISREG(found.st_mode):
             raise ArgumentError(
-                "images", f"holds {path}, which is no regular file", "save it first"
+                "images", f"holds {str(path)!r}, which is no regular file", "save it first"
             )
-    return _read(lambda: path, str(path), found.st_size)
+    return _read(lambda: path, repr(str(path)), found.st_size)
 
 
 def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.Image:
@@ -170,7 +170,7 @@ def _naming(what: str, problem: str = "cannot be read", remedy: str = "check it"
     except Image.DecompressionBombError as error:
         problem, remedy, cause = f"is too large ({error})", "scale it down", error
     except Exception as error:
-        problem, cause = f"{problem} ({str(error) or type(error).__name__})", error
+        problem, cause = f"{problem} ({first_line(error)})", error
     raise ArgumentError("images", f"holds {what}, which {problem}", remedy) from cause
 
 

@@ -193,12 +193,14 @@ def _trained_tokens(folder: Path) -> list[int] | None:
 def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
     """A file that shows by its tensors which CLIP it holds."""
     if not path.is_file():
-        raise ArgumentError("name", f"is the file {path}, which does not exist", "check the path")
+        raise ArgumentError(
+            "name", f"is the file {str(path)!r}, which does not exist", "check the path"
+        )
     found = find_clip(path)
     if found is None:
         raise ArgumentError(
             "name",
-            f"is the file {path}, which does not hold both towers of a CLIP of open_clip",
+            f"is the file {str(path)!r}, which does not hold both towers of a CLIP of open_clip",
             "choose another; an image tower or a text encoder alone cannot be searched",
         )
     log.info("%s holds %s%s", path, found.name, ", QuickGELU" * found.quick_gelu)
