@@ -213,8 +213,8 @@ def test_similarities_that_are_nan_raise_and_leave_what_was_finished(which, vit_
 
 
 def test_prompts_whose_similarity_is_nan_raise(vit_clip, monkeypatch):
-    encode = vit_clip.encode_texts
-    monkeypatch.setattr(vit_clip, "encode_texts", lambda *a, **k: encode(*a, **k) * torch.inf)
+    encode = vit_clip.encode_chunks
+    monkeypatch.setattr(vit_clip, "encode_chunks", lambda *a, **k: encode(*a, **k) * torch.inf)
     with pytest.raises(FloatingPointError, match="similarities by vit are NaN or infinite"):
         evaluate(Album(), ["fish"], FISH, vit_clip)
 

@@ -205,7 +205,7 @@ def changes() -> dict[str, dict[str, list]]:
         Path(folder, models.VIT_L.file).write_bytes(b"")
         return {
             node.define_schema().node_id: {
-                one.id: _compared(node, before, cases[one.id]) if one.id in cases else []
+                one.id: _compared(node, before, cases[one.id], one.id) if one.id in cases else []
                 for one in node.define_schema().inputs
             }
             for node, (before, cases) in CASES.items()

@@ -39,3 +39,15 @@ def test_every_input_has_an_effect(changes, node, name):
     before, again, after = changes[node][name]
     assert again == before  # a difference below comes from the changed input
     assert after != before
+
+
+def test_every_learner_ends_in_time():
+    """With a fake clock, which advances by half a second whenever it is read."""
+    runs = inside(IMPORT + "answer(time_limits())")
+    assert len(runs) == 2 * len([node for node, name in INPUTS if name == "time_limit"])
+    for run in runs:
+        assert 25 < run["elapsed"] <= 33, run
+        if run["effort"] == "fast":  # its swaps go on until the limit
+            assert run["step"] == run["steps"] > 14, run
+        else:
+            assert 1 < run["step"] < run["steps"], run
