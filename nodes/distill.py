@@ -30,9 +30,8 @@ class DistillPrompt(Learner):
             description="Shortens a prompt. Weights, LoRA tags, embeddings and BREAK stay.",
             search_aliases=["shorten prompt", "compress prompt", "77 tokens", "prompt too long"],
             inputs_=[
-                io.String.Input(
+                inputs.text(
                     "text",
-                    default="",
                     multiline=True,
                     placeholder="long prompt",
                     tooltip="The prompt to shorten. It may be longer than 77 tokens.",
