@@ -18,7 +18,7 @@ _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device that is asked for; None: CUDA, then MPS, then the CPU, the first that is there.
+    """The device by its name; None: the first available of CUDA, MPS and CPU.
 
     Raises:
         ArgumentError: the device does not exist or cannot be used here.
@@ -42,7 +42,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a CLIP on a device where nobody asks for another one."""
+    """The default dtype of a CLIP on a device."""
     if device.type != "cuda":
         return torch.float32
     # torch.cuda.is_bf16_supported() also counts cards that only emulate bfloat16

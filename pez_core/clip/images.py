@@ -153,9 +153,9 @@ def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.I
 
 @contextmanager
 def _naming(what: str, problem: str = "cannot be read", remedy: str = "check it") -> Iterator[None]:
-    """Turn whatever is raised about an image into an error that names the image.
+    """Turn any error about an image into an ArgumentError that names the image.
 
-    Decoders of damaged data raise whatever they happen to come across.
+    Decoders of damaged data raise errors of many types.
     """
     try:
         yield
@@ -175,7 +175,7 @@ def _naming(what: str, problem: str = "cannot be read", remedy: str = "check it"
 
 
 def _decode_smaller(image: Image.Image) -> None:
-    """Let a JPEG decoder skip pixels of which the picture keeps a half or less anyway."""
+    """Decode a large JPEG at reduced size, which is faster than to scale it down afterwards."""
     short = min(image.size)
     if image.format == "JPEG" and short >= 2 * _LARGEST:
         width, height = image.size
@@ -183,7 +183,7 @@ def _decode_smaller(image: Image.Image) -> None:
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
-    """The caller's image, or the first frame of an animation, which stays where it was."""
+    """The caller's image, or a copy of the first frame of an animation."""
     if 0 in image.size:
         raise ArgumentError(
             "images", f"holds a PIL image of size {image.width}x{image.height}, which is empty"
@@ -258,7 +258,7 @@ def _white_level(image: Image.Image) -> float:
     """The value of white in a grey image.
 
     Where the image has no stated range, its range is [0, 1], 8 or 16 bits, the least of these that
-    holds all values. An image that is known to have 16 bits keeps its darkness.
+    holds all values. An image whose mode has 16 bits is not brightened.
     """
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
         return 65535.0

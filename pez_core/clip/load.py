@@ -90,7 +90,7 @@ def load_clip(
 
 
 def _check_names(name: object, pretrained: object) -> list[str]:
-    """The names as a list; raise where `name` or `pretrained` cannot be meant."""
+    """The names as a list; raise where `name` or `pretrained` has a wrong type."""
     if not isinstance(pretrained, (str, os.PathLike, type(None))):
         raise ArgumentTypeError(
             "pretrained", f"has to be a tag or a path but is a {type(pretrained).__name__}"
@@ -136,7 +136,7 @@ def _load_one(
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
-    """NAME:PRETRAINED in its parts; a path stays whole, whatever colons it has."""
+    """NAME:PRETRAINED in its parts; a path stays whole, with any colons in it."""
     path = os.path.expanduser(name)
     head, colon, tail = name.partition(":")
     if not colon or os.path.exists(path):
@@ -191,7 +191,7 @@ def _trained_tokens(folder: Path) -> list[int] | None:
 
 
 def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
-    """A file that shows by its tensors which CLIP it holds."""
+    """The CLIP in a file, whose architecture is found by its tensors."""
     if not path.is_file():
         raise ArgumentError(
             "name", f"is the file {str(path)!r}, which does not exist", "check the path"
