@@ -1115,7 +1115,7 @@ def test_errors_name_their_file(command, tmp_path):
     assert status == 2 and f"'{tmp_path / 't.csv'}' has none of the columns" in done.err
     assert "--image-column" in done.err
     status, done = command("--image-column", "c", source=tmp_path / "t.csv")
-    assert status == 2 and f"--image-column is 'c', but {tmp_path / 't.csv'} has" in done.err
+    assert status == 2 and f"--image-column is 'c', but '{tmp_path / 't.csv'}' has" in done.err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
