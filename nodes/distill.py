@@ -61,7 +61,7 @@ class DistillPrompt(Learner):
             live.begin()
             found = []
             for turns, prompt in countdown(prompts):
-                if not prompt.strip():  # one of a list must not cost the others theirs
+                if not prompt.strip():  # an empty text in a list must not end the others
                     found.append(Found(prompt, 1.0, [(prompt, 1.0)], note="There was no text."))
                     continue
                 result = distill(

@@ -131,7 +131,7 @@ def _lend(images: ModelPatcher, texts: list[ModelPatcher]) -> Iterator[None]:
         yield
     finally:
         _unload(images)
-    # loading the one may have driven out the others
+    # loading the image tower may have evicted the text towers
     _load(texts, 0)
 
 
@@ -145,7 +145,7 @@ def _load(patchers: list[ModelPatcher], memory_required: int) -> None:
 
 
 def _is_oom(error: Exception) -> bool:
-    if hasattr(mm, "is_oom"):  # newer than the oldest ComfyUI that the pack runs in
+    if hasattr(mm, "is_oom"):  # not in the oldest ComfyUI that the pack supports
         return mm.is_oom(error)
     return isinstance(error, mm.OOM_EXCEPTION)
 

@@ -59,7 +59,7 @@ EFFORTS = MappingProxyType(
     }
 )
 
-# A language model takes its time for each trial.
+# A language model costs time for each trial.
 _READABLE_TRIALS = 4
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Marks that ComfyUI and others read as syntax; a learned prompt between tags has to do without.
+# Marks that ComfyUI and others read as syntax; learned words between tags must not hold them.
 SYNTAX = ("(", ")", "<", ">", "[", "]", "\\")
 
 _TAG = re.compile(r"<[a-z_]+:[^<>]*>|(?<![^\s,])embedding:[^\s,()]+", re.IGNORECASE)

@@ -296,7 +296,7 @@ class _Combination(Vocabulary):
 def _from_json(rules: dict) -> Vocabulary:
     if "operation" not in rules:
         for name in ("only", "block"):
-            # a path: a file from a stranger must not make others be read
+            # a string would be a path: files from strangers must not name other files to read
             if isinstance(rules.get(name), str):
                 raise ValueError(f"{name!r} has to be a list")
         return Vocabulary(**rules)

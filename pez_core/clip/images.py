@@ -226,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
     """The Exif orientation; 1, which is upright, where it cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged Exif, of which image viewers take no notice, either
+    except Exception:  # damaged Exif, which image viewers ignore, too
         return 1
 
 

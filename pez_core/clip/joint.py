@@ -109,7 +109,7 @@ class JointClip:
         for clip in clips[1:]:
             _check_same_tokens(clips[0], clip)
             if clip.text.words.equals(clips[0].text.words):
-                clip.text.words = clips[0].text.words  # which remembers the tokens that round-trip
+                clip.text.words = clips[0].text.words  # it caches which tokens round-trip
         self.clips = list(clips)
         self.names = _distinct([clip.name for clip in clips])
         self.name = " + ".join(self.names)

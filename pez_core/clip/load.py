@@ -79,7 +79,7 @@ def load_clip(
         check_weights("weights", weights, len(names))
     target = pick_device(device)
     precision = pick_precision(target, dtype)
-    # Under ComfyUI's inference mode, weights would be created unfit for backward.
+    # Weights that are created in ComfyUI's inference mode have no backward pass.
     with torch.inference_mode(False):
         clips: list[Clip] = []
         for one in names:

@@ -197,7 +197,7 @@ def _only_one(path: Path, part: Path, size: int, progress: Progress | None):
         yield
     finally:
         lock.release()
-    # Only behind a whole file: those who still wait for the lock then find that file.
+    # Only after a whole file: processes that wait for the lock then find it.
     with suppress(OSError):
         os.unlink(lock.lock_file)
 
