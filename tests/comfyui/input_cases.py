@@ -75,7 +75,8 @@ class Case:
 
 
 def _first_word(result: list) -> str:
-    return result[0][0].split()[0]
+    """The first learned word, by the output `candidates`."""
+    return result[-3][0].split()[0]
 
 
 SEARCH = {
@@ -124,7 +125,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "subject": Case("a house"),
             "style_template": Case("{style}: {subject}"),
             "keep_content": Case(True),
-            "content": Case("a fish\na bird"),
+            "content": Case(_first_word, {"vocabulary": COLOURS}),
         },
     ),
     nodes.DistillPrompt: (
@@ -143,7 +144,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "prompt_4": Case("a dog", JOIN),
             "always_learn": Case(True, JOIN),
             "weights": Case("1, 1, 9"),
-            "max_tokens": Case(2, JOIN),
+            "max_tokens": Case(2, JOIN | {"prompt_len": 2}),
         },
     ),
     nodes.ScorePrompt: (
@@ -162,10 +163,10 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "only": Case("red, blue"),
             "block": Case("red"),
             "block_unsafe": Case(True),
-            "ascii_only": Case(True),
+            "ascii_only": Case(True, {"whole_words": False}),
             "word_list": Case("words.txt"),
             "whole_words": Case(False),
-            "min_embedding_std": Case(0.15),
+            "min_embedding_std": Case(0.037),
             "and_also": Case(COLOURS),
         },
     ),
@@ -268,7 +269,7 @@ def time_limits() -> list[dict[str, Any]]:
         if "time_limit" not in cases:
             continue
         for effort in ("fast", "paper"):
-            given = before | {"effort": effort, "steps": 20000, "time_limit": 30.0}
+            given = before | {"effort": effort, "steps": 20000, "time_limit": 300.0}
             if node is nodes.DistillPrompt:  # a list, whose searches share the time
                 given["text"] = ["a red fish in deep blue water", "a small green bird in a tree"]
             _searching(node, {k: v if isinstance(v, list) else [v] for k, v in given.items()})

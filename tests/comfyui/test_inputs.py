@@ -46,7 +46,7 @@ def test_every_learner_ends_in_time():
     runs = inside(IMPORT + "answer(time_limits())")
     assert len(runs) == 2 * len([node for node, name in INPUTS if name == "time_limit"])
     for run in runs:
-        assert 25 < run["elapsed"] <= 33, run
+        assert 270 < run["elapsed"] <= 310, run
         if run["effort"] == "fast":  # its swaps go on until the limit
             assert run["step"] == run["steps"] > 14, run
         else:
