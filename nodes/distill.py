@@ -30,9 +30,8 @@ class DistillPrompt(Learner):
             description="Shortens a prompt. Weights, LoRA tags, embeddings and BREAK stay.",
             search_aliases=["shorten prompt", "compress prompt", "77 tokens", "prompt too long"],
             inputs_=[
-                io.String.Input(
+                inputs.text(
                     "text",
-                    default="",
                     multiline=True,
                     placeholder="long prompt",
                     tooltip="The prompt to shorten. It may be longer than 77 tokens.",
@@ -62,7 +61,7 @@ class DistillPrompt(Learner):
             live.begin()
             found = []
             for turns, prompt in countdown(prompts):
-                if not prompt.strip():  # one of a list must not cost the others theirs
+                if not prompt.strip():  # an empty text in a list must not end the others
                     found.append(Found(prompt, 1.0, [(prompt, 1.0)], note="There was no text."))
                     continue
                 result = distill(

@@ -14,7 +14,7 @@ Points = list[tuple[Any, float]]
 
 @dataclass
 class Found:
-    """One prompt with all that the live view shows of it.
+    """One prompt, with everything that the live view shows.
 
     Attributes:
         prompt: the text.
@@ -23,7 +23,7 @@ class Found:
         words: each word and its contribution.
         curve: step and best similarity by then.
         similarities: with each target, in their order.
-        tokens_saved: against the prompt that was given, where one was.
+        tokens_saved: fewer than in the given prompt; 0 where none was given.
         note: a remark for people, "" most of the time.
         fixed: numbers of words before and behind the learned ones; [] where there are none.
     """
@@ -67,7 +67,7 @@ class Found:
 
     @classmethod
     def from_json(cls, values: Any) -> Found:
-        """Read what `to_json` made; every value is checked, for workflows come from strangers.
+        """Read the result of `to_json`. Every value is checked: workflows come from strangers.
 
         Raises:
             ValueError: it is something else.

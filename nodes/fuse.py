@@ -91,18 +91,15 @@ class FusePrompts(Learner):
 
 def _source_inputs() -> list[io.Input]:
     images = [
-        io.Image.Input(
+        inputs.images(
             name,
-            lazy=True,
-            optional=True,
             tooltip="Images to fuse. Each image of a batch is a source of its own.",
         )
         for name in _IMAGES
     ]
     prompts = [
-        io.String.Input(
+        inputs.text(
             name,
-            default="",
             multiline=k < 2,
             optional=True,
             advanced=True if k >= 2 else None,
@@ -116,11 +113,9 @@ def _source_inputs() -> list[io.Input]:
 
 def _join_inputs() -> list[io.Input]:
     return [
-        io.String.Input(
+        inputs.text(
             "weights",
-            default="",
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="Weight of each source, separated by commas: first the prompts, then the "
             "images. Empty: all the same.",
         ),
@@ -129,8 +124,7 @@ def _join_inputs() -> list[io.Input]:
             default=75,
             min=1,
             max=75,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="Longest join in tokens. Longer prompts are learned instead.",
         ),
     ]

@@ -44,10 +44,8 @@ class ImageToPrompt(Learner):
                 "textual inversion",
             ],
             inputs_=[
-                io.Image.Input(
+                inputs.images(
                     "images",
-                    lazy=True,
-                    optional=True,
                     tooltip="One image or a batch. Sizes may differ.",
                 ),
                 *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
@@ -99,9 +97,8 @@ def _target_inputs() -> list[io.Input]:
             label_off="one prompt per image",
             tooltip="With several images: one prompt for all of them, or one for each.",
         ),
-        io.String.Input(
+        inputs.text(
             "caption",
-            default="",
             multiline=True,
             optional=True,
             placeholder="your caption (optional)",
@@ -113,19 +110,15 @@ def _target_inputs() -> list[io.Input]:
 
 def _avoid_inputs() -> list[io.Input]:
     return [
-        io.String.Input(
+        inputs.text(
             "avoid",
-            default="",
             multiline=True,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             placeholder="things to avoid, one per line",
             tooltip="Things that the prompt must not resemble, one per line.",
         ),
-        io.Image.Input(
+        inputs.images(
             "avoid_images",
-            lazy=True,
-            optional=True,
             tooltip="Images that the prompt must not resemble.",
         ),
         io.Float.Input(
@@ -134,23 +127,19 @@ def _avoid_inputs() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.05,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="Weight of all things to avoid together. The images have weight 1.",
         ),
         io.Boolean.Input(
             "negative_prompt",
             default=False,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="On: find a negative prompt, far from the images and close to the things to "
             "avoid.",
         ),
-        io.String.Input(
+        inputs.text(
             "start_from",
-            default="",
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="Text that the first search starts from, at most prompt_len tokens.",
         ),
     ]

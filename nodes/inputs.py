@@ -15,7 +15,20 @@ CATEGORY = "PEZ"
 PAPER = "paper"
 """The `effort` that is the published algorithm alone, and the only one that reads `steps`."""
 
+RARE = {"optional": True, "advanced": True}
+"""Options of a widget that the page hides until a person asks for all of them."""
+
 _DEFAULTS = SearchOptions()
+
+
+def text(name: str, tooltip: str, **options: Any) -> io.Input:
+    """A text box that is empty at first."""
+    return io.String.Input(name, default="", tooltip=tooltip, **options)
+
+
+def images(name: str, tooltip: str) -> io.Input:
+    """A socket for images that only a search uses; a kept prompt needs none."""
+    return io.Image.Input(name, lazy=True, optional=True, tooltip=tooltip)
 
 
 def clip(**options: Any) -> io.Input:
@@ -87,9 +100,8 @@ def _readability() -> io.Input:
 def words() -> list[io.Input]:
     """The words that may appear in a prompt."""
     return [
-        io.String.Input(
+        text(
             "block",
-            default="",
             optional=True,
             tooltip="Words that must not appear, separated by commas. A click on a word in the "
             "live view adds it here.",
@@ -113,8 +125,7 @@ def rarely_used() -> list[io.Input]:
             min=0.0,
             max=86400.0,
             step=1.0,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Seconds for the whole node. Above 0 the search goes on until the limit, "
             "whatever its effort; with the effort paper it ends earlier if its steps are done. "
             "0: no limit.",
@@ -124,8 +135,7 @@ def rarely_used() -> list[io.Input]:
             default=EFFORTS[PAPER].steps,
             min=1,
             max=20000,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Number of steps of the effort paper. The other efforts ignore it.",
         ),
         *_optimiser(),
@@ -140,8 +150,7 @@ def _optimiser() -> list[io.Input]:
             min=0.001,
             max=10.0,
             step=0.001,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Learning rate of AdamW. A higher one changes more words per step.",
         ),
         io.Float.Input(
@@ -150,8 +159,7 @@ def _optimiser() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.01,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Weight decay of AdamW, as in the paper.",
         ),
         io.Int.Input(
@@ -159,8 +167,7 @@ def _optimiser() -> list[io.Input]:
             default=0,
             min=0,
             max=20000,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="End a search after this many steps without improvement. 0: never.",
         ),
     ]
@@ -179,11 +186,9 @@ def keep() -> list[io.Input]:
             "images. The workflow stores it, so it also works for everyone whom you give the "
             "workflow.",
         ),
-        io.String.Input(
+        text(
             "kept",
-            default="",
-            optional=True,
-            advanced=True,
+            **RARE,
             socketless=True,
             tooltip="The learned prompt. The node fills this in.",
         ),

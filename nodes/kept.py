@@ -34,7 +34,7 @@ class Kept:
     inputs: dict[str, str]
 
     def to_text(self) -> str:
-        """As it is stored in the node's `kept` widget."""
+        """The text for the widget `kept` of the node."""
         items = [found.to_json() for found in self.found]
         text = self._dumped(items)
         if len(text) > _LONGEST:  # hundreds of images: the prompts matter most
@@ -49,7 +49,7 @@ class Kept:
 
     @classmethod
     def from_text(cls, text: str) -> Kept | None:
-        """Read what `to_text` made; None where there is nothing or it cannot be used."""
+        """Read the result of `to_text`; None where it is empty or damaged."""
         if not text.strip() or len(text) > _LONGEST:
             return None
         try:
@@ -75,7 +75,7 @@ class Kept:
 
 
 def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
-    """A short digest of every input that a search uses, with all that lies upstream of it.
+    """A short digest of every input that a search uses, with everything upstream of it.
 
     Args:
         prompt: nodes by id, as ComfyUI's server gets them.

@@ -32,9 +32,9 @@ class Learner(io.ComfyNode):
     """
 
     NEEDED_TO_LEARN: ClassVar[tuple[str, ...]] = ()
-    """Wires that only a search uses; a kept prompt needs none of them."""
+    """Wires that a search uses, and a kept prompt does not."""
     REQUIRED: ClassVar[tuple[str, ...]] = ("clip",)
-    """Those of them without which there is no search."""
+    """Wires that a search cannot do without."""
     WIDGETS: ClassVar[dict[str, str]] = {}
     """An argument in errors of `pez_core` -> the widget it came from, as in `naming_widgets`."""
 

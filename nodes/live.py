@@ -24,24 +24,24 @@ EVENT = "pez.live"
 SEND_SECONDS = 0.25
 """Shortest time between two events."""
 EXPLAIN_SHARE = 0.05
-"""Largest share of the time that goes into the contributions of words while a search runs."""
+"""Largest share of the time that a running search spends on the contributions of words."""
 CURVE_POINTS = 60
 
 running: dict[str, Live] = {}
 """The nodes that run, by their id."""
 with_live_view: set[str] = set()
-"""Clients whose nodes show events, and need no plain text."""
+"""Clients with the live view. They get no plain text."""
 
 
 class Live:
     """One run of a node, as the page shows it.
 
-    A context manager; `report` is the callback of a search, and `found` takes its results. Where a
-    node searches several times, `turn` gives the callback of each. An error inside goes to the
-    page, too.
+    A context manager; `report` is the callback of a search, and `found` takes its results. A
+    node that searches several times uses `turn` for the callback of each. Errors inside are also
+    sent to the page.
 
     Args:
-        hidden: `cls.hidden` of the node, which has to ask for `unique_id` and `extra_pnginfo`.
+        hidden: `cls.hidden` of the node; its schema has to list `unique_id` and `extra_pnginfo`.
         time_limit: seconds for the whole run; 0: none.
     """
 
@@ -80,7 +80,7 @@ class Live:
 
     @property
     def finished(self) -> bool:
-        """A person asked for the best so far."""
+        """A person clicked Finish now."""
         return self._finish.is_set()
 
     def turn(self, turns: int, caption: str = "") -> Callable[[Report], bool]:
@@ -96,7 +96,7 @@ class Live:
         return lambda report: self.report(_Turn(report, before, done, turns))
 
     def time_left(self, turns: int = 1) -> float | None:
-        """Seconds for the next of several searches, of which it gets a fair share; None: no limit.
+        """Seconds for the next of several searches: its fair share. None: no limit.
 
         Args:
             turns: how many there still are, this one included.
@@ -304,7 +304,7 @@ def _words_around(caption: str) -> list[int]:
 
 
 def _thinned(curve: list, step: int, similarity: float) -> list:
-    """`curve` with one more point where it rises, and half of its points when it gets long.
+    """`curve` with one more point if it rises, and half of its points if it is long.
 
     With a time limit steps are an estimate, which may fall from one part of a search to the next.
     """

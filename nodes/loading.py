@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..pez_core.clip.device import default_dtype
 from . import models
 from .errors import naming_widgets
-from .inputs import CATEGORY, PezClip
+from .inputs import CATEGORY, RARE, PezClip
 from .live import show_text
 from .memory import LoadedClip
 
@@ -88,8 +88,7 @@ def _inputs() -> list[io.Input]:
             "precision",
             options=list(_PRECISIONS),
             default="automatic",
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="automatic: bfloat16 on NVIDIA cards that support it, float16 on older ones, "
             "float32 elsewhere.",
         ),
@@ -97,8 +96,7 @@ def _inputs() -> list[io.Input]:
             "device",
             options=["default", "cpu"],
             default="default",
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="cpu leaves the graphics card to other models, and is slow.",
         ),
     ]

@@ -38,8 +38,8 @@ class PezTextEncoder(nn.Module):
         self._model = [model]  # in a list, so that it is no part of this one
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # what lies in the model itself would stay behind: buffers are replaced when they move, and
-        # parameters where the two devices have little in common
+        # parameters and buffers of the model itself have to be set again: a move replaces buffers
+        # by new tensors, and between some kinds of devices parameters, too
         super()._apply(fn, recurse)
         (model,) = self._model
         for name, parameter in self.named_parameters(recurse=False):
@@ -58,8 +58,8 @@ class LoadedClip:
         offload_device: where it waits.
 
     Attributes:
-        clip: the CLIP; its image tower comes and goes by itself, its text towers are on the device
-            inside of `in_use`.
+        clip: the CLIP. Its text towers are on the device inside of `in_use`; its image tower is
+            moved there for each use.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LoadedClip:
             # a partial, not a bound method: avoids a reference cycle
             part.image_tower = partial(_lend, images, self._texts)
             part.model.requires_grad_(False)  # or activations are kept for gradients of weights
-        self.patcher = self._texts[0]  # by which ComfyUI's cache knows that models are large
+        self.patcher = self._texts[0]  # ComfyUI's cache finds the size of a model by it
 
     @contextmanager
     def in_use(
@@ -98,7 +98,7 @@ class LoadedClip:
         options: SearchOptions,
         targets: int = 1,
     ) -> T:
-        """Run a task; where memory runs out, once more with half of the searches side by side.
+        """Run a task; if memory runs out, again with half of the searches side by side.
 
         Args:
             run: gets the CLIP and the options of the task.
@@ -116,7 +116,7 @@ class LoadedClip:
             if searches < 2 or not _is_oom(error):
                 raise
             log.warning("Out of memory with %d searches side by side; trying half.", searches)
-        # outside of the handler, whose traceback holds the memory that has to be freed
+        # outside of the handler, whose traceback would keep the memory in use
         mm.soft_empty_cache()
         half = -(-searches // 2)
         with self.in_use(half, options.prompt_len, options.work) as clip:
@@ -131,7 +131,7 @@ def _lend(images: ModelPatcher, texts: list[ModelPatcher]) -> Iterator[None]:
         yield
     finally:
         _unload(images)
-    # loading the one may have driven out the others
+    # loading the image tower may have evicted the text towers
     _load(texts, 0)
 
 
@@ -145,7 +145,7 @@ def _load(patchers: list[ModelPatcher], memory_required: int) -> None:
 
 
 def _is_oom(error: Exception) -> bool:
-    if hasattr(mm, "is_oom"):  # newer than the oldest ComfyUI that the pack runs in
+    if hasattr(mm, "is_oom"):  # not in the oldest ComfyUI that the pack supports
         return mm.is_oom(error)
     return isinstance(error, mm.OOM_EXCEPTION)
 

@@ -1,4 +1,4 @@
-"""Which CLIPs an artist can choose, and where their files are in ComfyUI's own folders."""
+"""The CLIPs that an artist can choose, and their files in ComfyUI's folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Weights:
 
     @property
     def file(self) -> str:
-        """What the file is called in `models/pez`."""
+        """The name of the file in `models/pez`."""
         return f"{self.name}.{self.pretrained}.safetensors"
 
 
@@ -45,14 +45,14 @@ PRESETS = {
 
 
 def register_folder() -> None:
-    """Make `models/pez` known, so that `extra_model_paths.yaml` can move it."""
+    """Register `models/pez`, so that `extra_model_paths.yaml` can move it."""
     path = os.path.join(folder_paths.models_dir, FOLDER)
     os.makedirs(path, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, path)
 
 
 def choices() -> list[str]:
-    """What the model list offers: presets, the bundled CLIP, and files that hold a whole CLIP."""
+    """The entries of the model list: presets, the bundled CLIP, and files with a whole CLIP."""
     found = []
     for folder in FOLDERS:
         for file in folder_paths.get_filename_list(folder):
@@ -75,7 +75,7 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> AnyClip:
-    """Load what was chosen.
+    """Load the chosen CLIP.
 
     Args:
         choice: one of `choices()`.
@@ -105,7 +105,7 @@ def load(
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         path = folder / weights.file
         fetch_weights(weights.name, weights.pretrained, path, progress, only_safetensors=True)
-    # the name of the file says which activation the weights were trained with
+    # `load_clip` finds the activation of the weights by the name of the file
     clips = [load_clip(str(_path(weights)), **options) for weights in wanted]
     return clips[0] if len(clips) == 1 else JointClip(clips)
 

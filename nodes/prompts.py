@@ -1,4 +1,4 @@
-"""Changes to a prompt before ComfyUI looks at it: old names, and wires that are not needed."""
+"""Changes to a prompt before ComfyUI checks it: old names, and wires that are not needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prepare(request: dict[str, Any], needed: dict[str, tuple[str, ...]]) -> dict
 
 
 def cut_wires(request: dict[str, Any], needed: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Remove the inputs that nodes which give a kept prompt do not use.
+    """Remove the inputs that a node with a kept prompt does not use.
 
     ComfyUI checks all nodes upstream, even of inputs that it never evaluates: an image that is not
     on this disk would stop a prompt that does not need it. A seed that changes after each run would

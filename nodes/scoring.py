@@ -88,9 +88,8 @@ def _inputs() -> list[io.Input]:
         io.Image.Input(
             "images", tooltip="One image or several. The mean of their similarities counts."
         ),
-        io.String.Input(
+        inputs.text(
             "text",
-            default="",
             multiline=True,
             placeholder="a prompt",
             tooltip="The prompt. The prompts of a list, such as all candidates, are compared.",
@@ -101,8 +100,7 @@ def _inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.005,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="Largest loss of similarity when words are dropped.",
         ),
         PezClip.Input(

@@ -32,10 +32,8 @@ class ExtractStyle(Learner):
             "new subjects.",
             search_aliases=["style transfer", "style prompt", "art style", "reverse style"],
             inputs_=[
-                io.Image.Input(
+                inputs.images(
                     "images",
-                    lazy=True,
-                    optional=True,
                     tooltip="Two or more images of different things in one style; six do well.",
                 ),
                 io.String.Input(
@@ -89,25 +87,21 @@ def _style_inputs() -> list[io.Input]:
         io.String.Input(
             "style_template",
             default=STYLE_TEMPLATE,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             tooltip="How subject and style become a prompt.",
         ),
         io.Boolean.Input(
             "keep_content",
             default=False,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             label_on="style and content",
             label_off="style alone",
             tooltip="On: everything that the images share, contents too, as in the paper.",
         ),
-        io.String.Input(
+        inputs.text(
             "content",
-            default="",
             multiline=True,
-            optional=True,
-            advanced=True,
+            **inputs.RARE,
             placeholder="contents of the images",
             tooltip="Words for the contents of the images. The style prompt leaves them out.",
         ),

@@ -25,7 +25,7 @@ class Values:
         self._given = given
 
     def __getitem__(self, name: str) -> Any:
-        """The first value of an input; the schema's default (None for a wire) where it has none."""
+        """The first value of an input; the schema's default (None for a wire) if it is empty."""
         values = self._given.get(name)
         value = values[0] if isinstance(values, (list, tuple)) and values else None
         return self._defaults[name] if value is None else value
@@ -45,7 +45,7 @@ class Values:
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:
-    """The default of every input; None where there is none, as for a wire."""
+    """The default of every input; None for a wire."""
     return {one.id: getattr(one, "default", None) for one in schema.inputs}
 
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..pez_core import Vocabulary
 from ..pez_core.vocabulary import UNSAFE_WORDS
 from .errors import naming_widgets
-from .inputs import CATEGORY, PezVocabulary
+from .inputs import CATEGORY, RARE, PezVocabulary, text
 from .models import FOLDER
 from .values import phrases
 
@@ -74,17 +74,15 @@ class MakeVocabulary(io.ComfyNode):
 
 def _usual_inputs() -> list[io.Input]:
     return [
-        io.String.Input(
+        text(
             "only",
-            default="",
             multiline=True,
             placeholder="all words",
             tooltip="Prompts consist of these words and phrases alone; one per line, or separated "
             "by commas. Empty: every word of the CLIP.",
         ),
-        io.String.Input(
+        text(
             "block",
-            default="",
             multiline=True,
             placeholder="blocked words",
             tooltip="Words and phrases that must not appear, in any spelling. A * at the end "
@@ -110,15 +108,13 @@ def _rare_inputs() -> list[io.Input]:
             "word_list",
             options=[_NO_LIST, *lists],
             default=_NO_LIST,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="A text file in models/pez with one phrase per line, used like `only`.",
         ),
         io.Boolean.Input(
             "whole_words",
             default=True,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Off: word pieces may appear, too, as in the paper.",
         ),
         io.Float.Input(
@@ -127,8 +123,7 @@ def _rare_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            optional=True,
-            advanced=True,
+            **RARE,
             tooltip="Leave out tokens that were hardly trained, by the standard deviation of "
             "their embedding. 0.005 works for ViT-H/14.",
         ),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_caption(caption: object) -> str:
-    """The caption with `{}` where the learned words go: behind it, where it does not say.
+    """The caption with `{}` in the place of the learned words: at its end, unless it has `{}`.
 
     Raises:
         ArgumentError: it is no string, or holds `{}` twice.
@@ -33,7 +33,7 @@ class Caption:
     Args:
         clip: its tokenizer and context count.
         caption: text with `{}` where the learned words go.
-        encoded: the caption as the text encoder gets it, where tags and weights are left out; None:
+        encoded: the caption for the text encoder, without tags and weights; None:
             the caption itself.
 
     Attributes:
@@ -83,15 +83,15 @@ class Caption:
         return [*self.before, *learned, *self.after]
 
     def print(self, learned: Sequence[int]) -> str:
-        """The whole prompt as people read it."""
+        """The whole prompt for people, with tags and weights."""
         return self._words.decode(learned).join(self._printed)
 
     def text(self, learned: Sequence[int]) -> str:
-        """The whole prompt as the text encoder gets it."""
+        """The whole prompt for the text encoder, without tags and weights."""
         return self._words.decode(learned).join(self._encoded)
 
     def round_trips(self, learned: Sequence[int]) -> bool:
-        """Whether the tokenizer reads the printed prompt as these very tokens."""
+        """Whether the printed prompt, encoded again, has exactly these tokens."""
         if not self.before and not self.after:
             return self._words.round_trips(learned)
         special = self._words.special_ids & set(learned)

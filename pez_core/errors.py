@@ -9,13 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
-_NAME = re.compile(r"`(\w+)`")
+# A text in quotation marks, as `repr` writes it, is a value of the user. An apostrophe behind a
+# letter is no quotation mark.
+_VALUE_OR_NAME = re.compile(
+    r"""(?<!\w)'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | `(?P<name>\w+)`""", re.VERBOSE
+)
 
 
 class ArgumentError(ValueError):
     """An argument has a value that cannot be used.
 
     Both texts name arguments in backticks, so that a front end can show its own names for them.
+    Values of the user stand in quotation marks (`{value!r}`), in which nothing is replaced.
 
     Args:
         argument: its name in `pez_core`.
@@ -38,16 +43,17 @@ class ArgumentError(ValueError):
         """
         end = f"; {self.remedy}." if self.remedy else "."
         text = f"`{self.argument}` {self.problem}".rstrip(".") + end
-        return _NAME.sub(lambda found: name_of(found[1]), text)
+        return _replaced(text, name_of)
 
     def renamed(self, names: Mapping[str, str]) -> ArgumentError:
         """The same error with other names for the arguments that `names` holds."""
 
-        def rename(text: str) -> str:
-            return _NAME.sub(lambda found: f"`{names.get(found[1], found[1])}`", text)
+        def name_of(name: str) -> str:
+            return f"`{names.get(name, name)}`"
 
         argument = names.get(self.argument, self.argument)
-        return type(self)(argument, rename(self.problem), rename(self.remedy))
+        problem, remedy = (_replaced(text, name_of) for text in (self.problem, self.remedy))
+        return type(self)(argument, problem, remedy)
 
     def about(self, argument: str) -> ArgumentError:
         """The same error about another argument, through which the value came."""
@@ -56,6 +62,22 @@ class ArgumentError(ValueError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has a value of the wrong type."""
+
+
+def _replaced(text: str, name_of: Callable[[str], str]) -> str:
+    """A text with other names for its arguments."""
+    return _VALUE_OR_NAME.sub(
+        lambda found: name_of(found["name"]) if found["name"] else found[0], text
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type where it has no text.
+
+    Backticks become apostrophes: the names in them are no arguments of this project.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return line.replace("`", "'")
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:

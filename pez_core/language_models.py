@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .clip.device import default_dtype
-from .errors import ArgumentError
+from .errors import ArgumentError, first_line
 
 _REMEDY = "give a GGUF file, a folder of transformers, or a model of the hub"
 
@@ -66,10 +66,9 @@ def load_model(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise anything: struct.error, KeyError, ...
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ArgumentError(
             "name_or_path",
-            f"is {str(name_or_path)!r}, which cannot be loaded ({first_line})",
+            f"is {str(name_or_path)!r}, which cannot be loaded ({first_line(error)})",
             _REMEDY,
         ) from error
     return model.to(device).eval(), tokenizer

@@ -48,8 +48,8 @@ class Effort:
         return self.steps + self.swaps
 
 
-# benchmarks/quality.py compares what these find. Time for more swaps brings more than the same time
-# for more steps of PEZ, and more trials bring more than longer rounds.
+# benchmarks/quality.py compares the prompts of these efforts. More swaps improve a prompt more than
+# the same time in steps of PEZ, and more trials improve it more than longer rounds.
 EFFORTS = MappingProxyType(
     {
         "fast": Effort(steps=20, swaps=32, trials=8, screened=64),
@@ -59,7 +59,7 @@ EFFORTS = MappingProxyType(
     }
 )
 
-# A language model takes its time for each trial.
+# A language model costs time for each trial.
 _READABLE_TRIALS = 4
 
 
@@ -67,7 +67,7 @@ _READABLE_TRIALS = 4
 class SearchOptions:
     """How to search, and which words may appear.
 
-    `effort` says how long to search; three fields and `readability` change that:
+    `effort` sets the amount of search. Three fields and `readability` change it:
 
     | effort | steps of PEZ | swaps | trials |
     |---|---|---|---|
@@ -161,9 +161,9 @@ class SearchOptions:
         self._check_refinement()
 
     def _check_parts(self) -> None:
-        """Raise where a part is no language model or no loss, by their methods.
+        """Raise where the language model or the loss lacks the methods of one.
 
-        Their classes need torch, which is not imported here.
+        Their classes are not imported here, since they need torch.
         """
         model = self.language_model
         if model is not None and not hasattr(type(model), "readability_score"):
@@ -179,7 +179,7 @@ class SearchOptions:
             )
 
     def _check_refinement(self) -> None:
-        """Raise where swaps are asked for that cannot be made, or the reverse."""
+        """Raise where the options need swaps that the search lacks, or forbid swaps that it has."""
         if self.effort == "paper" and self.swaps:
             raise ArgumentError(
                 "swaps",

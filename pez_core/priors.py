@@ -25,7 +25,7 @@ _NAT = 0.05
 def needed_language_model(
     readability: float, language_model: LanguageModel | None, device: str | torch.device
 ) -> LanguageModel | None:
-    """The language model of a search; the small one is loaded where none is given.
+    """The language model of a search; where it is missing, the small one is loaded.
 
     Raises:
         ArgumentError: its package is missing.
@@ -41,8 +41,8 @@ class ReadabilityPrior:
     Args:
         language_model: from `load_language_model`.
         words: of the CLIP.
-        caption: the fixed text, which is part of what the language model reads.
-        space: whose allowed tokens may be swapped in.
+        caption: the fixed text, a part of the text that the language model scores.
+        space: its allowed tokens are the candidates for swaps.
         readability: from 0 to 1, the weight of the likelihood.
     """
 

@@ -1,4 +1,4 @@
-"""What is text in a prompt and what is not: weights, BREAK, embeddings and LoRA tags."""
+"""The parts of a prompt: text, weights, BREAK, embeddings and LoRA tags."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Marks that ComfyUI and others read as syntax; a learned prompt between tags has to do without.
+# Marks that ComfyUI and others read as syntax; learned words between tags must not hold them.
 SYNTAX = ("(", ")", "<", ">", "[", "]", "\\")
 
 _TAG = re.compile(r"<[a-z_]+:[^<>]*>|(?<![^\s,])embedding:[^\s,()]+", re.IGNORECASE)
@@ -19,9 +19,9 @@ class Piece:
     """A stretch of a prompt.
 
     Attributes:
-        printed: as it is written.
+        printed: its characters in the prompt.
         read: the words that a text encoder reads of it, "" for a tag.
-        kept: it is a weight or a tag, which no task changes.
+        kept: it has a weight or is a tag; no task changes it.
     """
 
     printed: str
@@ -30,7 +30,7 @@ class Piece:
 
 
 def sections(prompt: str) -> list[str]:
-    """The parts of a prompt between `BREAK`s, which stand outside of parentheses."""
+    """The parts of a prompt between `BREAK`s; a `BREAK` in parentheses does not count."""
     groups = list(_groups(prompt))
     parts, start = [], 0
     for found in _BREAK.finditer(prompt):
@@ -58,7 +58,7 @@ def pieces(section: str) -> list[Piece]:
 
 
 def read(prompt: str) -> str:
-    """What a text encoder reads of a prompt: no weights, no tags, no `BREAK`."""
+    """The text of a prompt for a text encoder: without weights, tags and `BREAK`."""
     parts = [piece.read for section in sections(prompt) for piece in pieces(section)]
     return " ".join(filter(None, parts))
 
@@ -91,7 +91,7 @@ def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 
 def _groups(text: str) -> Iterator[tuple[int, int]]:
-    """Where the outermost parentheses that have a partner begin and end."""
+    """The beginning and the end of each outermost pair of parentheses."""
     opened: list[int] = []
     pairs: list[tuple[int, int]] = []
     for found in re.finditer(r"\\[()]|[()]", text):

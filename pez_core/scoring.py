@@ -96,7 +96,7 @@ class WordContribution:
     """The contribution of one word of a prompt.
 
     Attributes:
-        word: as it is written.
+        word: with its punctuation.
         contribution: similarity lost when the word is dropped; below 0 where it does harm.
     """
 
@@ -129,7 +129,7 @@ def explain(
 
 
 def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[WordContribution]:
-    """`explain` for a target that is a (features,) vector, whose dot product counts."""
+    """`explain` by the dot product with a (features,) target."""
     words = _split(prompt)
     with torch.inference_mode(False):
         whole, *without = _towards(clip, [words, *_one_dropped(words)], feature)
@@ -175,7 +175,7 @@ def prune(
 def prune_towards(
     clip: AnyClip, prompt: str, feature: torch.Tensor, max_loss: float = 0.0
 ) -> Pruned:
-    """`prune` for a target that is a (features,) vector, whose dot product counts."""
+    """`prune` by the dot product with a (features,) target."""
     words, dropped = _split(prompt), []
     with torch.inference_mode(False):
         (before,) = _towards(clip, [words], feature)

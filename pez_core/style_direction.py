@@ -1,4 +1,4 @@
-"""What several images share beyond what they depict."""
+"""The style of several images: the direction in feature space that they share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 if TYPE_CHECKING:
     from .clip import AnyClip
 
-# How much is taken out: of what stays when the style is spoilt, and along the directions in which
-# the images differ. Chosen on other trials than those of benchmarks/style.py; taking out all of the
-# differences leaves the search too faint a target, and its prompts get worse.
-SPOILT, DIFFERENT = 0.3, 0.5
+# Shares that are subtracted: of the features of the perturbed images, and along the directions in
+# which the images differ. Chosen on other trials than those of benchmarks/style.py. Prompts get
+# worse where all of the differences are subtracted, since the rest is too small a target.
+PERTURBED, DIFFERENT = 0.3, 0.5
 
 
 def style_direction(
@@ -24,14 +24,14 @@ def style_direction(
 ) -> torch.Tensor:
     """The unit direction in feature space along which images of one style lie.
 
-    The mean of the features still holds the mean of the contents and all that is common to images
-    of any style. Part of two things is taken out of it: of what stays when the same images are
-    spoilt in colour, line and texture (`spoil`), since contents and the ways of images as such
-    survive this better than a style does; and of every direction in which the images differ from
-    each other, since what is shared lies elsewhere.
+    The mean of the features also holds the mean of the contents, and a part that images of any
+    style have in common. Two terms are subtracted in part. The first is the mean feature of the
+    same images with other colours, lines and textures (`perturb`): it keeps the contents and loses
+    the style. The second is the part along the directions in which the images differ, since the
+    style is the same in all of them.
 
     Args:
-        clip: encodes the spoilt images.
+        clip: encodes the perturbed images.
         images: RGB, at least two.
         features: (len(images), features) their unit features.
 
@@ -39,9 +39,9 @@ def style_direction(
         (features,) unit vector.
     """
     # in one call, since the image tower may have to be fetched for each
-    spoilt = clip.encode_images([picture for image in images for picture in spoil(image)])
-    spoilt = spoilt.view(len(images), -1, spoilt.shape[1]).mean(1)
-    style = (features - SPOILT * spoilt).mean(0)
+    perturbed = clip.encode_images([picture for image in images for picture in perturb(image)])
+    perturbed = perturbed.view(len(images), -1, perturbed.shape[1]).mean(1)
+    style = (features - PERTURBED * perturbed).mean(0)
     differences = features - features.mean(0)
     # more images than a handful would leave too little; the first directions hold the contents
     count = min(len(images) - 1, features.shape[1] // 4)
@@ -50,7 +50,7 @@ def style_direction(
     return F.normalize(style - DIFFERENT * basis.T @ (basis @ style), dim=-1)
 
 
-def spoil(image: Image.Image) -> list[Image.Image]:
+def perturb(image: Image.Image) -> list[Image.Image]:
     """The same picture with its colours, lines or textures changed in twelve ways."""
     grey = image.convert("L")
     edges = ImageOps.invert(grey.filter(ImageFilter.FIND_EDGES))

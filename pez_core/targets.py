@@ -58,12 +58,12 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
 
 
 def check_text(name: str, text: str, remedy: str | None = None) -> str:
-    """The text; raise where it is the name of an image file, which was meant as an image.
+    """The text; raise where it is the name of an image file.
 
     Args:
         name: of the argument.
         text: its value, or a part of it.
-        remedy: of the error; None: where an image can stand, too, give a path object.
+        remedy: of the error; None: to give a path object, for arguments that also take images.
     """
     if text.lower().endswith(_IMAGE_SUFFIXES) and len(text) < 1000 and Path(text).is_file():
         raise ArgumentError(

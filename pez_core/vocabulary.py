@@ -23,12 +23,11 @@ UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 
 
 class Blocklist:
-    """Finds blocked words in a text, from whatever pieces and with whatever marks they are spelled.
+    """Finds blocked words in a text, in any spelling by pieces of words and punctuation.
 
     Case, accents, punctuation and spaces do not hide a word: `n-u d e` holds `nude`, `menu details`
-    does not. An entry that ends in `*` stands for every word that begins like it. Where pieces
-    could spell a word, it counts as spelled. Entries without letters and digits are searched as
-    they are.
+    does not. An entry that ends in `*` matches every word that begins like it. A word that pieces
+    could spell counts as spelled. Entries without letters and digits match exactly.
     """
 
     def __init__(self, entries: Iterable[str]) -> None:
@@ -229,7 +228,7 @@ class Vocabulary:
 
     @staticmethod
     def load(path: str | os.PathLike) -> Vocabulary:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             ArgumentError: the file cannot be read or is not a saved vocabulary.
@@ -251,7 +250,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class _Combination(Vocabulary):
-    """Two vocabularies and what joins them."""
+    """Two vocabularies and the operation that joins them."""
 
     operation: str = "&"
     left: Vocabulary = field(default_factory=lambda: Vocabulary())
@@ -297,7 +296,7 @@ class _Combination(Vocabulary):
 def _from_json(rules: dict) -> Vocabulary:
     if "operation" not in rules:
         for name in ("only", "block"):
-            # a path: a file from a stranger must not make others be read
+            # a string would be a path: files from strangers must not name other files to read
             if isinstance(rules.get(name), str):
                 raise ValueError(f"{name!r} has to be a list")
         return Vocabulary(**rules)

@@ -1,10 +1,13 @@
 """Whole datasets in this process: what is found where, and that nothing is lost or done twice."""
 
+import ast
 import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -15,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, ROOT
 from filelock import FileLock
 from PIL import Image
 
@@ -280,12 +283,50 @@ def test_entries_that_cannot_be_read_are_items_with_a_problem(images, tmp_path, 
         assert items[piped]["problem"].startswith("NoFile: ")
 
 
+IN_ANOTHER_LOCALE = """
+import sys
+from pez_core.batch import find_items
+from pez_core.cli import main
+assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
+folder, out, table = sys.argv[1:]
+quick = ["--effort", "paper", "--steps", "2", "--prompt-len", "2"]
+assert main(["batch", folder, out, *quick]) == 1  # there is an item with an error
+print(ascii(find_items(table, "score").to_pylist()))
+main(["batch", folder, table, *quick])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows and macOS have UTF-8 names in any locale")
+def test_names_are_utf8_in_any_locale(tmp_path):
+    folder, out = tmp_path / "bilder-ä", tmp_path / "öut"
+    folder.mkdir()
+    shutil.copy(EXAMPLES[0], folder / "fünf.png")
+    write_tar(folder / "größe.tar", **{"ü.png": picture()})
+    with open(os.path.join(os.fsencode(folder), b"bad-\xff.png"), "wb") as bad:
+        bad.write(picture())
+    table = tmp_path / "täble.csv"
+    table.write_text("file_name,prompt\nfünf.png,ä fish\n", encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    given = [sys.executable, "-c", IN_ANOTHER_LOCALE, folder, out, table]
+    done = subprocess.run(given, cwd=ROOT, env=os.environ | plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read(out)
+    assert rows["fünf.png"]["prompt"] and rows["größe.tar/ü"]["prompt"]
+    assert rows["bad-?.png"]["error"] == "UnicodeError: its name is not UTF-8; rename it."
+    (item,) = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert (item["id"], item["path"]) == ("fünf.png | ä fish", str(tmp_path / "fünf.png"))
+    assert r"t\udcc3\udca4ble.csv', which is a file" in done.stderr
+    # the settings, too: the same batch is complete here
+    summary = run(folder, out, QUICK)
+    assert summary.items == summary.finished_before == 3
+
+
 def test_a_folder_that_cannot_be_listed_is_named(images, monkeypatch):
     def closed(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(os, "listdir", closed)
-    with pytest.raises(ArgumentError, match=r"`source` .*images cannot be listed .*Permission"):
+    with pytest.raises(ArgumentError, match=r"`source` .*images' cannot be listed .*Permission"):
         find_items(images)
 
 
@@ -768,7 +809,7 @@ def test_a_folder_with_something_else_is_left_alone(images, tmp_path):
     with pytest.raises(ValueError, match="holds other files, such as"):
         run(images, images, QUICK)
     assert "_lock" not in os.listdir(images)
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="which is a file; give a folder"):
         run(images, images / names()[0], QUICK)
 
 
@@ -1067,15 +1108,15 @@ def test_usage_errors(command, arguments, message):
 
 
 def test_errors_name_their_file(command, tmp_path):
-    for name, message in [("gone", "gone does not exist"), ("*.nothing", "matches no file")]:
+    for name, message in [("gone", "gone' does not exist"), ("*.nothing", "matches no file")]:
         status, done = command(source=tmp_path / name)
-        assert status == 2 and f"SOURCE {tmp_path / name}" in done.err and message in done.err
+        assert status == 2 and f"SOURCE '{tmp_path / name}'" in done.err and message in done.err
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     status, done = command(source=tmp_path / "t.csv")
-    assert status == 2 and f"{tmp_path / 't.csv'} has none of the columns" in done.err
+    assert status == 2 and f"'{tmp_path / 't.csv'}' has none of the columns" in done.err
     assert "--image-column" in done.err
     status, done = command("--image-column", "c", source=tmp_path / "t.csv")
-    assert status == 2 and f"--image-column is 'c', but {tmp_path / 't.csv'} has" in done.err
+    assert status == 2 and f"--image-column is 'c', but '{tmp_path / 't.csv'}' has" in done.err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])

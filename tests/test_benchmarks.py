@@ -461,7 +461,9 @@ def test_step_times_are_compared(tmp_path, monkeypatch, emoji_clip):
     assert len({case[1:4] for case in times}) > 10
     assert "| prompt_len | 75 | " in (tmp_path / "times.md").read_text()
     monkeypatch.undo()
-    assert 0 < step_time.time_ours(emoji_clip, 2, 3, 2, emoji_clip.vocabulary) < 60
+    clock = iter((10.0, 10.5))  # before and after two steps
+    monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert step_time.time_ours(emoji_clip, 2, 3, 2, emoji_clip.vocabulary) == 0.25
 
 
 def test_a_step_through_a_pipeline_is_measured(tmp_path):

@@ -494,7 +494,7 @@ def test_a_bad_file_beside_good_ones(call, searches, tmp_path):
     assert "`" not in rows[1]["error"] and str(bad) in rows[1]["error"]
     done = call("invert", *names)
     assert done.out.splitlines()[::2] == [IMAGES[0], IMAGES[1]]
-    assert f"pez: error: IMAGE holds {bad}, " in done.err
+    assert f"pez: error: IMAGE holds {str(bad)!r}, " in done.err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), FloatingPointError("NaN")])

@@ -13,10 +13,13 @@ from pez_core import (
     ArgumentError,
     ArgumentTypeError,
     Avoid,
+    SearchOptions,
+    Vocabulary,
     distill,
     explain,
     fuse,
     invert,
+    load_clip,
     objective_for,
     prune,
     score,
@@ -30,6 +33,7 @@ from pez_core.errors import (
     check_string,
     check_type,
     check_weights,
+    first_line,
 )
 
 ERROR = ArgumentError(
@@ -56,6 +60,39 @@ def test_a_front_end_shows_its_own_names():
     # text in backticks that is no name stays
     other = ArgumentError("prompt", "is `a b`, not `x`")
     assert other.render(str.upper) == "PROMPT is `a b`, not X."
+
+
+@pytest.mark.parametrize(
+    "value", ["`lr`", "it's `lr`", "'`lr`\"", "\\'`lr`", ["`lr`", {"`lr`": 1}]]
+)
+def test_a_name_in_a_value_of_the_user_stays(value):
+    error = ArgumentError("steps", f"is {value!r}, not `lr`", f"write {value!r} or CLIP's `lr`")
+    text = f"STEPS is {value!r}, not LR; write {value!r} or CLIP's LR."
+    assert error.render(str.upper) == text
+    assert error.renamed({"lr": "rate"}).problem == f"is {value!r}, not `rate`"
+
+
+VALUES_IN_MESSAGES = {
+    "a choice": lambda clip, path: SearchOptions(effort="`steps`"),
+    "a text": lambda clip, path: invert(clip, EXAMPLES[0], caption="`steps` {} {}"),
+    "a path": lambda clip, path: invert(clip, path / "`steps`.png"),
+    "an address": lambda clip, path: invert(clip, "https://x/`steps`"),
+    "a word": lambda clip, path: Vocabulary(only=["`steps`"]).lexicon(clip),
+    "a list of words": lambda clip, path: Vocabulary(only=path / "`steps`"),
+    "a CLIP": lambda clip, path: load_clip(str(path / "`steps`.safetensors")),
+}
+
+
+@pytest.mark.parametrize("case", VALUES_IN_MESSAGES)
+def test_front_ends_show_values_of_the_user_unchanged(case, tiny_clip, tmp_path):
+    with pytest.raises(ArgumentError) as caught:
+        VALUES_IN_MESSAGES[case](tiny_clip, tmp_path)
+    assert "`steps`" in caught.value.render(lambda name: f"--{name}")
+
+
+def test_names_in_the_error_of_another_library_are_no_arguments():
+    assert first_line(ImportError("`steps` needs\nmore")) == "'steps' needs"
+    assert first_line(KeyError()) == "KeyError" and first_line(ValueError("  a  ")) == "a"
 
 
 @pytest.mark.parametrize("kind", [ArgumentError, ArgumentTypeError])

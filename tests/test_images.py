@@ -141,10 +141,10 @@ def test_whatever_an_image_raises_names_the_image(save, monkeypatch, error):
         raise error("x")
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    with pytest.raises(ArgumentError, match=r"a.png, which is damaged \('?x'?\)"):
+    with pytest.raises(ArgumentError, match=r"a.png', which is damaged \('?x'?\)"):
         load_image(path)
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(ArgumentError, match=r"a.png, which cannot be read \('?x'?\)"):
+    with pytest.raises(ArgumentError, match=r"a.png', which cannot be read \('?x'?\)"):
         load_image(path)
 
 
@@ -156,7 +156,7 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(eps)
-    with pytest.raises(ArgumentError, match=r"a.png, which is not an image that can be read"):
+    with pytest.raises(ArgumentError, match=r"a.png', which is not an image that can be read"):
         load_image(tmp_path / "a.png")
     assert not (tmp_path / "was-here").exists()
 

@@ -130,7 +130,7 @@ def bar(effort):
 
 
 @pytest.mark.slow
-def test_the_options_are_those_of_invert(alone, emoji_clip, capfd):
+def test_the_options_are_those_of_invert(alone, emoji_clip, capfd, clock):
     prompts = alone(target_image=FISH, output="prompt")
     assert prompts == [invert(emoji_clip, FISH)[0].prompt]
     assert bar("balanced") in capfd.readouterr().err
@@ -138,6 +138,7 @@ def test_the_options_are_those_of_invert(alone, emoji_clip, capfd):
     fast = alone(target_image=FISH, options=options, output="prompt")
     assert fast == [invert(emoji_clip, FISH, options)[0].prompt]
     assert bar("fast") in capfd.readouterr().err
+    clock.tick = 0.01
     alone(target_image=FISH, options=replace(options, time_limit=0.5))
     assert "100%" in capfd.readouterr().err
 

@@ -570,9 +570,10 @@ def test_the_progress_bar_has_the_steps_of_the_options(emoji_clip, capsys):
     assert "7/7" in capsys.readouterr().err
 
 
-def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys):
+def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys, clock):
+    clock.tick = 0.02
     prior = PezPipeline(emoji_clip)
-    options = SearchOptions(prompt_len=3, time_limit=3)
+    options = SearchOptions(prompt_len=3, effort="fast", time_limit=3)
     for inputs, each in (
         ({"image": [FISH, GLASSES]}, 3),  # side by side
         ({"image": [FISH, GLASSES], "prompt": ["a fish", "glasses"]}, 1.5),
@@ -580,8 +581,8 @@ def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys):
     ):
         results = prior(**inputs, options=options).results
         assert "100%" in capsys.readouterr().err and len(results) == 2
-        # a busy machine finishes its last step late
-        assert all(each - 0.1 < result.seconds < each + 1.3 for result in results)
+        # a search reads the clock a few times before it ends
+        assert all(each - 0.1 < result.seconds < 1.2 * each for result in results)
 
 
 def test_a_language_model_is_loaded_once(emoji_clip, monkeypatch):
@@ -757,7 +758,8 @@ def test_calls_from_two_threads_do_not_mix(pipe):
     for name, output in outputs.items():
         assert output.prompts == expected[name].prompts and len(output.results) == 1
         assert output.results[0].prompt == output.prompts[0]
-        assert torch.equal(output.images, expected[name].images)
+        # the last bits depend on the alignment of memory
+        torch.testing.assert_close(output.images, expected[name].images, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copy_has_a_lock_of_its_own(emoji_clip):

@@ -250,7 +250,7 @@ def test_images_are_loaded_and_encoded_once(tiny_clip, monkeypatch):
     check(lambda: invert(tiny_clip, files, options, shared=True), 3)
     check(lambda: invert(tiny_clip, files[0], options, avoid=files[1:]), 1, 2)
     check(lambda: style(tiny_clip, files, options, keep_content=True), 3)
-    check(lambda: style(tiny_clip, files, options), 3, 36)  # and those that are spoilt
+    check(lambda: style(tiny_clip, files, options), 3, 36)  # and those that are perturbed
     check(lambda: fuse(tiny_clip, ["a dog", *files], options), 3)
     check(lambda: score(tiny_clip, ["a", "b"], files), 3)
     check(lambda: score(tiny_clip, ["a", "b"], files, judge=tiny_clip), 3, 3)

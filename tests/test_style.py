@@ -7,7 +7,7 @@ from conftest import EXAMPLES, paper
 from pez_core import ArgumentError, StyleResult, Vocabulary, invert, style
 from pez_core.clip.images import load_image
 from pez_core.objectives import SampledSimilarity, Similarity
-from pez_core.style_direction import spoil, style_direction
+from pez_core.style_direction import perturb, style_direction
 from pez_core.vocabulary import Blocklist
 
 QUICK = paper(60, restarts=2)
@@ -67,15 +67,15 @@ def test_the_direction_has_less_of_the_differences(emoji_clip, pictures):
     assert (features @ direction).min() > 0.1
 
 
-def test_the_direction_has_less_of_what_survives_spoiling(emoji_clip, pictures, monkeypatch):
+def test_the_direction_has_less_of_what_survives_perturbation(emoji_clip, pictures, monkeypatch):
     features = emoji_clip.encode_images(pictures)
-    spoilt = torch.cat([emoji_clip.encode_images(spoil(picture)) for picture in pictures])
+    perturbed = torch.cat([emoji_clip.encode_images(perturb(picture)) for picture in pictures])
     direction = style_direction(emoji_clip, pictures, features)
 
     def ahead(d):
-        return ((features @ d).mean() - (spoilt @ d).mean()) / (features @ d).mean()
+        return ((features @ d).mean() - (perturbed @ d).mean()) / (features @ d).mean()
 
-    monkeypatch.setattr("pez_core.style_direction.SPOILT", 0.0)
+    monkeypatch.setattr("pez_core.style_direction.PERTURBED", 0.0)
     assert ahead(direction) > ahead(style_direction(emoji_clip, pictures, features)) + 0.01
 
 
@@ -89,10 +89,10 @@ def test_the_same_picture_twice(emoji_clip, pictures):
     assert style(emoji_clip, [pictures[0]] * 2, paper(20)).similarity > 0.2
 
 
-def test_spoiling_changes_every_picture_and_keeps_its_size(pictures):
-    versions = spoil(pictures[0])
-    assert all(v.size == pictures[0].size and v.mode == "RGB" for v in versions)
-    assert len({v.tobytes() for v in [*versions, pictures[0]]}) == len(versions) + 1
+def test_perturbation_changes_every_picture_and_keeps_its_size(pictures):
+    variants = perturb(pictures[0])
+    assert all(v.size == pictures[0].size and v.mode == "RGB" for v in variants)
+    assert len({v.tobytes() for v in [*variants, pictures[0]]}) == len(variants) + 1
 
 
 def test_a_minibatch_per_step_and_a_score_on_all():

@@ -5,7 +5,7 @@ import { createHeader } from "./header.js";
 import { showMessage } from "./message.js";
 import { createRows } from "./rows.js";
 import { isRunning } from "./runs.js";
-import { text } from "./strings.js";
+import { text, translateNote } from "./strings.js";
 import { createWords } from "./words.js";
 
 /**
@@ -86,7 +86,7 @@ export function createPanel({ onFinish, onToggle }) {
 
   function showDetail(found) {
     words.update(found, view.blocked, view.scores);
-    setText(note, found.note);
+    setText(note, translateNote(found.note));
     candidates.update(found.candidates);
   }
 

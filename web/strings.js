@@ -94,6 +94,36 @@ const CHINESE_WIDGETS = {
   "blocked words": "屏蔽词",
 };
 
+const place = (section) => (section ? `第 ${section} 段` : "提示词");
+
+/** Notes of the server about single prompts, of which one text may hold several. */
+const CHINESE_NOTES = [
+  [/^There was no text\./, () => "没有文本。"],
+  [/^without words that do not help:/, () => "去掉无用的词："],
+  [/Finished before its turn; a first guess\./, () => "尚未轮到就已结束，这只是初步结果。"],
+  [
+    /(?:Section (\d+)|The prompt) is short enough already and is unchanged\./g,
+    (_, section) => `${place(section)}已经够短，未作改动。`,
+  ],
+  [
+    /(?:Section (\d+)|The prompt) was not reached and is unchanged\./g,
+    (_, section) => `${place(section)}尚未处理，未作改动。`,
+  ],
+  [
+    /(?:Section (\d+)|The prompt) keeps its weighted words, which fill a context\./g,
+    (_, section) => `${place(section)}保留带权重的词，它们已占满一个上下文。`,
+  ],
+  [
+    /(?:Section (\d+)|The prompt) was shortened further, to the size of one context: (\d+) learned tokens, not (\d+)\./g,
+    (_, section, learned, wanted) =>
+      `${place(section)}被进一步缩短到一个上下文的长度：学习 ${learned} 个 token，而不是 ${wanted} 个。`,
+  ],
+  [
+    /^The join has (\d+) tokens, more than max_tokens (\d+); one prompt was learned instead\./,
+    (_, tokens, most) => `拼接后有 ${tokens} 个 token，超过最大 token 数 ${most}，因此改为学习一个提示词。`,
+  ],
+];
+
 const isChinese = () =>
   String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en").startsWith("zh");
 
@@ -118,4 +148,14 @@ export function translateWidgets(definition) {
 export function text(key, values = {}) {
   const table = isChinese() ? CHINESE : ENGLISH;
   return table[key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
+
+/**
+ * A note of the server in the language of the page.
+ * @param {string} note
+ * @returns {string}
+ */
+export function translateNote(note) {
+  if (!isChinese()) return note;
+  return CHINESE_NOTES.reduce((text, [english, chinese]) => text.replace(english, chinese), note);
 }

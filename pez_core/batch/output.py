@@ -60,7 +60,7 @@ class Output:
                 the folder holds other files.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise ArgumentError("out", f"{self.folder} is a file", "give a folder")
+            raise ArgumentError("out", f"is {str(self.folder)!r}, which is a file", "give a folder")
         self.check(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / _LOCK)
@@ -69,7 +69,7 @@ class Output:
         except Timeout as error:
             raise ArgumentError(
                 "out",
-                f"{self.folder} is being written by another run",
+                f"is {str(self.folder)!r}, which is being written by another run",
                 "wait for it or give another folder",
             ) from error
         with lock:
@@ -89,7 +89,8 @@ class Output:
             if others:
                 raise ArgumentError(
                     "out",
-                    f"{self.folder} holds other files, such as {sorted(others)[0]}",
+                    f"is {str(self.folder)!r}, which holds other files, such as "
+                    f"{sorted(others)[0]!r}",
                     "give a new folder",
                 )
             return
@@ -102,8 +103,8 @@ class Output:
         if changed:
             raise ArgumentError(
                 "out",
-                f"{self.folder} was made with other settings; give another folder, or the same "
-                "settings:\n  " + "\n  ".join(changed),
+                f"is {str(self.folder)!r}, which was made with other settings; give another "
+                "folder, or the same settings:\n  " + "\n  ".join(changed),
             )
 
     def ids(self) -> tuple[pa.Array, pa.Array]:
@@ -203,20 +204,23 @@ def _read_settings(path: Path) -> dict:
     try:
         known = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError("out", f"holds {path}, which cannot be read ({error})") from error
+        raise ArgumentError(
+            "out", f"holds {str(path)!r}, which cannot be read ({error})"
+        ) from error
     if not isinstance(known, dict):
-        raise ArgumentError("out", f"holds {path}, which holds no settings")
+        raise ArgumentError("out", f"holds {str(path)!r}, which holds no settings")
     return known
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as file:
+        # pyarrow takes only names that are text
+        with path.open("rb") as data, pq.ParquetFile(data) as file:
             return file.read(columns)
     except Exception as error:  # damaged files make pyarrow raise all kinds of errors
         raise ArgumentError(
             "out",
-            f"holds {path}, which is damaged ({error})",
+            f"holds {str(path)!r}, which is damaged ({error})",
             "remove this file; its items are then searched again",
         ) from error
 

@@ -17,6 +17,7 @@ import pyarrow.compute
 from ..errors import check_integer
 from .engine import Cluster, InProcess, OnRay, spread
 from .job import Job
+from .names import printable
 from .output import Output
 from .sources import Columns, find_items
 from .worker import failed_row
@@ -277,7 +278,7 @@ def _left(items: pa.Table, output: Output, retry_failed: bool = False) -> tuple[
 
 def _settings(source: str | os.PathLike, job: Job, columns: Columns | None) -> dict:
     """The settings that all rows in one folder share."""
-    where = {"source": os.path.abspath(source), "columns": asdict(columns or Columns())}
+    where = {"source": printable(os.path.abspath(source)), "columns": asdict(columns or Columns())}
     return where | job.settings
 
 

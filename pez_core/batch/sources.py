@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ..errors import ArgumentError, check_choice
+from .names import printable, text_of
 
 pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 
@@ -96,7 +97,7 @@ def find_items(
         batches.append(pa.RecordBatch.from_pylist(some, ITEMS))
     if not batches:
         wanted = " and ".join(sorted(NEEDS[task]))
-        raise ArgumentError("source", f"{source} holds nothing for {task}, which takes {wanted}")
+        raise ArgumentError("source", f"{source!r} holds nothing for {task}, which takes {wanted}")
     return _once(pa.Table.from_batches(batches, ITEMS), columns.id)
 
 
@@ -120,13 +121,13 @@ def _files(source: str) -> tuple[str, list[_File]]:
         try:
             os.listdir(root)
         except OSError as error:
-            raise ArgumentError("source", f"{source} cannot be listed ({error})") from error
+            raise ArgumentError("source", f"{source!r} cannot be listed ({error})") from error
         return root, sorted(_walk(root, frozenset()))
     if os.path.isfile(source):
         path = os.path.abspath(source)
         return os.path.dirname(path), [_File(path)]
     if os.path.lexists(source):
-        raise ArgumentError("source", f"{source} is neither a folder nor a file; check it")
+        raise ArgumentError("source", f"{source!r} is neither a folder nor a file; check it")
     if glob.has_magic(source):
         fixed = source
         while glob.has_magic(fixed):
@@ -135,8 +136,10 @@ def _files(source: str) -> tuple[str, list[_File]]:
         files = sorted(_File(path) for path in found if os.path.isfile(path))
         if files:
             return os.path.abspath(fixed), files
-        raise ArgumentError("source", f"{source} matches no file", "check the pattern")
-    raise ArgumentError("source", f"{source} does not exist", "give a folder, a file or a pattern")
+        raise ArgumentError("source", f"{source!r} matches no file", "check the pattern")
+    raise ArgumentError(
+        "source", f"{source!r} does not exist", "give a folder, a file or a pattern"
+    )
 
 
 def _walk(folder: str, within: frozenset[str]) -> Iterator[_File]:
@@ -168,12 +171,7 @@ def _walk(folder: str, within: frozenset[str]) -> Iterator[_File]:
 
 
 def _problem_of(error: Exception) -> str:
-    return _printable(f"{type(error).__name__}: {error}")
-
-
-def _printable(text: str) -> str:
-    """The text with "?" for what is not UTF-8, which Parquet cannot hold."""
-    return text.encode("utf-8", "replace").decode()
+    return printable(f"{type(error).__name__}: {error}")
 
 
 def _suffix(path: str) -> str:
@@ -188,17 +186,20 @@ def _rows(
         name = os.path.relpath(path, root).replace(os.sep, "/")
         if (kind in IMAGES and "image" not in needs) or (kind == CAPTION and "image" in needs):
             continue
-        if not _is_text(path):
+        try:
+            stored, name = text_of(path), text_of(name)
+        except UnicodeError:
             problem = "UnicodeError: its name is not UTF-8; rename it."
-            yield {"id": _printable(name), "problem": problem}
-        elif file.problem is not None:
+            yield {"id": printable(name), "problem": problem}
+            continue
+        if file.problem is not None:
             yield {"id": name, "problem": file.problem}
         elif kind in TABLES:
             yield from _from_table(path, name, needs, columns)
         elif kind == ".tar":
             yield from _from_tar(path, name, needs)
         elif kind in IMAGES:
-            row = {"id": name, "path": path}
+            row = {"id": name, "path": stored}
             if "prompt" in needs:
                 row |= _caption_file(os.path.splitext(path)[0] + CAPTION)
             yield row
@@ -215,7 +216,7 @@ def _is_text(name: str) -> bool:
 
 
 def _caption_file(path: str) -> dict[str, Any]:
-    name = os.path.basename(path)
+    name = printable(os.path.basename(path))
     try:
         if os.path.lexists(path) and not os.path.isfile(path):
             return {"problem": f"NoFile: {name} is no regular file."}
@@ -241,17 +242,17 @@ def _from_tar(file: str, name: str, needs: set[str]) -> Iterator[dict[str, Any]]
     """Its samples and, where it is damaged, a row with an error beside those that are whole."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(file, "r:", encoding="utf-8") as tar:
             damage = _read_members(tar, os.path.getsize(file), samples)
             for key, sample in samples.items():
                 row = _sample_row(tar, key, sample, needs)
                 if row is not None:
-                    yield {"id": f"{name}/{key}", "path": file} | row
+                    yield {"id": f"{name}/{key}", "path": text_of(file)} | row
     except Exception as error:  # damaged data makes tarfile raise all kinds of errors
         damage = str(error)
     if damage is not None:
         problem = f"TarError: {file} is damaged or no plain tar ({damage})."
-        yield {"id": name, "problem": _printable(problem)}
+        yield {"id": name, "problem": printable(problem)}
 
 
 def _sample_row(
@@ -308,9 +309,10 @@ def _from_table(
         raise
     except Exception as error:  # damaged files make pyarrow raise all kinds of errors
         problem = f"TableError: {file} cannot be read ({error}); check it."
-        yield {"id": name, "problem": _printable(problem)}
+        yield {"id": name, "problem": printable(problem)}
         return
     folder, number = os.path.dirname(name), 0
+    beside = text_of(os.path.dirname(file))
     for batch in table.to_batches():
         for values in zip(*(batch.column(name).to_pylist() for name in chosen), strict=True):
             number += 1
@@ -318,7 +320,7 @@ def _from_table(
             row = {"prompt": one.get("prompt")}
             parts = [one[need] or "" for need in ("image", "prompt") if need in needs]
             if "image" in needs and one["image"]:
-                row["path"] = os.path.join(os.path.dirname(file), one["image"])
+                row["path"] = os.path.join(beside, one["image"])
                 if one["image"].startswith(("http://", "https://")):
                     row["path"] = one["image"]
                 else:  # tables of several folders may have the same names
@@ -336,15 +338,16 @@ def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table,
     delimiter = "\t" if _suffix(file) == ".tsv" else ","
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     if _suffix(file) == ".parquet":
-        names = pq.read_schema(file).names
+        with open(file, "rb") as data:  # pyarrow takes only names that are text
+            names = pq.read_schema(data).names
     else:
-        with csv.open_csv(file, parse_options=parse) as reader:
+        with open(file, "rb") as data, csv.open_csv(data, parse_options=parse) as reader:
             names = reader.schema.names
     chosen = {_choose(names, need, columns, file): need for need in sorted(needs)}
     if len(chosen) < len(needs):
         raise ArgumentError(
             "image_column",
-            f"is {next(iter(chosen))!r} in {file}, and so is `prompt_column`",
+            f"is {next(iter(chosen))!r} in {file!r}, and so is `prompt_column`",
             "name another one",
         )
     if columns.id is not None:
@@ -358,7 +361,8 @@ def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table,
             )
         chosen[columns.id] = "id"
     if _suffix(file) == ".parquet":
-        table = pq.read_table(file, columns=list(chosen))
+        with open(file, "rb") as data:
+            table = pq.read_table(data, columns=list(chosen))
     else:
         # as they are written: an id like 007 is no number, a prompt like null no missing value
         convert = csv.ConvertOptions(
@@ -366,7 +370,8 @@ def _read_table(file: str, needs: set[str], columns: Columns) -> tuple[pa.Table,
             include_columns=list(chosen),
             strings_can_be_null=False,
         )
-        table = csv.read_csv(file, parse_options=parse, convert_options=convert)
+        with open(file, "rb") as data:
+            table = csv.read_csv(data, parse_options=parse, convert_options=convert)
     table = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names]))
     table.validate(full=True)  # Parquet may hold strings that are not UTF-8
     return table, chosen
@@ -383,7 +388,7 @@ def _choose(names: Sequence[str], need: str, columns: Columns, file: str) -> str
             return usual
     raise ArgumentError(
         "source",
-        f"{file} has none of the columns {', '.join(_USUAL[need])} for the {need}, but "
+        f"{file!r} has none of the columns {', '.join(_USUAL[need])} for the {need}, but "
         f"{', '.join(names)}",
         f"give one of these as `{need}_column`",
     )
@@ -392,7 +397,7 @@ def _choose(names: Sequence[str], need: str, columns: Columns, file: str) -> str
 def _no_column(need: str, file: str, name: str, names: Sequence[str]) -> ArgumentError:
     return ArgumentError(
         f"{need}_column",
-        f"is {name!r}, but {file} has only {', '.join(names)}",
+        f"is {name!r}, but {file!r} has only {', '.join(names)}",
         "name one of these",
     )
 

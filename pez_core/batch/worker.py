@@ -22,6 +22,7 @@ from ..scoring import check_finite
 from ..targets import Avoid, encode_targets
 from ..tasks import distill, invert
 from .job import Job
+from .names import name_of, printable
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +164,9 @@ class Worker:
         if self.job.task == "distill":
             return item["prompt"]
         if item["offset"] is None:
-            picture = load_image(item["path"])
+            picture = load_image(name_of(item["path"]))
         else:
-            picture = load_image_at(item["path"], item["offset"], item["size"])
+            picture = load_image_at(name_of(item["path"]), item["offset"], item["size"])
         # a picture alone, since a sum may depend on what else is in the batch
         return self.clip.encode_images([picture])
 
@@ -248,8 +249,7 @@ def _check_device(error: Exception) -> None:
 def failed_row(item: str, error: str) -> dict[str, Any]:
     """The row of an item that has an error, of the form `Kind: message`."""
     nothing = dict.fromkeys(["prompt", "similarity", "token_ids", "seed", "seconds"])
-    # a file name in the message may hold what is not UTF-8
-    return {"id": item, **nothing, "error": error.encode("utf-8", "replace").decode()}
+    return {"id": item, **nothing, "error": printable(error)}
 
 
 def kind_of(error: str) -> str:

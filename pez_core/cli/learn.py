@@ -180,7 +180,7 @@ def _invert_each(
 def _naming(row: dict[str, Any]) -> str:
     """The error of a row, with the name of its image."""
     image, error = row["image"], row["error"]
-    return error if image in error else f"{image}: {error}"
+    return error if image in error or repr(image) in error else f"{image}: {error}"
 
 
 def _images_side_by_side(options: SearchOptions) -> int:

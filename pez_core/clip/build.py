@@ -20,15 +20,14 @@ from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 
-from ..errors import ArgumentError
-from .device import first_line
+from ..errors import ArgumentError, first_line
 from .files import check_header, config_of
 from .weights import find_in_hub_cache
 
 _WRONG = (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ValueError)
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, BadZipFile, EOFError, OSError)
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
-# What a config may set of a tokenizer. The other options choose files, or code to run.
+# Options of a tokenizer that a config may set. The others choose files, or code to run.
 _TOKENIZER_OPTIONS = {"clean": str, "strip_sep_token": bool, "language": str}
 _CLEANING = ("canonicalize", "lower", "whitespace")
 
@@ -65,7 +64,7 @@ def create_model(
     except _DAMAGED as error:
         raise ArgumentError(
             "pretrained",
-            f"is {path}, which is damaged or not a weights file ({first_line(error)})",
+            f"is {str(path)!r}, which is damaged or not a weights file ({first_line(error)})",
             "fetch it again or convert it to safetensors",
         ) from error
     except (
@@ -78,7 +77,7 @@ def create_model(
     ) as error:
         raise ArgumentError(
             "pretrained",
-            f"is {path}, which does not hold weights of {name} ({first_line(error)})",
+            f"is {str(path)!r}, which does not hold weights of {name} ({first_line(error)})",
             "give the architecture it was trained with",
         ) from error
 
@@ -131,7 +130,7 @@ def tokenizer_of_folder(folder: Path, model_cfg: dict) -> Any:
 
 def _hub_tokenizer(source: str, name: str, missing: ArgumentError, local_files_only: bool) -> Any:
     try:
-        # The default of trust_remote_code asks on the terminal.
+        # by default transformers asks on the terminal whether to run code of the repository
         return open_clip.get_tokenizer(
             source, trust_remote_code=False, local_files_only=local_files_only
         )
@@ -188,8 +187,8 @@ def from_config(config: dict, preprocess_cfg: dict) -> tuple[Any, Any]:
 def problem_of_config(model_cfg: object) -> str:
     """Why a model must not be built from the config of a stranger; "" where it may.
 
-    open_clip hands much of a config on to other packages, some of which load code or ask the
-    network for what the config names.
+    open_clip passes much of a config to other packages. Some of them run code or download files
+    that the config names.
     """
     towers = model_cfg if isinstance(model_cfg, dict) else {}
     vision, text = towers.get("vision_cfg"), towers.get("text_cfg")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, first_line
 
 if TYPE_CHECKING:
     from .model import Clip
@@ -18,7 +18,7 @@ _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device that is asked for; None: CUDA, then MPS, then the CPU, the first that is there.
+    """The device by its name; None: the first available of CUDA, MPS and CPU.
 
     Raises:
         ArgumentError: the device does not exist or cannot be used here.
@@ -42,7 +42,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a CLIP on a device where nobody asks for another one."""
+    """The default dtype of a CLIP on a device."""
     if device.type != "cuda":
         return torch.float32
     # torch.cuda.is_bf16_supported() also counts cards that only emulate bfloat16
@@ -83,8 +83,3 @@ def _on_device(tower: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         tower.to("cpu")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type where there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

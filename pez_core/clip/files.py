@@ -18,7 +18,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors.torch import load_file
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-# What a file raises whose header is no header, or has other values than it should.
+# Errors of a file with a damaged header.
 _MALFORMED = (
     OSError,
     ValueError,
@@ -30,7 +30,7 @@ _MALFORMED = (
     struct.error,
 )
 
-# Names in files of transformers' CLIPModel, and what open_clip calls the same.
+# Names of tensors in files of transformers' CLIPModel, and their names in open_clip.
 _RENAMED = (
     (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
@@ -59,7 +59,7 @@ class FoundClip:
     Attributes:
         name: open_clip's name of the architecture.
         tag: the tag of its weights where the name of the file contains it, else None.
-        quick_gelu: its activation, which cannot be seen in the tensors.
+        quick_gelu: its activation, which the tensors do not show.
         transformers: the tensors have the names that the package transformers gives them.
     """
 
@@ -123,7 +123,7 @@ def _rename(key: str) -> str:
 
 
 def _dimensions(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The dimensions in which architectures differ, however the projections are stored."""
+    """The dimensions in which architectures differ, independent of how projections are stored."""
     width, _, patch, _ = shapes["visual.conv1.weight"]
     positions, _ = shapes["visual.positional_embedding"]
     words, text_width = shapes["token_embedding.weight"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, first_line
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike | torch.Tensor | np.ndarray
 """One image: PIL image, path, or (H, W, C) / (C, H, W) array with C = 1, 3 or 4, of 8-bit integers
@@ -58,7 +58,7 @@ def load_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         if str(image).startswith(("http://", "https://")):
             raise ArgumentError(
-                "images", f"holds the address {image}", "download it, give the file"
+                "images", f"holds the address {str(image)!r}", "download it, give the file"
             )
         return _from_path(Path(image))
     if isinstance(image, Image.Image):
@@ -118,21 +118,21 @@ def load_image_at(path: str | os.PathLike, offset: int, size: int) -> Image.Imag
             file.seek(offset)
             return BytesIO(file.read(size))
 
-    return _read(read, f"{path} at byte {offset}", size)
+    return _read(read, f"{str(path)!r} at byte {offset}", size)
 
 
 def _from_path(path: Path) -> Image.Image:
-    with _naming(str(path)):
+    with _naming(repr(str(path))):
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise ArgumentError(
-                "images", f"holds {path}, which is a folder", "give the image files in it"
+                "images", f"holds {str(path)!r}, which is a folder", "give the image files in it"
             )
         if not stat.S_ISREG(found.st_mode):
             raise ArgumentError(
-                "images", f"holds {path}, which is no regular file", "save it first"
+                "images", f"holds {str(path)!r}, which is no regular file", "save it first"
             )
-    return _read(lambda: path, str(path), found.st_size)
+    return _read(lambda: path, repr(str(path)), found.st_size)
 
 
 def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.Image:
@@ -153,9 +153,9 @@ def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.I
 
 @contextmanager
 def _naming(what: str, problem: str = "cannot be read", remedy: str = "check it") -> Iterator[None]:
-    """Turn whatever is raised about an image into an error that names the image.
+    """Turn any error about an image into an ArgumentError that names the image.
 
-    Decoders of damaged data raise whatever they happen to come across.
+    Decoders of damaged data raise errors of many types.
     """
     try:
         yield
@@ -170,12 +170,12 @@ def _naming(what: str, problem: str = "cannot be read", remedy: str = "check it"
     except Image.DecompressionBombError as error:
         problem, remedy, cause = f"is too large ({error})", "scale it down", error
     except Exception as error:
-        problem, cause = f"{problem} ({str(error) or type(error).__name__})", error
+        problem, cause = f"{problem} ({first_line(error)})", error
     raise ArgumentError("images", f"holds {what}, which {problem}", remedy) from cause
 
 
 def _decode_smaller(image: Image.Image) -> None:
-    """Let a JPEG decoder skip pixels of which the picture keeps a half or less anyway."""
+    """Decode a large JPEG at reduced size, which is faster than to scale it down afterwards."""
     short = min(image.size)
     if image.format == "JPEG" and short >= 2 * _LARGEST:
         width, height = image.size
@@ -183,7 +183,7 @@ def _decode_smaller(image: Image.Image) -> None:
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
-    """The caller's image, or the first frame of an animation, which stays where it was."""
+    """The caller's image, or a copy of the first frame of an animation."""
     if 0 in image.size:
         raise ArgumentError(
             "images", f"holds a PIL image of size {image.width}x{image.height}, which is empty"
@@ -226,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
     """The Exif orientation; 1, which is upright, where it cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged Exif, of which image viewers take no notice, either
+    except Exception:  # damaged Exif, which image viewers ignore, too
         return 1
 
 
@@ -258,7 +258,7 @@ def _white_level(image: Image.Image) -> float:
     """The value of white in a grey image.
 
     Where the image has no stated range, its range is [0, 1], 8 or 16 bits, the least of these that
-    holds all values. An image that is known to have 16 bits keeps its darkness.
+    holds all values. An image whose mode has 16 bits is not brightened.
     """
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
         return 65535.0

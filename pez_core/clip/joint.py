@@ -82,11 +82,11 @@ class JointClip:
     """Several CLIPs as one, for models that read a prompt with more than one, such as SDXL.
 
     There is one sequence of ids and one search; projection and objective use all encoders. Made by
-    `load_clip` from a list of names; whatever takes a `Clip` takes this.
+    `load_clip` from a list of names; every function that takes a `Clip` takes this.
 
     Args:
         clips: two or more, whose tokenizers agree on every token.
-        weights: how much each counts; scaled to sum to 1. None: all the same.
+        weights: of each in the similarity; scaled to sum to 1. None: all the same.
 
     Attributes:
         trained_tokens: ids that all of them were trained on; None: all ids.
@@ -109,7 +109,7 @@ class JointClip:
         for clip in clips[1:]:
             _check_same_tokens(clips[0], clip)
             if clip.text.words.equals(clips[0].text.words):
-                clip.text.words = clips[0].text.words  # which remembers the tokens that round-trip
+                clip.text.words = clips[0].text.words  # it caches which tokens round-trip
         self.clips = list(clips)
         self.names = _distinct([clip.name for clip in clips])
         self.name = " + ".join(self.names)

@@ -79,7 +79,7 @@ def load_clip(
         check_weights("weights", weights, len(names))
     target = pick_device(device)
     precision = pick_precision(target, dtype)
-    # Under ComfyUI's inference mode, weights would be created unfit for backward.
+    # Weights that are created in ComfyUI's inference mode have no backward pass.
     with torch.inference_mode(False):
         clips: list[Clip] = []
         for one in names:
@@ -90,7 +90,7 @@ def load_clip(
 
 
 def _check_names(name: object, pretrained: object) -> list[str]:
-    """The names as a list; raise where `name` or `pretrained` cannot be meant."""
+    """The names as a list; raise where `name` or `pretrained` has a wrong type."""
     if not isinstance(pretrained, (str, os.PathLike, type(None))):
         raise ArgumentTypeError(
             "pretrained", f"has to be a tag or a path but is a {type(pretrained).__name__}"
@@ -136,7 +136,7 @@ def _load_one(
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
-    """NAME:PRETRAINED in its parts; a path stays whole, whatever colons it has."""
+    """NAME:PRETRAINED in its parts; a path stays whole, with any colons in it."""
     path = os.path.expanduser(name)
     head, colon, tail = name.partition(":")
     if not colon or os.path.exists(path):
@@ -191,14 +191,16 @@ def _trained_tokens(folder: Path) -> list[int] | None:
 
 
 def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
-    """A file that shows by its tensors which CLIP it holds."""
+    """The CLIP in a file, whose architecture is found by its tensors."""
     if not path.is_file():
-        raise ArgumentError("name", f"is the file {path}, which does not exist", "check the path")
+        raise ArgumentError(
+            "name", f"is the file {str(path)!r}, which does not exist", "check the path"
+        )
     found = find_clip(path)
     if found is None:
         raise ArgumentError(
             "name",
-            f"is the file {path}, which does not hold both towers of a CLIP of open_clip",
+            f"is the file {str(path)!r}, which does not hold both towers of a CLIP of open_clip",
             "choose another; an image tower or a text encoder alone cannot be searched",
         )
     log.info("%s holds %s%s", path, found.name, ", QuickGELU" * found.quick_gelu)

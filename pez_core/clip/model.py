@@ -25,11 +25,11 @@ class Clip:
 
     Args:
         model: open_clip model on its device, in its dtype.
-        tokenizer: what `open_clip.get_tokenizer` returns for it.
+        tokenizer: its tokenizer, from `open_clip.get_tokenizer`.
         name: shown in messages and results.
         vocabulary: ids of the tokens that the model was trained on, of which prompts are made by
             default; None: all tokens.
-        config: what the model was built from: open_clip's `model_cfg` and, where the tokenizer is
+        config: the configuration of the model: open_clip's `model_cfg` and, where the tokenizer is
             not CLIP's own, `tokenizer`, the architecture that it belongs to. Only needed to save
             the model; `load_clip` fills it in.
 

@@ -43,9 +43,9 @@ class Words:
         self._round_trips_alone: dict[int, bool] = {}
 
     def equals(self, other: Words) -> bool:
-        """Whether the other one is of CLIP's own kind, too, with the same vocabulary and cleaning.
+        """Whether both are CLIP's own tokenizer, with the same vocabulary and the same cleaning.
 
-        Then both encode and decode alike.
+        Then they encode and decode alike.
         """
         a, b = self.tokenizer, other.tokenizer
         return (
@@ -61,7 +61,7 @@ class Words:
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a prompt, as it is printed."""
+        """The text of a prompt, without spaces at its ends."""
         if self._hf is not None:
             return self._hf.decode(list(ids)).strip()
         return self.tokenizer.decode(ids).strip()
@@ -93,7 +93,7 @@ class Encoder(Protocol):
         ...
 
     def given(self, embeddings: torch.Tensor) -> Encoder:
-        """The encoder of the learned tokens behind the first ones, which are fixed from now on.
+        """An encoder of the remaining tokens, with the first tokens fixed.
 
         A causal tower computes the first ones here, once for all later calls.
 

@@ -23,7 +23,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt")
 """Endings of files that may hold weights."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are here and with all bytes; what it raises ends the download."""
+"""Called with the bytes on disk and with all bytes; an exception ends the download."""
 
 _CHUNK = 1 << 20  # bytes per read; small, so that a cancel takes effect soon
 _LOCAL = ("localhost", "127.0.0.1", "::1")  # hosts to which nothing has to be encrypted
@@ -119,13 +119,13 @@ def fetch_weights(
 ) -> Path:
     """Download the weights of an open_clip tag. The file appears whole or not at all.
 
-    Two processes may ask for the same file; the second waits for the first.
+    Two processes may download the same file; the second waits for the first.
 
     Args:
         name, pretrained: architecture and tag.
-        path: of the new file, `.safetensors`; PyTorch files get the suffix `.bin`. The part of a
-            download that breaks off lies beside it, and the next call resumes there.
-        progress: called with the bytes that are here and all bytes. What it raises ends the
+        path: of the new file, `.safetensors`; PyTorch files get the suffix `.bin`. An
+            interrupted download leaves its part beside it, and the next call resumes it.
+        progress: called with the bytes on disk and with all bytes. An exception ends the
             download.
         only_safetensors: take no other kind of file.
 
@@ -197,7 +197,7 @@ def _only_one(path: Path, part: Path, size: int, progress: Progress | None):
         yield
     finally:
         lock.release()
-    # Only behind a whole file: those who still wait for the lock then find that file.
+    # Only after a whole file: processes that wait for the lock then find it.
     with suppress(OSError):
         os.unlink(lock.lock_file)
 

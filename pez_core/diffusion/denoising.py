@@ -50,8 +50,8 @@ class DenoisingLoss:
             CLIP text encoders, a scheduler that predicts noise or velocity. Half precision and
             `enable_model_cpu_offload` are supported.
         images: the images of `invert`, scaled and cropped here to the size of the pipeline.
-        clip: the CLIP of the search, which needs the tokens of the pipeline. With weight 1 only its
-            tokens and vocabulary are used.
+        clip: the CLIP of the search, with the tokens of the pipeline. With weight 1 only its tokens
+            and vocabulary are used.
         weight: of this loss, above 0, at most 1; the similarity has the rest.
         samples: timesteps per image, each with its own noise; 1 or more.
         timesteps: their range, as fractions from 0 to 1 of the training timesteps. They are spread
@@ -143,7 +143,7 @@ class DenoisingLoss:
     def _ids(
         self, before: Sequence[int], prompt_len: int, after: Sequence[int]
     ) -> list[torch.Tensor]:
-        """(1, length) ids for each encoder, with a known word in place of each learned token."""
+        """(1, length) ids for each encoder, with an example word in place of each learned token."""
         rows = []
         words = [*before, *[self._example_token] * prompt_len, *after]
         for tokenizer in self._tokenizers:

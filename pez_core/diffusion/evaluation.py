@@ -18,6 +18,7 @@ from PIL import Image
 from ..clip import AnyClip, Clip, JointClip
 from ..clip.images import ImageInput, load_images
 from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_string
+from ..scoring import check_finite
 from ..targets import encode_targets
 from .clip_model import PezClipModel
 
@@ -130,7 +131,10 @@ def evaluate(
     Raises:
         ArgumentError: a prompt or target is missing or cannot be read, an argument is out of range
             or unknown to `pipeline`, or the prompts were learned on the judge.
-        EvaluationError: `pipeline` or a CLIP failed; its `partial` has the prompts before.
+        FloatingPointError: similarities of prompts and targets are NaN or infinite, before any
+            image is made.
+        EvaluationError: `pipeline` or a CLIP failed, or similarities of images are NaN or infinite;
+            its `partial` has the prompts before.
     """
     texts = _texts(prompts)
     check_integer("num_images_per_prompt", num_images_per_prompt, 1)
@@ -177,7 +181,9 @@ class _Scored:
         self._judge = _TargetScores(judge, targets)
         self._searched = None if searched is None else _TargetScores(searched, targets)
         features = _use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
-        self._prompt_similarities = (features * self._judge.targets).sum(1)
+        self._prompt_similarities = check_finite(
+            (features * self._judge.targets).sum(1), _clip(judge)
+        )
 
     def add(self, images: list[Image.Image]) -> None:
         """Score the images of the next prompt."""
@@ -218,14 +224,14 @@ class _TargetScores:
             return torch.stack([few.mean(0) for few in features.split(list(map(len, targets)))])
 
         self.name = _clip(model).name
-        self.targets = _use(model, encode).cpu()
+        self.targets = check_finite(_use(model, encode).cpu(), _clip(model))
         self.rows: list[torch.Tensor] = []
         self._model = model
 
     def of(self, k: int, images: Sequence[Image.Image]) -> torch.Tensor:
         """(len(images),) similarities of images made from prompt k."""
         features = _use(self._model, lambda clip: clip.encode_images(images)).cpu()
-        return features @ self.targets[k]
+        return check_finite(features @ self.targets[k], _clip(self._model))
 
     def similarities(self, each: int) -> torch.Tensor:
         """(prompts so far, each) similarities."""

@@ -139,7 +139,7 @@ class PezPipeline(DiffusionPipeline):
             its image tower, which image pipelines lack. `pez_core.load_clip` loads a name; nothing
             is downloaded, unlike by `PezClipModel.load` with `download=True`.
         pipeline ([`DiffusionPipeline`], *optional*):
-            Any text-to-image pipeline. Without one this is a prior, whose output goes to any
+            Any text-to-image pipeline. Without one this is a prior: pass its output to any
             pipeline, even one that needs an image of its own: `t2i(**pez(image=image))`.
     """
 
@@ -221,7 +221,7 @@ class PezPipeline(DiffusionPipeline):
         files: dict[str, Any],
         **kwargs: Any,
     ) -> PezPipeline:
-        """Load what `save_pretrained` wrote.
+        """Load a folder of `save_pretrained`.
 
         Args:
             folder: a folder or a repository.

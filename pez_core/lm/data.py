@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..errors import ArgumentError, check_choice
+from ..errors import ArgumentError, check_choice, first_line
 from .text import Example
 
 Splits = tuple[list[Example], list[Example]]
@@ -170,10 +170,9 @@ def _of_datasets(
         splits = datasets.load_dataset(*given)
         parts = [splits[part].select_columns([*columns, "label"]) for part in ("train", test)]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
-        first_line = str(error).partition("\n")[0]
         raise ArgumentError(
             "source",
-            f"is {given[0]!r}, which could not be read ({first_line})",
+            f"is {given[0]!r}, which could not be read ({first_line(error)})",
             f"fetch it with `download`, or give a folder with its splits train and {test}, of "
             f"columns {', '.join(columns)} and label",
         ) from error

@@ -119,7 +119,7 @@ class _Section:
         return prompt_len or max(1, round(ratio * self.plain))
 
     def learned_length(self, ratio: float, prompt_len: int | None) -> int | None:
-        """Tokens to learn, or None where the section stays as it is."""
+        """Tokens to learn, or None where the section is not changed."""
         wanted = min(self.wanted(ratio, prompt_len), self.room)
         return None if wanted >= self.plain or self.room < 1 else wanted
 
@@ -128,7 +128,7 @@ class _Section:
         return clip.encode_chunks(self._chunks)
 
     def note(self, ratio: float, prompt_len: int | None, reached: bool, where: str) -> str:
-        """A remark on a section that was not shortened as asked, "" where it was."""
+        """A remark on a section that does not have the length of the options, "" where it has."""
         wanted = self.wanted(ratio, prompt_len)
         if wanted >= self.plain and self.plain <= self.room:
             return f"{where} is short enough already and is unchanged."

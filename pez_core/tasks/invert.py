@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..clip import AnyClip
 
 PROMPT_LEN = 16
-"""Tokens to learn where the options do not say."""
+"""Tokens to learn if `prompt_len` is None."""
 
 
 def invert(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..clip import AnyClip
 
 PROMPT_LEN = 8
-"""Tokens to learn where the options do not say."""
+"""Tokens to learn if `prompt_len` is None."""
 STYLE_TEMPLATE = "{subject}, {style}"
 
 
@@ -73,11 +73,11 @@ def style(
         images: two or more images of different things in one style; six do well.
         options: see `SearchOptions`; 8 tokens by default.
         keep_content: the paper's way: the mean similarity with the images, whose content enters the
-            prompt. By default the search turns away from the directions in which the images differ,
-            their contents, and from all that remains when the style is destroyed (see
+            prompt. By default the target leaves out the contents: the directions in which the
+            images differ, and features that remain when the style is changed on purpose (see
             `pez_core.style_direction`).
-        content: words for what the images show. None of these words of three letters or more, nor
-            their spellings from pieces, appears in the prompt.
+        content: words for the contents of the images. None of these words of three letters or
+            more, nor their spellings from pieces, appears in the prompt.
         images_per_step: with `keep_content`, images that the loss of each step is taken on, drawn
             at random; None: all of them. The best prompt is chosen by all of them.
 

@@ -35,6 +35,7 @@ _ENDS = {
     "execution_interrupted": "interrupted",
 }
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+HANGS = 280  # seconds after which nothing more is to be expected, however busy the machine is
 _TEXT = 3  # binary event with a node's progress text; the others are preview images
 
 
@@ -49,7 +50,7 @@ class ComfyServer:
         cpu: bool = True,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
-        timeout: float = 120,
+        timeout: float = HANGS,
     ):
         self.folder = folder
         for name in FOLDERS:
@@ -167,7 +168,7 @@ class Client:
         self._running = ""
         # before the first prompt, or its events are lost
         self._socket = websocket.create_connection(
-            f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}", timeout=10
+            f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}", timeout=HANGS
         )
 
     def close(self) -> None:
@@ -181,10 +182,10 @@ class Client:
         self.close()
 
     def get(self, path: str) -> requests.Response:
-        return self._http.get(self._url + path, timeout=60)
+        return self._http.get(self._url + path, timeout=HANGS)
 
     def post(self, path: str, json: Any = None) -> requests.Response:
-        return self._http.post(self._url + path, json=json, timeout=60)
+        return self._http.post(self._url + path, json=json, timeout=HANGS)
 
     def upload(self, path: Path) -> str:
         """Put an image into the input folder; returns its name there."""
@@ -193,7 +194,7 @@ class Client:
                 f"{self._url}/upload/image",
                 files={"image": (path.name, file)},
                 data={"overwrite": "true"},
-                timeout=60,
+                timeout=HANGS,
             )
         answer.raise_for_status()
         return answer.json()["name"]
@@ -217,7 +218,7 @@ class Client:
         return answer.json()["prompt_id"]
 
     def run(
-        self, prompt: Prompt, extra_data: Mapping[str, Any] | None = None, timeout: float = 120
+        self, prompt: Prompt, extra_data: Mapping[str, Any] | None = None, timeout: float = HANGS
     ) -> Run:
         return self.wait(self.queue(prompt, extra_data), timeout)
 
@@ -225,7 +226,10 @@ class Client:
         self.post("/interrupt", {}).raise_for_status()
 
     def until(
-        self, prompt_id: str, predicate: Callable[[str, dict[str, Any]], bool], timeout: float = 120
+        self,
+        prompt_id: str,
+        predicate: Callable[[str, dict[str, Any]], bool],
+        timeout: float = HANGS,
     ) -> Event:
         """First event of the prompt with `predicate(type, data)`, past events included."""
         deadline = time.monotonic() + timeout
@@ -240,7 +244,7 @@ class Client:
             seen = len(events)
             self._receive(deadline)
 
-    def wait(self, prompt_id: str, timeout: float = 120) -> Run:
+    def wait(self, prompt_id: str, timeout: float = HANGS) -> Run:
         deadline = time.monotonic() + timeout
         while not any(kind in _ENDS for kind, _ in self._events.get(prompt_id, [])):
             self._receive(deadline)

@@ -416,7 +416,8 @@ def test_a_time_limit_moves_the_last_step_but_not_past_the_end(editor: Editor):
         seen.append(int(bar.get_attribute("aria-valuenow")))
         editor.page.wait_for_timeout(200)
     state(editor, "done")
-    assert max(seen) <= 100 and seen[-1] >= seen[0]
+    # a busy page may see few of the steps, or none
+    assert all(value <= 100 for value in seen) and seen[-1:] >= seen[:1]
     (item,) = json.loads(kept_in(editor.serialized()))["items"]
     steps = [step for step, _ in item["curve"]]
     assert steps == sorted(steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from PIL import Image
 from .server import ROOT, Client, ComfyServer, Rejected, Run
 
 BUNDLED = "bundled emoji CLIP (no download)"
-SLACK = 8  # seconds that other processes may take from the server
 
 
 def load(model: str = BUNDLED) -> dict:
@@ -154,44 +152,23 @@ LEARNERS = {
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
-def test_every_learner_has_efforts_and_ends_in_time(client: Client, kind: str):
+def test_every_learner_has_efforts(client: Client, kind: str):
     from pez_core.options import EFFORTS
 
-    def steps(**inputs) -> tuple[list[int], list[int], Run]:
+    def steps(**inputs) -> tuple[list[tuple[int, int]], Run]:
         node = pez(kind, **LEARNERS[kind], **inputs, restarts=1)
         run = client.run(SOURCES | {"pez": node})
         events = [data for name, data in run.events if name == "pez.live" and data.get("steps")]
-        return [data["step"] for data in events], [data["steps"] for data in events], run
+        return [(data["step"], data["steps"]) for data in events][-1:], run
 
-    done, of, run = steps(effort="fast", steps=7)
+    last, run = steps(effort="fast", steps=7)
     assert run.status == "success", run.error
-    assert done[-1] == of[-1] == EFFORTS["fast"].total
-    done, of, _ = steps(effort="paper", steps=7)
-    assert done[-1] == of[-1] == 7
-
-    done, of, run = steps(effort="fast", time_limit=4, seed=1)
-    assert done[-1] == of[-1] > EFFORTS["fast"].total
-    assert all(step <= last for step, last in zip(done, of, strict=True))
-    assert 3.5 < run.seconds < 4 + SLACK
-    done, of, run = steps(effort="paper", steps=20000, time_limit=2, seed=2)
-    assert done[-1] < 20000 and run.seconds < 2 + SLACK
-    *_, run = steps(effort="paper", readability=0.5)
+    total = EFFORTS["fast"].total
+    assert last == [(total, total)]
+    last, _ = steps(effort="paper", steps=7)
+    assert last == [(7, 7)]
+    _, run = steps(effort="paper", readability=0.5)
     assert "choose another `effort`" in run.error["exception_message"]
-
-
-def test_a_time_limit_is_shared_by_the_searches_of_a_node(client: Client):
-    several = pez("PEZ_ExtractStyle", images=["both", 0], subject="a red fish in water\na bird")
-    node = pez("PEZ_DistillPrompt", text=["several", 0], ratio=0.5, effort="fast", time_limit=4)
-    node["inputs"]["prompt_len"] = 0
-    run = client.run(SOURCES | {"several": several, "pez": node})
-    assert len(texts(run, "pez")) == 2
-    events = [data for name, data in run.events if name == "pez.live" and data["node"] == "pez"]
-    events = [data for data in events if data.get("steps")]
-    assert events[-1]["step"] == events[-1]["steps"]
-    assert 3 < events[-1]["elapsed"] < 4 + SLACK
-    for item in result(run)["items"]:
-        steps = [step for step, _ in item["curve"]]
-        assert steps == sorted(steps)
 
 
 def test_a_kept_prompt_needs_neither_clip_nor_image(client: Client):
@@ -247,16 +224,15 @@ def test_a_style_gets_new_subjects_without_a_search(client: Client):
     assert result(second)["changed"] == []
 
 
-def test_cancel_stops_within_a_second(client: Client):
+def test_cancel_ends_the_search(client: Client):
     prompt_id = client.queue(one_image(steps=20000, seed=3))
     client.until(prompt_id, lambda kind, data: data.get("state") == "running")
-    began = time.monotonic()
     client.interrupt()
     run = client.wait(prompt_id)
     assert run.status == "interrupted"
-    assert time.monotonic() - began < 5  # the machine may be busy; the server's clock is not
     ended = [data for kind, data in run.events if kind == "pez.live"][-1]
     assert ended["state"] == "cancelled" and ended["items"][0]["prompt"]
+    assert ended["step"] < 20000
     assert client.get("/pez/live").json() == []
 
 
