@@ -430,6 +430,14 @@ class PezPipeline(DiffusionPipeline):
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
                 f"{prompts} prompts) but holds {len(generator)}",
             )
+        for name, value in image_kwargs.items():
+            several = name.startswith("negative_prompt") and isinstance(value, (list, tuple))
+            if several and len(value) != prompts:
+                raise ArgumentError(
+                    name,
+                    f"has to be a string or one for each of {prompts} prompts but holds "
+                    f"{len(value)}",
+                )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
         passed = sorted(set(image_kwargs) - {"num_images_per_prompt", "generator", "output_type"})
         _check_known(self if self.pipeline is None else self.pipeline, passed)
