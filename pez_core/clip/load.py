@@ -165,7 +165,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
     """NAME:PRETRAINED in its parts; a path stays whole, whatever colons it has."""
     path = os.path.expanduser(name)
     head, colon, tail = name.partition(":")
-    if not colon or os.path.exists(path):
+    if not colon or head == "hf-hub" or os.path.exists(path):
         return name, None
     windows = PureWindowsPath(path)
     unsplit = windows.drive and windows.root  # such as C:\clips
