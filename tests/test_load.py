@@ -524,6 +524,7 @@ def test_one_file_is_loaded_alike_however_it_is_named(tmp_path, monkeypatch, cap
     path = tmp_path / "model.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in theirs.state_dict().items()}, path)
     texts = ["a red car", "snow"]
+    caplog.clear()
     clips = [
         load_clip(str(path), device="cpu"),
         load_clip(path, device="cpu"),
