@@ -154,7 +154,7 @@ def measure(
 
     # the first step warms up
     options = SearchOptions(
-        prompt_len=16, effort="paper", steps=steps + 1, extra_loss=extra, block_unsafe=False
+        prompt_len=16, swaps=0, steps=steps + 1, extra_loss=extra, block_unsafe=False
     )
     invert(clip, Image.open(PICTURE), options, callback=report)
     (first, began), (last, ended) = reports[0], reports[-1]

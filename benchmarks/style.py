@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def learn_all(drawings: Drawings, trials: list[dict], arguments) -> dict[str, list[str]]:
     """One style prompt per trial by each method."""
     options = SearchOptions(
-        effort="paper", steps=arguments.steps, restarts=arguments.restarts, block_unsafe=False
+        swaps=0, steps=arguments.steps, restarts=arguments.restarts, block_unsafe=False
     )
     prompts = {}
     for method, keep_content in (("separate", False), ("joint", True)):

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .options import SearchOptions
     from .pez import PezSettings, search
     from .readability import LanguageModel, load_language_model
-    from .results import Candidate, Report, Result
+    from .results import Candidate, Report, Result, Trajectory
     from .scoring import Pruned, Scores, WordContribution, explain, prune, score
+    from .seeds import SeedStatistics, over_seeds
     from .space import PhraseSpace, TokenSpace
     from .swaps import SwapSettings, refine
     from .targets import Avoid, objective_for
@@ -47,9 +48,11 @@ __all__ = [
     "Result",
     "Scores",
     "SearchOptions",
+    "SeedStatistics",
     "StyleResult",
     "SwapSettings",
     "TokenSpace",
+    "Trajectory",
     "Vocabulary",
     "WordContribution",
     "distill",
@@ -59,6 +62,7 @@ __all__ = [
     "load_clip",
     "load_language_model",
     "objective_for",
+    "over_seeds",
     "prune",
     "refine",
     "score",
@@ -73,8 +77,9 @@ _MODULES = {
     "options": ("SearchOptions",),
     "pez": ("PezSettings", "search"),
     "readability": ("LanguageModel", "load_language_model"),
-    "results": ("Candidate", "Report", "Result"),
+    "results": ("Candidate", "Report", "Result", "Trajectory"),
     "scoring": ("Pruned", "Scores", "WordContribution", "explain", "prune", "score"),
+    "seeds": ("SeedStatistics", "over_seeds"),
     "space": ("PhraseSpace", "TokenSpace"),
     "swaps": ("SwapSettings", "refine"),
     "targets": ("Avoid", "objective_for"),

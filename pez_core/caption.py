@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .clip import AnyClip
 
 
+_EXAMPLE = "a"  # an ordinary word
+
+
 def check_caption(caption: object) -> str:
     """The caption with `{}` in the place of the learned words: at its end, unless it has `{}`.
 
@@ -40,6 +43,8 @@ class Caption:
         before, after: token ids of the fixed text.
         room: tokens that the context holds beside it.
         separate: learned words cannot fuse with the fixed text.
+        opens: the learned words are read as at the beginning of a text, where the tokenizer has
+            other tokens (`Words.bare_start`).
 
     Raises:
         ArgumentError: the fixed text would fuse with the learned words.
@@ -50,12 +55,14 @@ class Caption:
         self._printed = caption.split("{}", 1)
         self._encoded = self._printed if encoded is None else encoded.split("{}", 1)
         before, after = self._encoded
-        self.before, self.after = self._words.encode(before), self._words.encode(after)
+        self.before, self.after = self._words.encode(before), self._words.encode_behind(after)
+        spaced = bool(before.strip()) and before[-1].isspace()
+        self.opens = self._words.bare_start and not spaced
         self._words_around = count_words(before), count_words(after)
         self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
         # beside a space nothing fuses; beside a comma other punctuation does, but words do not
         self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
-        if self.room > 0 and not self.round_trips([clip.text.example_token]):
+        if self.room > 0 and not self.round_trips(self.encode(_EXAMPLE)):
             raise ArgumentError(
                 "caption",
                 f"is {caption!r}, whose text would fuse with the learned words",
@@ -78,9 +85,17 @@ class Caption:
             "shorten the `caption` or learn fewer tokens",
         )
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of learned words where they stand in the prompt."""
+        return self._words.encode(text) if self.opens else self._words.encode_behind(f" {text}")
+
     def ids(self, learned: Sequence[int]) -> list[int]:
         """The tokens of the whole prompt."""
         return [*self.before, *learned, *self.after]
+
+    def reread(self, learned: Sequence[int]) -> list[int]:
+        """The tokens of the whole prompt as the tokenizer reads its text."""
+        return self._words.encode(self.text(learned))
 
     def print(self, learned: Sequence[int]) -> str:
         """The whole prompt for people, with tags and weights."""

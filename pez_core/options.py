@@ -21,6 +21,7 @@ from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
     from .objectives import ExtraLoss
+    from .pez import SearchMethod
     from .readability import LanguageModel
 
 
@@ -74,23 +75,31 @@ class SearchOptions:
     | `"fast"` | 20 | 32 | 8 |
     | `"balanced"` | 30 | 56 | 16 |
     | `"best"` | 60 | 640 | 32 |
-    | `"paper"` (the published algorithm alone) | 3000 | none | 1 |
+    | `"paper"` (the published algorithm, see below) | 3000 | none | 1 |
     | `steps`, `swaps` | replace the numbers above; `swaps=0` leaves one trial | | |
     | `time_limit` | | until the limit, unless `swaps` is given | |
     | `readability` above 0 | | | 4 |
 
+    `effort="paper"` with `block_unsafe=False` is the published search and nothing else: all tokens
+    of the vocabulary, also pieces of words, and no check that the printed text is read as the same
+    tokens again. Results then have both similarities, that of the printed text (`similarity`) and
+    that of the tokens in the loop (`loop_similarity`). For Algorithm 1 on whole words that
+    round-trip set `swaps=0` instead.
+
     Attributes:
         prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside a
-            caption. None: 16 for `invert` and `fuse`, 8 for `style`, by the ratio for `distill`.
+            caption. None: 16 for `invert` and `fuse`, 8 for `style`, by the ratio for `distill`,
+            or fewer where the context holds fewer.
         effort: `"fast"`, `"balanced"`, `"best"` or `"paper"`.
         time_limit: seconds for the whole call, without encoding the targets; above 0. Results then
             depend on the speed of the machine. None: no limit.
         restarts: independent searches from different random prompts, at least 1. Each gives one
             candidate.
-        seed: of the random initial prompts, 0 or more: one for all images, or one for each. Restart
-            r starts from `seed + r`. Results are reproducible per seed on one machine and version
-            of PyTorch.
-        vocabulary: the words that may appear in the learned part; None: every word of the CLIP.
+        seed: of the random initial prompts, 0 or more: one for all images, or one for each. The
+            restarts have independent streams of it, which no other seed shares. Results are
+            reproducible per seed on one machine and version of PyTorch.
+        vocabulary: the words that may appear in the learned part; None: every word of the CLIP,
+            and with `effort="paper"` every token.
         block_unsafe: leave out the words of `UNSAFE_WORDS`.
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest.
@@ -106,8 +115,13 @@ class SearchOptions:
         weight_decay: of AdamW, 0 or more.
         patience: a search ends after this many steps without improvement; None: never.
         extra_loss: a second loss beside the similarity, such as
-            `pez_core.diffusion.DenoisingLoss`. It cannot be refined: use `effort="paper"` or
-            `swaps=0`.
+            `pez_core.diffusion.DenoisingLoss`. It cannot be refined: use `swaps=0` or
+            `effort="paper"`.
+        method: a rival to run in place of Algorithm 1, such as `pez_core.baselines.gcg` (see
+            `SearchMethod`); arguments of its own are set by `functools.partial`. It is measured
+            alone: use `effort="paper"` or `swaps=0`. None: Algorithm 1.
+        trajectory: keep the tokens, the loss and the continuous prompt of each step of Algorithm 1
+            in `Result.trajectory`: steps * prompt_len * dim numbers for each candidate.
 
     Raises:
         ArgumentError: a value is out of range or of the wrong type, or two do not go together.
@@ -130,6 +144,8 @@ class SearchOptions:
     weight_decay: float = 0.1
     patience: int | None = None
     extra_loss: ExtraLoss | None = field(default=None, repr=False)
+    method: SearchMethod | None = field(default=None, repr=False)
+    trajectory: bool = False
 
     def __post_init__(self) -> None:
         check_choice("effort", self.effort, tuple(EFFORTS))
@@ -153,6 +169,7 @@ class SearchOptions:
         seed = plain if several else plain[0]
         object.__setattr__(self, "seed", seed)
         check_bool("block_unsafe", self.block_unsafe)
+        check_bool("trajectory", self.trajectory)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
         if self.vocabulary is not None:
@@ -178,6 +195,12 @@ class SearchOptions:
                 f"{self.extra_loss!r}",
             )
 
+        if self.method is not None and not callable(self.method):
+            raise ArgumentTypeError(
+                "method",
+                f"has to be a function such as pez_core.baselines.gcg but is {self.method!r}",
+            )
+
     def _check_refinement(self) -> None:
         """Raise where the options need swaps that the search lacks, or forbid swaps that it has."""
         if self.effort == "paper" and self.swaps:
@@ -200,6 +223,23 @@ class SearchOptions:
                 "cannot be refined by swaps, since each would cost as much as a step of PEZ",
                 "choose the `effort` 'paper', or set `swaps` to 0",
             )
+        if self.method is not None and swaps:
+            raise ArgumentError(
+                "method",
+                "is measured alone, but this search goes on with swaps",
+                "choose the `effort` 'paper', or set `swaps` to 0",
+            )
+        if self.method is not None and self.trajectory:
+            raise ArgumentError(
+                "trajectory",
+                "is that of Algorithm 1, but a `method` takes its place",
+                "leave it out",
+            )
+
+    @property
+    def published(self) -> bool:
+        """Whether it is the published search, without the check that prompts round-trip."""
+        return self.effort == "paper"
 
     @property
     def work(self) -> Effort:
@@ -218,15 +258,19 @@ class SearchOptions:
     @property
     def allowed(self) -> Vocabulary | None:
         """The vocabulary with the rule of `block_unsafe`; None: every word of the CLIP."""
+        vocabulary = self.vocabulary
+        if vocabulary is None and self.published:
+            vocabulary = Vocabulary(whole_words=False)
         if not self.block_unsafe:
-            return self.vocabulary
+            return vocabulary
         # a rule that only blocks must not restrict a vocabulary of word pieces to whole words
-        safe = Vocabulary(block=UNSAFE_WORDS, whole_words=self.vocabulary is None)
-        return safe if self.vocabulary is None else self.vocabulary & safe
+        safe = Vocabulary(block=UNSAFE_WORDS, whole_words=vocabulary is None)
+        return safe if vocabulary is None else vocabulary & safe
 
     def vocabulary_without(self, words: Sequence[str]) -> Vocabulary:
         """The vocabulary, with pieces of words where it has them, and these words blocked."""
-        return (self.vocabulary or Vocabulary()) & Vocabulary(block=words, whole_words=False)
+        vocabulary = self.vocabulary or Vocabulary(whole_words=not self.published)
+        return vocabulary & Vocabulary(block=words, whole_words=False)
 
     def seeds(self, count: int) -> list[int]:
         """The seed of each of `count` prompts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +27,10 @@ class SearchSpace(Protocol):
         """(problems, prompt_len, dim) -> (problems, prompt_len) nearest allowed ids."""
         ...
 
+
+StepCallback = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Gets (problems, prompt_len) projected ids, (problems,) losses and the (problems, prompt_len, dim)
+continuous prompt of a step."""
 
 Objective = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """The function that is minimised.
@@ -71,6 +75,24 @@ class PezSettings(Budget):
         return torch.optim.AdamW([P], lr=self.lr, weight_decay=self.weight_decay, **where)
 
 
+class SearchMethod(Protocol):
+    """A rival of `search` with its signature, such as `pez_core.baselines.gcg`."""
+
+    def __call__(
+        self,
+        space: Any,
+        objective: Any,
+        ids: torch.Tensor,
+        settings: Any,
+        callback: Any,
+        acceptable: Acceptable | None,
+        *,
+        generator: Any,
+    ) -> Progress:
+        """The prompts found; `generator` is a list of one generator per problem."""
+        ...
+
+
 def search(
     space: SearchSpace,
     objective: Objective,
@@ -80,6 +102,7 @@ def search(
     acceptable: Acceptable | None = None,
     *,
     checkpoint: Checkpoint | None = None,
+    on_step: StepCallback | None = None,
 ) -> Progress:
     """Learn hard prompts by gradient descent through the projection (Algorithm 1).
 
@@ -95,6 +118,7 @@ def search(
         acceptable: (n, prompt_len) ids -> (n,) bool; only these prompts can become the best. It is
             called only for prompts that would be a new best. None accepts every prompt.
         checkpoint: the search saves its state there and resumes from it; None: it does not.
+        on_step: called after each step, see `StepCallback`; steps are then not captured.
 
     Returns:
         The best prompt of each problem, not the last.
@@ -109,11 +133,14 @@ def search(
         optimizer = settings.optimizer_of(P)
         first = best.resume(P, optimizer)
         P.grad = grad = torch.zeros_like(P)
+        seen: list[torch.Tensor] = []
 
         def one_step(step: int) -> None:
             projected_ids = space.nearest(P.detach())  # Proj_E(P)
             P_projected = space.embed(projected_ids).requires_grad_()  # P'
             loss, scores = objective(P_projected, step)
+            if on_step is not None:
+                seen[:] = projected_ids, loss.detach(), P.detach().clone()
             (gradient,) = torch.autograd.grad(loss.sum(), P_projected)
             grad.copy_(gradient)  # the gradient at P' ...
             best.propose(projected_ids, scores.detach())
@@ -124,11 +151,13 @@ def search(
             one_step,
             P.device,
             lambda: [P, grad, *optimizer.state[P].values(), *best.changed()],
-            wanted=settings.capture and settings.optimizer is None,
+            wanted=settings.capture and settings.optimizer is None and on_step is None,
             parts=(space, objective),
         )
         for step in range(first, settings.steps):
             run_step(step)
+            if on_step is not None:
+                on_step(*seen)
             best.accept()
             if best.end_step():
                 break

@@ -11,6 +11,22 @@ import torch
 from .scoring import WordContribution
 
 
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The steps of Algorithm 1 for one candidate, in main memory.
+
+    Attributes:
+        ids: (steps, trials, prompt_len) projected tokens. The efforts but `"paper"` have several
+            trials.
+        losses: (steps, trials) their losses.
+        embeddings: (steps, trials, prompt_len, dim) the continuous prompts before projection.
+    """
+
+    ids: torch.Tensor
+    losses: torch.Tensor
+    embeddings: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Candidate:
     """The prompt of one restart.
@@ -28,6 +44,10 @@ class Candidate:
         encoders: `similarity` by the name of the encoder.
         extra_loss: the extra loss of the printed text; None: there was none.
         perplexity: of the text, by the language model of `readability`; None: there was none.
+        loop_similarity: as `similarity`, of the tokens that the search chose, which the loop sees.
+            Only with `effort="paper"`, whose printed text may be read as other tokens; None
+            otherwise, where both are the same tokens.
+        trajectory: the steps of Algorithm 1, where `SearchOptions.trajectory` asks for them.
     """
 
     prompt: str
@@ -39,6 +59,8 @@ class Candidate:
     encoders: dict[str, float] = field(repr=False)
     extra_loss: float | None = field(default=None, kw_only=True)
     perplexity: float | None = field(default=None, kw_only=True)
+    loop_similarity: float | None = field(default=None, kw_only=True)
+    trajectory: Trajectory | None = field(default=None, repr=False, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import Objective, PezSettings, search
 from .priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, needed_language_model
-from .results import Candidate, Report, ReportCallback, Result, best_of_restarts
+from .results import Candidate, Report, ReportCallback, Result, Trajectory, best_of_restarts
 from .scoring import contributions
+from .seeds import child_seed, restart_seed
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
 from .tracker import Progress
@@ -26,16 +27,21 @@ from .vocabulary import Blocklist, Lexicon, Vocabulary
 
 if TYPE_CHECKING:
     from .clip import AnyClip
+    from .clip.text import Encoder
 
 log = logging.getLogger(__name__)
 
 # Single tokens encoded at once.
 _TOKENS_AT_ONCE = 2048
+# The same where each takes a whole context.
+_TEXTS_AT_ONCE = 64
 # Features of single tokens are kept with the CLIP. A few are computed again to find out whether its
 # weights have changed, within rounding.
 _PROBES, _ROUNDING = 4, 1e-3
 # Steps of a refinement that only a time limit ends.
 _ENDLESS = 10**9
+# The stream of a seed that rivals draw from, beside that of the initial prompt.
+_DRAWS = (0, 0)
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -101,6 +107,17 @@ class Problem:
         return self.options.work
 
     @property
+    def search_seeds(self) -> list[int]:
+        """The seed of each search."""
+        restarts = range(self.options.restarts)
+        return [restart_seed(seed, restart) for seed in self.seeds for restart in restarts]
+
+    @property
+    def encoder(self) -> Encoder:
+        """Text features of learned words inside of the caption."""
+        return self.clip.text.encoder([(self.caption.before, self.caption.after)])
+
+    @property
     def owners(self) -> list[int]:
         """The number of the target of each search."""
         return [k for k in range(len(self.targets)) for _ in range(self.options.restarts)]
@@ -147,10 +164,15 @@ def learn(
         turns_left = len(best.spans) - turn
         found = descend(problem, best, span, turns_left, callback)
         if not found.stopped and problem.work.swaps:
-            found = refine_span(problem, best, span, turns_left, found.ids, callback)
+            found = refine_span(problem, best, span, turns_left, found, callback)
         if found.stopped:
             break
     return verify(problem, best)
+
+
+def default_len(clip: AnyClip, wanted: int, caption: str = "{}") -> int:
+    """Tokens to learn where the options do not say: `wanted`, or what the context holds."""
+    return max(1, min(wanted, Caption(clip, caption).room))
 
 
 # 1. Prepare.
@@ -178,10 +200,13 @@ def prepare(
     frame.check_room(prompt_len, clip.text.max_prompt_len)
     lexicon = _lexicon(clip, options)
     blocked = Blocklist(lexicon.blocked if lexicon else ())
-    space = _space(clip, options, lexicon, prompt_len)
-    single = _round_trip_tokens(clip, lexicon)
+    space = _space(clip, options, lexicon, prompt_len, frame)
+    single = [] if options.published else _round_trip_tokens(clip, lexicon)
     count = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
-    all_round_trip = clip.text.words.separable and frame.separate and count in (None, len(single))
+    # the published search does not ask for it
+    all_round_trip = options.published or (
+        clip.text.words.separable and frame.separate and count in (None, len(single))
+    )
 
     def acceptable(rows: torch.Tensor) -> torch.Tensor:
         good = [
@@ -191,7 +216,7 @@ def prepare(
         ]
         return torch.tensor(good, device=rows.device)
 
-    start = _Start(clip, options, lexicon, single, space, prompt_len, acceptable)
+    start = _Start(clip, options, lexicon, single, space, prompt_len, frame, blocked, acceptable)
     # by the seed alone, so that a result does not depend on its neighbours
     seeds = options.seeds(len(targets))
     starts = {seed: start.prompts(seed) for seed in set(seeds)}
@@ -220,7 +245,13 @@ def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon | None:
     if vocabulary is not None and options.readability:
         # a language model would favour pieces of words for their looks
         vocabulary &= Vocabulary()
-    return None if vocabulary is None else vocabulary.lexicon(clip)
+    if vocabulary is None:
+        return None
+    lexicon = vocabulary.lexicon(clip)
+    if options.published and clip.trained_tokens is not None:
+        trained = filter(clip.trained_tokens.issuperset, lexicon.phrases)
+        return Lexicon(frozenset(trained), lexicon.blocked)
+    return lexicon
 
 
 def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[tuple[int, float]]]:
@@ -237,9 +268,17 @@ def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[t
 
 
 def _space(
-    clip: AnyClip, options: SearchOptions, lexicon: Lexicon | None, prompt_len: int
+    clip: AnyClip,
+    options: SearchOptions,
+    lexicon: Lexicon | None,
+    prompt_len: int,
+    frame: Caption,
 ) -> TokenSpace:
     table, parts = _tables(clip, options)
+    if frame.opens and not options.published:
+        phrases = [(i,) for i in clip.vocabulary.tolist()] if lexicon is None else lexicon.phrases
+        first = _openings(clip, phrases)
+        return PhraseSpace(table, sorted(phrases), prompt_len, parts, first)
     if lexicon is None:
         return TokenSpace(table, clip.vocabulary, parts)
     if all(len(phrase) == 1 for phrase in lexicon.phrases):
@@ -248,12 +287,27 @@ def _space(
     return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
 
 
+def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The phrases in the tokens that they have at the beginning of a text."""
+    known, starts = clip.trained_tokens, []
+    for phrase in phrases:
+        start = clip.text.words.opening(phrase)
+        if start is not None and (known is None or known.issuperset(start)):
+            starts.append(start)
+    if not starts:
+        raise ArgumentError(
+            "vocabulary", "has no word that can begin a prompt", "add words, or a `caption`"
+        )
+    longest = max(map(len, phrases))  # longer ones are rare words, spelled in letters
+    return sorted({s for s in starts if len(s) <= longest} or set(starts))
+
+
 def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
     """Sorted single tokens of the lexicon that round-trip through the tokenizer."""
     default = clip.vocabulary.tolist()
     if lexicon is None:
         return default
-    known, round_trips = set(default), clip.text.words.round_trips
+    known, round_trips = set(default), clip.text.words.round_trips_inside
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
     return [token for token in single if token in known or round_trips([token])]
 
@@ -268,13 +322,15 @@ class _Start:
     single: Sequence[int]  # tokens of the lexicon that round-trip
     space: TokenSpace
     prompt_len: int
+    frame: Caption
+    blocked: Blocklist
     acceptable: Callable[[torch.Tensor], torch.Tensor]
 
     def prompts(self, seed: int) -> torch.Tensor:
         """(restarts * trials, prompt_len) ids, such that the first step is acceptable."""
         source, rows = self._source(), []
         for restart in range(self.options.restarts):
-            generator = torch.Generator().manual_seed((seed + restart) % 2**63)
+            generator = torch.Generator().manual_seed(restart_seed(seed, restart))
             given = self._given() if restart == 0 else []
             for _ in range(self.options.work.trials):
                 rows.append(self._prompt(source, generator, given))
@@ -282,13 +338,13 @@ class _Start:
 
     def _source(self) -> TokenSpace:
         """The space to draw from: pieces of words are searched, but would fuse when drawn."""
-        if self.lexicon is None:
+        if self.lexicon is None or self.options.published:
             return self.space
         single, phrases = set(self.single), self.lexicon.phrases
         good = frozenset(p for p in phrases if len(p) > 1 or single.issuperset(p))
         if not good or len(good) == len(phrases):
             return self.space
-        return _space(self.clip, self.options, Lexicon(good), self.prompt_len)
+        return _space(self.clip, self.options, Lexicon(good), self.prompt_len, self.frame)
 
     def _prompt(
         self, source: TokenSpace, generator: torch.Generator, given: list[int]
@@ -300,8 +356,15 @@ class _Start:
                 row = self.space.nearest(self.space.embed(row))
             if self.acceptable(row).item():
                 return row
-        if given:
+        if given and self.blocked and self.frame.blocked_word(given, self.blocked):
             raise ArgumentError("start_from", "begins with a blocked word", "leave the word out")
+        if given:
+            raise ArgumentError(
+                "start_from",
+                f"is {self.options.start_from!r}, which leads to no prompt that round-trips and "
+                "holds no blocked word",
+                "write whole words that the CLIP knows",
+            )
         raise ArgumentError(
             "vocabulary",
             "gives no prompt that round-trips and holds no blocked word",
@@ -312,7 +375,7 @@ class _Start:
         """The tokens of `start_from`."""
         if self.options.start_from is None:
             return []
-        ids = self.clip.text.words.encode(self.options.start_from)
+        ids = self.frame.encode(self.options.start_from)
         if len(ids) > self.prompt_len:
             raise ArgumentError(
                 "start_from",
@@ -334,22 +397,52 @@ def descend(
 ) -> Progress:
     """PEZ for the searches in `span`."""
     options, left = problem.options, problem.time_left(turns_left)
-    found = search(
-        problem.space,
-        _objective(problem, span),
-        problem.ids[span].flatten(0, 1),
-        PezSettings(
-            steps=problem.work.steps,
-            patience=options.patience,
-            time_limit=left and (left / 2 if problem.work.swaps else left),
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-        ),
-        callback and (lambda progress: callback(best.report(span, progress))),
-        acceptable=problem.acceptable,
+    settings = PezSettings(
+        steps=problem.work.steps,
+        patience=options.patience,
+        time_limit=left and (left / 2 if problem.work.swaps else left),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
     )
+    report = callback and (lambda progress: callback(best.report(span, progress)))
+    objective, ids = _objective(problem, span), problem.ids[span].flatten(0, 1)
+    if options.method is None:
+        steps = _Steps(problem.work.trials) if options.trajectory else None
+        on_step = steps and steps.add
+        found = search(
+            problem.space, objective, ids, settings, report, problem.acceptable, on_step=on_step
+        )
+        best.trajectories += steps.of_searches() if steps else []
+    else:
+        # rivals swap tokens of a space of phrases one by one
+        good = problem.space.only_allowed(problem.acceptable)
+        draws = [
+            torch.Generator().manual_seed(child_seed(seed, *_DRAWS))
+            for seed in problem.search_seeds[span]
+        ]
+        found = options.method(
+            problem.space, objective, ids, settings, report, good, generator=draws
+        )
     best.take(span, found)
     return found
+
+
+class _Steps:
+    """Collects the steps of `search`, with this number of rows for each search."""
+
+    def __init__(self, trials: int) -> None:
+        self.trials, self._parts = trials, ([], [], [])
+
+    def add(self, *step: torch.Tensor) -> None:
+        """Keep ids, losses and the continuous prompt of a step."""
+        for parts, part in zip(self._parts, step, strict=True):
+            parts.append(part.cpu().clone())
+
+    def of_searches(self) -> list[Trajectory]:
+        """The steps of each search."""
+        ids, losses, embeddings = (torch.stack(parts) for parts in self._parts)
+        pieces = (part.split(self.trials, dim=1) for part in (ids, losses, embeddings))
+        return [Trajectory(*one) for one in zip(*pieces, strict=True)]
 
 
 def _objective(problem: Problem, span: slice) -> Objective:
@@ -373,9 +466,7 @@ def _similarity(problem: Problem, owners: Sequence[int], sampled: bool = False) 
         owners: the target of each row.
         sampled: take the loss on a few targets per step, where the target has a `batch_size`.
     """
-    caption, targets = problem.caption, problem.targets
-    encode = problem.clip.text.encoder([(caption.before, caption.after)])
-    rows, weights = [targets[k] for k in owners], None
+    encode, rows, weights = problem.encoder, [problem.targets[k] for k in owners], None
     if rows[0].direction is not None:
         features = torch.stack([row.towards for row in rows])[:, None]
     else:
@@ -395,18 +486,24 @@ def refine_span(
     best: BestSoFar,
     span: slice,
     turns_left: int,
-    ids: torch.Tensor,
+    descended: Progress,
     callback: ReportCallback | None,
 ) -> Progress:
-    """Swaps for the searches in `span`, starting from (searches * trials, prompt_len) `ids`."""
-    options, work, restarts = problem.options, problem.work, problem.options.restarts
-    owners = problem.owners[span]
-    seeds = [seed + restart for seed in problem.seeds for restart in range(restarts)][span]
-    prior = _prior(problem, owners, turns_left)
+    """Swaps for the searches in `span`, starting from what PEZ found."""
+    options, work, owners = problem.options, problem.work, problem.owners[span]
+
+    def waiting() -> bool:
+        begun = replace(descended, step=0)
+        descended.stopped = bool(callback and callback(best.report(span, begun, work.steps)))
+        return descended.stopped
+
+    prior = _prior(problem, owners, turns_left, waiting)
+    if descended.stopped:
+        return descended
     found = refine(
         problem.space,
         _similarity(problem, owners),
-        ids,
+        descended.ids,
         SwapSettings(
             steps=_ENDLESS if work.until_time_limit else work.swaps,
             patience=options.patience,
@@ -416,19 +513,22 @@ def refine_span(
         ),
         callback and (lambda progress: callback(best.report(span, progress, work.steps))),
         acceptable=problem.acceptable,
-        seeds=seeds,
+        seeds=problem.search_seeds[span],
         prior=prior,
     )
     best.take(span, found, work.steps)
     return found
 
 
-def _prior(problem: Problem, owners: Sequence[int], turns_left: int) -> Prior | None:
+def _prior(
+    problem: Problem, owners: Sequence[int], turns_left: int, waiting: Callable[[], bool]
+) -> Prior | None:
+    """What counts beside the similarity; `waiting` reports, and is true where the search ends."""
     priors: list[Prior] = [problem.readability] if problem.readability else []
     left = problem.time_left(turns_left)
     alone = None
     if problem.word_weight:
-        alone = _single_token_features(problem.clip, problem.space, left and left / 2)
+        alone = _single_token_features(problem.clip, problem.space, left and left / 2, waiting)
     if alone is not None:
         towards = torch.stack([problem.targets[k].towards for k in owners])
         priors.append(SingleWordPrior(alone, problem.space, towards, problem.word_weight))
@@ -437,11 +537,16 @@ def _prior(problem: Problem, owners: Sequence[int], turns_left: int) -> Prior | 
 
 @torch.no_grad()
 def _single_token_features(
-    clip: AnyClip, space: TokenSpace, time_limit: float | None
+    clip: AnyClip,
+    space: TokenSpace,
+    time_limit: float | None,
+    waiting: Callable[[], bool],
 ) -> torch.Tensor | None:
     """(allowed, features) unit features of each allowed token as a text by itself.
 
-    Those of the last vocabulary are kept in `clip.cache`. None: they take longer than the limit.
+    Those of the last vocabulary are kept in `clip.cache`. A tower that is not causal encodes each
+    token over the whole context, which can take minutes; `waiting` is then called between blocks.
+    None: they would take longer than the limit, or `waiting` was true.
     """
     began = time.monotonic()
     allowed, kept = space.allowed, clip.cache.get("single tokens")
@@ -455,10 +560,20 @@ def _single_token_features(
         if torch.allclose(features(allowed[some]), kept[1][some], atol=_ROUNDING):
             return kept[1]
     rows = []
-    for ids in allowed.split(_TOKENS_AT_ONCE):
-        if time_limit is not None and time.monotonic() - began > time_limit:
+    count = _TOKENS_AT_ONCE if clip.text.causal else _TEXTS_AT_ONCE
+    blocks = allowed.split(count)
+    if not clip.text.causal:  # a small one first, which shows how long the others will take
+        blocks = allowed[:_PROBES], *allowed[_PROBES:].split(count)
+    done = 0
+    for ids in blocks:
+        taken = time.monotonic() - began
+        expected = taken * len(allowed) / done if done else taken
+        if time_limit is not None and expected > time_limit:
+            return None
+        if not clip.text.causal and waiting():
             return None
         rows.append(features(ids))
+        done += len(ids)
     clip.cache["single tokens"] = allowed, torch.cat(rows)
     return clip.cache["single tokens"][1]
 
@@ -473,6 +588,7 @@ class BestSoFar:
         spans: the searches of each turn, `options.batch_size` of them.
         ids: (searches, prompt_len) their best ids.
         history: of each target; see `Result`.
+        trajectories: of each search that had its turn, where they are kept.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -483,6 +599,7 @@ class BestSoFar:
         self.ids = problem.ids[:, 0].clone()
         self.scores = torch.full((len(self.ids),), -torch.inf, device=self.ids.device)
         self.history: list[list[tuple[int, float]]] = [[] for _ in problem.targets]
+        self.trajectories: list[Trajectory] = []
 
     @property
     def _time_limit(self) -> float | None:
@@ -551,7 +668,15 @@ class BestSoFar:
 def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     """Results whose similarities are those of the printed text, encoded again the public way."""
     clip, caption, restarts = problem.clip, problem.caption, problem.options.restarts
-    rows = [_round_trip(clip, caption, row) for row in best.ids.tolist()]
+    rows, seen = best.ids.tolist(), None
+    if problem.options.published:
+        table = clip.text.token_embedding.detach()
+        with torch.no_grad():
+            seen = F.normalize(
+                problem.encoder(F.embedding(best.ids, table).float()).float(), dim=-1
+            )
+    else:
+        rows = [_round_trip(clip, caption, row) for row in rows]
     texts = [caption.text(row) for row in rows]
     features, extra = clip.encode_texts(texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
@@ -559,7 +684,14 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     results = []
     for k in range(len(problem.targets)):
         span = slice(k * restarts, (k + 1) * restarts)
-        ranked = _ranked(problem, k, rows[span], features[span], losses and losses[span])
+        kept = [*best.trajectories[span], *[None] * restarts][:restarts]  # some were not reached
+        extras: list[dict[str, Any]] = [{"trajectory": one} for one in kept]
+        if seen is not None:
+            shares = _shares(problem.targets[k])
+            loop = (seen[span] @ problem.targets[k].features.T @ shares).tolist()
+            extras = [one | {"loop_similarity": s} for one, s in zip(extras, loop, strict=True)]
+        found = losses and losses[span]
+        ranked = _ranked(problem, k, rows[span], features[span], found, extras)
         results.append(
             Result(**vars(ranked[0]), candidates=ranked, history=best.history[k], seconds=seconds)
         )
@@ -572,6 +704,7 @@ def _ranked(
     rows: list[list[int]],
     features: torch.Tensor,
     losses: list[float] | None,
+    extras: list[dict[str, Any]],
 ) -> list[Candidate]:
     """Candidates of target `k`, best first.
 
@@ -581,12 +714,11 @@ def _ranked(
         rows: the learned ids of each candidate.
         features: (candidates, features) of their printed text.
         losses: the extra loss of each; None: there is none.
+        extras: further fields of each.
     """
     clip, caption, target = problem.clip, problem.caption, problem.targets[k]
     products = features @ target.features.T
-    towards = ~target.avoid
-    shares = target.weights.clamp(min=0) if towards.any() else target.weights.abs()
-    shares = shares / shares.sum()
+    towards, shares = ~target.avoid, _shares(target)
     similarity = (products @ shares).tolist()
     parts, targets = clip.split(features), clip.split(target.features)
     by_encoder = {name: (parts[name] @ targets[name].T @ shares).tolist() for name in parts}
@@ -595,18 +727,26 @@ def _ranked(
         Candidate(
             prompt=caption.print(row),
             similarity=similarity[n],
-            token_ids=caption.ids(row),
+            token_ids=caption.reread(row) if problem.options.published else caption.ids(row),
             learned=clip.text.words.decode(row),
             similarities=products[n][towards].tolist(),
             avoided=products[n][target.avoid].tolist(),
             encoders={name: values[n] for name, values in by_encoder.items()},
             extra_loss=losses[n] if losses else None,
             perplexity=perplexities[n] if perplexities else None,
+            **extras[n],
         )
         for n, row in enumerate(rows)
     ]
     scores = _final_scores(problem, target, rows, features, losses)
     return [candidates[n] for n in sorted(range(len(rows)), key=lambda n: -scores[n])]
+
+
+def _shares(target: PromptTarget) -> torch.Tensor:
+    """(n,) shares of the targets in the similarity that is reported, summing to 1."""
+    towards = (~target.avoid).any()
+    shares = target.weights.clamp(min=0) if towards else target.weights.abs()
+    return shares / shares.sum()
 
 
 def _final_scores(
@@ -638,10 +778,11 @@ def _round_trip(clip: AnyClip, caption: Caption, ids: list[int]) -> list[int]:
     if caption.round_trips(ids):
         return ids
     log.warning("The prompt found does not round-trip; taking the tokens of its printed text.")
-    ids = [i for i in words.encode(words.decode(ids)) if words.round_trips([i])][:limit]
+    good = words.round_trips, words.round_trips_inside
+    ids = [i for i in caption.encode(words.decode(ids)) if any(g([i]) for g in good)][:limit]
     while ids and not caption.round_trips(ids):
         ids.pop()
-    return ids or clip.vocabulary[:1].tolist()
+    return ids or caption.encode(words.decode(clip.vocabulary[:1].tolist()))
 
 
 def with_share_of_time(options: SearchOptions, share: float) -> SearchOptions:

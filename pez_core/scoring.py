@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from .clip.images import ImageInput, load_images
 from .errors import ArgumentError, ArgumentTypeError, check_number
 from .prompt_text import chunks
-from .targets import Target, as_list, check_text, encode_targets
+from .targets import Target, as_list, check_clip, check_text, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -53,6 +53,11 @@ def score(
         ArgumentError: no prompt, an empty prompt, no image, an image that cannot be read.
         FloatingPointError: a similarity is NaN or infinite.
     """
+    check_clip("clip", clip)
+    if judge is not None:
+        check_clip("judge", judge)
+    if not isinstance(prompts, Iterable):
+        raise ArgumentTypeError("prompts", f"has to be a string or a list but is {prompts!r}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ArgumentError("prompts", "is empty", "give at least one prompt")
@@ -123,6 +128,7 @@ def explain(
     Raises:
         ArgumentError: an empty prompt, a target that cannot be read.
     """
+    check_clip("clip", clip)
     _split(prompt)
     with torch.inference_mode(False):
         return contributions(clip, prompt, _mean_feature(clip, target))
@@ -166,6 +172,7 @@ def prune(
     Raises:
         ArgumentError: as `explain`; `max_loss` is below 0.
     """
+    check_clip("clip", clip)
     max_loss = check_number("max_loss", max_loss)
     _split(prompt)
     with torch.inference_mode(False):

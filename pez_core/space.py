@@ -172,6 +172,8 @@ class PhraseSpace(TokenSpace):
         table, parts: as in `TokenSpace`.
         phrases: token ids of each phrase.
         prompt_len: tokens of a prompt; phrases that are longer are left out.
+        first: token ids of each phrase that a prompt can begin with, for tokenizers that read the
+            first word in other tokens; `phrases` then stand behind it. None: `phrases`.
 
     Raises:
         ArgumentError: no combination of `phrases` has `prompt_len` tokens; says which lengths there
@@ -186,43 +188,44 @@ class PhraseSpace(TokenSpace):
         phrases: Sequence[Sequence[int]],
         prompt_len: int,
         parts: Sequence[tuple[int, float]] | None = None,
+        first: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        two, first = first is not None, phrases if first is None else first
         lengths = sorted({len(phrase) for phrase in phrases})
         reachable = _sums(lengths, prompt_len + max(lengths))
-        if prompt_len not in reachable:
-            near = sorted(sorted(reachable - {0}, key=lambda n: abs(n - prompt_len))[:3])
+        whole = {len(phrase) + rest for phrase in first for rest in reachable}
+        if prompt_len not in whole:
+            near = sorted(sorted(whole, key=lambda n: abs(n - prompt_len))[:3])
             raise ArgumentError(
                 "prompt_len",
                 f"is {prompt_len}, but the phrases have {', '.join(map(str, lengths[:6]))} tokens, "
                 "which do not add up to it",
                 f"take {' or '.join(map(str, near))}",
             )
-        phrases = [phrase for phrase in phrases if len(phrase) <= prompt_len]
-        tokens = sorted({token for phrase in phrases for token in phrase})
+        kinds = [
+            [phrase for phrase in few if len(phrase) <= prompt_len] for few in (first, phrases)
+        ]
+        tokens = sorted({token for few in kinds for phrase in few for token in phrase})
         super().__init__(table, torch.tensor(tokens), parts)
         place = {token: k for k, token in enumerate(tokens)}
-        # (count, length) positions in `allowed`, by length
-        self._phrases = {
-            length: torch.tensor(
-                sorted([place[t] for t in phrase] for phrase in phrases if len(phrase) == length),
-                device=table.device,
-            )
-            for length in lengths
-            if length <= prompt_len
-        }
+        self._first = _Phrases(kinds[0], place, table.device)
+        self._behind = _Phrases(kinds[1], place, table.device) if two else self._first
+        self._lengths = sorted({*self._first.by_length, *self._behind.by_length})
         self._reachable = reachable
-        self._known = {tuple(phrase) for phrase in phrases}
-        # flat, for drawing at random: all phrases one after the other
-        self._flat = torch.cat([p.flatten() for p in self._phrases.values()]).tolist()
-        counts = [(length, len(p)) for length, p in self._phrases.items()]
-        self._lengths = torch.tensor([length for length, count in counts for _ in range(count)])
-        self._ends = self._lengths.cumsum(0)
+
+    def _phrases_at(self, position: int) -> _Phrases:
+        """The phrases that may begin at a position."""
+        return self._behind if position else self._first
+
+    def _at(self, position: int) -> dict[int, torch.Tensor]:
+        """By length, (count, length) positions in `allowed` of the phrases that may begin there."""
+        return self._phrases_at(position).by_length
 
     @torch.no_grad()
     def nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(problems, prompt_len, dim) -> (problems, prompt_len) ids of the best phrases."""
         # what the longest of the gathers below holds for one problem
-        size = embeddings.shape[1] * max(map(len, self._phrases.values()))
+        size = embeddings.shape[1] * max(self._first.widest, self._behind.widest)
         chunks = embeddings.split(max(1, _CHUNK // size))
         return torch.cat([self._nearest(chunk) for chunk in chunks])
 
@@ -231,22 +234,24 @@ class PhraseSpace(TokenSpace):
         cosines = torch.cat([similarity(rows) for similarity in self._similarities], dim=-1)
         cosines = cosines.view(*embeddings.shape[:2], -1)
         problems, prompt_len, _ = cosines.shape
-        values, picks = {}, {}  # of the best phrase of each length that begins at each position
-        for length, phrases in self._phrases.items():
-            starts = prompt_len - length + 1
-            terms = (cosines[:, j : j + starts][..., phrases[:, j]] for j in range(length))
-            values[length], best = reduce(torch.add, terms).max(dim=-1)
-            picks[length] = phrases[best]  # (problems, starts, length)
+        # of the best phrase of each length that begins at the first position, and at later ones
+        same = self._behind is self._first
+        opening = self._first.best(cosines, 0, prompt_len if same else 1)
+        later = opening if same else self._behind.best(cosines, 1, prompt_len)
 
         best_value = {0: cosines.new_zeros(problems)}
         best_ids = {0: cosines.new_zeros(problems, 0, dtype=torch.long)}
         for end in range(1, prompt_len + 1):
-            last = [k for k in self._phrases if end - k in best_value]
+            last = [k for k in self._lengths if end - k in best_value and k in self._at(end - k)]
             if not last:
                 continue
-            candidates = torch.stack([best_value[end - k] + values[k][:, end - k] for k in last])
+            # (problems, starts) values and (problems, starts, length) picks, and the start in them
+            found = [(*(later if end > k else opening)[k], end - k) for k in last]
+            found = [(v, p, at if same or not at else at - 1) for v, p, at in found]
+            pairs = list(zip(last, found, strict=True))
+            candidates = torch.stack([best_value[end - k] + v[:, at] for k, (v, _, at) in pairs])
             ids = torch.stack(
-                [torch.cat([best_ids[end - k], picks[k][:, end - k]], dim=1) for k in last]
+                [torch.cat([best_ids[end - k], p[:, at]], dim=1) for k, (_, p, at) in pairs]
             )
             best_value[end], choice = candidates.max(dim=0)
             best_ids[end] = ids[choice, torch.arange(problems, device=ids.device)]
@@ -259,11 +264,9 @@ class PhraseSpace(TokenSpace):
             row: list[int] = []
             while len(row) < prompt_len:
                 left = prompt_len - len(row)
-                fits = [length for length in self._phrases if left - length in self._reachable]
-                choices = torch.isin(self._lengths, torch.tensor(fits)).nonzero()[:, 0]
-                pick = int(choices[torch.randint(len(choices), (1,), generator=generator)])
-                end = int(self._ends[pick])
-                row += self._flat[end - int(self._lengths[pick]) : end]
+                phrases = self._phrases_at(len(row))
+                fits = [length for length in phrases.by_length if left - length in self._reachable]
+                row += phrases.random(fits, generator)
             rows.append(row)
         return self.allowed[torch.tensor(rows, device=self.allowed.device)]
 
@@ -277,7 +280,7 @@ class PhraseSpace(TokenSpace):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `TokenSpace.swaps`, a phrase for what takes as many tokens from `position` on."""
         rows, left, _ = gradient.shape
-        phrases = {n: p for n, p in self._phrases.items() if n <= left}
+        phrases = {n: p for n, p in self._at(position).items() if n <= left}
         if not phrases:  # none is short enough to begin here
             nothing = ids.new_full((rows, 1, 1), -1)
             return nothing, None if bonus is None else bonus.new_zeros(rows, 1)
@@ -312,7 +315,7 @@ class PhraseSpace(TokenSpace):
         rows = []
         for _ in range(count):
             start, n = spans[int(torch.randint(len(spans), (), generator=generator))]
-            phrases = self._phrases[n]
+            phrases = self._at(start)[n]
             pick = int(torch.randint(len(phrases), (), generator=generator))
             fresh = self.allowed[phrases[pick]].tolist()
             rows.append([*row[:start], *fresh, *row[start + n :]])
@@ -334,11 +337,72 @@ class PhraseSpace(TokenSpace):
         """First token and length of each phrase that `ids` are made of; empty if they are not."""
         spans: dict[int, list[tuple[int, int]]] = {0: []}
         for end in range(1, len(ids) + 1):
-            for n in self._phrases:
-                if end - n in spans and tuple(ids[end - n : end]) in self._known:
+            for n in self._lengths:
+                known = self._phrases_at(end - n).known if end - n in spans else ()
+                if tuple(ids[end - n : end]) in known:
                     spans[end] = [*spans[end - n], (end - n, n)]
                     break
         return spans.get(len(ids), [])
+
+
+class _Phrases:
+    """Phrases that may begin at some positions of a prompt.
+
+    Attributes:
+        by_length: (count, length) positions of their tokens in `allowed`, by length.
+        known: their ids.
+        widest: the largest of the tensors has this number of elements.
+    """
+
+    def __init__(
+        self, phrases: Sequence[Sequence[int]], place: dict[int, int], device: torch.device
+    ) -> None:
+        self.by_length = {
+            length: torch.tensor(
+                sorted([place[t] for t in phrase] for phrase in phrases if len(phrase) == length),
+                device=device,
+            )
+            for length in sorted({len(phrase) for phrase in phrases})
+        }
+        self.known = {tuple(phrase) for phrase in phrases}
+        self.widest = max(map(len, self.by_length.values()), default=0)
+        # flat, for drawing at random: all phrases one after the other
+        self._flat = [i for p in self.by_length.values() for i in p.flatten().tolist()]
+        counts = [(length, len(p)) for length, p in self.by_length.items()]
+        self._lengths = torch.tensor([length for length, count in counts for _ in range(count)])
+        self._ends = self._lengths.cumsum(0)
+
+    def random(self, lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+        """The positions in `allowed` of a random phrase that has one of these lengths."""
+        choices = torch.isin(self._lengths, torch.tensor(lengths)).nonzero()[:, 0]
+        pick = int(choices[torch.randint(len(choices), (1,), generator=generator)])
+        end = int(self._ends[pick])
+        return self._flat[end - int(self._lengths[pick]) : end]
+
+    def best(
+        self, cosines: torch.Tensor, begin: int, stop: int
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The best phrase of each length that begins at each position from `begin` to `stop` - 1.
+
+        Args:
+            cosines: (problems, prompt_len, allowed).
+            begin, stop: see above; fewer positions where the prompt ends before.
+
+        Returns:
+            By length, (problems, starts) sums of cosines and (problems, starts, length) tokens.
+        """
+        found = {}
+        for length, phrases in self.by_length.items():
+            starts = min(stop, cosines.shape[1] - length + 1) - begin
+            if starts < 1:
+                continue
+            terms = (
+                cosines[:, begin + j : begin + j + starts][..., phrases[:, j]]
+                for j in range(length)
+            )
+            value, best = reduce(torch.add, terms).max(dim=-1)
+            found[length] = value, phrases[best]
+        return found
 
 
 def _sums(lengths: Sequence[int], top: int) -> set[int]:

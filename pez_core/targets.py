@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from .clip.images import ImageInput, load_image
-from .errors import ArgumentError, check_number, check_weights
+from .errors import ArgumentError, ArgumentTypeError, check_number, check_weights
 from .objectives import Similarity
 from .prompt_text import chunks
 
@@ -55,6 +55,18 @@ def as_list(targets: Target | Sequence[Target]) -> list[Target]:
     if isinstance(targets, torch.Tensor) and targets.ndim == 4:
         return list(targets)
     return [targets]  # type: ignore[list-item]
+
+
+def check_clip(name: str, clip: object) -> None:
+    """Raise unless the argument `name` is a CLIP; a name has to be loaded first."""
+    if not hasattr(clip, "encode_texts"):
+        raise ArgumentTypeError(name, f"has to be a CLIP from `load_clip` but is {clip!r}")
+
+
+def check_callback(callback: object) -> None:
+    """Raise unless the callback is None or can be called."""
+    if callback is not None and not callable(callback):
+        raise ArgumentTypeError("callback", f"has to be a function but is {callback!r}")
 
 
 def check_text(name: str, text: str, remedy: str | None = None) -> str:

@@ -192,7 +192,7 @@ class Vocabulary:
             trained = [all(flags) for flags in zip(*strong, strict=True)]
         known = None
         if self._only is not None:
-            encoded = {tuple(words.encode(text)) for text in self._only or ()}
+            encoded = {tuple(words.encode_behind(f" {text}")) for text in self._only or ()}
             known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
 
         def admits(phrase: tuple[int, ...]) -> bool:
@@ -333,7 +333,8 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
 
 def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
     known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
-    return known and len(phrase) <= clip.text.max_prompt_len and clip.text.words.round_trips(phrase)
+    fits = len(phrase) <= clip.text.max_prompt_len
+    return known and fits and clip.text.words.round_trips_inside(phrase)
 
 
 def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> ArgumentError:

@@ -25,8 +25,8 @@ def all_words(**fields) -> SearchOptions:
 
 
 def paper(steps: int, **fields) -> SearchOptions:
-    """The published algorithm alone, with every word of the CLIP."""
-    return all_words(effort="paper", steps=steps, **fields)
+    """Algorithm 1 alone, with every word of the CLIP."""
+    return all_words(swaps=0, steps=steps, **fields)
 
 
 class Clock:

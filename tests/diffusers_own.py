@@ -57,7 +57,7 @@ class StableDiffusionConfig(BasePipelineTesterConfig):
         return {
             "image": Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 100),
             "generator": self.get_generator(0),
-            "options": SearchOptions(prompt_len=4, effort="paper", steps=3, restarts=2),
+            "options": SearchOptions(prompt_len=4, swaps=0, steps=3, restarts=2),
             "num_inference_steps": 2,
             "guidance_scale": 6.0,
             "num_images_per_prompt": 1,  # as theirs suppose

@@ -33,7 +33,7 @@ from pez_core.cli import batch as command_module
 from pez_core.cli import show
 from pez_core.cli.main import build_parser
 
-PAPER = SearchOptions(effort="paper", steps=2, prompt_len=2)
+PAPER = SearchOptions(swaps=0, steps=2, prompt_len=2)
 QUICK = Job(options=PAPER)
 
 
@@ -417,6 +417,16 @@ def test_settings_are_all_that_a_result_depends_on():
     assert usual == search_job(prompt_len=16, restarts=1, effort="balanced").settings
     # numbers in place of a name, which may get others
     assert usual == search_job(steps=30, swaps=56).settings and usual["work"]["swaps"] == 56
+    alone = search_job(steps=3000, swaps=0).settings
+    assert (
+        alone
+        != search_job(effort="paper").settings
+        == alone
+        | {
+            "published": True,
+            "work": search_job(effort="paper").settings["work"],
+        }
+    )
     limited = search_job(vocabulary=Vocabulary(only=["a", "b"])).settings
     assert limited["vocabulary"]["only"] == ["a", "b"]
     changed = [
@@ -526,7 +536,7 @@ def test_a_shuffled_limit_takes_what_the_seed_says(images, tmp_path):
     taken = set()
     for seed in range(6):
         job, out = (
-            search_job(effort="paper", steps=1, prompt_len=1, seed=seed),
+            search_job(swaps=0, steps=1, prompt_len=1, seed=seed),
             tmp_path / str(seed),
         )
         run(images, out, job, shuffle=True, limit=2)
@@ -535,7 +545,7 @@ def test_a_shuffled_limit_takes_what_the_seed_says(images, tmp_path):
         assert len(two) == 2 and two < set(read(out))
         taken.add(frozenset(two))
     assert len(taken) > 1
-    run(images, tmp_path / "plain", search_job(effort="paper", steps=1, prompt_len=1), limit=2)
+    run(images, tmp_path / "plain", search_job(swaps=0, steps=1, prompt_len=1), limit=2)
     assert set(read(tmp_path / "plain")) == set(names(2))
 
 

@@ -73,10 +73,30 @@ def test_saved_and_loaded_again(kind, tmp_path):
         assert torch.equal(other.vocabulary, clip.vocabulary)
         assert other.trained_tokens == clip.trained_tokens
         assert other.text.parts == clip.text.parts and other.name == clip.name
-    options = SearchOptions(prompt_len=3, effort="paper", steps=5)
+    options = SearchOptions(prompt_len=3, swaps=0, steps=5)
     (expected,) = invert(clip, EXAMPLES[0], options)
     (result,) = loaded(lambda one: invert(one, EXAMPLES[0], options))
     assert result.prompt == expected.prompt
+
+
+@pytest.mark.parametrize("kind", ["coca", "short", "no mask"])
+def test_a_pipeline_searches_on_it(kind):
+    clip = _kinds()[kind]()
+    options = SearchOptions(prompt_len=2, effort="fast", steps=2, swaps=2)
+    pez = PezPipeline(clip)
+    pez.set_progress_bar_config(disable=True)
+    pez(image=EXAMPLES[0], options=options)
+    assert pez.prompts == [invert(clip, EXAMPLES[0], options)[0].prompt]
+    # weights that are replaced, as by loading, are those of the search
+    with torch.no_grad():
+        state = {name: w.clone() for name, w in clip.model.state_dict().items()}
+    text = next((name for name in state if name.endswith("cls_emb")), None)
+    if text:
+        state[text] += 1
+        clip.model.load_state_dict(state, assign=True)
+        ids = clip.vocabulary[None, :2]
+        ours = torch.nn.functional.normalize(clip.text(clip.text.token_embedding[ids]), dim=-1)
+        assert _close(ours, clip.encode_texts([clip.text.words.decode(ids[0].tolist())]))
 
 
 def test_the_folder_holds_safetensors_and_readable_json(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import CLIP, CustomTextCLIP, make_clip, make_model
 from open_clip.coca_model import CoCa
+from PIL import Image
 from safetensors.torch import save_file
 
-from pez_core import Clip, JointClip, SearchOptions, invert, load_clip
+from pez_core import ArgumentError, Clip, JointClip, SearchOptions, invert, load_clip
 from pez_core.clip.text import TextTower, Words
 
 TOWERS = {
@@ -209,7 +210,7 @@ def test_a_hugging_face_tokenizer_beside_open_clips_own_tower(hugging_face_token
     ours = torch.nn.functional.normalize(clip.text(embeddings), dim=-1)
     theirs = clip.encode_texts(["red apple on a table", "dog dog dog dog dog"])
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
-    options = SearchOptions(prompt_len=15, effort="paper", steps=20, block_unsafe=False)
+    options = SearchOptions(prompt_len=15, swaps=0, steps=20, block_unsafe=False)
     (result,) = invert(clip, torch.rand(8, 8, 3), options)
     assert clip.text.words.encode(result.prompt) == result.token_ids
 
@@ -249,3 +250,46 @@ def test_words_print_and_read():
     piece = words.tokenizer.encoder["app"]  # no word end: fuses with what follows
     assert not words.round_trips([piece])
     assert not words.round_trips([49407]) and not words.round_trips([*ids, 49406])
+
+
+# ------------------------------------------------------------------------- moving
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["CLIP", "CLIP with LayerScale", "class token (CoCa)"])
+def test_a_clip_moves_to_another_precision_and_back(kind, dtype):
+    model_class, options, _ = TOWERS[kind]
+    clip, texts = make_clip(model_class, **options), ["a red apple", "dog"]
+    picture = [Image.effect_noise((20, 20), 80).convert("RGB")]
+    before = clip.encode_texts(texts), clip.encode_images(picture)
+    clip.cache["x"] = 1
+    assert clip.to(dtype=dtype) is clip and clip.dtype == dtype and not clip.cache
+    ours = clip.text(clip.text.token_embedding.detach()[clip.vocabulary[None, :3]].float())
+    text = clip.text.words.decode(clip.vocabulary[:3].tolist())
+    theirs = clip.encode_texts([text])
+    assert float((torch.nn.functional.normalize(ours.float(), dim=-1) * theirs).sum()) > 0.99
+    clip.to("cpu", torch.float32)
+    assert clip.dtype == torch.float32
+    for a, b in zip((clip.encode_texts(texts), clip.encode_images(picture)), before, strict=True):
+        assert float((a * b).sum(-1).min()) > 0.99
+
+
+def test_a_clip_that_was_loaded_in_half_precision_moves_too(tmp_path):
+    clip = load_clip("emoji-clip", device="cpu", dtype=torch.bfloat16)
+    whole = load_clip("emoji-clip", device="cpu").encode_texts(["a red apple"])
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        clip.to(dtype=dtype)
+        assert clip.dtype == dtype
+        assert float((clip.encode_texts(["a red apple"]) * whole).sum()) > 0.99
+    joint = JointClip([make_clip(), make_clip(seed=1)])
+    assert joint.to(dtype=torch.float16) is joint
+    assert {one.dtype for one in joint.clips} == {torch.float16}
+
+
+def test_a_clip_that_cannot_move_is_refused():
+    clip = make_clip()
+    for given in ({"device": "nowhere"}, {"dtype": torch.float64}, {"dtype": "half"}):
+        with pytest.raises(ArgumentError, match=f"`{next(iter(given))}`"):
+            clip.to(**given)
+    with pytest.raises(ArgumentError, match="a memory manager moves its image tower"):
+        load_clip("emoji-clip", device="cpu", low_memory=True).to("cpu")

@@ -28,7 +28,7 @@ from pez_core.diffusion.denoising import denoising_loss
 
 pytestmark = pytest.mark.slow
 
-PAPER = SearchOptions(effort="paper")
+PAPER = SearchOptions(swaps=0, steps=3000)
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
 COLOURS = {
     "red": (220, 30, 30),
@@ -322,7 +322,7 @@ def _teach_vae(pipe):
 
 
 # the embeddings of this encoder have norm 4, so that steps have to be longer than usual
-PAINT = SearchOptions(effort="paper", steps=60, lr=0.3, restarts=2)
+PAINT = SearchOptions(swaps=0, steps=60, lr=0.3, restarts=2)
 
 
 @pytest.fixture(scope="module")

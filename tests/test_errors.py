@@ -1,5 +1,6 @@
 """Errors about arguments: their text under any names, and the mistakes that they catch."""
 
+import inspect
 import math
 import pickle
 import shutil
@@ -239,3 +240,35 @@ def test_as_many_seeds_as_prompts(task, tiny_clip):
         else:
             TASKS[task](tiny_clip, options)
     assert caught.value.argument == "seed"
+
+
+WRONG = {
+    "clip": [3, "emoji-clip", None],
+    "callback": [5, "print"],
+}
+
+
+@pytest.mark.parametrize("task", [invert, style, distill, fuse, score, explain, prune])
+@pytest.mark.parametrize("name", WRONG)
+def test_clips_and_callbacks_of_the_wrong_type(task, name, tiny_clip):
+    parameters = inspect.signature(task).parameters
+    if name not in parameters:
+        pytest.skip("it takes none")
+    given = ["a cat", "a dog"] if task is fuse else "a cat"
+    more = ["a cat"] if task in (score, explain, prune) else []
+    for value in WRONG[name]:
+        clip = value if name == "clip" else tiny_clip
+        keywords = {} if name == "clip" else {name: value}
+        with pytest.raises(ArgumentTypeError) as caught:
+            task(clip, given, *more, **keywords)
+        assert caught.value.argument == name and repr(value) in str(caught.value)
+
+
+def test_a_judge_and_switches_of_the_wrong_type(tiny_clip):
+    with pytest.raises(ArgumentTypeError, match="`judge` has to be a CLIP"):
+        score(tiny_clip, "a cat", torch.rand(8, 8, 3), judge="x")
+    with pytest.raises(ArgumentTypeError, match="`prompts` has to be a string or a list"):
+        score(tiny_clip, 3, torch.rand(8, 8, 3))
+    for name in ("download", "low_memory"):
+        with pytest.raises(ArgumentTypeError, match=f"`{name}` has to be True or False"):
+            load_clip("emoji-clip", **{name: "yes"})

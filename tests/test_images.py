@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from pez_core import SearchOptions, invert
 from pez_core.clip.images import load_image, load_images, trim_to_centre
 from pez_core.errors import ArgumentError
 
@@ -327,3 +328,13 @@ def test_wrong_types_and_nothing():
         load_images([])
     with pytest.raises(ValueError, match="0x5"):
         load_image(Image.new("RGB", (0, 5)))
+
+
+def test_features_have_to_be_unit_vectors(tiny_clip):
+    features = tiny_clip.encode_images([Image.effect_noise((20, 20), 80).convert("RGB")] * 2)
+    options = SearchOptions(prompt_len=2, effort="fast", steps=1, swaps=1)
+    good = invert(tiny_clip, features.to(torch.bfloat16), options)
+    assert abs(good[0].similarity) <= 1.01
+    for wrong in (features * 5, features * torch.tensor([[1], [0.9]]), features * 0, features / 0):
+        with pytest.raises(ArgumentError, match="`images` has to hold unit vectors"):
+            invert(tiny_clip, wrong, options)

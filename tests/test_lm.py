@@ -41,6 +41,7 @@ from pez_core.lm.classifier import classifier_of, frozen
 from pez_core.lm.command import add_commands
 from pez_core.lm.objective import Holdout, TaskLoss, classify
 from pez_core.lm.text import Format, all_tokens, whole_words
+from pez_core.seeds import restart_seed
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -221,6 +222,36 @@ def test_a_batch_is_read_as_each_text_by_itself(any_model, prompt):
     assert found.labels == [list(WORDS)[k] for k in logits.argmax(1)]
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     assert found.prompt == prompt
+
+
+@pytest.mark.parametrize("kind", ["Pegasus", "Marian"])
+def test_a_model_that_scales_tokens_but_not_embeddings_is_refused(kind):
+    _, tokenizer = build("t5")
+    sizes = {f"{part}_layers": 2 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")}
+    for scaled in (False, True):
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            scale_embedding=scaled,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+            init_std=0.3,
+            **sizes,
+        )
+        name = {"Pegasus": "PegasusForConditionalGeneration", "Marian": "MarianMTModel"}[kind]
+        model = getattr(transformers, name)(config)
+
+        def found(model=model):
+            return evaluate_prompt(model, tokenizer, "red", TEXTS[:2], TEMPLATE, WORDS)
+
+        if scaled:
+            with pytest.raises(ArgumentError, match="`model` reads the embeddings of tokens in"):
+                found()
+        else:
+            assert math.isfinite(found().loss)
 
 
 def test_the_sentinel_of_t5_is_given_to_its_decoder():
@@ -539,7 +570,7 @@ def test_a_restart_that_fails_loses_no_other(learned, monkeypatch):
     monkeypatch.setitem(METHODS, "pez", fails)
     options = OPTIONS | {"steps": 3, "restarts": 3}
     found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
-    assert sorted(one.seed for one in found.candidates) == [0, 2]
+    assert {one.seed for one in found.candidates} == {restart_seed(0, 0), restart_seed(0, 2)}
 
 
 def test_a_full_disk_ends_no_search(learned, tmp_path, monkeypatch, caplog):
@@ -576,7 +607,7 @@ def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path
     model, tokenizer = learned
     options = OPTIONS | {"steps": 5, "restarts": 3, "checkpoint": tmp_path / "s.safetensors"}
     found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
-    assert sorted(one.seed for one in found.candidates) == [0, 1, 2]
+    assert {one.seed for one in found.candidates} == {restart_seed(0, k) for k in range(3)}
     order = [(-one.accuracy, one.loss) for one in found.candidates]
     assert order == sorted(order)
     assert len(list(tmp_path.iterdir())) == 3
@@ -589,7 +620,7 @@ def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path
 
     options |= {"checkpoint": None}
     ended = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options, callback=stop)
-    assert sorted(one.seed for one in ended.candidates) == [0, 1]
+    assert {one.seed for one in ended.candidates} == {restart_seed(0, 0), restart_seed(0, 1)}
 
 
 def test_fluency_makes_prompts_likelier(learned):

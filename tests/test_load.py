@@ -26,7 +26,7 @@ from conftest import EXAMPLES, ROOT, TEXT, VISION, make_model
 from PIL import Image
 from safetensors.torch import save_file
 
-from pez_core import SearchOptions, invert, load_clip
+from pez_core import ArgumentError, SearchOptions, invert, load_clip
 from pez_core.clip import PRESETS, build, files
 from pez_core.clip.images import load_image
 from pez_core.clip.models import BUNDLED
@@ -120,7 +120,7 @@ def test_the_bundled_model_in_half_precision(emoji_clip, dtype):
         (clip.encode_texts(["red apple"]), emoji_clip.encode_texts(["red apple"])),
     ):
         assert (ours * full).sum() > 0.999
-    (result,) = invert(clip, image, SearchOptions(effort="paper", steps=5))
+    (result,) = invert(clip, image, SearchOptions(swaps=0, steps=5))
     assert result.similarity == pytest.approx(result.history[-1][1], abs=0.01)
 
 
@@ -514,6 +514,76 @@ def test_the_tensors_of_a_file_show_which_clip_it_holds(layout, tmp_path):
         for a, b in ((clip.model.encode_text(ids), text), (clip.model.encode_image(pixels), image)):
             a, b = torch.nn.functional.normalize(a), torch.nn.functional.normalize(b)
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_one_file_is_loaded_alike_however_it_is_named(tmp_path, monkeypatch, caplog):
+    """By itself, as a path, as the folder of transformers, and as weights of its architecture."""
+    ours = small_model(quick_gelu=True)
+    theirs = as_transformers(ours)
+    theirs.config.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in theirs.state_dict().items()}, path)
+    texts = ["a red car", "snow"]
+    caplog.clear()
+    clips = [
+        load_clip(str(path), device="cpu"),
+        load_clip(path, device="cpu"),
+        load_clip(tmp_path, device="cpu"),
+        load_clip("ViT-S-32-alt", path, device="cpu"),
+        load_clip(f"ViT-S-32-alt:{path}", device="cpu"),
+    ]
+    for clip in clips[1:]:
+        assert torch.equal(clip.encode_texts(texts), clips[0].encode_texts(texts))
+        assert clip.model.visual.preprocess_cfg == clips[0].model.visual.preprocess_cfg
+    assert not [r for r in caplog.records if "initialized randomly" in r.getMessage()]
+
+
+def test_a_file_that_names_its_tag_is_loaded_as_the_tag(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr("pez_core.clip.load.create_model", lambda *_, **o: made.append(o) or 1 / 0)
+    monkeypatch.setattr(files, "_dimensions", lambda shapes: ())
+    monkeypatch.setattr(files, "_plain_clips", lambda: {(): "ViT-L-14"})
+    for name in ("ViT-L-14.openai", "clip-laion2b-fine"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(struct.pack("<Q", 2) + b"{}")
+        for given in ((str(path),), ("ViT-L-14", path), (f"ViT-L-14:{path}",)):
+            with pytest.raises(ZeroDivisionError):
+                load_clip(*given, device="cpu")
+        a, b, c = [(o["force_quick_gelu"], o["force_preprocess_cfg"]) for o in made[-3:]]
+        assert a == b == c and a[0] is ("openai" in name)
+    assert made[0]["force_preprocess_cfg"] != made[3]["force_preprocess_cfg"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("openai/clip-vit-base-patch32", (), "write 'ViT-B-32:openai' for it"),
+        ("hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", (), "write 'ViT-H-14:laion2b_s32b_b79k'"),
+        ("hf-hub:somebody/some-clip", (), "fetch its files into a folder"),
+        ("ViT-B/32", (), "write 'ViT-B-32:openai' for it"),
+        ("ViT-L/14", (), "write 'ViT-L-14:openai' for it"),
+        (
+            "shards",
+            ("config.json", "model.safetensors.index.json", "model-1-of-2.safetensors"),
+            "whose weights are split into several files; save the model as one model.safetensors",
+        ),
+        ("old", ("config.json", "pytorch_model.bin"), "whose weights are in PyTorch's format"),
+        ("empty", ("config.json",), "which holds neither open_clip_config.json nor"),
+        ("weights.bin", None, "a PyTorch file, which does not show the CLIP that it holds"),
+    ],
+)
+def test_other_layouts_and_names_are_refused_for_what_they_are(name, content, message, tmp_path):
+    if content is None:
+        (tmp_path / name).write_bytes(b"PK")
+        name = str(tmp_path / name)
+    elif content:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in content:
+            (folder / file).write_text("{}")
+        name = str(folder)
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        load_clip(name)
 
 
 def test_the_activation_follows_from_the_name_of_the_file(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from pez_core.diffusion.modular import PezPromptStep
 from pez_core.options import EFFORTS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
-FOUND = SearchOptions(prompt_len=4, effort="paper", steps=5, restarts=2)
+FOUND = SearchOptions(prompt_len=4, swaps=0, steps=5, restarts=2)
 QUICK = {"options": FOUND}
 DENOISE = {"num_inference_steps": 2, "output": "images"}
 

@@ -17,6 +17,7 @@ from pez_core import (
     Result,
     SearchOptions,
     Vocabulary,
+    baselines,
     distill,
     explain,
     fuse,
@@ -64,6 +65,8 @@ WRONG_TYPE = {
     "weight_decay": [None, True],
     "patience": [1.5, True],
     "extra_loss": [3, "loss", len],
+    "method": [3, "gcg", {}],
+    "trajectory": [None, 1, "yes"],
 }
 
 
@@ -224,6 +227,14 @@ def _doc() -> str:
     return SearchOptions.__doc__
 
 
+def test_the_paper_effort_has_every_token():
+    assert all_words(effort="paper").allowed == Vocabulary(whole_words=False)
+    rules = Vocabulary(only=["cat"])
+    assert all_words(effort="paper", vocabulary=rules).allowed is rules
+    safe = SearchOptions(effort="paper").allowed
+    assert safe == Vocabulary(whole_words=False) & Vocabulary(block=UNSAFE_WORDS, whole_words=False)
+
+
 def test_the_vocabulary_with_the_list_of_unsafe_words():
     rules = Vocabulary(only=["cat"])
     assert all_words().allowed is None and all_words(vocabulary=rules).allowed is rules
@@ -272,6 +283,8 @@ FIELD_CASES = {
     "weight_decay": (ALONE, 1.9),
     "patience": (ALONE | {"steps": 40}, 1),
     "extra_loss": (ALONE, Loss),
+    "method": (ALONE, baselines.autoprompt_sgd),
+    "trajectory": (ALONE, True),
 }
 
 

@@ -45,7 +45,7 @@ from pez_core.diffusion.tasks import TASKS, task_keywords
 from pez_core.options import EFFORTS
 
 FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "glasses"))
-FOUND = SearchOptions(prompt_len=4, effort="paper", steps=6, restarts=2)
+FOUND = SearchOptions(prompt_len=4, swaps=0, steps=6, restarts=2)
 QUICK = {"options": FOUND, "num_inference_steps": 2}
 SHORT = {"options": replace(FOUND, prompt_len=None), "num_images_per_prompt": 1}
 SHORT["num_inference_steps"] = 2
@@ -859,6 +859,19 @@ def test_what_the_image_pipeline_refuses_is_found_before_the_search(pipe, wrong,
     with pytest.raises(ValueError, match=message):
         pipe(image=FISH, pez_callback_on_step_end=lambda *one: steps.append(one), **wrong)
     assert not steps and pipe.prompts == []
+
+
+@pytest.mark.parametrize("name", ["negative_prompt", "negative_prompt_2"])
+def test_as_many_negative_prompts_as_prompts(name, emoji_clip):
+    pez = PezPipeline(emoji_clip, stable_diffusion_xl())
+    reports = []
+    given = {"options": FOUND, "pez_callback_on_step_end": lambda *a: reports.append(a)}
+    for wrong in (["blurry"], ["a", "b", "c"], []):
+        with pytest.raises(
+            ArgumentError, match=f"`{name}` has to be a string or one for each of 2"
+        ):
+            pez(image=[FISH, GLASSES], **given, **{name: wrong})
+    assert not reports
 
 
 def test_further_arguments_are_checked(pipe, emoji_clip):

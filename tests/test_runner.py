@@ -3,10 +3,11 @@
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import EXAMPLES, all_words, make_clip, paper
+from conftest import EXAMPLES, CustomTextCLIP, all_words, make_clip, paper
 from PIL import Image
 
 from pez_core import (
@@ -176,6 +177,83 @@ def test_without_time_for_single_words_there_is_no_prior(picture, clock):
     clock.tick = 0.01
     invert(clip, picture, options)
     assert "single tokens" in clip.cache
+
+
+# ------------------------------------------------------------------------- contexts and masks
+
+
+@pytest.fixture
+def full_clip():
+    """A CLIP that encodes every word over the whole context, with few words."""
+    clip = make_clip(CustomTextCLIP, {"no_causal_mask": True, "context_length": 16})
+    clip.vocabulary = clip.vocabulary[:600]
+    return clip
+
+
+class SlowTower:
+    """Counts the texts that a tower encodes, and lets each take a second of the clock."""
+
+    def __init__(self, clip, clock, monkeypatch):
+        self.texts, self.largest, original = 0, 0, clip.text.encoder
+
+        def encoder(fixed=(((), ()),)):
+            encode = original(fixed)
+
+            def counted(embeddings):
+                if embeddings.shape[1] == 1:  # single words
+                    self.texts += len(embeddings)
+                    self.largest = max(self.largest, len(embeddings))
+                    clock.now += len(embeddings)
+                return encode(embeddings)
+
+            counted.given = encode.given
+            return counted
+
+        monkeypatch.setattr(clip.text, "encoder", encoder)
+
+
+def test_single_words_do_not_overrun_the_time_limit(full_clip, picture, clock, monkeypatch):
+    """600 words take 600 s where a limit of 100 s is set, which a few words show."""
+    tower, began = SlowTower(full_clip, clock, monkeypatch), clock.now
+    options = all_words(prompt_len=4, effort="fast", steps=2, swaps=3, time_limit=100)
+    (result,) = invert(full_clip, picture, options)
+    assert result.learned and tower.texts <= 8 and clock.now - began < 100
+    # with time enough they count
+    invert(full_clip, picture, replace(options, time_limit=1300))
+    assert "single tokens" in full_clip.cache and tower.largest <= 64
+
+
+def test_single_words_report_and_can_be_ended(full_clip, picture, clock, monkeypatch):
+    SlowTower(full_clip, clock, monkeypatch)
+    options = all_words(prompt_len=4, effort="fast", steps=2, swaps=3)
+    elapsed = []
+    (whole,) = invert(full_clip, picture, options, callback=lambda r: elapsed.append(r.elapsed))
+    assert max(b - a for a, b in pairwise(elapsed)) <= 70
+    assert len(elapsed) > 10 and whole.history[-1][0] == 5
+    full_clip.cache.clear()
+    reports = []
+    (ended,) = invert(
+        full_clip, picture, options, callback=lambda r: reports.append(r.step) or r.elapsed > 200
+    )
+    assert reports[-1] == 2 and ended.learned and "single tokens" not in full_clip.cache
+
+
+@pytest.mark.parametrize("length, expected", [(8, 6), (16, 14), (77, 16)])
+def test_none_means_what_the_context_holds(length, expected, picture):
+    clip = make_clip(text={"context_length": length})
+    quick = all_words(effort="fast", steps=1, swaps=1)
+    (result,) = invert(clip, picture, quick)
+    assert len(result.token_ids) == expected
+    (beside,) = invert(clip, picture, quick, caption="a photo of")
+    assert len(beside.token_ids) == min(16 + 3, length - 2)
+    found = style(clip, [picture, 1 - picture], quick)
+    assert len(found.token_ids) == min(8, length - 2)
+    fused = fuse(clip, ["a cat", "a dog"], quick, always_learn=True)
+    assert fused.tokens == expected
+    words = "a cat a dog a red car a blue house a fish"
+    assert fuse(clip, [words, words], quick).fused == (length < 30)
+    with pytest.raises(ArgumentError, match="`prompt_len`"):
+        invert(clip, picture, replace(quick, prompt_len=length - 1))
 
 
 # ------------------------------------------------------------------------- reports

@@ -450,7 +450,7 @@ def test_more_effort_finds_better_prompts(emoji_clip):
     assert plain < means["fast"] < means["balanced"]
 
 
-def test_the_paper_effort_is_algorithm_1_alone(emoji_clip, features):
+def test_a_search_without_swaps_is_algorithm_1_alone(emoji_clip, features):
     (result,) = invert(emoji_clip, EXAMPLES[0], paper(25, prompt_len=6))
     generator = torch.Generator().manual_seed(0)
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary)

@@ -89,7 +89,7 @@ def inverting(clip, joint) -> dict[str, Callable[[], object]]:
         "invert swaps": ({"effort": "balanced", "steps": 10, "swaps": 20}, IMAGES[4], {}),
         "invert without swaps": ({"swaps": 0}, IMAGES[4], {}),
         "invert patience": (
-            {"effort": "paper", "steps": 300, "patience": 20},
+            {"swaps": 0, "steps": 300, "patience": 20},
             IMAGES[9],
             {},
         ),
@@ -135,12 +135,12 @@ def inverting(clip, joint) -> dict[str, Callable[[], object]]:
 
 def other_tasks(clip, joint) -> dict[str, Callable[[], object]]:
     """Cases of the other tasks and of the scores."""
-    paper, images = options("paper", steps=40, restarts=4), IMAGES[10:16]
+    alone, images = options(swaps=0, steps=40, restarts=4), IMAGES[10:16]
     return {
         "style": lambda: style(clip, images, options(restarts=4), content=["fish"]),
         "style balanced": lambda: style(clip, images, options("balanced", restarts=2)),
         "style with content": lambda: style(
-            joint, images, paper, keep_content=True, images_per_step=2
+            joint, images, alone, keep_content=True, images_per_step=2
         ),
         "distill": lambda: distill(clip, LONG, options(restarts=4)),
         "distill sections": lambda: distill(clip, SECTIONS, options(restarts=2, seed=2), ratio=0.5),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..pez import Objective
@@ -11,11 +13,17 @@ from ..space import TokenSpace
 _ROWS = 1024
 
 
-def per_problem(generator: torch.Generator, problems: int) -> list[torch.Generator]:
-    """A generator for each problem, seeded by `generator`.
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator, or one for each problem."""
+
+
+def per_problem(generator: Generators, problems: int) -> list[torch.Generator]:
+    """A generator for each problem: those given, or others that `generator` seeds.
 
     The draws of problem k then depend on `generator` and k alone, not on the number of problems.
     """
+    if not isinstance(generator, torch.Generator):
+        return list(generator)
     seeds = torch.randint(2**63 - 1, (problems,), generator=generator)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 

@@ -8,7 +8,7 @@ from ..errors import check_integer
 from ..pez import Objective
 from ..space import TokenSpace
 from ..tracker import Acceptable, Budget, Callback, Progress, Tracker
-from .common import gradient, per_problem, score_candidates
+from .common import Generators, gradient, per_problem, score_candidates
 
 
 def gcg(
@@ -19,7 +19,7 @@ def gcg(
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,
-    generator: torch.Generator,
+    generator: Generators,
     topk: int = 256,
     width: int = 512,
 ) -> Progress:
@@ -36,7 +36,8 @@ def gcg(
     Args:
         space: tokens and embeddings; the phrases of a `PhraseSpace` are ignored.
         objective, ids, settings, callback, acceptable: as in `pez_core.search`.
-        generator: on the CPU; positions and tokens are drawn from it, separately for each problem.
+        generator: on the CPU; draws positions and tokens, separately for each problem; or a
+            list of one for each.
         topk: kept tokens of each position, at least 1.
         width: candidates per step, at least 1.
 

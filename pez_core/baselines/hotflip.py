@@ -8,7 +8,7 @@ from ..errors import check_integer
 from ..pez import Objective
 from ..space import TokenSpace
 from ..tracker import Acceptable, Budget, Callback, Progress, Tracker
-from .common import gradient, per_problem, score_candidates
+from .common import Generators, gradient, per_problem, score_candidates
 
 
 def autoprompt(
@@ -19,7 +19,7 @@ def autoprompt(
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,
-    generator: torch.Generator,
+    generator: Generators,
     candidates: int = 10,
 ) -> Progress:
     """AutoPrompt (Shin et al. 2020, section 2.2) with the token flips of HotFlip (Ebrahimi et al.
@@ -37,7 +37,8 @@ def autoprompt(
     Args:
         space: tokens and embeddings; the phrases of a `PhraseSpace` are ignored.
         objective, ids, settings, callback, acceptable: as in `pez_core.search`.
-        generator: on the CPU; positions are drawn from it, separately for each problem.
+        generator: on the CPU; positions are drawn from it, separately for each problem; or a
+            list of one for each.
         candidates: tokens compared per step (k), at least 1; 10 is the authors' default.
 
     Returns:

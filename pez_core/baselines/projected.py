@@ -9,7 +9,7 @@ import torch
 from ..errors import check_number
 from ..pez import Objective, PezSettings, SearchSpace
 from ..tracker import Acceptable, Callback, Checkpoint, Progress, Tracker
-from .common import per_problem
+from .common import Generators, per_problem
 
 # (problems, prompt_len, dim) embeddings -> (problems,) loss
 Fluency = Callable[[torch.Tensor], torch.Tensor]
@@ -23,7 +23,7 @@ def autoprompt_sgd(
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     fluency: Fluency | None = None,
     fluency_weight: float = 0.003,
     checkpoint: Checkpoint | None = None,
@@ -63,7 +63,7 @@ def fluent_prompt(
     callback: Callback | None = None,
     acceptable: Acceptable | None = None,
     *,
-    generator: torch.Generator,
+    generator: Generators,
     fluency: Fluency | None = None,
     fluency_weight: float = 0.003,
     checkpoint: Checkpoint | None = None,
@@ -80,7 +80,8 @@ def fluent_prompt(
 
     Args:
         space, objective, ids, settings, callback, acceptable, checkpoint: as in `pez_core.search`.
-        generator: on the CPU; the noise is drawn from it, separately for each problem.
+        generator: on the CPU; the noise is drawn from it, separately for each problem; or a
+            list of one for each.
         fluency: (problems, prompt_len, dim) embeddings -> (problems,) loss of a language model with
             the same embeddings. None for CLIP, for which there is no such model.
         fluency_weight: lambda in (1 - lambda) loss + lambda fluency, from 0 to 1. The best prompt

@@ -9,6 +9,7 @@ import torch
 
 from ..pez import Objective, PezSettings, SearchSpace
 from ..tracker import Acceptable, Checkpoint, Progress, Tracker
+from .common import Generators
 
 
 @dataclass
@@ -35,7 +36,7 @@ def soft_prompt(
     callback: Callable[[SoftProgress], bool | None] | None = None,
     acceptable: Acceptable | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> SoftProgress:
     """AdamW on continuous embeddings (Lester et al. 2021), the soft prompt of the PEZ paper.

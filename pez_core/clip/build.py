@@ -6,9 +6,11 @@ A config may come from a stranger. It never runs code and never makes anything r
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +20,7 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transformer import AttentionalPooler, LayerScale, TextTransformer
 from safetensors import SafetensorError
 
 from ..errors import ArgumentError, first_line
@@ -26,6 +29,11 @@ from .weights import find_in_hub_cache
 
 _WRONG = (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ValueError)
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, BadZipFile, EOFError, OSError)
+_LEFT_IN_FLOAT32 = (
+    (LayerScale, "gamma"),
+    (TextTransformer, "cls_emb"),
+    (AttentionalPooler, "query"),
+)
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 # Options of a tokenizer that a config may set. The others choose files, or code to run.
 _TOKENIZER_OPTIONS = {"clean": str, "strip_sep_token": bool, "language": str}
@@ -52,13 +60,15 @@ def create_model(
     try:
         if path.is_file():
             check_header(path)
-        if read is None:
-            return open_clip.create_model(
-                name, require_pretrained=True, weights_only=True, **options
-            )
-        model = open_clip.create_model(name, **options)
-        model.load_state_dict(read(path))
-        return model
+        with _only_real_warnings():
+            if read is None:
+                model = open_clip.create_model(
+                    name, require_pretrained=True, weights_only=True, **options
+                )
+            else:
+                model = open_clip.create_model(name, **options)
+                model.load_state_dict(read(path))
+        return _with_one_precision(model)
     except torch.cuda.OutOfMemoryError:
         raise  # a RuntimeError like those below, but the file is good
     except _DAMAGED as error:
@@ -80,6 +90,40 @@ def create_model(
             f"is {str(path)!r}, which does not hold weights of {name} ({first_line(error)})",
             "give the architecture it was trained with",
         ) from error
+
+
+@contextmanager
+def _only_real_warnings() -> Iterator[None]:
+    """Inside, open_clip does not say that a model has random weights, which are loaded afterwards.
+
+    It logs at the root logger, whose filters see only what is logged there directly.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _with_one_precision(model: Any) -> Any:
+    """Lower the parameters that open_clip leaves in float32 in half precision.
+
+    These are LayerScale, the class token of CoCa's text tower and the queries of its image tower,
+    which would turn everything behind them into float32. Norms compute in float32 by themselves,
+    and embeddings are cast where they are used.
+    """
+    dtype = getattr(model, "text", model).transformer.get_cast_dtype()
+    for module in model.modules():
+        for kind, name in _LEFT_IN_FLOAT32:
+            if isinstance(module, kind) and getattr(module, name, None) is not None:
+                parameter = getattr(module, name)
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def preprocessing(name: str, tag: dict) -> dict | None:

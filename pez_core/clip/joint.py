@@ -34,6 +34,11 @@ class JointText:
         ]
 
     @property
+    def causal(self) -> bool:
+        """Whether all towers are causal."""
+        return all(tower.causal for tower in self.towers)
+
+    @property
     def token_embedding(self) -> torch.Tensor:
         """(vocab_size, sum of widths) tables side by side, on the device of the towers."""
         return torch.cat([tower.token_embedding.detach().float() for tower in self.towers], dim=1)
@@ -137,6 +142,15 @@ class JointClip:
     @property
     def device(self) -> torch.device:
         return self.clips[0].device
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> JointClip:
+        """As `Clip.to`, for all of them."""
+        for clip in self.clips:
+            clip.to(device, dtype)
+        self.cache.clear()
+        return self
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """As `Clip.encode_images`; joint features."""

@@ -14,7 +14,7 @@ import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-from ..errors import ArgumentError, ArgumentTypeError, check_weights
+from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_weights
 from .build import (
     create_model,
     preprocessing,
@@ -36,7 +36,7 @@ _CONFIG = "open_clip_config.json"
 
 
 def load_clip(
-    name: str | Sequence[str] = "emoji-clip",
+    name: str | os.PathLike | Sequence[str | os.PathLike] = "emoji-clip",
     pretrained: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -48,15 +48,16 @@ def load_clip(
 
     Args:
         name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
-            `"ViT-H-14"`, a folder with `open_clip_config.json` and weights, or a safetensors file
-            that holds both towers of a CLIP, as open_clip or transformers write it (see
-            `find_clip`).
+            `"ViT-H-14"`, a folder with `open_clip_config.json` and weights, a folder that
+            transformers wrote (`config.json` and `model.safetensors`), or a safetensors file that
+            holds both towers of a CLIP, as open_clip or transformers write it (see `find_clip`).
             `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
             several CLIPs as one, for models that read a prompt with more than one: for SDXL
             `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
         pretrained: an open_clip tag such as `"laion2b_s32b_b79k"`, or a weights file, safetensors
-            or a PyTorch file that `weights_only` loading accepts. OpenAI's weights need the
-            `-quickgelu` architecture when they come as a file; for a tag it is chosen.
+            or a PyTorch file that `weights_only` loading accepts. A file whose name or
+            folder names its tag is loaded as the tag is; without one, OpenAI's weights need the
+            `-quickgelu` architecture.
         device: None takes CUDA, then MPS, then the CPU, whichever is there first.
         dtype: of the towers; float32, float16 or bfloat16. None: on CUDA bfloat16 (float16 on cards
             without it), float32 elsewhere. Prompts and similarities are float32 in any case.
@@ -73,8 +74,10 @@ def load_clip(
         OSError: the download failed; run it again to resume.
     """
     names = _check_names(name, pretrained)
+    check_bool("download", download)
+    check_bool("low_memory", low_memory)
     if weights is not None:
-        if isinstance(name, str):
+        if isinstance(name, (str, os.PathLike)):
             raise ArgumentError("weights", f"is {weights!r}, but there is one CLIP", "leave it out")
         check_weights("weights", weights, len(names))
     target = pick_device(device)
@@ -95,10 +98,12 @@ def _check_names(name: object, pretrained: object) -> list[str]:
         raise ArgumentTypeError(
             "pretrained", f"has to be a tag or a path but is a {type(pretrained).__name__}"
         )
-    if isinstance(name, str):
-        return [name]
-    if not isinstance(name, (list, tuple)) or not all(isinstance(one, str) for one in name):
+    if isinstance(name, (str, os.PathLike)):
+        return [os.fspath(name)]
+    kinds = (str, os.PathLike)
+    if not isinstance(name, (list, tuple)) or not all(isinstance(one, kinds) for one in name):
         raise ArgumentTypeError("name", f"has to be a string or a list of strings but is {name!r}")
+    name = [os.fspath(one) for one in name]
     if not name:
         raise ArgumentError("name", "is an empty list", "give at least one CLIP")
     if len(set(name)) < len(name):
@@ -130,16 +135,37 @@ def _load_one(
                 "leave it out",
             )
         return _load_folder(path, name, precision, device)
+    if name and path.is_dir() and pretrained is None:
+        path = _file_of_transformers(path)
     if path.suffix.lower() == ".safetensors" and pretrained is None:
         return _load_file(path, precision, device)
+    if path.suffix.lower() in SUFFIXES and pretrained is None and path.is_file():
+        raise ArgumentError(
+            "name",
+            f"is {path}, a PyTorch file, which does not show the CLIP that it holds",
+            "write ARCHITECTURE:FILE, or convert it to safetensors",
+        )
     return _load_architecture(name, pretrained, precision, device, download)
+
+
+def _file_of_transformers(folder: Path) -> Path:
+    """The weights in a folder that transformers wrote; raise where they are in another form."""
+    file = folder / "model.safetensors"
+    if file.is_file():
+        return file
+    problem = f"is the folder {folder}, which holds neither {_CONFIG} nor {file.name}"
+    if (folder / f"{file.name}.index.json").is_file():
+        problem = f"is the folder {folder}, whose weights are split into several files"
+    elif list(folder.glob("*.bin")):
+        problem = f"is the folder {folder}, whose weights are in PyTorch's format"
+    raise ArgumentError("name", problem, f"save the model as one {file.name}")
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
     """NAME:PRETRAINED in its parts; a path stays whole, with any colons in it."""
     path = os.path.expanduser(name)
     head, colon, tail = name.partition(":")
-    if not colon or os.path.exists(path):
+    if not colon or head == "hf-hub" or os.path.exists(path):
         return name, None
     windows = PureWindowsPath(path)
     unsplit = windows.drive and windows.root  # such as C:\clips
@@ -246,6 +272,11 @@ def _load_architecture(
                 f"is {str(pretrained)!r}, which is neither a file nor a tag of {name}",
                 f"its tags are {', '.join(tags) or 'none'}",
             )
+        found = find_clip(path) if path.suffix.lower() == ".safetensors" else None
+        if found is not None and found.name == name and found.transformers:
+            return _load_file(path, precision, device)
+        if found is not None and found.name == name and found.tag:
+            tag = get_pretrained_cfg(name, found.tag)
     quick_gelu = tag.get("quick_gelu", False)
     tokenizer = tokenizer_of_name(name, download)
     model = create_model(
@@ -266,14 +297,10 @@ def _architecture(name: str) -> dict:
     config = config_of(name) if name in open_clip.list_models() else None
     if config is None:
         others = [*BUNDLED, *open_clip.list_models()]
-        close = difflib.get_close_matches(name.replace("/", "-"), others, n=5, cutoff=0.4)
-        close = close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]
         raise ArgumentError(
             "name",
             f"is {name!r}, which is no architecture of open_clip and not bundled",
-            f"write {TRANSFORMERS_NAMES[name]!r} for it"
-            if name in TRANSFORMERS_NAMES
-            else f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ...",
+            _other_name(name, others),
         )
     if "hf_model_name" in config["text_cfg"]:
         raise ArgumentError(
@@ -283,3 +310,18 @@ def _architecture(name: str) -> dict:
             "choose one with open_clip's own, like ViT-L-14",
         )
     return config
+
+
+def _other_name(name: str, others: Sequence[str]) -> str:
+    """What to write in place of a name that is not known."""
+    repository = name.removeprefix("hf-hub:").partition("@")[0]
+    if repository in TRANSFORMERS_NAMES:
+        return f"write {TRANSFORMERS_NAMES[repository]!r} for it"
+    if "openai" in list_pretrained_tags_by_model(repository.replace("/", "-")):
+        openai = repository.replace("/", "-")  # their names have a slash, as in ViT-B/32
+        return f"write '{openai}:openai' for it"
+    if name.startswith("hf-hub:"):
+        return "fetch its files into a folder and give that, or write ARCHITECTURE:TAG"
+    close = difflib.get_close_matches(name.replace("/", "-"), others, n=5, cutoff=0.4)
+    close = close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]
+    return f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ..."

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import LayerNormFp32
 from PIL import Image
 
+from ..errors import ArgumentError
+from .device import pick_device, pick_precision
 from .images import trim_to_centre
 from .text import TextTower
 
@@ -93,6 +96,37 @@ class Clip:
     def dtype(self) -> torch.dtype:
         """The dtype the text tower computes in."""
         return self.text.tower.transformer.get_cast_dtype()
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Clip:
+        """Move the model to a device, a dtype or both, in place; returns this CLIP.
+
+        Args:
+            device: as in `load_clip`; None: where it is.
+            dtype: float32, float16 or bfloat16; None: as it is. As in PyTorch, the digits that a
+                lower one loses do not come back.
+
+        Raises:
+            ArgumentError: there is no such device or dtype, or a memory manager moves the image
+                tower, as with `low_memory`.
+        """
+        if self.image_tower is not nullcontext:
+            raise ArgumentError(
+                "device",
+                f"of {self.name} cannot be changed, since a memory manager moves its image tower",
+                "load it again where it is wanted",
+            )
+        target = self.device if device is None else pick_device(device)
+        if dtype is not None:
+            pick_precision(target, dtype)
+        with torch.inference_mode(False):
+            self.model.to(target, dtype)
+            for module in self.model.modules():
+                if isinstance(module, LayerNormFp32):  # computes with float32 weights only
+                    module.float()
+        self.cache.clear()
+        return self
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -19,6 +19,9 @@ from torch import nn
 
 from ..errors import ArgumentError
 
+# A word that others are read behind.
+_LEFT = "a"
+
 # Tensors of the size of its input that a block keeps for the backward pass: two of norms, four of
 # attention, one behind it, eight of the MLP; 14 because not all of them are copies.
 _KEPT = 14
@@ -31,6 +34,9 @@ class Words:
         special_ids: start, end and padding tokens; they never round-trip.
         size: the ids are those from 0 to `size - 1`.
         separable: tokens that round-trip alone do so side by side, too, as CLIP's own do.
+        bare_start: a word that begins a text is another token than behind a space, as in Gemma's
+            tokenizer, which puts no space before the first word. The tokens of a vocabulary are
+            then those behind a space.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -40,7 +46,10 @@ class Words:
         self.special_ids = set(inner.all_special_ids)
         self.size: int = tokenizer.vocab_size if self._hf is None else len(inner)
         self.separable = self._hf is None
-        self._round_trips_alone: dict[int, bool] = {}
+        self._left = self.encode(_LEFT)
+        self.bare_start = self._hf is not None and self.encode_behind(f" {_LEFT}") != self._left
+        self._round_trips_inside: dict[int, bool] = {}
+        self._openings: dict[tuple[int, ...], tuple[int, ...] | None] = {}
 
     def equals(self, other: Words) -> bool:
         """Whether both are CLIP's own tokenizer, with the same vocabulary and the same cleaning.
@@ -60,6 +69,14 @@ class Words:
             return self._hf.encode(self.tokenizer.clean_fn(text), add_special_tokens=False)
         return self.tokenizer.encode(text)
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of `text` behind a word; a space between them is part of `text`."""
+        if self._hf is None:
+            return self.encode(text)
+        ids, left = self.encode(_LEFT + text), len(self._left)
+        # a text that fuses with the word before it is read by itself
+        return ids[left:] if ids[:left] == self._left else self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt, without spaces at its ends."""
         if self._hf is not None:
@@ -72,16 +89,39 @@ class Words:
             return False
         return self.encode(self.decode(ids)) == list(ids)
 
-    def round_trip_ids(self, ids: Iterable[int]) -> list[int]:
-        """Sorted `ids` of the tokens that round-trip by themselves; remembered from call to call.
+    def round_trips_inside(self, ids: Sequence[int]) -> bool:
+        """Whether a word or phrase round-trips inside a prompt, behind another word.
 
-        In CLIP's tokenizer these are whole words and punctuation, 34,277 of 49,408 tokens: a word
-        piece without its word end would fuse with its neighbour when it is printed.
+        Most tokenizers read a word alike everywhere; with `bare_start` the word has to be behind a
+        space, which is part of its first token. Marks need no space.
         """
-        found, ids = self._round_trips_alone, sorted(set(ids))
+        if not self.bare_start:
+            return self.round_trips(ids)
+        whole = [*self._left, *ids]
+        text = self.decode(whole)
+        spaced = text.startswith(f"{_LEFT} ") or not any(map(str.isalnum, self.decode(ids)))
+        return spaced and self.round_trips(whole)
+
+    def opening(self, ids: Sequence[int]) -> tuple[int, ...] | None:
+        """The tokens of a phrase where it begins a text; None: it cannot stand there."""
+        phrase = tuple(ids)
+        if phrase not in self._openings:
+            start = self.encode(self.decode(phrase))
+            good = bool(start) and self.round_trips(start)
+            self._openings[phrase] = tuple(start) if good else None
+        return self._openings[phrase]
+
+    def round_trip_ids(self, ids: Iterable[int]) -> list[int]:
+        """Sorted `ids` of the tokens that are words by themselves; remembered from call to call.
+
+        They round-trip inside a prompt. In CLIP's tokenizer these are whole words and punctuation,
+        34,277 of 49,408 tokens: a word piece without its word end would fuse with its neighbour
+        when it is printed.
+        """
+        found, ids = self._round_trips_inside, sorted(set(ids))
         for i in ids:
             if i not in found:
-                found[i] = self.round_trips([i])
+                found[i] = self.round_trips_inside([i])
         return [i for i in ids if found[i]]
 
 
@@ -122,7 +162,7 @@ class TextTower:
         ids_before, ids_behind: ids that the tokenizer puts around a text of one token.
 
     Raises:
-        ArgumentError: the text tower is a Hugging Face model.
+        ArgumentError: the text tower is a Hugging Face model, or the tokenizer pads at the left.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -138,7 +178,6 @@ class TextTower:
         self.context_length = int(tower.context_length)
         # CLIP and TextTransformer have different names for the pooling rule
         self._pool = getattr(tower, "text_pool_type", None) or tower.pool_type
-        self._cls = getattr(tower, "cls_emb", None)
         self.causal = (
             tower.attn_mask is not None and self._cls is None and self._pool in ("argmax", "eos")
         )
@@ -149,15 +188,33 @@ class TextTower:
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
         start = next(i for i in range(len(row)) if row[i : i + len(word)] == word)
+        self._check_padding(tokenizer, row, start, word)
         self.example_token = word[0]
         # lists, since tensors would stay behind when the model moves to another device
         self.ids_before, self.ids_behind = row[:start], row[start + len(word) :]
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
 
+    @staticmethod
+    def _check_padding(tokenizer: Any, row: list[int], start: int, word: list[int]) -> None:
+        """Raise where what stands before a text depends on its length."""
+        longer = tokenizer(["a a"])[0].tolist()
+        if longer[: start + len(word)] != row[: start + len(word)]:
+            raise ArgumentError(
+                "clip",
+                "has a tokenizer that puts padding before the text, where prompts cannot be "
+                "searched",
+                "let its tokenizer pad at the right, as in `padding_side` of its config",
+            )
+
     @property
     def token_embedding(self) -> torch.Tensor:
         """(vocab_size, width) embedding table."""
         return self.tower.token_embedding.weight
+
+    @property
+    def _cls(self) -> torch.Tensor | None:
+        """CoCa's class token, which loading weights may replace; None: the tower has none."""
+        return getattr(self.tower, "cls_emb", None)
 
     @property
     def parts(self) -> list[tuple[int, float]]:

@@ -31,6 +31,7 @@ from ..priors import needed_language_model
 from ..results import Report, Result
 from ..runner import with_share_of_time
 from ..tasks.style import STYLE_TEMPLATE, StyleResult
+from .belonging import warn_where_foreign
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
@@ -136,8 +137,9 @@ class PezPipeline(DiffusionPipeline):
     Args:
         clip ([`PezClipModel`], `pez_core.Clip`, `pez_core.JointClip`, `str` or `list[str]`):
             The CLIP of the search: the one whose text encoder the image pipeline has, together with
-            its image tower, which image pipelines lack. `pez_core.load_clip` loads a name; nothing
-            is downloaded, unlike by `PezClipModel.load` with `download=True`.
+            its image tower, which image pipelines lack; a warning is logged where it is another
+            one. `pez_core.load_clip` loads a name; nothing is downloaded, unlike by
+            `PezClipModel.load` with `download=True`.
         pipeline ([`DiffusionPipeline`], *optional*):
             Any text-to-image pipeline. Without one this is a prior: pass its output to any
             pipeline, even one that needs an image of its own: `t2i(**pez(image=image))`.
@@ -155,6 +157,8 @@ class PezPipeline(DiffusionPipeline):
         self.register_modules(clip=_component(clip), pipeline=pipeline)
         self._call_lock = _CallLock()
         self._start()
+        if pipeline is not None:
+            warn_where_foreign(self.clip.clip, pipeline)
 
     # Loading, moving and progress bars, which include the image pipeline.
 
@@ -249,6 +253,8 @@ class PezPipeline(DiffusionPipeline):
         kwargs.pop("variant", None)
         pez = super().from_pretrained(folder, pipeline=None, **kwargs)
         pez.register_modules(pipeline=pipeline)
+        if pipeline is not None:
+            warn_where_foreign(pez.clip.clip, pipeline)
         return pez
 
     @classmethod
@@ -285,6 +291,8 @@ class PezPipeline(DiffusionPipeline):
             if getattr(pipeline, "_all_hooks", None):
                 pez.enable_model_cpu_offload(device=pipeline._offload_device)
         pez.register_modules(pipeline=pipeline)
+        if pipeline is not None:
+            warn_where_foreign(pez.clip.clip, pipeline)
         return pez
 
     def to(self, *args: Any, **kwargs: Any) -> PezPipeline:
@@ -403,7 +411,7 @@ class PezPipeline(DiffusionPipeline):
             raise ArgumentError(
                 "denoising_weight",
                 "cannot be refined by swaps, since each would cost as much as a step of PEZ",
-                "give options=SearchOptions(effort='paper', steps=200), or swaps=0 in it",
+                "give options=SearchOptions(swaps=0, steps=200)",
             )
 
     def check_image_inputs(self, prompts: int, image_kwargs: Mapping[str, Any]) -> None:
@@ -422,6 +430,14 @@ class PezPipeline(DiffusionPipeline):
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
                 f"{prompts} prompts) but holds {len(generator)}",
             )
+        for name, value in image_kwargs.items():
+            several = name.startswith("negative_prompt") and isinstance(value, (list, tuple))
+            if several and len(value) != prompts:
+                raise ArgumentError(
+                    name,
+                    f"has to be a string or one for each of {prompts} prompts but holds "
+                    f"{len(value)}",
+                )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
         passed = sorted(set(image_kwargs) - {"num_images_per_prompt", "generator", "output_type"})
         _check_known(self if self.pipeline is None else self.pipeline, passed)
@@ -626,7 +642,7 @@ class PezPipeline(DiffusionPipeline):
             denoising_weight (`float`, *optional*, defaults to 0.0):
                 Weight of the denoising loss of the image pipeline, from 0 to 1; the similarity has
                 the rest. Above 0 it needs a Stable Diffusion 1.x, 2.x or XL pipeline, the task
-                `"invert"`, and `options` without swaps (`effort="paper"` or `swaps=0`). Every step
+                `"invert"`, and `options` without swaps (`swaps=0` or `effort="paper"`). Every step
                 takes `samples` (4, see `denoising_kwargs`) times `restarts` forward and backward
                 passes of the UNet for each image: start with `steps=200`. The results have the loss
                 as `extra_loss`.

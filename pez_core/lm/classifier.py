@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..errors import ArgumentError
 from .text import SENTINEL, Format
 
 
@@ -222,9 +223,46 @@ class EncoderDecoderClassifier(PromptedClassifier):
 
 
 def classifier_of(model: Any, text: Format) -> PromptedClassifier:
-    """The classifier of a causal or an encoder-decoder model."""
+    """The classifier of a causal or an encoder-decoder model.
+
+    Raises:
+        ArgumentError: the model takes no embeddings, or reads those of tokens in another way than
+            the tokens themselves.
+    """
     kind = EncoderDecoderClassifier if model.config.is_encoder_decoder else CausalClassifier
-    return kind(model, text)
+    classifier = kind(model, text)
+    _check_embeddings(model, [*text.before, *text.prompt_ids(text.template)], classifier.device)
+    return classifier
+
+
+# Relative difference of the logits; half precision reaches 0.02.
+_SAME = 0.05
+
+
+@torch.no_grad()
+def _check_embeddings(model: Any, ids: list[int], device: torch.device) -> None:
+    """Raise unless the model reads the embeddings of tokens as it reads the tokens.
+
+    Some scale embeddings only where they look them up themselves, such as Pegasus and Marian.
+    """
+    tokens = torch.tensor([ids], device=device)
+    begun = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
+    remedy = "take another model, such as those that the documents name"
+    try:
+        embeddings = model.get_input_embeddings()(tokens)
+        ours = model(inputs_embeds=embeddings, **begun).logits.float()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ArgumentError(
+            "model", f"takes no embeddings in place of tokens ({error})", remedy
+        ) from error
+    theirs = model(input_ids=tokens, **begun).logits.float()
+    if float((ours - theirs).norm()) > _SAME * float(theirs.norm()):
+        raise ArgumentError(
+            "model",
+            "reads the embeddings of tokens in another way than the tokens, which it scales, so "
+            "that prompts learned on them would be wrong",
+            remedy,
+        )
 
 
 @contextmanager

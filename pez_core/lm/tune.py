@@ -26,6 +26,7 @@ from ..errors import (
     check_string,
 )
 from ..pez import PezSettings
+from ..seeds import restart_seed
 from ..space import TokenSpace
 from ..tracker import Progress
 from .checkpoint import FileCheckpoint, digest
@@ -165,7 +166,8 @@ def tune_prompt(
         method: "pez", or a rival of it: "autoprompt-sgd", "fluentprompt", "soft-prompt",
             "pez-as-released" (see `pez_core.lm.methods`), "empty" (the template alone).
         weight_decay: of the optimiser, 0 or more.
-        seed: of the initial prompt and of the batches; restart k has `seed + k`.
+        seed: of the initial prompt and of the batches; restarts beyond the first have independent
+            streams of it.
         restarts: searches one after the other, at least 1.
         start_from: text that the search starts from, repeated and cut to `prompt_len`. None: random
             tokens.
@@ -278,8 +280,8 @@ class _Tuning:
     ) -> tuple[TunedPrompt, bool]:
         """The prompt, and whether the callback ended the search."""
         options, text = self.options, self.classifier.text
-        seed, batch_size = options["seed"] + restart, options["batch_size"]
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        seed, batch_size = restart_seed(options["seed"], restart), options["batch_size"]
+        generator = torch.Generator().manual_seed(seed)
         holdout = Holdout(self.classifier, self.held, batch_size)
         loss = TaskLoss(
             self.classifier, self.space, self.examples, holdout, batch_size, options["fluency"],

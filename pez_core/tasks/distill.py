@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
-from ..errors import ArgumentError, check_number, check_string, check_type
+from ..errors import ArgumentError, ArgumentTypeError, check_number, check_string, check_type
 from ..options import SearchOptions
 from ..prompt_text import SYNTAX, chunks, pieces, read, sections
-from ..results import Report, ReportCallback, Result
+from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn, with_share_of_time
-from ..targets import check_text
+from ..targets import check_callback, check_clip, check_text
+from .jobs import in_turn, one_by_one
 
 if TYPE_CHECKING:
     from ..clip import AnyClip
@@ -37,6 +38,7 @@ class DistillResult(Result):
         return self.tokens_before - self.tokens_after
 
 
+@overload
 def distill(
     clip: AnyClip,
     prompt: str,
@@ -44,7 +46,28 @@ def distill(
     *,
     ratio: float = 0.3,
     callback: ReportCallback | None = None,
-) -> DistillResult:
+) -> DistillResult: ...
+
+
+@overload
+def distill(
+    clip: AnyClip,
+    prompt: Sequence[str],
+    options: SearchOptions = SearchOptions(),
+    *,
+    ratio: float = 0.3,
+    callback: ReportCallback | None = None,
+) -> list[DistillResult]: ...
+
+
+def distill(
+    clip: AnyClip,
+    prompt: str | Sequence[str],
+    options: SearchOptions = SearchOptions(),
+    *,
+    ratio: float = 0.3,
+    callback: ReportCallback | None = None,
+) -> DistillResult | list[DistillResult]:
     """Find a shorter prompt with similar features (paper, section 4.5).
 
     A prompt longer than the context is encoded in chunks as in ComfyUI; its feature is their mean
@@ -53,24 +76,48 @@ def distill(
 
     Args:
         clip, callback: as in `invert`.
-        prompt: the text to shorten.
+        prompt: the text to shorten, or a list of texts, which are shortened one by one.
         options: see `SearchOptions`. `prompt_len` is the length of each section and replaces
-            `ratio`.
+            `ratio`. Several texts share the time limit, and `seed` may be a list with one for each.
         ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
             0.5, 0.3 and 0.1).
 
     Returns:
-        A `DistillResult`. Its `similarity` is with the words of the whole prompt, the mean over
-        sections by their tokens. A prompt that is short enough is returned unchanged with a `note`;
-        one that would not fit the context is shortened further, with a `note`.
+        A `DistillResult`; for a list of texts a list with one for each. After a callback has ended
+        the search, the list has those that were begun. A `similarity` is with the words of the
+        whole prompt, the mean over sections by their tokens. A prompt that is short enough is
+        returned unchanged with a `note`; one that would not fit the context is shortened further,
+        with a `note`.
 
     Raises:
         ArgumentError: the prompt holds no words, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_clip("clip", clip)
+    check_callback(callback)
     check_type("options", options, SearchOptions)
-    check_text("prompt", check_string("prompt", prompt), "for a prompt of an image use `invert`")
     check_number("ratio", ratio, 0, 1, above=True)
+    if isinstance(prompt, str):
+        return _distill(clip, prompt, options, ratio, callback)
+    if not isinstance(prompt, Sequence):
+        raise ArgumentTypeError("prompt", f"has to be a string or a list but is {prompt!r}")
+    for text in prompt:
+        check_string("prompt", text)
+
+    def one(text: str, own: SearchOptions, report: ReportCallback | None) -> DistillResult:
+        return _distill(clip, text, own, ratio, report)
+
+    return one_by_one("prompt", prompt, options, callback, one)
+
+
+def _distill(
+    clip: AnyClip,
+    prompt: str,
+    options: SearchOptions,
+    ratio: float,
+    callback: ReportCallback | None,
+) -> DistillResult:
+    check_text("prompt", prompt, "for a prompt of an image use `invert`")
     parts = [_Section(clip, section) for section in sections(prompt)]
     spoken = any(map(str.isalnum, read(prompt)))
     if not any(part.ids for part in parts) or not (any(p.plain for p in parts) or spoken):
@@ -92,7 +139,7 @@ def distill(
                 [target],
                 with_share_of_time(options, 1 / len(searched)),
                 lengths[k] or 1,
-                callback and _in_turn(callback, turn, len(searched), stopped),
+                callback and in_turn(callback, turn, len(searched), stopped),
                 caption=parts[k].caption,
                 encoded=parts[k].encoded,
             )
@@ -106,7 +153,8 @@ class _Section:
     def __init__(self, clip: AnyClip, section: str) -> None:
         self.printed = section
         parts = pieces(section)
-        groups = [clip.text.words.encode(piece.read) for piece in parts]
+        encode, encode_behind = clip.text.words.encode, clip.text.words.encode_behind
+        groups = [encode_behind(f" {p.read}") if k else encode(p.read) for k, p in enumerate(parts)]
         self.kept = any(piece.kept for piece in parts)
         self.caption = " ".join(["{}", *(piece.printed for piece in parts if piece.kept)])
         self.encoded = " ".join(["{}", *(p.read for p in parts if p.kept and p.read)])
@@ -189,15 +237,3 @@ def _distilled(
         tokens_before=before,
         tokens_after=len(ids),
     )
-
-
-def _in_turn(
-    callback: ReportCallback, turn: int, turns: int, stopped: list[bool]
-) -> ReportCallback:
-    """A callback for one of several searches; `stopped` collects its answers."""
-
-    def report(one: Report) -> bool:
-        stopped.append(bool(callback(one.within(turn, turns))))
-        return stopped[-1]
-
-    return report

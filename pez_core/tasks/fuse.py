@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -14,7 +14,8 @@ from ..prompt_text import SYNTAX, read, tags
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn
 from ..scoring import check_finite
-from ..targets import Target, as_list, check_text, encode_targets
+from ..targets import Target, as_list, check_callback, check_clip, check_text, encode_targets
+from .jobs import one_by_one
 
 if TYPE_CHECKING:
     from ..clip import AnyClip
@@ -39,6 +40,7 @@ class FuseResult(Result):
         return len(self.token_ids)
 
 
+@overload
 def fuse(
     clip: AnyClip,
     sources: Sequence[Target],
@@ -48,7 +50,32 @@ def fuse(
     max_tokens: int | None = None,
     always_learn: bool = False,
     callback: ReportCallback | None = None,
-) -> FuseResult:
+) -> FuseResult: ...
+
+
+@overload
+def fuse(
+    clip: AnyClip,
+    sources: Sequence[Sequence[Target]],
+    options: SearchOptions = SearchOptions(),
+    *,
+    weights: Sequence[float] | None = None,
+    max_tokens: int | None = None,
+    always_learn: bool = False,
+    callback: ReportCallback | None = None,
+) -> list[FuseResult]: ...
+
+
+def fuse(
+    clip: AnyClip,
+    sources: Sequence[Target] | Sequence[Sequence[Target]],
+    options: SearchOptions = SearchOptions(),
+    *,
+    weights: Sequence[float] | None = None,
+    max_tokens: int | None = None,
+    always_learn: bool = False,
+    callback: ReportCallback | None = None,
+) -> FuseResult | list[FuseResult]:
     """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
 
     Args:
@@ -56,21 +83,47 @@ def fuse(
         sources: two or more. A string is a text; path objects, PIL images and tensors are images,
             which always have to be learned. Words of weights such as `(word:1.2)` count like
             others; `embedding:name` and tags like `<lora:name:0.8>` do not count and are put behind
-            the result.
+            the result. A list of such lists is a list of jobs with one prompt each, which share the
+            time limit; `seed` may then be a list with one for each.
         options: see `SearchOptions`; 16 tokens by default, or `max_tokens` where that is less.
-        weights: of the sources, one number above 0 each; None: all the same.
+        weights: of the sources of each job, one number above 0 each; None: all the same.
         max_tokens: longest plain join, from 1 to the context; None: the context (75 for CLIP). A
             longer join is not cut: one prompt is learned instead, with a `note`.
         always_learn: learn one prompt even where the plain join is short enough.
 
     Returns:
-        A `FuseResult`; `similarities` holds one similarity per source, in their order.
+        A `FuseResult`, whose `similarities` holds one similarity per source, in their order; for a
+        list of jobs a list with one for each. After a callback has ended the search, the list has
+        those that were begun.
 
     Raises:
         ArgumentError: fewer than two sources, an empty text, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_clip("clip", clip)
+    check_callback(callback)
     check_type("options", options, SearchOptions)
+    several = isinstance(sources, (list, tuple)) and any(
+        isinstance(job, (list, tuple)) for job in sources
+    )
+
+    def one(job: Any, own: SearchOptions, report: ReportCallback | None) -> FuseResult:
+        return _fuse(clip, job, own, weights, max_tokens, always_learn, report)
+
+    if several:
+        return one_by_one("sources", sources, options, callback, one)
+    return one(sources, options, callback)
+
+
+def _fuse(
+    clip: AnyClip,
+    sources: Sequence[Target],
+    options: SearchOptions,
+    weights: Sequence[float] | None,
+    max_tokens: int | None,
+    always_learn: bool,
+    callback: ReportCallback | None,
+) -> FuseResult:
     given = as_list(sources)
     if len(given) < 2:
         raise ArgumentError("sources", f"has to hold at least two but holds {len(given)}")

@@ -13,14 +13,17 @@ from ..errors import ArgumentError, check_bool, check_type, check_weights
 from ..options import SearchOptions
 from ..priors import WORD_WEIGHT
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, learn
-from ..targets import Avoid, Target, as_list, encode_targets
+from ..runner import PromptTarget, default_len, learn
+from ..targets import Avoid, Target, as_list, check_callback, check_clip, encode_targets
 
 if TYPE_CHECKING:
     from ..clip import AnyClip
 
 PROMPT_LEN = 16
-"""Tokens to learn if `prompt_len` is None."""
+"""Tokens to learn if `prompt_len` is None and the context has room for them."""
+
+# How far the length of a feature may be from 1; in half precision it is up to 0.004.
+_UNIT = 0.01
 
 
 def invert(
@@ -44,7 +47,8 @@ def invert(
         images: a path, a PIL image or a (H, W, 3) / (3, H, W) array or tensor; or a list of these;
             or a (N, H, W, 3) / (N, 3, H, W) batch; or (N, features), the result of an earlier
             `clip.encode_images`.
-        options: see `SearchOptions`; 16 tokens by default.
+        options: see `SearchOptions`; by default 16 tokens, or what the context holds beside the
+            caption.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
             where it holds `{}`, else behind it.
         avoid: texts and images to stay away from, with weight 0.5; `Avoid` sets another weight. A
@@ -63,6 +67,8 @@ def invert(
         ArgumentError: an argument is out of range, or an image cannot be read.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_clip("clip", clip)
+    check_callback(callback)
     check_type("options", options, SearchOptions)
     encoded = images if isinstance(images, torch.Tensor) and images.ndim == 2 else None
     pictures = load_images(images)[0] if encoded is None else []
@@ -93,7 +99,7 @@ def invert(
                 for group in groups
             ],
             options,
-            options.prompt_len or PROMPT_LEN,
+            options.prompt_len or default_len(clip, PROMPT_LEN, fixed),
             callback,
             caption=fixed,
             word_weight=WORD_WEIGHT,
@@ -137,4 +143,13 @@ def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
             f"has shape {tuple(images.shape)}, but features of {clip.name} have {length} numbers",
             "give the result of its `encode_images`, or pictures",
         )
-    return images.detach().to(clip.device, torch.float32).clone()
+    features = images.detach().to(clip.device, torch.float32).clone()
+    lengths = features.norm(dim=1)
+    if not ((lengths - 1).abs() < _UNIT).all():  # also where they are not finite
+        raise ArgumentError(
+            "images",
+            f"has to hold unit vectors, but their lengths are from {float(lengths.min()):.3g} to "
+            f"{float(lengths.max()):.3g}",
+            "give the result of `encode_images`, or divide each by its length",
+        )
+    return features

@@ -19,8 +19,9 @@ from ..errors import (
 )
 from ..options import SearchOptions
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, learn
+from ..runner import PromptTarget, default_len, learn
 from ..style_direction import style_direction
+from ..targets import check_callback, check_clip
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..clip import AnyClip
 
 PROMPT_LEN = 8
-"""Tokens to learn if `prompt_len` is None."""
+"""Tokens to learn if `prompt_len` is None and the context has room for them."""
 STYLE_TEMPLATE = "{subject}, {style}"
 
 
@@ -88,6 +89,8 @@ def style(
         ArgumentError: fewer than two images, or an argument is out of range.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
+    check_clip("clip", clip)
+    check_callback(callback)
     check_type("options", options, SearchOptions)
     pictures, single = load_images(images)
     if single or len(pictures) < 2:
@@ -108,7 +111,7 @@ def style(
         options = replace(options, vocabulary=options.vocabulary_without(blocked))
     with torch.inference_mode(False):
         target = style_target(clip, pictures, keep_content, images_per_step)
-        length = options.prompt_len or PROMPT_LEN
+        length = options.prompt_len or default_len(clip, PROMPT_LEN)
         (result,) = learn(clip, [target], options, length, callback)
     return StyleResult(**vars(result))
 
