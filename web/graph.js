@@ -56,17 +56,20 @@ export function labelOf(node, name) {
 }
 
 /**
- * Set a widget as a person would: the workflow counts as modified, and it can be undone.
+ * Set widgets as a person would: the workflow counts as modified, and it can be undone in one step.
  * @param {object} node
- * @param {string} name
- * @param {string} value
+ * @param {Record<string, string | boolean>} values by the names of the widgets
  */
-export function setWidget(node, name, value) {
-  const widget = widgetOf(node, name);
-  if (!widget || widget.value === value) return;
+export function setWidgets(node, values) {
+  const changed = Object.entries(values)
+    .map(([name, value]) => [widgetOf(node, name), value])
+    .filter(([widget, value]) => widget && widget.value !== value);
+  if (!changed.length) return;
   app.canvas?.emitBeforeChange?.();
-  widget.value = value;
-  widget.callback?.(value);
+  for (const [widget, value] of changed) {
+    widget.value = value;
+    widget.callback?.(value);
+  }
   app.canvas?.emitAfterChange?.();
 }
 

@@ -1,12 +1,13 @@
 import { app } from "../../scripts/app.js";
-import { readKept } from "./found.js";
-import { allNodes, chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
+import { picturesOfCandidates } from "./finds.js";
+import { keptOf, readKept, withCandidate } from "./found.js";
+import { allNodes, chain, isLinked, labelOf, setResult, setWidgets, widgetOf } from "./graph.js";
 import { messageParts } from "./message.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
 import { phrases, toggled } from "./words.js";
 
-const HEIGHT = 190;
+const HEIGHT = 240;
 const MARGIN = 8;
 const WIDTH = 360;
 const SCORES = "PEZ_ScorePrompt";
@@ -44,6 +45,8 @@ export class NodeView {
   #panel;
   #run = null;
   #changed = [];
+  /** @type {import("./finds.js").Find[]} */
+  #finds = [];
 
   /** @param {object} node a new node, before it gets its values from a workflow */
   constructor(node) {
@@ -51,6 +54,9 @@ export class NodeView {
     this.#panel = createPanel({
       onFinish: () => finish(this.#run),
       onToggle: (word) => this.#toggle(word),
+      onKeep: () => this.#keep(keptOf(this.#run)),
+      onPick: (k, choice) => this.#keep(withCandidate(this.#keptText(), k, choice)),
+      onFind: (k) => this.#keep(this.#finds[k].kept),
     });
     this.#addWidget();
     this.#hideKept();
@@ -58,7 +64,10 @@ export class NodeView {
       const widget = widgetOf(node, name);
       if (widget) chain(widget, "callback", () => this.refresh());
     }
-    chain(node, "onConfigure", () => this.refresh());
+    chain(node, "onConfigure", (saved) => {
+      this.#findKept(saved);
+      this.refresh();
+    });
     views.set(node, this);
     this.refresh();
   }
@@ -90,23 +99,68 @@ export class NodeView {
     this.refresh();
   }
 
+  /**
+   * Offer what the node has learned before.
+   * @param {import("./finds.js").Find[]} finds
+   */
+  setFinds(finds) {
+    this.#finds = finds;
+    this.refresh();
+  }
+
   /** Show the present state. */
   refresh() {
+    const kept = this.#kept();
     this.#panel.update({
       step: 0,
       steps: 0,
       secondsLeft: null,
       ...this.#base(),
+      pictures: (found) => picturesOfCandidates(this.#finds, found),
       message: this.#message(),
       changed: this.#changed.map((name) => labelOf(this.#node, name)),
       blocked: this.#blocked(),
-      keep: this.#keeps() && this.#kept() !== null,
+      keep: this.#keeps() && kept !== null,
+      canPick: kept !== null && !isLinked(this.#node, "keep"),
+      canKeep: this.#canKeep(),
+      finds: isLinked(this.#node, "keep") ? [] : this.#finds,
       scores: this.#node.comfyClass === SCORES,
     });
   }
 
+  #keptText() {
+    return widgetOf(this.#node, "kept")?.value;
+  }
+
   #kept() {
-    return readKept(widgetOf(this.#node, "kept")?.value);
+    return readKept(this.#keptText());
+  }
+
+  /**
+   * Find the kept prompt of a saved node where the order of its widgets differs: another pack may
+   * have put its own before it, on this computer or on the one that saved the workflow.
+   */
+  #findKept(saved) {
+    const widget = widgetOf(this.#node, "kept");
+    if (!widget) return;
+    const stored = this.#node.properties.pez_kept; // by the server, which knows no order
+    delete this.#node.properties.pez_kept;
+    const values = Object.values(saved.widgets_values ?? []);
+    const text = readKept(stored) ? stored : !this.#kept() && values.find((one) => readKept(one));
+    if (text) widget.value = text;
+  }
+
+  /** Keep a prompt that a person has chosen. */
+  #keep(kept) {
+    setWidgets(this.#node, { kept, keep: true });
+    this.refresh();
+  }
+
+  /** Whether the panel shows the best of a run that was cancelled or has failed. */
+  #canKeep() {
+    const run = this.#run;
+    const early = run?.state === "cancelled" || run?.state === "failed";
+    return early && !isLinked(this.#node, "keep") && !this.#keeps() && keptOf(run) !== "";
   }
 
   #keeps() {
@@ -141,7 +195,7 @@ export class NodeView {
 
   #toggle(word) {
     const { value } = widgetOf(this.#node, "block");
-    setWidget(this.#node, "block", toggled(String(value ?? ""), word));
+    setWidgets(this.#node, { block: toggled(String(value ?? ""), word) });
   }
 
   #addWidget() {
@@ -151,7 +205,8 @@ export class NodeView {
       margin: MARGIN,
       getMinHeight: () => HEIGHT + 2 * MARGIN,
     });
-    widget.serialize = false; // not into the workflow either
+    // In the workflow it has a place without a value: the page would give the values of widgets
+    // behind it, which other packs add, to the wrong ones.
     const [width, height] = this.#node.size;
     this.#node.setSize([Math.max(width, WIDTH), height + HEIGHT + 2 * MARGIN]);
     this.#panel.scroll.addEventListener("wheel", forwardWheel, { passive: false });

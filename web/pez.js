@@ -1,5 +1,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { bringDrawings } from "./drawings.js";
+import { earlierFinds } from "./finds.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
@@ -37,7 +39,10 @@ app.registerExtension({
     translateWidgets(definition);
   },
 
-  beforeConfigureGraph: updatePromoted,
+  async beforeConfigureGraph(workflow) {
+    updatePromoted(workflow);
+    await bringDrawings(workflow);
+  },
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
@@ -49,10 +54,12 @@ app.registerExtension({
     runsOfOpenWorkflow().forEach(show);
     catchUp();
     compareSoon();
+    offerFinds();
   },
 
   async setup() {
     api.addEventListener("graphChanged", compareSoon);
+    api.addEventListener("execution_success", offerFinds);
     followProblems((node) => node.comfyClass?.startsWith("PEZ_") && !viewOf(node));
     await followRuns((run) => {
       if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened
@@ -79,6 +86,10 @@ function foldAdvanced(node) {
 /** @param {import("./runs.js").Run} run */
 function show(run) {
   viewOf(findNode(run.node) ?? {})?.show(run);
+}
+
+async function offerFinds() {
+  for (const [node, finds] of await earlierFinds()) viewOf(node)?.setFinds(finds);
 }
 
 function compareSoon() {
