@@ -28,7 +28,7 @@ CHECKPOINT_URL = (
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 # those that the page gives them at least, in the taller one of its two renderers
 HEIGHTS = {
-    "MarkdownNote": 460,
+    "MarkdownNote": 540,
     "LoadImage": 340,
     "CLIPTextEncode": 160,
     "CheckpointLoaderSimple": 160,
@@ -37,10 +37,10 @@ HEIGHTS = {
     "SaveImage": 400,
     "PreviewAny": 200,
     "PEZ_LoadCLIP": 150,
-    "PEZ_ImageToPrompt": 700,
-    "PEZ_ExtractStyle": 680,
-    "PEZ_DistillPrompt": 680,
-    "PEZ_ConcatPrompts": 760,
+    "PEZ_ImageToPrompt": 730,
+    "PEZ_ExtractStyle": 730,
+    "PEZ_DistillPrompt": 730,
+    "PEZ_ConcatPrompts": 820,
     "PrimitiveStringMultiline": 160,
 }
 
@@ -220,8 +220,8 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
 
 
 FIRST = f"""\
-**Try it:** press **Run**. It works as it is, with a small CLIP that comes along. That one has learned
-emoji drawings alone, so do not judge PEZ by its words.
+**Try it:** press **Run**. It works as it is, with a small CLIP that comes along, which has learned
+emoji drawings alone: do not judge PEZ by its words.
 
 **For your own images:** in **PEZ Load CLIP** choose **SD 1.5 (ViT-L/14)** and turn on **download**
 (1.71 GB, once). In **Load Checkpoint** choose a model of the Stable Diffusion 1.5 family. Then
@@ -252,7 +252,7 @@ def image_to_image_via_prompt(graph: Graph) -> None:
         "**prompt** to **CLIP Text Encode**: you get an image of each. A click on a candidate "
         "uses it.",
     )
-    image = _image(graph, "fish")
+    image = _image(graph, "dog")
     learned = graph.add(
         Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
     )
@@ -268,7 +268,7 @@ def style_onto_a_new_subject(graph: Graph) -> None:
         "2. Write subjects, one per line: each becomes a prompt and an image.\n3. Run.\n\n"
         "With **keep** on you can change the subjects without a new search.",
     )
-    drawings = ("dog", "bird", "anchor")
+    drawings = ("anchor", "bird", "heart-with-ribbon")
     images = [_image(graph, name, f"Style image {k}") for k, name in enumerate(drawings, start=1)]
     batch = graph.add(
         Node(
@@ -299,7 +299,8 @@ def fuse_two_pictures(graph: Graph) -> None:
         "**prompt_1** is one more source; it does not stay word for word. **weights** sets how "
         "much each source counts: first the texts, then the images.",
     )
-    first, second = _image(graph, "parrot", "Picture 1"), _image(graph, "wine-glass", "Picture 2")
+    first = _image(graph, "musical-note", "Picture 1")
+    second = _image(graph, "wine-glass", "Picture 2")
     fused = graph.add(
         Node(
             "PEZ_ConcatPrompts",

@@ -433,6 +433,45 @@ def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
     assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
 
 
+OTHER_PACK = """() => app.registerExtension({
+    name: "another.pack",
+    nodeCreated(node) {
+        if (node.comfyClass !== "PEZ_ImageToPrompt" || !window.anotherPack) return;
+        node.addWidget("text", "behind", "", () => {});
+        const before = node.addWidget("text", "before", "", () => {});
+        node.widgets.splice(node.widgets.indexOf(before), 1);
+        node.widgets.unshift(before);
+    },
+})"""
+
+
+def test_widgets_of_another_pack_and_the_kept_prompt_stay_apart(editor: Editor, client: Client):
+    """Whatever the order of the widgets is."""
+    editor.page.evaluate(OTHER_PACK)
+    editor.page.evaluate("() => { window.anotherPack = true; }")
+    ours = workflow(steps=5)
+    values = ours["nodes"][2]["widgets_values"]
+    values[:] = ["theirs, before", *values, "", "theirs, behind"]
+    editor.load(ours)
+    run = queue_and_wait(editor, client)
+    state(editor, "done")
+    learned = words(editor)
+    carried = run["prompt"][3]["extra_pnginfo"]["workflow"]  # as in the images of this run
+    assert [node for node in carried["nodes"] if node["type"] == "PEZ_ImageToPrompt"]
+    try:
+        for saved in (editor.serialized(), carried):
+            editor.load(saved)
+            state(editor, "done")
+            assert words(editor) == learned
+            assert editor.widget(LEARNER, "before") == "theirs, before"
+            assert editor.widget(LEARNER, "behind") == "theirs, behind"
+            assert json.loads(editor.widget(LEARNER, "kept"))["items"]
+            (node,) = [n for n in editor.serialized()["nodes"] if str(n["id"]) == LEARNER]
+            assert "pez_kept" not in node["properties"]
+    finally:
+        editor.page.evaluate("() => { window.anotherPack = false; }")
+
+
 def test_another_seed_alone_leaves_a_kept_prompt_up_to_date(editor: Editor, client: Client):
     editor.load(workflow(steps=5))
     queue_and_wait(editor, client)
