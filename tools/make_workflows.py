@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,8 @@ class Graph:
 def _start(graph: Graph, title: str, text: str) -> Node:
     """The note and the CLIP that every example has."""
     note = f"# {title}\n\n{FIRST}\n{text}\n\n{ALWAYS}"
+    # the page drops the space of a line break behind bold text
+    note = re.sub(r"(?<!\n)\n(?![\n\d])", " ", note).strip()
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
     return graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
 

@@ -1,10 +1,11 @@
 import { app } from "../../scripts/app.js";
 import { picturesOfCandidates } from "./finds.js";
 import { keptOf, readKept, withCandidate } from "./found.js";
-import { allNodes, chain, isLinked, labelOf, setResult, setWidgets, widgetOf } from "./graph.js";
+import { allNodes, chain, labelOf, setResult, setWidgets, sourceOf, widgetOf } from "./graph.js";
 import { messageParts } from "./message.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
+import { text } from "./strings.js";
 import { phrases, toggled } from "./words.js";
 
 const HEIGHT = 240;
@@ -121,9 +122,9 @@ export class NodeView {
       changed: this.#changed.map((name) => labelOf(this.#node, name)),
       blocked: this.#blocked(),
       keep: this.#keeps() && kept !== null,
-      canPick: kept !== null && !isLinked(this.#node, "keep"),
+      canPick: kept !== null && this.#canSwitch(),
       canKeep: this.#canKeep(),
-      finds: isLinked(this.#node, "keep") ? [] : this.#finds,
+      finds: this.#canSwitch() ? this.#finds : [],
       scores: this.#node.comfyClass === SCORES,
     });
   }
@@ -160,11 +161,16 @@ export class NodeView {
   #canKeep() {
     const run = this.#run;
     const early = run?.state === "cancelled" || run?.state === "failed";
-    return early && !isLinked(this.#node, "keep") && !this.#keeps() && keptOf(run) !== "";
+    return early && this.#canSwitch() && !this.#keeps() && keptOf(run) !== "";
   }
 
   #keeps() {
-    return widgetOf(this.#node, "keep")?.value === true;
+    return sourceOf(this.#node, "keep")?.value === true;
+  }
+
+  /** Whether `keep` is a switch here, and no wire. */
+  #canSwitch() {
+    return sourceOf(this.#node, "keep") !== undefined;
   }
 
   /** A search that runs comes first, then the prompt that the node would give. */
@@ -188,13 +194,13 @@ export class NodeView {
 
   /** Blocked words in lower case, if this node can block any. */
   #blocked() {
-    const widget = widgetOf(this.#node, "block");
-    if (!widget || isLinked(this.#node, "block")) return null;
+    const widget = sourceOf(this.#node, "block");
+    if (!widget) return null;
     return new Set(phrases(String(widget.value ?? "")).map((word) => word.toLowerCase()));
   }
 
   #toggle(word) {
-    const { value } = widgetOf(this.#node, "block");
+    const { value } = sourceOf(this.#node, "block");
     setWidgets(this.#node, { block: toggled(String(value ?? ""), word) });
   }
 
@@ -205,6 +211,7 @@ export class NodeView {
       margin: MARGIN,
       getMinHeight: () => HEIGHT + 2 * MARGIN,
     });
+    widget.label = text("live"); // for App Mode
     // In the workflow it has a place without a value: the page would give the values of widgets
     // behind it, which other packs add, to the wrong ones.
     const [width, height] = this.#node.size;
@@ -218,8 +225,7 @@ export class NodeView {
     widget.hidden = true; // for the canvas
     widget.options.hidden = true; // for Nodes 2.0
     // a prompt that is stored but not given must not change what is queued, or nothing is cached
-    widget.serializeValue = () =>
-      this.#keeps() || isLinked(this.#node, "keep") ? widget.value : "";
+    widget.serializeValue = () => (this.#keeps() || !this.#canSwitch() ? widget.value : "");
   }
 }
 

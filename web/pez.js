@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { bringDrawings } from "./drawings.js";
 import { earlierFinds } from "./finds.js";
 import { changedInputs } from "./fresh.js";
-import { findNode } from "./graph.js";
+import { allNodes, findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
 import { followProblems } from "./problems.js";
 import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
@@ -98,6 +98,8 @@ function compareSoon() {
 }
 
 async function compare() {
+  // a subgraph may show a widget of the node inside of it, which hears nothing of a change
+  for (const [, node] of allNodes()) viewOf(node)?.refresh();
   const question = ++asked;
   const changed = await changedInputs();
   if (question !== asked) return; // another answer is on its way

@@ -40,6 +40,7 @@ const ENGLISH = {
   curve: "Similarity over the steps, now {value}",
   progress: "Progress of the search",
   separator: ", ",
+  live: "live view",
 };
 
 const CHINESE = {
@@ -82,6 +83,7 @@ const CHINESE = {
   curve: "相似度随步数的变化，当前 {value}",
   progress: "搜索进度",
   separator: "、",
+  live: "实时视图",
 };
 
 /** Labels and placeholders of the schemas, which the page itself does not translate. */

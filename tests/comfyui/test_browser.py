@@ -657,6 +657,60 @@ def test_a_node_in_a_subgraph_has_its_live_view(editor: Editor, snap):
     editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
 
 
+SHOW_OUTSIDE = """([id, names]) => {
+    const node = app.rootGraph.getNodeById(id);
+    const outside = app.rootGraph.convertToSubgraph(new Set([node])).node;
+    const [inside] = outside.subgraph.nodes;
+    for (const name of names) {
+        const socket = inside.inputs.find(input => input.widget?.name === name);
+        outside.subgraph.addInput(name, socket.type).connect(socket, inside);
+    }
+    return String(outside.id);
+}"""
+
+
+def test_a_subgraph_can_show_widgets_of_the_node(editor: Editor, client: Client, snap):
+    editor.load(workflow(steps=8, restarts=2))
+    outside = editor.page.evaluate(SHOW_OUTSIDE, [LEARNER, ["keep", "block"]])
+    run = queue_and_wait(editor, client)
+    inside = f"{outside}:{LEARNER}"
+    (item,) = run["outputs"][inside]["pez"][0]["items"]
+    editor.page.evaluate("() => app.canvas.setGraph([...app.rootGraph.subgraphs.values()][0])")
+    state(editor, "done")
+    editor.live().locator(".pez-picks summary").first.click()
+    editor.live().locator(".pez-pick").nth(1).click()
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert editor.widget(outside, "keep") is True
+    second = item["candidates"][1][0]
+    assert queue_and_wait(editor, client)["outputs"][inside]["text"] == [second]
+    editor.live().locator("button.pez-word").first.click()
+    assert editor.widget(outside, "block") == words(editor)[0]
+    snap("subgraph-widgets")
+    editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+    editor.set_widget(outside, "keep", False)
+    run = queue_and_wait(editor, client)
+    assert second.split()[0] not in run["outputs"][inside]["text"][0].split()
+
+
+def test_app_mode_can_show_the_live_view(editor: Editor, client: Client, snap):
+    chosen = [["1", "image"], [LEARNER, "keep"], [LEARNER, "pez_live"]]
+    extra = {"linearMode": True, "linearData": {"inputs": chosen, "outputs": [PREVIEW]}}
+    editor.load(workflow(steps=8, restarts=2) | {"extra": extra})
+    expect(editor.page.get_by_text("live view", exact=True)).to_be_visible()
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    learned = words(editor)
+    # whole, though it is narrow here
+    view, number = editor.live().bounding_box(), editor.live().locator(".pez-similarity")
+    right = number.bounding_box()
+    assert right["x"] + right["width"] <= view["x"] + view["width"]
+    snap("app-mode")
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    expect(editor.page.get_by_text("live view", exact=True)).to_be_hidden()
+    state(editor, "done")
+    assert words(editor) == learned
+
+
 def test_scores_are_shown(editor: Editor, snap):
     text = "a green parrot with a red head"
     score = node(
@@ -706,6 +760,7 @@ def test_an_example_runs_in_the_page(
         "KSampler": {2: 1},
     }
     for one in example["nodes"]:
+        one["mode"] = 0  # what makes images is muted
         for k, value in ours.get(one["type"], {}).items():
             one["widgets_values"][k] = value
         if one["type"] == "CheckpointLoaderSimple":
