@@ -84,7 +84,8 @@ export class NodeView {
   show(run) {
     this.#run = run;
     if (run.kept !== null) {
-      setResult(this.#node, "kept", run.kept);
+      // a kept prompt is what the widget has already, and may have become by an edit
+      if (run.state !== "kept") setResult(this.#node, "kept", run.kept);
       run.kept = null; // opening the workflow again must not overwrite later changes
       this.#changed = run.changed;
     }
