@@ -26,6 +26,7 @@ class Found:
         tokens_saved: fewer than in the given prompt; 0 where none was given.
         note: a remark for people, "" most of the time.
         fixed: numbers of words before and behind the learned ones; [] where there are none.
+        each: the `similarities` of every candidate; [] where there is one target.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Found:
     tokens_saved: int = 0
     note: str = ""
     fixed: list[int] = field(default_factory=list)
+    each: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def of(cls, result: Result, words: Points) -> Found:
@@ -50,6 +52,7 @@ class Found:
             similarities=result.similarities,
             tokens_saved=getattr(result, "tokens_saved", 0),
             note=result.note,
+            each=[c.similarities for c in candidates] if len(result.similarities) > 1 else [],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +64,9 @@ class Found:
             return [short(one) for one in value] if isinstance(value, (list, tuple)) else value
 
         values = {name: short(value) for name, value in asdict(self).items()}
-        if not self.fixed:
-            del values["fixed"]  # versions without this field can then read the rest
+        for name in ("fixed", "each"):
+            if not values[name]:
+                del values[name]  # versions without this field can then read the rest
         return values
 
     @classmethod
@@ -83,7 +87,10 @@ class Found:
                 and all(isinstance(text, str) for text, _ in [*found.candidates, *found.words])
                 and all(
                     isinstance(number, Real) and math.isfinite(number)
-                    for number in [found.similarity, *found.similarities, *(n for _, n in points)]
+                    for number in [
+                        *(found.similarity, *found.similarities, *(n for _, n in points)),
+                        *(number for one in found.each for number in one),
+                    ]
                 )
             )
         except (TypeError, ValueError, OverflowError) as error:

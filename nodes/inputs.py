@@ -55,9 +55,9 @@ def search(prompt_len: int, prompt_len_tooltip: str) -> list[io.Input]:
             default=_DEFAULTS.restarts,
             min=1,
             max=64,
-            tooltip="Number of searches, each from another random prompt. The best result becomes "
-            "the prompt; all of them come out as candidates. Without a fast graphics card each "
-            "search adds the time of the first.",
+            tooltip="How many times to search, each time from another random start. The best "
+            "result becomes the prompt; all of them are candidates to choose from. "
+            "Without a fast graphics card each search takes as long as the first.",
         ),
         io.Int.Input(
             "seed",
@@ -151,7 +151,9 @@ def _optimiser() -> list[io.Input]:
             max=10.0,
             step=0.001,
             **RARE,
-            tooltip="Learning rate of AdamW. A higher one changes more words per step.",
+            tooltip="Size of the steps of the search. A higher value changes more words per "
+            "step. The default suits nearly all images. It is the learning rate of "
+            "AdamW.",
         ),
         io.Float.Input(
             "weight_decay",
@@ -160,7 +162,8 @@ def _optimiser() -> list[io.Input]:
             max=10.0,
             step=0.01,
             **RARE,
-            tooltip="Weight decay of AdamW, as in the paper.",
+            tooltip="Keeps the search away from extreme values. The default suits nearly all "
+            "images. It is the weight decay of AdamW.",
         ),
         io.Int.Input(
             "patience",
@@ -168,7 +171,8 @@ def _optimiser() -> list[io.Input]:
             min=0,
             max=20000,
             **RARE,
-            tooltip="End a search after this many steps without improvement. 0: never.",
+            tooltip="Stops early: a search ends when its prompt has not improved for this "
+            "many steps. 0: it runs to its end.",
         ),
     ]
 

@@ -38,9 +38,8 @@ class Kept:
         items = [found.to_json() for found in self.found]
         text = self._dumped(items)
         if len(text) > _LONGEST:  # hundreds of images: the prompts matter most
-            text = self._dumped(
-                [item | {"candidates": [], "words": [], "curve": []} for item in items]
-            )
+            shorter = {"candidates": [], "words": [], "curve": [], "each": []}
+            text = self._dumped([item | shorter for item in items])
         return text
 
     def _dumped(self, items: list[dict[str, Any]]) -> str:

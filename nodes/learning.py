@@ -19,7 +19,7 @@ from .kept import Kept, digests
 from .live import Live, show_text, showing_errors
 from .prompts import out_of_date
 from .reading import language_model
-from .saved import store_in_workflow
+from .saved import store_in_prompt, store_in_workflow
 from .values import Values, phrases, widget_names
 
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
@@ -63,12 +63,15 @@ class Learner(io.ComfyNode):
             with showing_errors(cls.hidden), naming_widgets(cls.WIDGETS):
                 outputs = cls.outputs(kept.found, values)
             return _output(cls.hidden, outputs, kept, "kept", out_of_date(kept, prompt, node))
-        with Live(cls.hidden, values["time_limit"]) as live, naming_widgets(cls.WIDGETS):
+        learned_from = digests(prompt, node)
+        live = Live(cls.hidden, values["time_limit"], learned_from)
+        with live, naming_widgets(cls.WIDGETS):
             cls._check_wires(values)
-            learned = Kept(cls.learn(live, values), digests(prompt, node))
+            learned = Kept(cls.learn(live, values), learned_from)
             outputs = cls.outputs(learned.found, values)
         text = learned.to_text()
         store_in_workflow(cls.hidden.extra_pnginfo, node, widget_names(schema), text)
+        store_in_prompt(prompt, node, text)
         return _output(cls.hidden, outputs, learned, "finished" if live.finished else "done")
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -43,10 +43,15 @@ class Live:
     Args:
         hidden: `cls.hidden` of the node; its schema has to list `unique_id` and `extra_pnginfo`.
         time_limit: seconds for the whole run; 0: none.
+        inputs: digests of the inputs. A run that is cancelled or fails sends them, so that the page
+            can keep its best so far.
     """
 
-    def __init__(self, hidden: Any, time_limit: float = 0.0) -> None:
+    def __init__(
+        self, hidden: Any, time_limit: float = 0.0, inputs: Mapping[str, str] | None = None
+    ) -> None:
         self._ends = time.monotonic() + time_limit if time_limit else None
+        self._inputs = dict(inputs or {})
         self.node = str(getattr(hidden, "unique_id", None) or "")
         self.client = getattr(PromptServer.instance, "client_id", None)
         self._finish = threading.Event()
@@ -72,6 +77,7 @@ class Live:
             cancelled = issubclass(kind, mm.InterruptProcessingException)
             self.event["state"] = "cancelled" if cancelled else "failed"
             self.event["message"] = "" if cancelled else _message(error)
+            self.event["inputs"] = self._inputs
             self._send()
 
     def finish(self) -> None:

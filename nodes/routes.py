@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from .finds import MOST_RUNS, finds
 from .kept import changed_inputs
 from .live import running, with_live_view
 from .renames import update_prompt
@@ -41,6 +42,14 @@ def register_routes() -> None:
         if found:
             live.finish()
         return web.json_response({"finishing": found})
+
+    @routes.get("/pez/finds")
+    async def earlier_finds(request: web.Request) -> web.Response:
+        """Earlier prompts of the nodes of a workflow, out of ComfyUI's history."""
+        queue = PromptServer.instance.prompt_queue
+        # as it is: ComfyUI would copy every workflow otherwise
+        history = queue.get_history(max_items=MOST_RUNS, map_function=lambda run: run)
+        return web.json_response(finds(history, request.query.get("workflow", "")))
 
     @routes.post("/pez/changed")
     async def changed(request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""Kept prompts in the workflow file that a saved image carries."""
+"""Kept prompts in what a saved image carries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .values import CONTROL
 log = logging.getLogger(__name__)
 
 KEPT = "kept"
+PROPERTY = "pez_kept"
 
 
 def store_in_workflow(extra_pnginfo: Any, node_id: str, widgets: Sequence[str], text: str) -> None:
@@ -37,6 +38,22 @@ def store_in_workflow(extra_pnginfo: Any, node_id: str, widgets: Sequence[str], 
         log.warning("The workflow that images carry cannot be read (%s).", error)
 
 
+def store_in_prompt(prompt: Any, node_id: str, text: str) -> None:
+    """Put kept prompts into the queued prompt that saved images will carry beside the workflow.
+
+    Images of a client without a page carry nothing else. A node with `keep` off ignores the text,
+    so that the prompt still runs as before.
+
+    Args:
+        prompt: nodes by id, as ComfyUI gave it to the node; changed in place.
+        node_id: of the node.
+        text: for the input `kept`.
+    """
+    inputs = prompt.get(node_id, {}).get("inputs")
+    if isinstance(inputs, dict):
+        inputs[KEPT] = text
+
+
 def _store(node: dict[str, Any], widgets: Sequence[str], text: str) -> None:
     """Set the value of `kept`, wherever other packs have put their widgets."""
     values = node.get("widgets_values")
@@ -45,7 +62,7 @@ def _store(node: dict[str, Any], widgets: Sequence[str], text: str) -> None:
     elif isinstance(values, list):
         place = _place(values, _saved_names(node) or list(widgets))
         if place is None:
-            log.warning("The workflow that images carry has no place for the learned prompt.")
+            node.setdefault("properties", {})[PROPERTY] = text  # the page puts it into the widget
         else:
             values[place] = text
 

@@ -1,18 +1,16 @@
-"""Take the pictures of the README and the thumbnails of the example workflows.
+"""Take the pictures of the README and of docs/comfyui.md.
 
     python tools/make_screenshots.py
 
-Starts a real ComfyUI and a headless Chromium, as tests/comfyui do, and runs the left half of each
-example, without the image model, on drawings that the bundled CLIP never saw.
+Starts a real ComfyUI and a headless Chromium, as tests/comfyui do, and runs the left half of two
+examples, without the image model.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,38 +25,28 @@ from tests.comfyui.server import Client, ComfyServer  # noqa: E402
 
 WORKFLOWS = ROOT / "example_workflows"
 PICTURES = ROOT / "assets/screenshots"
-BUNDLED = "bundled emoji CLIP (no download)"
-LEARNERS = ("PEZ_ImageToPrompt", "PEZ_ExtractStyle", "PEZ_DistillPrompt", "PEZ_ConcatPrompts")
-IMAGES = {
-    "Image to image via a prompt": ["noto-fish.png"],
-    "Style onto a new subject": ["fxemoji-dog.png", "fxemoji-bird.png", "fxemoji-foggy.png"],
-    "Fuse two pictures": ["noto-parrot.png", "noto-wine-glass.png"],
-    "Shorten a long prompt": [],
-    "Sharpen a caption": ["noto-wine-glass.png"],
-}
+# the example, whether it is shown in Nodes 2.0, and the file
+SHOWN = (
+    ("Image to image via a prompt", False, "image-to-prompt.png"),
+    ("Fuse two pictures", True, "nodes-2.png"),
+)
 WIDTH = 920  # of two columns of the examples, which alone are shown
 
 
-def left_half(workflow: dict[str, Any], images: Sequence[str]) -> dict[str, Any]:
-    """The part that learns a prompt, with images and a CLIP that are here."""
+def left_half(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The part that learns a prompt, without the note."""
     nodes = [node for node in workflow["nodes"] if node["pos"][0] < WIDTH]
     nodes = [node for node in nodes if node["type"] != "MarkdownNote"]
     kept = {node["id"] for node in nodes}
     links = [link for link in workflow["links"] if link[1] in kept and link[3] in kept]
     wires = {link[0] for link in links}
-    top, files = 0, list(images)
+    top = 0
     for node in nodes:
         for output in node["outputs"]:
             output["links"] = [wire for wire in output["links"] if wire in wires]
         if node["pos"][0] == 0:
             node["pos"][1], top = top, top + node["size"][1] + 60
-        if node["type"] == "LoadImage":
-            node["widgets_values"][0] = files.pop(0)
-        elif node["type"] == "PEZ_LoadCLIP":
-            node["widgets_values"][0] = BUNDLED
-        elif node["type"] == "PrimitiveStringMultiline":
-            node["widgets_values"] = ["a glass"]
-    return workflow | {"nodes": nodes, "links": links}
+    return workflow | {"nodes": nodes, "links": links, "groups": []}
 
 
 def learned(editor: Editor) -> None:
@@ -108,31 +96,20 @@ def picture(editor: Editor) -> Image.Image:
 
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="comfyui-") as folder, chromium() as browser:
-        inputs = Path(folder) / "input"
-        inputs.mkdir()
-        for name in {name for names in IMAGES.values() for name in names}:
-            shutil.copy(ROOT / "examples" / name, inputs)
-        with ComfyServer(Path(folder)) as server, Client(server.url) as client:
-            for nodes2 in (False, True):
-                shown = {"Comfy.VueNodes.Enabled": nodes2, "Comfy.Minimap.Visible": False}
-                client.post("/settings", SETTINGS | shown)
-                editor = Editor(browser, server.url)
-                for name, images in IMAGES.items():
-                    if nodes2 and name != "Fuse two pictures":
-                        continue
-                    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text())
-                    editor.load(left_half(workflow, images))
-                    learned(editor)
-                    shown = picture(editor)
-                    if nodes2:
-                        shown.save(PICTURES / "nodes-2.png", optimize=True)
-                        continue
-                    if name == "Image to image via a prompt":
-                        shown.save(PICTURES / "image-to-prompt.png", optimize=True)
-                    shown.thumbnail((800, 800))
-                    shown.save(WORKFLOWS / f"{name}.jpg", quality=88)
-                editor.close()
+    with (
+        TemporaryDirectory(prefix="comfyui-") as folder,
+        chromium() as browser,
+        ComfyServer(Path(folder), timeout=300) as server,
+        Client(server.url) as client,
+    ):
+        for name, nodes2, file in SHOWN:
+            shown = {"Comfy.VueNodes.Enabled": nodes2, "Comfy.Minimap.Visible": False}
+            client.post("/settings", SETTINGS | shown)
+            editor = Editor(browser, server.url)
+            editor.load(left_half(json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))))
+            learned(editor)
+            picture(editor).quantize(256).save(PICTURES / file, optimize=True)
+            editor.close()
 
 
 if __name__ == "__main__":

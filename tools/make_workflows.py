@@ -1,13 +1,16 @@
 """Write the example workflows: python tools/make_workflows.py URL_OF_A_RUNNING_COMFYUI
 
 They are graphs as the page saves them, laid out in columns, each with a note. The server lists the
-sockets and widgets of the nodes, so that the workflows fit them.
+sockets and widgets of the nodes, so that the workflows fit them. Each learns with the bundled CLIP
+from drawings in web/examples, which the page puts into the input folder. What makes images needs a
+checkpoint, and is muted until a person has one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,23 +19,29 @@ import requests
 
 FOLDER = Path(__file__).parent.parent / "example_workflows"
 COLUMN, GAP = 420, 40
+BUNDLED = "bundled emoji CLIP (no download)"
+PAINT = "Make images"
+MUTED = 2
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 CHECKPOINT_URL = (
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/" + CHECKPOINT
 )
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+# those that the page gives them at least, in the taller one of its two renderers
 HEIGHTS = {
-    "MarkdownNote": 460,
-    "LoadImage": 320,
-    "CLIPTextEncode": 140,
-    "KSampler": 280,
+    "MarkdownNote": 540,
+    "LoadImage": 340,
+    "CLIPTextEncode": 160,
+    "CheckpointLoaderSimple": 160,
+    "EmptyLatentImage": 170,
+    "KSampler": 330,
     "SaveImage": 400,
-    "PreviewAny": 140,
-    "PEZ_LoadCLIP": 110,
-    "PEZ_ImageToPrompt": 620,
-    "PEZ_ExtractStyle": 620,
-    "PEZ_DistillPrompt": 620,
-    "PEZ_ConcatPrompts": 660,
+    "PreviewAny": 200,
+    "PEZ_LoadCLIP": 150,
+    "PEZ_ImageToPrompt": 730,
+    "PEZ_ExtractStyle": 730,
+    "PEZ_DistillPrompt": 730,
+    "PEZ_ConcatPrompts": 820,
     "PrimitiveStringMultiline": 160,
 }
 
@@ -55,6 +64,7 @@ class Graph:
         self.server = server
         self.nodes: list[dict[str, Any]] = []
         self.links: list[list[Any]] = []
+        self.groups: list[dict[str, Any]] = []
         self.heights: dict[int, int] = {}
         self.made: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
@@ -93,6 +103,17 @@ class Graph:
             raise ValueError(f"{node.type} has no inputs {sorted(unknown)}")
         return node
 
+    def mute(self, title: str, first: int) -> None:
+        """Mute the nodes from the first of these columns on, in a frame."""
+        nodes = [node for node in self.nodes if node["pos"][0] >= first * (COLUMN + GAP)]
+        for node in nodes:
+            node["mode"] = MUTED
+        left = min(node["pos"][0] for node in nodes)
+        right = max(node["pos"][0] + node["size"][0] for node in nodes)
+        bottom = max(node["pos"][1] + node["size"][1] for node in nodes)
+        box = [left - 20, -90, right - left + 40, bottom + 110]
+        self.groups.append({"id": 1, "title": title, "bounding": box, "flags": {}})
+
     def to_json(self) -> dict[str, Any]:
         # no id: the page gives one to each copy that is opened
         return {
@@ -101,7 +122,7 @@ class Graph:
             "last_link_id": len(self.links),
             "nodes": self.nodes,
             "links": self.links,
-            "groups": [],
+            "groups": self.groups,
             "config": {},
             "extra": {"ds": {"scale": 0.6, "offset": [40, 40]}},
             "version": 0.4,
@@ -156,17 +177,19 @@ class Graph:
 
 def _start(graph: Graph, title: str, text: str) -> Node:
     """The note and the CLIP that every example has."""
-    note = f"# {title}\n\n{ONCE}\n{text}\n\n{ALWAYS}"
+    note = f"# {title}\n\n{FIRST}\n{text}\n\n{ALWAYS}"
+    # the page drops the space of a line break behind bold text
+    note = re.sub(r"(?<!\n)\n(?![\n\d])", " ", note).strip()
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
-    return graph.add(Node("PEZ_LoadCLIP", 0, {"model": "SD 1.5 (ViT-L/14)"}))
+    return graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
 
 
-def _image(graph: Graph, title: str = "Your image") -> Node:
-    return graph.add(Node("LoadImage", 0, {"image": "example.png"}, title=title))
+def _image(graph: Graph, drawing: str, title: str = "Your image") -> Node:
+    return graph.add(Node("LoadImage", 0, {"image": f"pez-{drawing}.png"}, title=title))
 
 
 def _paint(graph: Graph, learned: Node, column: int) -> None:
-    """What makes an image of a prompt, with Stable Diffusion 1.5."""
+    """What makes an image of a prompt, with Stable Diffusion 1.5; muted."""
     models = [{"name": CHECKPOINT, "url": CHECKPOINT_URL, "directory": "checkpoints"}]
     checkpoint = graph.add(
         Node("CheckpointLoaderSimple", column, {"ckpt_name": CHECKPOINT}, models=models)
@@ -196,13 +219,16 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
         Node("VAEDecode", column + 1, {"samples": (sampler, "LATENT"), "vae": (checkpoint, "VAE")})
     )
     graph.add(Node("SaveImage", column + 1, {"images": (image, "IMAGE"), "filename_prefix": "PEZ"}))
+    graph.mute(PAINT, column)
 
 
-ONCE = """\
-**Once:** in **PEZ Load CLIP** turn on **download** (1.71 GB; it may stay on). In **Load
-Checkpoint** choose a model of the Stable Diffusion 1.5 family. To try PEZ without a download,
-choose the bundled emoji CLIP and a drawing of an animal or a thing. It was trained on emoji
-drawings alone, so do not judge PEZ by its prompts.
+FIRST = f"""\
+**Try it:** press **Run**. It works as it is, with a small CLIP that comes along, which has learned
+emoji drawings alone: do not judge PEZ by its words.
+
+**For your own images:** in **PEZ Load CLIP** choose **SD 1.5 (ViT-L/14)** and turn on **download**
+(1.71 GB, once). In **Load Checkpoint** choose a model of the Stable Diffusion 1.5 family. Then
+right-click the frame **{PAINT}** and choose **Set Group Nodes to Always**.
 """
 ALWAYS = """\
 A learned prompt reads like word salad. That is normal: the search chooses words by their CLIP
@@ -223,11 +249,13 @@ def image_to_image_via_prompt(graph: Graph) -> None:
         "The new image shares subject, mood and style; it does not copy layout, face or pose.\n\n"
         "The node stores the prompt of every finished run. Turn on **keep** after a run that you "
         "like: the node then repeats that prompt whatever you change, and everyone who opens the "
-        "workflow gets it without the CLIP and without your image.\n\n"
+        "workflow gets it without the CLIP and without your image. A click on an earlier prompt, "
+        "below the words, brings that one back.\n\n"
         "To choose among several prompts, set **restarts** to 4 and wire **candidates** instead of "
-        "**prompt** to **CLIP Text Encode**: you get an image of each, the most similar first.",
+        "**prompt** to **CLIP Text Encode**: you get an image of each. A click on a candidate "
+        "uses it.",
     )
-    image = _image(graph)
+    image = _image(graph, "dog")
     learned = graph.add(
         Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
     )
@@ -243,7 +271,8 @@ def style_onto_a_new_subject(graph: Graph) -> None:
         "2. Write subjects, one per line: each becomes a prompt and an image.\n3. Run.\n\n"
         "With **keep** on you can change the subjects without a new search.",
     )
-    images = [_image(graph, f"Style image {k}") for k in (1, 2, 3)]
+    drawings = ("anchor", "bird", "heart-with-ribbon")
+    images = [_image(graph, name, f"Style image {k}") for k, name in enumerate(drawings, start=1)]
     batch = graph.add(
         Node(
             "BatchImagesNode",
@@ -273,7 +302,8 @@ def fuse_two_pictures(graph: Graph) -> None:
         "**prompt_1** is one more source; it does not stay word for word. **weights** sets how "
         "much each source counts: first the texts, then the images.",
     )
-    first, second = (_image(graph, f"Picture {k}") for k in (1, 2))
+    first = _image(graph, "musical-note", "Picture 1")
+    second = _image(graph, "wine-glass", "Picture 2")
     fused = graph.add(
         Node(
             "PEZ_ConcatPrompts",
@@ -317,12 +347,12 @@ def sharpen_a_caption(graph: Graph) -> None:
         "caption stays; a few learned words add what it left out. Choose a short caption: CLIP "
         "reads 75 tokens, the learned ones included.",
     )
-    image = _image(graph)
+    image = _image(graph, "wine-glass")
     caption = graph.add(
         Node(
             "PrimitiveStringMultiline",
             0,
-            {"value": "a girl with fox ears in a forest"},
+            {"value": "a glass"},
             title="Caption (your captioner goes here)",
         )
     )

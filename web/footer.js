@@ -7,15 +7,21 @@ const COPIED = 1500; // milliseconds
 
 /**
  * Notices and buttons.
- * @param {() => void} onFinish
- * @param {() => string} copied what goes onto the clipboard
+ * @param {object} actions
+ * @param {() => void} actions.onFinish
+ * @param {() => void} actions.onKeep
+ * @param {() => string} actions.copied what goes onto the clipboard
  */
-export function createFooter(onFinish, copied) {
+export function createFooter({ onFinish, onKeep, copied }) {
   const root = element("footer", "pez-footer");
+  const notices = element("div", "pez-notices");
   const changed = element("span", "pez-changed");
   const blocked = element("span", "pez-blocked");
   const finish = button("pez-button pez-finish", onFinish);
   finish.title = text("finishHint");
+  const keep = button("pez-button pez-keep", onKeep);
+  keep.title = text("keepHint");
+  setText(keep, text("keep"));
   let copyLabel = text("copy");
   const copy = button("pez-button pez-copy", async () => {
     const done = await copyText(copied());
@@ -23,7 +29,8 @@ export function createFooter(onFinish, copied) {
     setTimeout(() => setText(copy, copyLabel), COPIED);
   });
   setText(copy, copyLabel);
-  root.append(changed, blocked, finish, copy);
+  notices.append(changed, blocked);
+  root.append(notices, finish, keep, copy);
 
   /**
    * @param {import("./panel.js").View} view
@@ -35,9 +42,11 @@ export function createFooter(onFinish, copied) {
     changed.title = changed.textContent;
     const strikes = view.items.some((item) => hasBlocked(item, view.blocked));
     setText(blocked, strikes ? text(view.keep ? "blockedWhileKept" : "blockedHint") : "");
+    blocked.title = blocked.textContent;
     finish.style.display = ["running", "finishing"].includes(view.state) ? "" : "none";
     finish.disabled = view.state === "finishing";
     setText(finish, text(view.state === "finishing" ? "finishing" : "finish"));
+    keep.style.display = view.canKeep ? "" : "none";
     copy.style.display = view.items.some((item) => item.prompt) ? "" : "none";
     const label = text(found ? "copy" : "copyAll");
     if (label !== copyLabel) setText(copy, (copyLabel = label));

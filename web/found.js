@@ -52,3 +52,36 @@ export function readKept(text) {
     return null;
   }
 }
+
+/**
+ * The text for the widget `kept` with another candidate in place of the prompt.
+ * @param {string} kept
+ * @param {number} k which of the prompts
+ * @param {number} choice which of its candidates
+ */
+export function withCandidate(kept, k, choice) {
+  const all = JSON.parse(kept);
+  const item = all.items[k];
+  const [prompt, similarity] = pairs(item.candidates, "string")[choice];
+  if (prompt === item.prompt) return kept;
+  // nobody knows what the words of this one contribute, or how the search came to it
+  const changed = { ...item, prompt, similarity, words: [], curve: [] };
+  if (item.each) changed.similarities = item.each[choice];
+  all.items[k] = changed;
+  return JSON.stringify(all);
+}
+
+/**
+ * The text for the widget `kept` with the best prompts of a run that ended too early.
+ * @param {import("./runs.js").Run} run
+ * @returns {string} "" where a prompt is missing
+ */
+export function keptOf({ items, inputs }) {
+  if (!items.length || !items.every((item) => item.prompt && item.similarity !== null)) return "";
+  const whole = items.map(({ fixed, ...item }) => ({
+    ...item,
+    candidates: [[item.prompt, item.similarity]],
+    ...(fixed.some(Boolean) && { fixed }),
+  }));
+  return JSON.stringify({ version: 1, items: whole, inputs });
+}

@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 import { readKept } from "./found.js";
-import { allNodes, widgetOf } from "./graph.js";
+import { allNodes, sourceOf, widgetOf } from "./graph.js";
 import { post } from "./runs.js";
 
 /**
@@ -9,7 +9,7 @@ import { post } from "./runs.js";
  */
 export async function changedInputs() {
   // asking makes the page read every widget, and those of some packs do more then than answer
-  const keeps = ([, node]) => widgetOf(node, "keep")?.value && readKept(widgetOf(node, "kept")?.value);
+  const keeps = ([, node]) => sourceOf(node, "keep")?.value && readKept(widgetOf(node, "kept")?.value);
   const nodes = [...allNodes()].filter(keeps);
   if (!nodes.length) return new Map();
   try {

@@ -37,12 +37,21 @@ export function findNode(executionId) {
 export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 /**
- * Whether a widget gets its value through a link, so that the one it shows does not count.
+ * The widget that gives an input its value: the node's own, or the one that a subgraph shows of it.
  * @param {object} node
  * @param {string} name
+ * @returns {object | undefined} none where the value comes through another wire
  */
-export const isLinked = (node, name) =>
-  node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
+export function sourceOf(node, name) {
+  const input = node.inputs?.find((one) => one.widget?.name === name);
+  if (input?.link == null) return widgetOf(node, name);
+  const { graph } = node;
+  const link = graph?.getLink?.(input.link);
+  if (!link || link.origin_id !== graph.inputNode?.id) return undefined;
+  const outside = [...allNodes()].map(([, one]) => one).filter((one) => one.subgraph === graph);
+  // a subgraph that is used twice shows two
+  return outside.length === 1 ? sourceOf(outside[0], graph.inputs[link.origin_slot].name) : undefined;
+}
 
 /**
  * What the page calls an input of a node.
@@ -56,17 +65,20 @@ export function labelOf(node, name) {
 }
 
 /**
- * Set a widget as a person would: the workflow counts as modified, and it can be undone.
+ * Set widgets as a person would: the workflow counts as modified, and it can be undone in one step.
  * @param {object} node
- * @param {string} name
- * @param {string} value
+ * @param {Record<string, string | boolean>} values by the names of the widgets
  */
-export function setWidget(node, name, value) {
-  const widget = widgetOf(node, name);
-  if (!widget || widget.value === value) return;
+export function setWidgets(node, values) {
+  const changed = Object.entries(values)
+    .map(([name, value]) => [sourceOf(node, name), value])
+    .filter(([widget, value]) => widget && widget.value !== value);
+  if (!changed.length) return;
   app.canvas?.emitBeforeChange?.();
-  widget.value = value;
-  widget.callback?.(value);
+  for (const [widget, value] of changed) {
+    widget.value = value;
+    widget.callback?.(value);
+  }
   app.canvas?.emitAfterChange?.();
 }
 

@@ -1,12 +1,14 @@
 import { app } from "../../scripts/app.js";
-import { readKept } from "./found.js";
-import { allNodes, chain, isLinked, labelOf, setResult, setWidget, widgetOf } from "./graph.js";
+import { picturesOfCandidates } from "./finds.js";
+import { keptOf, readKept, withCandidate } from "./found.js";
+import { allNodes, chain, labelOf, setResult, setWidgets, sourceOf, widgetOf } from "./graph.js";
 import { messageParts } from "./message.js";
 import { createPanel } from "./panel.js";
 import { finish, isRunning } from "./runs.js";
+import { text } from "./strings.js";
 import { phrases, toggled } from "./words.js";
 
-const HEIGHT = 190;
+const HEIGHT = 240;
 const MARGIN = 8;
 const WIDTH = 360;
 const SCORES = "PEZ_ScorePrompt";
@@ -44,6 +46,8 @@ export class NodeView {
   #panel;
   #run = null;
   #changed = [];
+  /** @type {import("./finds.js").Find[]} */
+  #finds = [];
 
   /** @param {object} node a new node, before it gets its values from a workflow */
   constructor(node) {
@@ -51,6 +55,9 @@ export class NodeView {
     this.#panel = createPanel({
       onFinish: () => finish(this.#run),
       onToggle: (word) => this.#toggle(word),
+      onKeep: () => this.#keep(keptOf(this.#run)),
+      onPick: (k, choice) => this.#keep(withCandidate(this.#keptText(), k, choice)),
+      onFind: (k) => this.#keep(this.#finds[k].kept),
     });
     this.#addWidget();
     this.#hideKept();
@@ -58,7 +65,10 @@ export class NodeView {
       const widget = widgetOf(node, name);
       if (widget) chain(widget, "callback", () => this.refresh());
     }
-    chain(node, "onConfigure", () => this.refresh());
+    chain(node, "onConfigure", (saved) => {
+      this.#findKept(saved);
+      this.refresh();
+    });
     views.set(node, this);
     this.refresh();
   }
@@ -74,7 +84,8 @@ export class NodeView {
   show(run) {
     this.#run = run;
     if (run.kept !== null) {
-      setResult(this.#node, "kept", run.kept);
+      // a kept prompt is what the widget has already, and may have become by an edit
+      if (run.state !== "kept") setResult(this.#node, "kept", run.kept);
       run.kept = null; // opening the workflow again must not overwrite later changes
       this.#changed = run.changed;
     }
@@ -90,27 +101,77 @@ export class NodeView {
     this.refresh();
   }
 
+  /**
+   * Offer what the node has learned before.
+   * @param {import("./finds.js").Find[]} finds
+   */
+  setFinds(finds) {
+    this.#finds = finds;
+    this.refresh();
+  }
+
   /** Show the present state. */
   refresh() {
+    const kept = this.#kept();
     this.#panel.update({
       step: 0,
       steps: 0,
       secondsLeft: null,
       ...this.#base(),
+      pictures: (found) => picturesOfCandidates(this.#finds, found),
       message: this.#message(),
       changed: this.#changed.map((name) => labelOf(this.#node, name)),
       blocked: this.#blocked(),
-      keep: this.#keeps() && this.#kept() !== null,
+      keep: this.#keeps() && kept !== null,
+      canPick: kept !== null && this.#canSwitch(),
+      canKeep: this.#canKeep(),
+      finds: this.#canSwitch() ? this.#finds : [],
       scores: this.#node.comfyClass === SCORES,
     });
   }
 
+  #keptText() {
+    return widgetOf(this.#node, "kept")?.value;
+  }
+
   #kept() {
-    return readKept(widgetOf(this.#node, "kept")?.value);
+    return readKept(this.#keptText());
+  }
+
+  /**
+   * Find the kept prompt of a saved node where the order of its widgets differs: another pack may
+   * have put its own before it, on this computer or on the one that saved the workflow.
+   */
+  #findKept(saved) {
+    const widget = widgetOf(this.#node, "kept");
+    if (!widget) return;
+    const stored = this.#node.properties.pez_kept; // by the server, which knows no order
+    delete this.#node.properties.pez_kept;
+    const values = Object.values(saved.widgets_values ?? []);
+    const text = readKept(stored) ? stored : !this.#kept() && values.find((one) => readKept(one));
+    if (text) widget.value = text;
+  }
+
+  /** Keep a prompt that a person has chosen. */
+  #keep(kept) {
+    setWidgets(this.#node, { kept, keep: true });
+    this.refresh();
+  }
+
+  /** Whether the panel shows the best of a run that was cancelled or has failed. */
+  #canKeep() {
+    const run = this.#run;
+    const early = run?.state === "cancelled" || run?.state === "failed";
+    return early && this.#canSwitch() && !this.#keeps() && keptOf(run) !== "";
   }
 
   #keeps() {
-    return widgetOf(this.#node, "keep")?.value === true;
+    return sourceOf(this.#node, "keep")?.value === true;
+  }
+
+  /** Whether `keep` is a switch here, and no wire. */
+  #canSwitch() {
+    return sourceOf(this.#node, "keep") !== undefined;
   }
 
   /** A search that runs comes first, then the prompt that the node would give. */
@@ -134,14 +195,14 @@ export class NodeView {
 
   /** Blocked words in lower case, if this node can block any. */
   #blocked() {
-    const widget = widgetOf(this.#node, "block");
-    if (!widget || isLinked(this.#node, "block")) return null;
+    const widget = sourceOf(this.#node, "block");
+    if (!widget) return null;
     return new Set(phrases(String(widget.value ?? "")).map((word) => word.toLowerCase()));
   }
 
   #toggle(word) {
-    const { value } = widgetOf(this.#node, "block");
-    setWidget(this.#node, "block", toggled(String(value ?? ""), word));
+    const { value } = sourceOf(this.#node, "block");
+    setWidgets(this.#node, { block: toggled(String(value ?? ""), word) });
   }
 
   #addWidget() {
@@ -151,7 +212,9 @@ export class NodeView {
       margin: MARGIN,
       getMinHeight: () => HEIGHT + 2 * MARGIN,
     });
-    widget.serialize = false; // not into the workflow either
+    widget.label = text("live"); // for App Mode
+    // In the workflow it has a place without a value: the page would give the values of widgets
+    // behind it, which other packs add, to the wrong ones.
     const [width, height] = this.#node.size;
     this.#node.setSize([Math.max(width, WIDTH), height + HEIGHT + 2 * MARGIN]);
     this.#panel.scroll.addEventListener("wheel", forwardWheel, { passive: false });
@@ -163,8 +226,7 @@ export class NodeView {
     widget.hidden = true; // for the canvas
     widget.options.hidden = true; // for Nodes 2.0
     // a prompt that is stored but not given must not change what is queued, or nothing is cached
-    widget.serializeValue = () =>
-      this.#keeps() || isLinked(this.#node, "keep") ? widget.value : "";
+    widget.serializeValue = () => (this.#keeps() || !this.#canSwitch() ? widget.value : "");
   }
 }
 

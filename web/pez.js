@@ -1,7 +1,9 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { bringDrawings } from "./drawings.js";
+import { earlierFinds } from "./finds.js";
 import { changedInputs } from "./fresh.js";
-import { findNode } from "./graph.js";
+import { allNodes, findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
 import { followProblems } from "./problems.js";
 import { loadRenames, updateOnLoad, updatePromoted } from "./renames.js";
@@ -37,7 +39,10 @@ app.registerExtension({
     translateWidgets(definition);
   },
 
-  beforeConfigureGraph: updatePromoted,
+  async beforeConfigureGraph(workflow) {
+    updatePromoted(workflow);
+    await bringDrawings(workflow);
+  },
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
@@ -49,10 +54,12 @@ app.registerExtension({
     runsOfOpenWorkflow().forEach(show);
     catchUp();
     compareSoon();
+    offerFinds();
   },
 
   async setup() {
     api.addEventListener("graphChanged", compareSoon);
+    api.addEventListener("execution_success", offerFinds);
     followProblems((node) => node.comfyClass?.startsWith("PEZ_") && !viewOf(node));
     await followRuns((run) => {
       if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened
@@ -81,12 +88,18 @@ function show(run) {
   viewOf(findNode(run.node) ?? {})?.show(run);
 }
 
+async function offerFinds() {
+  for (const [node, finds] of await earlierFinds()) viewOf(node)?.setFinds(finds);
+}
+
 function compareSoon() {
   clearTimeout(waiting);
   waiting = setTimeout(compare, QUIET);
 }
 
 async function compare() {
+  // a subgraph may show a widget of the node inside of it, which hears nothing of a change
+  for (const [, node] of allNodes()) viewOf(node)?.refresh();
   const question = ++asked;
   const changed = await changedInputs();
   if (question !== asked) return; // another answer is on its way

@@ -15,6 +15,7 @@ import { rootGraph } from "./graph.js";
  * @property {import("./found.js").Found[]} items
  * @property {string} message of an error, "" without one
  * @property {string[]} changed inputs that changed since the prompts were kept
+ * @property {Record<string, string>} inputs digests of the inputs, of a run that ended too early
  * @property {string | null} kept text for the widget `kept`, if the run brought one
  * @property {number} heard when the server last spoke of it
  */
@@ -106,6 +107,7 @@ function fromEvent(event) {
     items: readFound(event.items),
     message: typeof event.message === "string" ? event.message : "",
     changed: [],
+    inputs: event.inputs ?? {},
     kept: null,
     heard: Date.now(),
   };

@@ -19,6 +19,11 @@ const ENGLISH = {
   mean: "mean",
   changed: "Learned with other settings: {names}",
   candidates: "{count} candidates",
+  history: "{count} prompts so far",
+  pick: "Click to use this prompt and keep it",
+  more: "(and {count} more)",
+  keep: "Keep this",
+  keepHint: "Store the best prompt so far and use it",
   copy: "Copy",
   copyAll: "Copy all",
   copied: "Copied",
@@ -35,6 +40,7 @@ const ENGLISH = {
   curve: "Similarity over the steps, now {value}",
   progress: "Progress of the search",
   separator: ", ",
+  live: "live view",
 };
 
 const CHINESE = {
@@ -56,6 +62,11 @@ const CHINESE = {
   mean: "平均",
   changed: "学习时的设置不同：{names}",
   candidates: "{count} 个候选",
+  history: "至今 {count} 条提示词",
+  pick: "点击使用并保留这条提示词",
+  more: "（另有 {count} 条）",
+  keep: "保留这条",
+  keepHint: "保存并使用目前最佳的提示词",
   copy: "复制",
   copyAll: "全部复制",
   copied: "已复制",
@@ -72,6 +83,7 @@ const CHINESE = {
   curve: "相似度随步数的变化，当前 {value}",
   progress: "搜索进度",
   separator: "、",
+  live: "实时视图",
 };
 
 /** Labels and placeholders of the schemas, which the page itself does not translate. */

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
+KEPT = -2  # place among the values of a saved node: before the live view, which has none
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
@@ -138,6 +140,27 @@ def wired(nodes: list[dict], links: list[tuple[str, str, int]]) -> dict[str, Any
     }
 
 
+def saving_candidates(**values: Any) -> dict[str, Any]:
+    """The same, with images that get the candidates as the names of their files."""
+    made = workflow(**values)
+    nodes = made["nodes"][:3]
+    for one in nodes:
+        for place in [*one["inputs"], *one["outputs"]]:
+            place.pop("link", None)
+            place.pop("links", None)
+    learner = nodes[-1]
+    learner["outputs"] = [slot("prompt", "STRING"), slot("similarity", "FLOAT")]
+    learner["outputs"].append(slot("candidates", "STRING"))
+    sockets = [("images", "IMAGE"), ("filename_prefix", "STRING")]
+    save = node("9", "SaveImage", (940, 40), sockets, [], ["x"])
+    save["inputs"][1]["widget"] = {"name": "filename_prefix"}
+    made = wired([*nodes, save], [(CLIP, LEARNER, 0), (IMAGE, LEARNER, 1), (IMAGE, "9", 0)])
+    made["links"].append([4, int(LEARNER), 2, 9, 1, "STRING"])
+    made["last_link_id"] = save["inputs"][1]["link"] = 4
+    learner["outputs"][2]["links"] = [4]
+    return made
+
+
 def kept_text(*prompts: str, inputs: dict[str, str] | None = None) -> str:
     items = [
         {
@@ -153,7 +176,7 @@ def kept_text(*prompts: str, inputs: dict[str, str] | None = None) -> str:
 
 def kept_in(saved: dict[str, Any], node_id: str = LEARNER) -> str:
     (one,) = [one for one in saved["nodes"] if str(one["id"]) == node_id]
-    return one["widgets_values"][-1]
+    return one["widgets_values"][KEPT]
 
 
 def state(editor: Editor, *states: str) -> None:
@@ -310,6 +333,82 @@ def test_keep_shows_the_prompt_that_the_node_gives(editor: Editor, client: Clien
     assert words(editor) == ["red", "parrot"]
 
 
+def test_the_best_of_a_cancelled_run_can_be_kept(editor: Editor, client: Client, snap):
+    editor.load(workflow(kept=kept_text("red parrot"), steps=20_000, caption="a bird in {} light"))
+    keep_this = editor.live().get_by_role("button", name="Keep this")
+    expect(keep_this).to_be_hidden()
+    editor.queue()
+    state(editor, "running")
+    expect(editor.live().locator(".pez-word").nth(2)).to_be_visible()
+    expect(keep_this).to_be_hidden()
+    client.interrupt()
+    state(editor, "cancelled")
+    best = words(editor)
+    snap("keep-this")
+    keep_this.click()
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    expect(keep_this).to_be_hidden()
+    run = queue_and_wait(editor, client)
+    assert run["outputs"][LEARNER]["text"] == [" ".join(best)]
+    assert words(editor) == best
+    assert editor.live().locator("button.pez-word").all_inner_texts() == best[3:-1]
+    editor.set_widget(LEARNER, "steps", 20)
+    changed = editor.live().locator(".pez-changed")
+    expect(changed).to_have_text("Learned with other settings: steps")
+
+
+def test_a_click_uses_a_candidate_or_an_earlier_prompt_and_keeps_it(
+    editor: Editor, client: Client, snap
+):
+    editor.load(saving_candidates(steps=10, restarts=3))
+    found = []
+    for seed in range(500, 502):
+        editor.set_widget(LEARNER, "seed", seed)
+        run = queue_and_wait(editor, client)
+        (item,) = run["outputs"][LEARNER]["pez"][0]["items"]
+        found.append([prompt for prompt, _ in item["candidates"]])
+    candidates, history = (editor.live().locator(".pez-picks").nth(k) for k in (0, 1))
+    expect(history.locator("summary")).to_have_text("2 prompts so far")
+    for fold in (candidates, history):
+        fold.locator("summary").click()
+    # each with the image that was made of it
+    expect(candidates.locator("img")).to_have_count(3)
+    expect(history.locator("img")).to_have_count(2)
+    files = candidates.locator("img").evaluate_all("all => all.map(one => one.src)")
+    for file, prompt in zip(files, found[1], strict=True):
+        assert parse_qs(urlsplit(file).query)["filename"][0].startswith(prompt)
+    widths = candidates.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
+    assert all(widths)
+    snap("picks")
+
+    candidates.locator("button").nth(2).click()
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert " ".join(words(editor)) == found[1][2]
+    assert editor.widget(LEARNER, "keep") is True
+    run = queue_and_wait(editor, client)
+    assert run["outputs"][LEARNER]["text"] == [found[1][2]]
+    assert not run["outputs"][LEARNER]["pez"][0]["changed"]
+    assert candidates.locator("[aria-pressed=true]").all_inner_texts()[0].endswith(found[1][2])
+    snap("picked")
+
+    history.locator("button").last.click()
+    expect(editor.live()).to_contain_text(found[0][0].split()[0])
+    assert " ".join(words(editor)) == found[0][0]
+    run = queue_and_wait(editor, client)
+    assert run["outputs"][LEARNER]["text"] == [found[0][0]]
+    expect(editor.live().locator(".pez-changed")).to_be_empty()  # a seed alone changes nothing
+    editor.page.keyboard.press("Control+z")
+    editor.page.wait_for_function(
+        "([node, prompt]) => JSON.parse(app.rootGraph.getNodeById(node).widgets"
+        ".find(w => w.name === 'kept').value).items[0].prompt === prompt",
+        arg=[LEARNER, found[1][2]],
+    )
+    assert editor.widget(LEARNER, "keep") is True
+
+    editor.reload()
+    expect(editor.live().locator(".pez-picks").nth(1).locator("summary")).to_be_visible()
+
+
 def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
     editor.load(workflow(steps=5))
     editor.set_widget(LEARNER, "restarts", 3)
@@ -331,6 +430,48 @@ def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
     queue_and_wait(editor, client)
     state(editor, "done")
     assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+
+
+OTHER_PACK = """() => app.registerExtension({
+    name: "another.pack",
+    nodeCreated(node) {
+        if (node.comfyClass !== "PEZ_ImageToPrompt" || !window.anotherPack) return;
+        node.addWidget("text", "behind", "", () => {});
+        const before = node.addWidget("text", "before", "", () => {});
+        node.widgets.splice(node.widgets.indexOf(before), 1);
+        node.widgets.unshift(before);
+    },
+})"""
+
+
+def test_widgets_of_another_pack_and_the_kept_prompt_stay_apart(
+    editor: Editor, client: Client, server: ComfyServer
+):
+    """Whatever the order of the widgets is, in a saved workflow and in that of a saved image."""
+    editor.page.evaluate(OTHER_PACK)
+    editor.page.evaluate("() => { window.anotherPack = true; }")
+    ours = saving_candidates(steps=5)
+    values = ours["nodes"][2]["widgets_values"]
+    values[:] = ["theirs, before", *values, "", "theirs, behind"]
+    editor.load(ours)
+    run = queue_and_wait(editor, client)
+    state(editor, "done")
+    learned = words(editor)
+    name = run["outputs"]["9"]["images"][0]["filename"]
+    with Image.open(server.folder / "output" / name) as picture:
+        carried = json.loads(picture.info["workflow"])
+    try:
+        for saved in (editor.serialized(), carried | {"id": str(uuid.uuid4())}):
+            editor.load(saved)
+            state(editor, "done", "stored")
+            assert words(editor) == learned
+            assert editor.widget(LEARNER, "before") == "theirs, before"
+            assert editor.widget(LEARNER, "behind") == "theirs, behind"
+            assert json.loads(editor.widget(LEARNER, "kept"))["items"]
+            (node,) = [n for n in editor.serialized()["nodes"] if str(n["id"]) == LEARNER]
+            assert "pez_kept" not in node["properties"]
+    finally:
+        editor.page.evaluate("() => { window.anotherPack = false; }")
 
 
 def test_another_seed_alone_leaves_a_kept_prompt_up_to_date(editor: Editor, client: Client):
@@ -513,8 +654,64 @@ def test_a_node_in_a_subgraph_has_its_live_view(editor: Editor, snap):
     snap("subgraph")
     (subgraph,) = editor.serialized()["definitions"]["subgraphs"]
     (learner,) = [one for one in subgraph["nodes"] if one["type"] == "PEZ_ImageToPrompt"]
-    assert json.loads(learner["widgets_values"][-1])["items"][0]["prompt"].split() == words(editor)
+    assert json.loads(learner["widgets_values"][KEPT])["items"][0]["prompt"].split() == words(
+        editor
+    )
     editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+
+
+SHOW_OUTSIDE = """([id, names]) => {
+    const node = app.rootGraph.getNodeById(id);
+    const outside = app.rootGraph.convertToSubgraph(new Set([node])).node;
+    const [inside] = outside.subgraph.nodes;
+    for (const name of names) {
+        const socket = inside.inputs.find(input => input.widget?.name === name);
+        outside.subgraph.addInput(name, socket.type).connect(socket, inside);
+    }
+    return String(outside.id);
+}"""
+
+
+def test_a_subgraph_can_show_widgets_of_the_node(editor: Editor, client: Client, snap):
+    editor.load(workflow(steps=8, restarts=2))
+    outside = editor.page.evaluate(SHOW_OUTSIDE, [LEARNER, ["keep", "block"]])
+    run = queue_and_wait(editor, client)
+    inside = f"{outside}:{LEARNER}"
+    (item,) = run["outputs"][inside]["pez"][0]["items"]
+    editor.page.evaluate("() => app.canvas.setGraph([...app.rootGraph.subgraphs.values()][0])")
+    state(editor, "done")
+    editor.live().locator(".pez-picks summary").first.click()
+    editor.live().locator(".pez-pick").nth(1).click()
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert editor.widget(outside, "keep") is True
+    second = item["candidates"][1][0]
+    assert queue_and_wait(editor, client)["outputs"][inside]["text"] == [second]
+    editor.live().locator("button.pez-word").first.click()
+    assert editor.widget(outside, "block") == words(editor)[0]
+    snap("subgraph-widgets")
+    editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+    editor.set_widget(outside, "keep", False)
+    run = queue_and_wait(editor, client)
+    assert second.split()[0] not in run["outputs"][inside]["text"][0].split()
+
+
+def test_app_mode_can_show_the_live_view(editor: Editor, client: Client, snap):
+    chosen = [["1", "image"], [LEARNER, "keep"], [LEARNER, "pez_live"]]
+    extra = {"linearMode": True, "linearData": {"inputs": chosen, "outputs": [PREVIEW]}}
+    editor.load(workflow(steps=8, restarts=2) | {"extra": extra})
+    expect(editor.page.get_by_text("live view", exact=True)).to_be_visible()
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    learned = words(editor)
+    # whole, though it is narrow here
+    view, number = editor.live().bounding_box(), editor.live().locator(".pez-similarity")
+    right = number.bounding_box()
+    assert right["x"] + right["width"] <= view["x"] + view["width"]
+    snap("app-mode")
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    expect(editor.page.get_by_text("live view", exact=True)).to_be_hidden()
+    state(editor, "done")
+    assert words(editor) == learned
 
 
 def test_scores_are_shown(editor: Editor, snap):
@@ -566,6 +763,7 @@ def test_an_example_runs_in_the_page(
         "KSampler": {2: 1},
     }
     for one in example["nodes"]:
+        one["mode"] = 0  # what makes images is muted
         for k, value in ours.get(one["type"], {}).items():
             one["widgets_values"][k] = value
         if one["type"] == "CheckpointLoaderSimple":
@@ -591,7 +789,7 @@ def test_an_example_runs_in_the_page(
     saved = [image for image in images if image["type"] == "output"]
     with Image.open(server.folder / "output" / saved[0]["filename"]) as picture:
         (learned,) = [
-            json.loads(node["widgets_values"][-1])["items"][0]["prompt"]
+            json.loads(node["widgets_values"][KEPT])["items"][0]["prompt"]
             for node in json.loads(picture.info["workflow"])["nodes"]
             if node["type"] == "PEZ_ImageToPrompt"
         ]

@@ -487,6 +487,72 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
     assert [*node["widgets_values"][:-2], node["widgets_values"][-1]] == [*values[:-2], values[-1]]
 
 
+def saving(seed: int, **inputs) -> dict:
+    """A search whose candidates name the files that are saved behind it."""
+    save = {"images": ["fish", 0], "filename_prefix": ["pez", 2]}
+    prompt = one_image(seed=seed, **inputs)
+    return prompt | {"save": {"class_type": "SaveImage", "inputs": save}}
+
+
+def test_an_image_without_a_workflow_carries_its_prompt_too(server: ComfyServer, client: Client):
+    """As for clients that have no page."""
+    run = client.run(saving(71))
+    event = result(run)
+    name = run.outputs["save"]["images"][0]["filename"]
+    with Image.open(server.folder / "output" / name) as picture:
+        carried = json.loads(picture.info["prompt"])
+    assert carried["pez"]["inputs"]["kept"] == event["kept"]
+    again = client.run(carried)  # which searches as before, since `keep` is off
+    assert result(again)["state"] == "done"
+    assert texts(again, "pez") == texts(run, "pez")
+
+
+def test_the_history_has_the_finds_of_each_node(client: Client):
+    def run(seed: int, workflow: str, **inputs) -> dict:
+        extra = {"extra_pnginfo": {"workflow": {"id": workflow}}}
+        return result(client.run(saving(seed, **inputs), extra))
+
+    first, second = run(72, "mine"), run(73, "mine")
+    run(74, "another")
+    run(72, "mine", keep=True, kept=first["kept"])  # is no new find
+    found = client.get("/pez/finds?workflow=mine").json()["pez"]
+    assert [one["kept"] for one in found] == [first["kept"], second["kept"]]
+    for one, event in zip(found, (first, second), strict=True):
+        candidates = [prompt for prompt, _ in event["items"][0]["candidates"]]
+        assert [picture["filename"][:-11] for picture in one["pictures"]] == candidates
+        assert {picture["type"] for picture in one["pictures"]} == {"output"}
+    assert client.get("/pez/finds?workflow=nobody's").json() == {}
+
+    without = one_image(seed=75)
+    client.run(without, {"extra_pnginfo": {"workflow": {"id": "without images"}}})
+    (one,) = client.get("/pez/finds?workflow=without images").json()["pez"]
+    assert one["pictures"] == [{"filename": "noto-fish.png", "subfolder": "", "type": "input"}]
+
+
+def test_the_finds_are_bounded(client: Client):
+    for seed in range(80, 95):
+        extra = {"extra_pnginfo": {"workflow": {"id": "many"}}}
+        client.run(one_image(seed=seed, steps=1, restarts=1), extra)
+    found = client.get("/pez/finds?workflow=many").json()["pez"]
+    assert len(found) == 12
+    seeds = {json.loads(one["kept"])["items"][0]["prompt"] for one in found}
+    assert len(seeds) == 12
+
+
+def test_a_cancelled_search_says_what_it_was_made_from(client: Client):
+    """So that the page can keep its best so far."""
+    client.post("/pez/live", {"client_id": client.id})
+    done = result(client.run(one_image(seed=96)))
+    prompt_id = client.queue(one_image(seed=96, steps=20000))
+    client.until(prompt_id, lambda kind, data: kind == "pez.live" and bool(data["items"]))
+    client.interrupt()
+    events = [data for kind, data in client.wait(prompt_id).events if kind == "pez.live"]
+    assert events[-1]["state"] == "cancelled" and events[-1]["items"]
+    inputs = json.loads(done["kept"])["inputs"]
+    changed = {name for name in inputs if events[-1]["inputs"][name] != inputs[name]}
+    assert changed == {"steps"}
+
+
 def test_the_nodes_look_as_shared_workflows_expect(client: Client):
     """`object_info` of all nodes, as committed; a change here may break workflows of others."""
     path = Path(__file__).parent / "object_info.json"
