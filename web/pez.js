@@ -1,5 +1,6 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { followConsent } from "./consent.js";
 import { changedInputs } from "./fresh.js";
 import { findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
@@ -41,6 +42,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
+    if (node.comfyClass === "PEZ_LoadCLIP") followConsent(node);
     if (node.comfyClass?.startsWith("PEZ_")) foldAdvanced(node);
   },
 
