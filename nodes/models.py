@@ -73,6 +73,8 @@ def choices() -> list[str]:
 
 def file_of(choice: str) -> Path | None:
     """The file that a choice like `pez/my-clip.safetensors` names, inside ComfyUI's folders."""
+    if not isinstance(choice, str):  # a prompt may hold anything
+        return None
     folder, _, file = choice.partition("/")
     path = folder_paths.get_full_path(folder, file) if folder in FOLDERS else None
     return Path(path) if path else None
@@ -121,7 +123,7 @@ def _load(
 ) -> AnyClip:
     if choice == BUNDLED:
         return load_clip("emoji-clip", **options)
-    if choice not in PRESETS:
+    if not isinstance(choice, str) or choice not in PRESETS:
         path = file_of(choice)
         if path is None:
             raise ValueError(

@@ -240,6 +240,8 @@ class Vocabulary:
         """
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except RecursionError as error:
+            raise ArgumentError("path", f"{path} is nested too deeply") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError("path", f"{path} is not a saved vocabulary ({error})") from error
 
