@@ -375,6 +375,12 @@ def test_cancel_ends_the_score_of_a_long_text(client: Client):
     assert client.wait(queued).status == "interrupted"
 
 
+@pytest.mark.parametrize("model", [5, {}, ["x"], True])
+def test_a_model_that_is_no_name_is_refused(client: Client, model):
+    message = client.run(one_image() | {"clip": load(model)}).error["exception_message"]
+    assert "`model` is" in message and "not on this disk" in message
+
+
 def test_a_workflow_cannot_start_a_download_by_itself(client: Client):
     shared = one_image() | {"clip": load("SD 1.5 (ViT-L/14)")}
     shared["clip"]["inputs"]["download"] = True
