@@ -55,7 +55,7 @@ class DistillPrompt(Learner):
         prompts = values.every("text")
         if not texts(prompts):
             raise ArgumentError("text", "is empty", "give a prompt to shorten")
-        options = search_options(values)
+        options = search_options(values, live)
 
         def run(clip: Any, options: SearchOptions) -> list[Found]:
             live.begin()

@@ -65,7 +65,7 @@ class FusePrompts(Learner):
                 "Too few sources: give at least two prompts or images, for example `images_1` and "
                 "`prompt_1`."
             )
-        weights, options = _weights(values["weights"]), search_options(values)
+        weights, options = _weights(values["weights"]), search_options(values, live)
 
         def run(clip: Any, options: SearchOptions) -> list[Found]:
             live.begin()

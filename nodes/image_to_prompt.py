@@ -58,7 +58,9 @@ class ImageToPrompt(Learner):
     @classmethod
     def learn(cls, live: Live, values: Values) -> list[Found]:
         images, shared = values.pictures("images"), values["shared"]
-        options = replace(search_options(values), start_from=values["start_from"].strip() or None)
+        options = replace(
+            search_options(values, live), start_from=values["start_from"].strip() or None
+        )
         captions = [caption.strip() for caption in values.every("caption")]
         groups = _groups(images, captions, shared)
         avoid = [*lines(values["avoid"]), *values.pictures("avoid_images")]

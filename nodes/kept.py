@@ -73,12 +73,16 @@ class Kept:
         return [] if changed == ["seed"] else changed
 
 
-def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
+def digests(
+    prompt: dict[str, Any], node_id: str, nodes: dict[str, str] | None = None
+) -> dict[str, str]:
     """A short digest of every input that a search uses, with everything upstream of it.
 
     Args:
         prompt: nodes by id, as ComfyUI's server gets them.
         node_id: one of them.
+        nodes: digests of nodes of this prompt, which are read and added to, so that the digests of
+            many nodes take one walk over the prompt; None: begin with none.
 
     Returns:
         Digests by the name of the input; none where the prompt cannot be followed.
@@ -86,7 +90,7 @@ def digests(prompt: dict[str, Any], node_id: str) -> dict[str, str]:
     inputs = prompt.get(node_id, {}).get("inputs", {})
     if not isinstance(inputs, dict):
         return {}
-    nodes: dict[str, str] = {}
+    nodes = {} if nodes is None else nodes
     try:
         return {
             name: _digest(prompt, old_form(name, value)[1], nodes)
@@ -108,31 +112,66 @@ def changed_inputs(prompt: dict[str, Any]) -> dict[str, list[str]]:
         Names of inputs by the id of each node that has a kept prompt.
     """
     changed = {}
+    nodes: dict[str, str] = {}
     for node_id, node in prompt.items():
         inputs = node.get("inputs") if is_ours(node) else None
         text = inputs.get("kept") if isinstance(inputs, dict) else None
         if isinstance(text, str) and (kept := Kept.from_text(text)):
-            changed[node_id] = kept.changed(digests(prompt, node_id))
+            changed[node_id] = kept.changed(digests(prompt, node_id, nodes))
     return changed
 
 
 def _digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
     """A digest of a value, or of the output that it is linked to; `nodes` remembers theirs."""
+    if source := _source(prompt, value):
+        _digest_nodes(prompt, source, nodes)
+    return _value_digest(prompt, value, nodes)
+
+
+def _source(prompt: dict[str, Any], value: Any) -> str | None:
+    """The node that a value is linked to; None: it is no link."""
+    if isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt:
+        return str(value[0])
+    return None
+
+
+def _value_digest(prompt: dict[str, Any], value: Any, nodes: dict[str, str]) -> str:
+    """A digest of a value; that of a linked node is in `nodes`, or it is part of a loop."""
+    if source := _source(prompt, value):
+        return _short(f"{nodes.get(source, 'a loop')}.{value[1]}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # the page writes 1 for 1.0, of which ComfyUI makes a float again
-    if not (isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt):
-        return _short(json.dumps(value, sort_keys=True, default=str))
-    source, slot = str(value[0]), value[1]
-    if source not in nodes:
-        nodes[source] = "a loop"
-        node = prompt[source]
-        inputs = node.get("inputs", {})
-        if is_ours(node):
-            inputs = dict(old_form(name, value) for name, value in inputs.items())
-            inputs = {name: inputs[name] for name in inputs.keys() - _SAME_ELSEWHERE}
-        within = [(name, _digest(prompt, inputs[name], nodes)) for name in sorted(inputs)]
-        nodes[source] = _short(f"{node.get('class_type')}{within}")
-    return _short(f"{nodes[source]}.{slot}")
+    return _short(json.dumps(value, sort_keys=True, default=str))
+
+
+def _digest_nodes(prompt: dict[str, Any], node_id: str, nodes: dict[str, str]) -> None:
+    """Add the digests of a node, and of all upstream of it, to `nodes`.
+
+    Each node is read once. Without recursion: a prompt may chain thousands of nodes.
+    """
+    opened: dict[str, dict[str, Any]] = {}
+    stack = [node_id]
+    while stack:
+        current = stack[-1]
+        if current in nodes:
+            stack.pop()
+        elif current not in opened:
+            inputs = opened[current] = _inputs_that_count(prompt[current])
+            sources = [_source(prompt, inputs[name]) for name in sorted(inputs)]
+            stack += [one for one in sources if one and one not in nodes and one not in opened]
+        else:
+            inputs = opened[current]
+            within = [(name, _value_digest(prompt, inputs[name], nodes)) for name in sorted(inputs)]
+            nodes[current] = _short(f"{prompt[current].get('class_type')}{within}")
+
+
+def _inputs_that_count(node: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a node upstream that change its outputs."""
+    inputs = node.get("inputs", {})
+    if not is_ours(node):
+        return inputs
+    inputs = dict(old_form(name, value) for name, value in inputs.items())
+    return {name: inputs[name] for name in inputs.keys() - _SAME_ELSEWHERE}
 
 
 def _short(text: str) -> str:

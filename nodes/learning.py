@@ -139,8 +139,12 @@ def _candidates() -> list[io.Output]:
     ]
 
 
-def search_options(values: Values) -> SearchOptions:
+def search_options(values: Values, live: Live) -> SearchOptions:
     """The options of a search, from the widgets that all learning nodes share.
+
+    Args:
+        values: of the node.
+        live: shows what takes the time while a language model is loaded.
 
     Raises:
         ArgumentError: two widgets do not go together.
@@ -168,12 +172,13 @@ def search_options(values: Values) -> SearchOptions:
         weight_decay=values["weight_decay"],
         patience=values["patience"] or None,
     )
-    return replace(options, language_model=language_model(readability))
+    model = language_model(readability, values["clip"], live)
+    return replace(options, language_model=model)
 
 
 def allowed(vocabulary: Vocabulary | None, block: str) -> Vocabulary:
     """The vocabulary of a search, without the characters that CLIP Text Encode would parse."""
-    rule = Vocabulary(block=[*SYNTAX, *phrases(block)], whole_words=False)
+    rule = Vocabulary(block=[*SYNTAX, *phrases(block, "block")], whole_words=False)
     return (Vocabulary() if vocabulary is None else vocabulary) & rule
 
 

@@ -57,9 +57,10 @@ class Live:
         self._finish = threading.Event()
         self._bar: ProgressBar | None = None
         self._first: tuple[float, int] | None = None  # when the first report came, and its step
-        self._sent = self._explained = 0.0
+        self._sent = self._explained = self._phase_began = 0.0
         self._last: Report | _Turn | None = None
         self._results: list[Result] = []
+        self._pace = _Pace()
         self._fixed: list[tuple[int, list[int]]] = []
         self._too_late = False
         self._words: dict[int, tuple[str, list[tuple[str, float]]]] = {}
@@ -110,9 +111,32 @@ class Live:
         # never 0, so that a search ends by itself with its best so far
         return self._ends and max(self._ends - time.monotonic(), 1e-3) / turns
 
+    def phase(self, name: str, done: int = 0, of: int = 0) -> None:
+        """Show what takes the time before the first step.
+
+        Args:
+            name: "loadingWords" (the language model) or "reading" (the words, by that model).
+            done, of: how much of it is done; 0 of 0: nobody can say.
+
+        Raises:
+            InterruptProcessingException: the run was cancelled.
+        """
+        mm.throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        if self.event.get("phase") != name:
+            self._phase_began, self._sent = now, 0.0
+        if self._last is not None or now - self._sent < SEND_SECONDS:
+            return
+        elapsed = now - self._phase_began
+        left = elapsed / done * (of - done) if done else None
+        self.event |= {"phase": name, "seconds_left": left}
+        self._send()
+        self._sent = now
+
     def begin(self) -> None:
         """Forget a search that is tried again."""
         self._results, self._last, self._first = [], None, None
+        self._pace = _Pace()
         self._fixed.clear()
         self._words.clear()
         self._curves.clear()
@@ -130,6 +154,7 @@ class Live:
         self._last = report
         now = time.monotonic()
         self._first = self._first or (now, report.step)
+        self._pace.note(now, *report.part)
         if now - self._sent >= SEND_SECONDS or report.step == report.steps:
             self._show(report)
         return self.finished
@@ -164,8 +189,8 @@ class Live:
 
     def _show(self, report: Report | _Turn) -> None:
         step, steps = report.step, report.steps
-        began, first = self._first or (time.monotonic(), step)
-        elapsed = time.monotonic() - began
+        elapsed = time.monotonic() - (self._first or (time.monotonic(), step))[0]
+        done, of, follows = report.part
         pairs = zip(report.prompts, report.similarities, strict=True)
         items = [self._item(k, step, *pair) for k, pair in enumerate(pairs)]
         self._explain(report)
@@ -174,7 +199,9 @@ class Live:
             "step": step,
             "steps": steps,
             "elapsed": elapsed,
-            "seconds_left": elapsed / (step - first) * (steps - step) if step > first else None,
+            "seconds_left": self._pace.seconds_left(done, of, follows),
+            "more_follows": follows,
+            "phase": None,
             "items": items,
         }
         self._send()
@@ -225,6 +252,27 @@ class Live:
             server.send_progress_text(_as_text(self.event), self.node, self.client)
 
 
+class _Pace:
+    """The time that is left of the part of a search that runs, by the pace of its own steps."""
+
+    def __init__(self) -> None:
+        self._part: tuple[int, bool] | None = None
+        self._began, self._now = (0.0, 0), 0.0
+
+    def note(self, now: float, done: int, of: int, follows: bool) -> None:
+        """A report has come; arguments as in `Report.part`."""
+        # with a time limit the number of steps is an estimate, and changes within a part
+        part = (of if follows else 0, follows)
+        if part != self._part or done < self._began[1]:
+            self._part, self._began = part, (now, done)
+        self._now = now
+
+    def seconds_left(self, done: int, of: int, follows: bool) -> float | None:
+        """None before the second report of a part."""
+        began, first = self._began
+        return (self._now - began) / (done - first) * (of - done) if done > first else None
+
+
 class _Turn:
     """The report of one of several searches as a part of the whole.
 
@@ -239,6 +287,8 @@ class _Turn:
         self._report, self._before = report, before
         self.step = done + report.step
         self.steps = done + turns * report.steps
+        done, of, follows = report.part
+        self.part = done, of, follows or turns > 1
 
     @cached_property
     def prompts(self) -> list[str]:

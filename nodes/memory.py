@@ -16,6 +16,7 @@ from torch import nn
 
 from ..pez_core import AnyClip, JointClip, SearchOptions
 from ..pez_core.options import Effort
+from .reading import LoadedLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # Rows that a refinement encodes in one batch, without gradients.
 _SWAPS_AT_ONCE = 2048
+# Bytes that a language model holds beside its weights: logits of a few hundred positions.
+_READING = 400_000_000
 
 
 class PezTextEncoder(nn.Module):
@@ -60,20 +63,24 @@ class LoadedClip:
     Attributes:
         clip: the CLIP. Its text towers are on the device inside of `in_use`; its image tower is
             moved there for each use.
+        load_device, offload_device: as given.
+        language_model: the one of `readability`, kept for the next search; None: not used yet.
     """
 
     def __init__(
         self, clip: AnyClip, load_device: torch.device, offload_device: torch.device
     ) -> None:
-        self.clip = clip
+        self.clip, self.load_device, self.offload_device = clip, load_device, offload_device
+        self.language_model: LoadedLanguageModel | None = None
         parts = clip.clips if isinstance(clip, JointClip) else [clip]
         self._texts = [
             ModelPatcher(PezTextEncoder(part.model), load_device, offload_device) for part in parts
         ]
+        self._together = list(self._texts)
         for part in parts:
             images = ModelPatcher(part.model.visual, load_device, offload_device)
             # a partial, not a bound method: avoids a reference cycle
-            part.image_tower = partial(_lend, images, self._texts)
+            part.image_tower = partial(_lend, images, self._together)
             part.model.requires_grad_(False)  # or activations are kept for gradients of weights
         self.patcher = self._texts[0]  # ComfyUI's cache finds the size of a model by it
 
@@ -89,7 +96,8 @@ class LoadedClip:
             effort: their work; None: the steps of PEZ alone.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            _load(self._texts, _needed(self.clip, searches, prompt_len, effort))
+            reading = _READING * (len(self._together) > len(self._texts))
+            _load(self._together, _needed(self.clip, searches, prompt_len, effort) + reading)
             yield self.clip
 
     def search(
@@ -109,6 +117,27 @@ class LoadedClip:
             torch.OutOfMemoryError: again, so that ComfyUI frees memory and reports it.
         """
         searches = targets * options.restarts
+        with self._reading(options):
+            return self._search(run, options, searches)
+
+    @contextmanager
+    def _reading(self, options: SearchOptions) -> Iterator[None]:
+        """Inside, the language model is on the device whenever the text towers are."""
+        shared = self.language_model
+        if shared is None or options.language_model is None:
+            yield
+            return
+        self._together.append(shared.patcher)
+        try:
+            yield
+        finally:
+            self._together.remove(shared.patcher)
+            if shared.model is not None:
+                shared.model.progress = None
+
+    def _search(
+        self, run: Callable[[AnyClip, SearchOptions], T], options: SearchOptions, searches: int
+    ) -> T:
         try:
             with self.in_use(searches, options.prompt_len, options.work) as clip:
                 return run(clip, options)
@@ -121,6 +150,26 @@ class LoadedClip:
         half = -(-searches // 2)
         with self.in_use(half, options.prompt_len, options.work) as clip:
             return run(clip, replace(options, batch_size=half))
+
+
+@contextmanager
+def cancellable(clip: AnyClip) -> Iterator[None]:
+    """Inside, each pass through a text tower ends with a cancelled run.
+
+    For work that has no callback. A search has one, and steps that are captured as CUDA graphs.
+    """
+    parts = clip.clips if isinstance(clip, JointClip) else [clip]
+    towers = [part.text.tower.transformer for part in parts]
+    hooks = [tower.register_forward_pre_hook(_check_cancelled) for tower in towers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_cancelled(*_: object) -> None:
+    mm.throw_exception_if_processing_interrupted()
 
 
 @contextmanager

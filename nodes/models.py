@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import folder_paths
 
 from ..pez_core import AnyClip, JointClip, load_clip
 from ..pez_core.clip.files import find_clip
 from ..pez_core.clip.weights import download_size, fetch_weights
+from . import consent
+from .consent import FOLDER
 
-FOLDER = "pez"
+log = logging.getLogger(__name__)
+
 FOLDERS = (FOLDER, "clip_vision", "text_encoders")
 """Folders of ComfyUI that may hold files with both towers of a CLIP."""
 
@@ -47,8 +53,11 @@ PRESETS = {
 def register_folder() -> None:
     """Register `models/pez`, so that `extra_model_paths.yaml` can move it."""
     path = os.path.join(folder_paths.models_dir, FOLDER)
-    os.makedirs(path, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, path)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        log.warning("models/pez cannot be made (%s); PEZ cannot download models there.", error)
 
 
 def choices() -> list[str]:
@@ -64,6 +73,8 @@ def choices() -> list[str]:
 
 def file_of(choice: str) -> Path | None:
     """The file that a choice like `pez/my-clip.safetensors` names, inside ComfyUI's folders."""
+    if not isinstance(choice, str):  # a prompt may hold anything
+        return None
     folder, _, file = choice.partition("/")
     path = folder_paths.get_full_path(folder, file) if folder in FOLDERS else None
     return Path(path) if path else None
@@ -79,7 +90,8 @@ def load(
 
     Args:
         choice: one of `choices()`.
-        download: fetch weights that are missing into `models/pez`.
+        download: fetch weights that are missing into `models/pez`, if a person at this machine has
+            agreed to it (see `consent`).
         progress: called with bytes that are here and all bytes of the file that is being fetched.
         options: `device` and `dtype` of `load_clip`.
 
@@ -87,9 +99,31 @@ def load(
         ValueError: an unknown choice, or weights that are missing; with folder, name and size.
         OSError: the download failed.
     """
+    with _quiet_open_clip():
+        return _load(choice, download, progress, **options)
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Inside, the ten lines that open_clip logs for each model stay out of ComfyUI's log."""
+    root = logging.getLogger()  # open_clip has no logger of its own
+    root.addFilter(_is_worth_a_line)
+    try:
+        yield
+    finally:
+        root.removeFilter(_is_worth_a_line)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "open_clip" not in Path(record.pathname).parts
+
+
+def _load(
+    choice: str, download: bool, progress: Callable[[int, int], None] | None, **options
+) -> AnyClip:
     if choice == BUNDLED:
         return load_clip("emoji-clip", **options)
-    if choice not in PRESETS:
+    if not isinstance(choice, str) or choice not in PRESETS:
         path = file_of(choice)
         if path is None:
             raise ValueError(
@@ -101,9 +135,12 @@ def load(
     missing = [weights for weights in wanted if _path(weights) is None]
     if missing and not download:
         raise ValueError(_how_to_get(choice, missing))
+    if missing and not consent.agreed(choice):
+        raise ValueError(_how_to_agree(choice, missing))
     for weights in missing:
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         path = folder / weights.file
+        _check_writable(folder)
         fetch_weights(weights.name, weights.pretrained, path, progress, only_safetensors=True)
     # `load_clip` finds the activation of the weights by the name of the file
     clips = [load_clip(str(_path(weights)), **options) for weights in wanted]
@@ -113,6 +150,28 @@ def load(
 def _path(weights: Weights) -> Path | None:
     path = folder_paths.get_full_path(FOLDER, weights.file)
     return Path(path) if path else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise an error before anything is fetched that cannot be stored."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`model` has to be downloaded into {folder}, where ComfyUI may not write ({error}): "
+            "allow it, or give another folder for `pez` in extra_model_paths.yaml."
+        ) from error
+
+
+def _how_to_agree(choice: str, missing: list[Weights]) -> str:
+    total = sum(download_size(w.name, w.pretrained) for w in missing)
+    return (
+        f"{choice} is not on this disk yet, and `download` was on when this workflow was opened. "
+        f"If you want {total:.2f} GB in {folder_paths.get_folder_paths(FOLDER)[0]}, switch "
+        "`download` off and on again by hand, then run. Nothing was downloaded."
+    )
 
 
 def _how_to_get(choice: str, missing: list[Weights]) -> str:

@@ -34,13 +34,14 @@ def cut_wires(request: dict[str, Any], needed: dict[str, tuple[str, ...]]) -> di
     """
     prompt = request.get("prompt")
     giving: list[tuple[dict[str, Any], tuple[str, ...], list[str]]] = []
+    nodes: dict[str, str] = {}
     for node_id, node in (prompt if isinstance(prompt, dict) else {}).items():
         names = needed.get(node.get("class_type"))
         text = node.get("inputs", {}).get("kept")
         if not names or node["inputs"].get("keep") is not True or not isinstance(text, str):
             continue
         if kept := Kept.from_text(text):
-            changed = kept.changed(digests(prompt, node_id))
+            changed = kept.changed(digests(prompt, node_id, nodes))
             giving.append((node["inputs"], names, changed))
     for inputs, names, changed in giving:
         inputs[_CHANGED] = ",".join(changed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
+from . import consent, models
 from .finds import MOST_RUNS, finds
 from .kept import changed_inputs
 from .live import running, with_live_view
@@ -51,21 +53,40 @@ def register_routes() -> None:
         history = queue.get_history(max_items=MOST_RUNS, map_function=lambda run: run)
         return web.json_response(finds(history, request.query.get("workflow", "")))
 
+    @routes.post("/pez/agree")
+    async def agree(request: web.Request) -> web.Response:
+        """Remember that the person at the page wants a model downloaded."""
+        # a page of another site can post JSON only under this type with leave of this server
+        if request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(text="the body has to be application/json")
+        model = (await _json(request)).get("model")
+        if model not in list(models.PRESETS):
+            raise web.HTTPBadRequest(text="`model` is none that can be downloaded")
+        try:
+            await asyncio.to_thread(consent.agree, model)
+        except OSError as error:
+            raise web.HTTPInternalServerError(text=f"cannot be stored: {error}") from error
+        return web.json_response({"agreed": model})
+
     @routes.post("/pez/changed")
     async def changed(request: web.Request) -> web.Response:
         """The inputs that changed since prompts were kept, by the nodes of a prompt that do so."""
         prompt = (await _json(request)).get("prompt")
         if not isinstance(prompt, dict):
             raise web.HTTPBadRequest(text="`prompt` has to be an object")
-        update_prompt(prompt)
-        return web.json_response(changed_inputs(prompt))
+        return web.json_response(await asyncio.to_thread(_changed, prompt))
+
+
+def _changed(prompt: dict[str, Any]) -> dict[str, list[str]]:
+    update_prompt(prompt)
+    return changed_inputs(prompt)
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
     try:
         asked = await request.json()
-    except ValueError as error:
-        raise web.HTTPBadRequest(text="the body is not JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise web.HTTPBadRequest(text="the body is not JSON, or too deep") from error
     if not isinstance(asked, dict):
         raise web.HTTPBadRequest(text="the body is not a JSON object")
     return asked

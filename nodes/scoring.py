@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 
@@ -17,7 +16,7 @@ from . import inputs
 from .errors import naming_widgets
 from .inputs import CATEGORY, PezClip
 from .live import show_text, showing_errors
-from .memory import LoadedClip
+from .memory import LoadedClip, cancellable
 from .values import Values
 
 
@@ -138,17 +137,16 @@ def _score(values: Values) -> list[_Scored]:
     prompts, images = values.texts("text"), values.pictures("images")
     if not prompts:
         raise ArgumentError("text", "is empty", "give a prompt to score")
-    with values["clip"].in_use() as model:
+    with values["clip"].in_use() as model, cancellable(model):
         similarities, feature = _similarities(model, prompts, images)
         words, pruned = [], []
         for prompt in prompts:
-            mm.throw_exception_if_processing_interrupted()
             words.append(contributions(model, prompt, feature))
             pruned.append(prune_towards(model, prompt, feature, values["max_loss"]))
     judged = [None] * len(prompts)
     judge: LoadedClip | None = values["judge"]
     if judge is not None:
-        with judge.in_use() as model:
+        with judge.in_use() as model, cancellable(model):
             judged, _ = _similarities(model, prompts, images)
     columns = zip(prompts, similarities, words, pruned, judged, strict=True)
     return [_Scored(*row) for row in columns]

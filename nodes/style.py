@@ -55,7 +55,7 @@ class ExtractStyle(Learner):
     @classmethod
     def learn(cls, live: Live, values: Values) -> list[Found]:
         check_style_template(values["style_template"])
-        images, options = values.pictures("images"), search_options(values)
+        images, options = values.pictures("images"), search_options(values, live)
 
         def run(clip: Any, options: SearchOptions) -> list[Found]:
             live.begin()

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..pez_core.errors import ArgumentError
+
+MOST_PHRASES = 10_000
+"""Phrases that a widget may hold."""
 CONTROL = "control_after_generate"
 """The widget that the page puts behind a seed."""
 
@@ -74,6 +78,21 @@ def lines(text: str) -> list[str]:
     return texts(text.splitlines())
 
 
-def phrases(text: str) -> list[str]:
-    """Phrases that are separated by commas or line ends."""
-    return texts(text.replace("\n", ",").split(","))
+def phrases(text: str, name: str) -> list[str]:
+    """Phrases that are separated by commas or line ends.
+
+    Args:
+        text: of a widget.
+        name: of the widget, for the error.
+
+    Raises:
+        ArgumentError: there are more than `MOST_PHRASES`; a workflow may hold megabytes.
+    """
+    found = texts(text.replace("\n", ",").split(","))
+    if len(found) > MOST_PHRASES:
+        raise ArgumentError(
+            name,
+            f"holds {len(found):,} phrases, more than {MOST_PHRASES:,}",
+            "shorten the list",
+        )
+    return found

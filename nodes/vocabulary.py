@@ -61,9 +61,9 @@ class MakeVocabulary(io.ComfyNode):
         **rules: Any,
     ) -> io.NodeOutput:
         """`rules`: further arguments of `Vocabulary`."""
-        words = [*phrases(only), *_listed(word_list)]
+        words = [*phrases(only, "only"), *_listed(word_list)]
         vocabulary = Vocabulary(
-            only=words or None, block=phrases(block), ascii_only=ascii_only, **rules
+            only=words or None, block=phrases(block, "block"), ascii_only=ascii_only, **rules
         )
         if block_unsafe:
             vocabulary &= Vocabulary(block=UNSAFE_WORDS, whole_words=False)

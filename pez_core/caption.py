@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, check_string
+from .readability import as_written as written_form
 from .vocabulary import Blocklist, count_words
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Caption:
         caption: text with `{}` where the learned words go.
         encoded: the caption for the text encoder, without tags and weights; None:
             the caption itself.
+        as_written: print the learned words with the spacing of written text, "a bird, in a tree",
+            where the tokenizer reads it as the same tokens.
 
     Attributes:
         before, after: token ids of the fixed text.
@@ -50,8 +53,15 @@ class Caption:
         ArgumentError: the fixed text would fuse with the learned words.
     """
 
-    def __init__(self, clip: AnyClip, caption: str = "{}", encoded: str | None = None) -> None:
-        self._words = clip.text.words
+    def __init__(
+        self,
+        clip: AnyClip,
+        caption: str = "{}",
+        encoded: str | None = None,
+        *,
+        as_written: bool = False,
+    ) -> None:
+        self._words, self._as_written = clip.text.words, as_written
         self._printed = caption.split("{}", 1)
         self._encoded = self._printed if encoded is None else encoded.split("{}", 1)
         before, after = self._encoded
@@ -99,22 +109,45 @@ class Caption:
 
     def print(self, learned: Sequence[int]) -> str:
         """The whole prompt for people, with tags and weights."""
-        return self._words.decode(learned).join(self._printed)
+        return self.learned(learned).join(self._printed)
 
     def text(self, learned: Sequence[int]) -> str:
         """The whole prompt for the text encoder, without tags and weights."""
-        return self._words.decode(learned).join(self._encoded)
+        return self.learned(learned).join(self._encoded)
+
+    def learned(self, learned: Sequence[int]) -> str:
+        """The learned words as they are printed."""
+        text = self._words.decode(learned)
+        if not self._as_written:
+            return text
+        plain = self._words.encode(text.join(self._encoded))
+        words = text.split()
+        printed = written_form(text)
+        if self._words.encode(printed.join(self._encoded)) == plain:
+            return printed
+        # two marks in a row are other tokens without the space between them
+        printed = ""
+        for k, word in enumerate(words):
+            closer = written_form(f"{printed} {word}") if printed else word
+            rest = " ".join(["", *words[k + 1 :]])
+            same = self._words.encode((closer + rest).join(self._encoded)) == plain
+            printed = closer if same else f"{printed} {word}"
+        return printed
 
     def round_trips(self, learned: Sequence[int]) -> bool:
         """Whether the printed prompt, encoded again, has exactly these tokens."""
         if not self.before and not self.after:
             return self._words.round_trips(learned)
         special = self._words.special_ids & set(learned)
-        return not special and self._words.encode(self.text(learned)) == self.ids(learned)
+        return not special and self._words.encode(self._plain(learned)) == self.ids(learned)
+
+    def _plain(self, learned: Sequence[int]) -> str:
+        """`text` with a space between any two words."""
+        return self._words.decode(learned).join(self._encoded)
 
     def blocked_word(self, learned: Sequence[int], blocked: Blocklist) -> str | None:
         """A blocked word that the learned part spells, or spells together with the fixed text."""
-        text = self.text(learned)
+        text = self._plain(learned)
         before, after = self._words_around
         found = blocked.find(text, before, count_words(text) - after)
         return found or blocked.find_mark(self._words.decode(learned))

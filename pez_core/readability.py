@@ -114,6 +114,8 @@ class LanguageModel:
     Attributes:
         start: id of the LM token that begins a document: `<|endoftext|>` where the tokenizer has
             it (the BOS of chat models begins a turn instead), else BOS, else EOS.
+        progress: called while a `table` is made, with the number of passes done and of all; what it
+            raises ends that. None: nobody asks.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, opening: str = "Image:") -> None:
@@ -127,6 +129,7 @@ class LanguageModel:
         stops = {i for ids in self._ids(["a.", "a\n"]) for i in ids[after : after + 1]}
         self._ends = sorted(stops | {i for i in [self.start, *special] if i is not None})
         self._table: WordTable | None = None
+        self.progress: Callable[[int, int], object] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -268,7 +271,10 @@ class LanguageModel:
                 same.setdefault(tuple(ids[:-1]), []).append(k)
         groups = list(same.values())
         rest = torch.zeros(len(words), device=self.device)
-        for number, logits in self._logits([[self.start, *ids] for ids in same]):
+        rows = [[self.start, *ids] for ids in same]
+        for done, (number, logits) in enumerate(self._logits(rows)):
+            if self.progress is not None:
+                self.progress(done, len(rows))
             log_p = logits[1:].log_softmax(-1)
             others = torch.tensor([pieces[k][1:] for k in groups[number]], device=self.device)
             rest[groups[number]] = log_p.gather(-1, others.T).sum(0)

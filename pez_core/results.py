@@ -91,6 +91,9 @@ class Report:
         step, steps: steps done, and how many there will be.
         elapsed: seconds since the call began.
         similarities: the score of the best prompt so far of each result (see `Result.history`).
+        part: steps done and all steps of the part of the search that runs, whose steps take about
+            the same time; and whether another part follows. Prompts are first descended, then
+            refined.
     """
 
     def __init__(
@@ -101,15 +104,20 @@ class Report:
         similarities: Sequence[float],
         decode: Callable[[int], str],
         explain: Callable[[int, str | None], list[WordContribution]],
+        part: tuple[int, int, bool] | None = None,
     ) -> None:
         self.step, self.steps, self.elapsed = step, steps, elapsed
         self.similarities = list(similarities)
         self._decode, self._explain = decode, explain
+        self.part = (step, steps, False) if part is None else part
 
     def within(self, turn: int, turns: int) -> Report:
         """This report as part of `turns` searches of equal length, of which it is number `turn`."""
         step, steps = self.step + turn * self.steps, turns * self.steps
-        return Report(step, steps, self.elapsed, self.similarities, self._decode, self._explain)
+        done, of, follows = self.part
+        part = done, of, follows or turn < turns - 1
+        explain = self._explain
+        return Report(step, steps, self.elapsed, self.similarities, self._decode, explain, part)
 
     @property
     def _best(self) -> int:

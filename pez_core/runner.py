@@ -196,7 +196,7 @@ def prepare(
             f"is made for {extra.prompts} prompts, but {len(targets)} are learned",
             "make it of the same images, with the same `shared`",
         )
-    frame = Caption(clip, caption, encoded)
+    frame = Caption(clip, caption, encoded, as_written=options.readability > 0)
     frame.check_room(prompt_len, clip.text.max_prompt_len)
     lexicon = _lexicon(clip, options)
     blocked = Blocklist(lexicon.blocked if lexicon else ())
@@ -659,7 +659,17 @@ class BestSoFar:
                 problem.caption.text(chosen[k]) if prompt is None else prompt,
                 problem.targets[k].towards,
             ),
+            part=self._part(span, progress, before, step, steps),
         )
+
+    def _part(
+        self, span: slice, progress: Progress, before: int, step: int, steps: int
+    ) -> tuple[int, int, bool]:
+        """`Report.part`."""
+        if self._time_limit is not None:  # all parts end with the time
+            return step, steps, False
+        refined_later = not before and self._problem.work.swaps > 0
+        return progress.step, progress.steps, refined_later or span != self.spans[-1]
 
 
 # 4. Verify.
@@ -728,7 +738,7 @@ def _ranked(
             prompt=caption.print(row),
             similarity=similarity[n],
             token_ids=caption.reread(row) if problem.options.published else caption.ids(row),
-            learned=clip.text.words.decode(row),
+            learned=caption.learned(row),
             similarities=products[n][towards].tolist(),
             avoided=products[n][target.avoid].tolist(),
             encoders={name: values[n] for name, values in by_encoder.items()},

@@ -35,6 +35,8 @@ class Blocklist:
         self._marks = [entry for entry in entries if not _words(entry)]
         spelled = {"".join(_words(entry)): entry for entry in entries}
         self._begins = {word: e for word, e in spelled.items() if word and e[-1] == "*"}
+        # a word is looked up once per length, however many entries there are
+        self._lengths = sorted({len(word) for word in self._begins})
         self._whole = {w: e for w, e in spelled.items() if w and w not in self._begins}
         self._longest = max(map(len, spelled), default=0)
 
@@ -57,9 +59,11 @@ class Blocklist:
                 if end >= first:
                     if joined in self._whole:
                         return self._whole[joined]
-                    for beginning, entry in self._begins.items():
-                        if joined.startswith(beginning):
-                            return entry
+                    for length in self._lengths:
+                        if length > len(joined):
+                            break
+                        if joined[:length] in self._begins:
+                            return self._begins[joined[:length]]
                 if len(joined) >= self._longest:
                     break
         return None
@@ -235,6 +239,8 @@ class Vocabulary:
         """
         try:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except RecursionError as error:
+            raise ArgumentError("path", f"{path} is nested too deeply") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError("path", f"{path} is not a saved vocabulary ({error})") from error
 

@@ -647,6 +647,15 @@ class Ended(BaseException):
     """What a person's cancel is in some programs."""
 
 
+def test_a_file_that_cannot_be_read_is_named_in_the_log(tmp_path, caplog):
+    broken, tower = tmp_path / "broken.safetensors", tmp_path / "tower.safetensors"
+    broken.write_bytes(b"\x05\0\0\0\0\0\0\0{not}")
+    save_file({"visual.proj": torch.zeros(2, 3)}, tower)
+    assert files.find_clip(broken) is None and files.find_clip(tower) is None
+    (record,) = caplog.records
+    assert str(broken) in record.getMessage()
+
+
 def test_weights_are_fetched_to_a_place_and_resumed(hub, tmp_path):
     """A download that is ended midway goes on where it was, and appears only when it is whole."""
     path, reports = tmp_path / "ViT-H-14.safetensors", []

@@ -36,6 +36,12 @@ def test_the_root_imports_without_comfyui():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_oldest_comfyui_is_the_same_for_the_registry_and_for_the_pack():
+    text = (ROOT / "__init__.py").read_text()
+    (oldest,) = re.findall(r'^OLDEST_COMFYUI = "(.*)"', text, re.M)
+    assert PYPROJECT["tool"]["comfy"]["requires-comfyui"] == f">={oldest}"
+
+
 def test_the_core_needs_neither_comfyui_nor_diffusers_nor_transformers():
     code = (
         "import sys; sys.modules |= dict.fromkeys(['comfy', 'diffusers', 'transformers']); "

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from pez_core.caption import Caption
 from pez_core.errors import ArgumentError
 from pez_core.readability import (
     LanguageModel,
@@ -254,6 +255,31 @@ def test_clip_reads_the_same_in_what_is_written(emoji_clip):
         ids = words.encode(text)
         assert words.decode(ids) != text and as_written(words.decode(ids)) == text
         assert words.encode(as_written(words.decode(ids))) == ids
+
+
+@pytest.mark.parametrize("caption", ["{}", "a photo of {}", "{}, oil painting", "it {} s"])
+def test_readable_prompts_are_printed_as_written_where_the_tokens_stay(emoji_clip, caption):
+    encode = emoji_clip.text.words.encode
+    written = Caption(emoji_clip, caption, as_written=True)
+    plain = Caption(emoji_clip, caption)
+    marks = [encode(mark)[0] for mark in [",", ".", "!", "-", "(", ")", "#", "'s", "&", "2"]]
+    generator = torch.Generator().manual_seed(0)
+    closer = 0
+    for _ in range(200):
+        words = emoji_clip.vocabulary[
+            torch.randint(len(emoji_clip.vocabulary), (6,), generator=generator)
+        ]
+        row = [i if k % 2 else marks[k * i % len(marks)] for k, i in enumerate(words.tolist())]
+        if torch.rand(1, generator=generator) < 0.5:
+            row.reverse()
+        printed = written.print(row)
+        assert encode(printed) == encode(plain.print(row))
+        assert written.round_trips(row) == plain.round_trips(row)
+        closer += len(printed) < len(plain.print(row))
+    assert closer > 150
+    row = encode("a bird , in a tree ( close - up ) !")
+    assert written.learned(row) == "a bird, in a tree (close-up)!"
+    assert plain.learned(row) == "a bird , in a tree ( close - up ) !"
 
 
 @pytest.mark.parametrize(

@@ -464,3 +464,16 @@ def test_an_extra_loss_for_another_number_of_prompts(tiny_clip, picture):
 def test_the_module_of_a_task_is_hidden_by_its_function():
     """`pez_core.tasks.invert` is the function; its module is found in `sys.modules`."""
     assert sys.modules["pez_core.tasks.invert"].invert is invert
+
+
+def test_a_report_has_the_steps_of_the_part_that_runs(tiny_clip):
+    options = all_words(
+        effort="fast", steps=3, swaps=4, prompt_len=2, restarts=2, batch_size=1, seed=0
+    )
+    parts = []
+    invert(tiny_clip, torch.rand(16, 16, 3), options, callback=lambda r: parts.append(r.part))
+    # two turns, since one search runs at a time
+    descent = [(k, 3, True) for k in (1, 2, 3)]
+    assert parts[:3] == descent and parts[-7:-4] == descent
+    assert {part[1:] for part in parts[3:-7]} == {(4, True)}
+    assert {part[1:] for part in parts[-4:]} == {(4, False)} and parts[-1][0] == 4

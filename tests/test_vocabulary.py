@@ -1,6 +1,7 @@
 """Rules for the words of a prompt."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,28 @@ from pez_core.vocabulary import Blocklist
 )
 def test_blocked_words_are_found_however_they_are_spelled(text, found):
     assert Blocklist(["nude", "hot dog", "decapit*", "  ", "!?"]).find(text) == found
+
+
+def test_the_time_of_a_lookup_does_not_grow_with_the_list():
+    def lines(blocked: Blocklist) -> int:
+        """Lines of Python that are run to look up a text."""
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            assert blocked.find("a green bird sings in the old tree") is None
+        finally:
+            sys.settrace(None)
+        return count
+
+    few, many = (Blocklist([f"w{k:05}*" for k in range(n)]) for n in (10, 20_000))
+    assert lines(many) == lines(few)
+    assert many.find("the w19999s") == "w19999*"
 
 
 def test_only_what_the_given_words_help_to_spell_counts():

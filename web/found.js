@@ -10,10 +10,15 @@
  * @property {[number, number]} fixed numbers of words before and behind the learned ones
  */
 
+// what the page shows of them; a workflow may hold megabytes
+const MOST_FOUND = 1000;
+const MOST_PAIRS = 1000;
+const LONGEST_PROMPT = 20_000;
+
 const isPair = (type) => (value) =>
   Array.isArray(value) && typeof value[0] === type && Number.isFinite(value[1]);
 
-const pairs = (value, type) => (Array.isArray(value) ? value.filter(isPair(type)) : []);
+const pairs = (value, type) => (Array.isArray(value) ? value.slice(0, MOST_PAIRS).filter(isPair(type)) : []);
 
 const counts = (value) =>
   Array.isArray(value) && value.length === 2 && value.every(Number.isInteger) ? value : [0, 0];
@@ -26,9 +31,10 @@ const counts = (value) =>
 export function readFound(values) {
   if (!Array.isArray(values)) return [];
   return values
+    .slice(0, MOST_FOUND)
     .filter((value) => typeof value?.prompt === "string")
     .map((value) => ({
-      prompt: value.prompt,
+      prompt: value.prompt.slice(0, LONGEST_PROMPT),
       similarity: Number.isFinite(value.similarity) ? value.similarity : null,
       words: pairs(value.words, "string"),
       curve: pairs(value.curve, "number"),

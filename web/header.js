@@ -43,7 +43,8 @@ function statusOf(view) {
   if (view.state === "idle") return "";
   if (view.keep && !isRunning(view)) return [text("kept"), several].filter(Boolean).join(" · ");
   const state = stateOf(view);
-  const said = text(state, { step: view.step, steps: view.steps });
+  const named = state === "starting" && view.phase ? view.phase : state;
+  const said = text(named, { step: view.step, steps: view.steps });
   return isRunning(view) || !several ? said : `${said} · ${several}`;
 }
 
@@ -53,10 +54,11 @@ function stateOf(view) {
 }
 
 function leftOf(view) {
-  if (view.state !== "running" || view.secondsLeft === null) return "";
+  const takesTime = view.state === "running" || (view.state === "starting" && view.phase);
+  if (!takesTime || view.secondsLeft === null) return "";
   const seconds = Math.ceil(view.secondsLeft);
   const time = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
-  return text("left", { time });
+  return text(view.moreFollows ? "leftOfPart" : "left", { time });
 }
 
 function mean(values) {

@@ -2,6 +2,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { bringDrawings } from "./drawings.js";
 import { earlierFinds } from "./finds.js";
+import { followConsent } from "./consent.js";
 import { changedInputs } from "./fresh.js";
 import { allNodes, findNode } from "./graph.js";
 import { NodeView, remount, viewOf } from "./node.js";
@@ -46,6 +47,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (NODES.has(node.comfyClass)) new NodeView(node);
+    if (node.comfyClass === "PEZ_LoadCLIP") followConsent(node);
     if (node.comfyClass?.startsWith("PEZ_")) foldAdvanced(node);
   },
 

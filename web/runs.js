@@ -12,6 +12,8 @@ import { rootGraph } from "./graph.js";
  * @property {number} step
  * @property {number} steps
  * @property {number | null} secondsLeft
+ * @property {boolean} moreFollows that is the time of a part, behind which another one comes
+ * @property {string | null} phase what takes the time before the first step
  * @property {import("./found.js").Found[]} items
  * @property {string} message of an error, "" without one
  * @property {string[]} changed inputs that changed since the prompts were kept
@@ -20,6 +22,7 @@ import { rootGraph } from "./graph.js";
  * @property {number} heard when the server last spoke of it
  */
 
+const PHASES = new Set(["loadingWords", "reading"]);
 const RUNNING = new Set(["starting", "running", "finishing"]);
 const SILENCE = 4000; // milliseconds after which the server is asked; a large CLIP loads longer
 const MOST_RUNS = 200;
@@ -104,6 +107,8 @@ function fromEvent(event) {
     step: event.step ?? 0,
     steps: event.steps ?? 0,
     secondsLeft: event.seconds_left ?? null,
+    moreFollows: event.more_follows === true,
+    phase: PHASES.has(event.phase) ? event.phase : null,
     items: readFound(event.items),
     message: typeof event.message === "string" ? event.message : "",
     changed: [],

@@ -90,7 +90,8 @@ export function createWords(onToggle) {
  */
 function weighed({ prompt, words, fixed }) {
   const left = [...words];
-  const strongest = Math.max(...words.map(([, value]) => Math.abs(value)), 1e-9);
+  // one by one: a call cannot take as many arguments as a stranger's workflow has words
+  const strongest = words.reduce((most, [, value]) => Math.max(most, Math.abs(value)), 1e-9);
   const all = prompt.split(/\s+/).filter(Boolean);
   const syntax = syntaxOf(all);
   return all.map((word, k) => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import struct
@@ -16,6 +17,10 @@ import torch
 from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors.torch import load_file
+
+from .device import first_line
+
+log = logging.getLogger(__name__)
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 # Errors of a file with a damaged header.
@@ -78,6 +83,10 @@ def find_clip(path: Path) -> FoundClip | None:
     """
     try:
         shapes = _shapes(path)
+    except _MALFORMED as error:
+        log.warning("%s is passed over: it cannot be read (%s).", path, first_line(error))
+        return None
+    try:
         transformers = "text_model.embeddings.token_embedding.weight" in shapes
         if transformers:
             shapes = {_rename(key): shape for key, shape in shapes.items()}

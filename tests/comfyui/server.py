@@ -187,6 +187,11 @@ class Client:
     def post(self, path: str, json: Any = None) -> requests.Response:
         return self._http.post(self._url + path, json=json, timeout=HANGS)
 
+    def post_text(self, path: str, text: str, kind: str = "application/json") -> requests.Response:
+        """Post a body of any text and type."""
+        headers = {"Content-Type": kind}
+        return self._http.post(self._url + path, text, headers=headers, timeout=60)
+
     def upload(self, path: Path) -> str:
         """Put an image into the input folder; returns its name there."""
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
@@ -735,6 +735,43 @@ def test_scores_are_shown(editor: Editor, snap):
     assert words(editor) == text.split()
     assert not editor.live().locator("button.pez-word").count()
     snap("score")
+
+
+def test_only_a_person_agrees_to_a_download(editor: Editor):
+    agreed = []
+
+    def answer(route: Route) -> None:
+        agreed.append(route.request.post_data_json["model"])
+        route.fulfill(json={})
+
+    editor.page.route("**/pez/agree", answer)  # the server must not remember it
+    shared = workflow()
+    (loader,) = [one for one in shared["nodes"] if str(one["id"]) == CLIP]
+    loader["widgets_values"] = ["SD 1.5 (ViT-L/14)", True]
+    try:
+        editor.load(shared)
+        assert editor.widget(CLIP, "download") is True
+        editor.set_widget(CLIP, "model", "SDXL (L + bigG)")
+        editor.set_widget(CLIP, "download", False)
+        assert agreed == []
+        with editor.page.expect_response("**/pez/agree"):
+            editor.set_widget(CLIP, "download", True)
+        with editor.page.expect_response("**/pez/agree"):
+            editor.set_widget(CLIP, "model", "SD 2.x (ViT-H/14)")
+    finally:
+        editor.page.unroute("**/pez/agree")
+    assert agreed == ["SDXL (L + bigG)", "SD 2.x (ViT-H/14)"]
+
+
+def test_a_kept_prompt_of_a_megabyte_opens(editor: Editor):
+    many = json.loads(kept_text("a red dog"))
+    many["items"][0]["words"] = [[f"w{k}", 0.1] for k in range(130_000)]
+    editor.load(workflow(kept=json.dumps(many), keep=True))
+    expect(editor.live().locator(".pez-status")).to_have_text("Kept")
+    assert words(editor) == ["a", "red", "dog"]
+    rows = json.loads(kept_text(*["dog"] * 5000))
+    editor.load(workflow(kept=json.dumps(rows), keep=True))
+    expect(editor.live().locator(".pez-row")).to_have_count(1000)
 
 
 def test_rarely_used_inputs_are_folded_away(editor: Editor):

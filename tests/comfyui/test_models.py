@@ -110,7 +110,7 @@ def test_a_preset_is_downloaded_only_when_asked(
     folder = tmp_path / "models"
     folder.mkdir()
     try:
-        refused, reports, files, name = inside(
+        refused, unasked, asked_nothing, reports, files, name = inside(
             f"""
 import folder_paths, open_clip
 folder_paths.models_dir = {str(folder)!r}
@@ -126,17 +126,48 @@ except ValueError as error:
     refused = str(error)
 reports = []
 progress = lambda done, total: reports.append([done, total])
+from pez_pack.nodes import consent
+try:
+    models.load("small", True, progress, device="cpu")
+except ValueError as error:
+    unasked = str(error)
+asked_nothing = not reports
+consent.agree("small")
 models.load("small", True, progress, device="cpu")
 count = len(reports)
 clip = models.load("small", False, progress, device="cpu")
 assert len(reports) == count
 import os
-answer([refused, reports[-1], os.listdir({str(folder / "pez")!r}), clip.name])
+listed = sorted(os.listdir({str(folder / "pez")!r}))
+answer([refused, unasked, asked_nothing, reports[-1], listed, clip.name])
 """
         )
     finally:
         server.shutdown()
     assert "Turn on `download`" in refused and "ViT-S-32-alt.a_tag.safetensors" in refused
     assert reports == [len(Hub.content)] * 2 and Hub.breaks == 0
-    assert files == ["ViT-S-32-alt.a_tag.safetensors"] and name == "ViT-S-32-alt.a_tag"
+    assert "by hand" in unasked and asked_nothing
+    assert (
+        files == ["ViT-S-32-alt.a_tag.safetensors", "downloads.json"]
+        and name == "ViT-S-32-alt.a_tag"
+    )
     assert os.path.getsize(folder / "pez" / files[0]) == len(Hub.content)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_download(tmp_path: Path):
+    (tmp_path / "models").write_text("a file where a folder has to be")
+    message = inside(
+        f"""
+import folder_paths
+folder_paths.models_dir = {str(tmp_path / "models")!r}
+from pez_pack.nodes import consent, models
+models.register_folder()
+models.consent.agreed = lambda model: True
+models.fetch_weights = lambda *_, **__: answer("fetched")
+try:
+    models.load("SD 1.5 (ViT-L/14)", True, device="cpu")
+except ValueError as error:
+    answer(str(error))
+"""
+    )
+    assert str(tmp_path / "models/pez") in message and "may not write" in message

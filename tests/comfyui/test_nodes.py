@@ -321,13 +321,53 @@ def test_what_the_page_asks_may_be_nonsense(client: Client):
     chain = {str(k): {"class_type": "X", "inputs": {"x": [str(k + 1), 0]}} for k in range(3000)}
     chain["pez"] = {"class_type": "PEZ_ImageToPrompt", "inputs": {"images": ["0", 0]}}
     chain["pez"]["inputs"]["kept"] = ITEM % "0.5"
-    assert client.post("/pez/changed", {"prompt": chain}).json() == {"pez": []}
+    assert client.post("/pez/changed", {"prompt": chain}).json() == {"pez": ["images"]}
     for body in ([], {"prompt": 1}):
         assert client.post("/pez/changed", body).status_code == 400
     assert client.post("/pez/finish", []).status_code == 400
     nonsense = {"a": 1, "b": {"class_type": "PEZ_X", "inputs": 3}, "c": {"class_type": 2}}
     assert client.post("/pez/changed", {"prompt": nonsense}).json() == {}
     assert client.post("/pez/changed", {"prompt": one_image()}).json() == {}
+
+
+@pytest.mark.parametrize("route", ["live", "finish", "agree", "changed"])
+def test_a_body_that_is_too_deep_is_a_bad_request(client: Client, route: str):
+    deep = "[" * 100_000 + "]" * 100_000
+    assert client.post_text(f"/pez/{route}", deep).status_code == 400
+
+
+def test_lists_of_words_have_a_limit(client: Client):
+    many = ",".join(f"w{k}*" for k in range(20_000))
+    run = client.run(one_image(block=many) | {"out": shown("pez")})
+    assert "`block` holds 20,000 phrases, more than 10,000" in run.error["exception_message"]
+
+
+def test_cancel_ends_the_score_of_a_long_text(client: Client):
+    text = " ".join(f"word{k}" for k in range(2000))
+    score = pez("PEZ_ScorePrompt", images=["fish", 0], text=text)
+    queued = client.queue(SOURCES | {"pez": score})
+    client.until(queued, lambda kind, data: kind == "executing" and data["node"] == "pez")
+    client.interrupt()
+    assert client.wait(queued).status == "interrupted"
+
+
+@pytest.mark.parametrize("model", [5, {}, ["x"], True])
+def test_a_model_that_is_no_name_is_refused(client: Client, model):
+    message = client.run(one_image() | {"clip": load(model)}).error["exception_message"]
+    assert "`model` is" in message and "not on this disk" in message
+
+
+def test_a_workflow_cannot_start_a_download_by_itself(client: Client):
+    shared = one_image() | {"clip": load("SD 1.5 (ViT-L/14)")}
+    shared["clip"]["inputs"]["download"] = True
+    message = client.run(shared).error["exception_message"]
+    assert "switch `download` off and on again by hand" in message and "1.71 GB" in message
+    # what pages of other sites can post, and what no person can have meant
+    agreed = '{"model": "SD 1.5 (ViT-L/14)"}'
+    assert client.post_text("/pez/agree", agreed, "text/plain").status_code == 415
+    for model in (None, ["SD 1.5 (ViT-L/14)"], "../x", BUNDLED):
+        assert client.post("/pez/agree", {"model": model}).status_code == 400
+    assert "by hand" in client.run(shared).error["exception_message"]
 
 
 def test_blocked_words_and_syntax_stay_out(client: Client):
