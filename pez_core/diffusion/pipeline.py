@@ -34,6 +34,7 @@ from ..tasks.style import STYLE_TEMPLATE, StyleResult
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
+from .image_models import bundled_model, check_pipeline, default_settings
 from .inputs import (
     check_keywords,
     check_options,
@@ -151,7 +152,7 @@ class PezPipeline(DiffusionPipeline):
     def __init__(self, clip: PezClipModel, pipeline: DiffusionPipeline | None = None) -> None:
         super().__init__()
         if pipeline is not None:
-            _check_pipeline(pipeline)
+            check_pipeline(pipeline)
         self.register_modules(clip=_component(clip), pipeline=pipeline)
         self._call_lock = _CallLock()
         self._start()
@@ -172,12 +173,14 @@ class PezPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder or a repository of the Hub.
+                A folder or a repository of the Hub; or `"emoji-diffusion"`, the small image model
+                that comes with this package and brings its CLIP along.
             clip ([`PezClipModel`], `pez_core.AnyClip`, `str` or `list[str]`, *optional*):
-                Needed for a text-to-image pipeline. `pez_core.load_clip` loads a name: for Stable
-                Diffusion 1.x `"ViT-L-14:openai"`, for 2.x `"ViT-H-14:laion2b_s32b_b79k"`, for XL
-                both `"ViT-L-14:openai"` and `"ViT-bigG-14:laion2b_s39b_b160k"` in a list. The CLIP
-                then gets the device and dtype of the pipeline.
+                Needed for all other text-to-image pipelines. `pez_core.load_clip` loads a name:
+                for Stable Diffusion 1.x `"ViT-L-14:openai"`, for 2.x
+                `"ViT-H-14:laion2b_s32b_b79k"`, for XL both `"ViT-L-14:openai"` and
+                `"ViT-bigG-14:laion2b_s39b_b160k"` in a list. The CLIP then gets the device and
+                dtype of the pipeline.
             clip_pretrained (`str`, *optional*):
                 Tag or file of the weights, where `clip` lacks it.
             download (`bool`, *optional*):
@@ -186,6 +189,10 @@ class PezPipeline(DiffusionPipeline):
             kwargs:
                 Passed to [`DiffusionPipeline.from_pretrained`].
         """
+        model = bundled_model("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        if model is not None:
+            pretrained_model_name_or_path = model.folder
+            clip = model.clip if clip is None else clip
         files = {name: kwargs[name] for name in _FILES if name in kwargs}
         index: Any = cls.load_config(pretrained_model_name_or_path, **files)
         if download is None:
@@ -277,7 +284,7 @@ class PezPipeline(DiffusionPipeline):
         if clip is None:
             raise ArgumentError("clip", "has to be given, such as 'ViT-L-14:openai'")
         if pipeline is not None:
-            _check_pipeline(pipeline)
+            check_pipeline(pipeline)
         by_name = isinstance(clip, (str, list, tuple))
         pez = cls(_component(clip, clip_pretrained, download))
         if by_name and pipeline is not None:
@@ -532,8 +539,7 @@ class PezPipeline(DiffusionPipeline):
         settings = dict(image_kwargs)
         if isinstance(settings.get("generator"), list):  # an interrupted search has fewer prompts
             settings["generator"] = settings["generator"][: len(prompts) * each]
-        if getattr(self.pipeline, "unet", None) is not None:  # the paper's, for Stable Diffusion
-            settings = {"num_inference_steps": 25, "guidance_scale": 9.0} | settings
+        settings = default_settings(self.pipeline) | settings
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
         settings = {name: value for name, value in settings.items() if name in accepted}
         if "num_images_per_prompt" not in accepted:
@@ -608,8 +614,8 @@ class PezPipeline(DiffusionPipeline):
                 Denoising steps. For pipelines with a UNet (Stable Diffusion 1.x, 2.x and XL) the
                 default is 25, as in the paper; others have their own.
             guidance_scale (`float`, *optional*):
-                For pipelines with a UNet the default is 9.0, as in the paper; others have their
-                own.
+                For pipelines with a UNet the default is 9.0, as in the paper (4.0 for
+                `"emoji-diffusion"`); others have their own.
             num_images_per_prompt (`int`, *optional*, defaults to 4):
                 Images to make of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -715,9 +721,8 @@ class PezPipeline(DiffusionPipeline):
         prompts = self.prompts if prompts is None else prompts
         if not prompts and not isinstance(prompts, str):
             raise ArgumentError("prompts", "has to be given, since no prompt was learned yet")
-        if getattr(self.pipeline, "unet", None) is None:
-            # the paper's settings are those of Stable Diffusion
-            kwargs = {"num_inference_steps": None, "guidance_scale": None} | kwargs
+        unset = {"num_inference_steps": None, "guidance_scale": None}
+        kwargs = unset | default_settings(self.pipeline) | kwargs
         with named(images="image"):
             return evaluate(self.pipeline, prompts, image, judge, searched=self.clip, **kwargs)
 
@@ -742,21 +747,6 @@ def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:
     dtype = pipeline.dtype if encoder is None else encoder.dtype
     # of Module, since that of diffusers warns about modules to keep in float32 where there are none
     nn.Module.to(clip, "cpu" if waits else pipeline._execution_device, dtype)
-
-
-def _check_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Raise unless the pipeline makes images from prompts alone."""
-    kind = type(pipeline).__name__
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise ArgumentTypeError("pipeline", f"has to be a loaded DiffusionPipeline but is {kind}")
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    if "prompt" not in accepted or "image" in accepted:
-        raise ArgumentError(
-            "pipeline",
-            f"has to be a text-to-image pipeline but is {kind}",
-            "give a pipeline that needs an image of its own the prompts of a prior: "
-            "t2i(**PezPipeline(clip=clip)(image=target), image=start)",
-        )
 
 
 def _check_known(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
