@@ -80,7 +80,7 @@ def _paste(picture: Image.Image, image: Image.Image, place: tuple[int, int], sid
     x = place[0] + (side - size[0]) // 2
     y = place[1] + (side - size[1]) // 2
     picture.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (x, y))
-    frame = (x - 1, y - 1, x + size[0], y + size[1])
+    frame = (x, y, x + size[0] - 1, y + size[1] - 1)
     ImageDraw.Draw(picture).rectangle(frame, outline=_FRAME)
 
 
