@@ -45,11 +45,13 @@ from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, invert, load_
 from pez_core import baselines as rivals
 from pez_core.clip.images import load_image
 from pez_core.diffusion import load_pipeline
+from pez_core.diffusion.choice import choose_by_image
 from pez_core.diffusion.image_models import default_settings, draw
 from pez_core.objectives import Similarity
 
 CAPTIONS = HERE / "data/unseen_captions.jsonl"
 ANOTHER = "ours (balanced)"  # whose prompts of other drawings are the lower bound
+OTHER_NOISE = 2**40  # added to the seeds of images that a prompt is chosen by
 LEARNED = 4  # tokens behind a true caption
 # tuned by quality.py for what is printed; a soft prompt that is fed as it is needs a lower one
 RATES = {"AutoPrompt SGD": 1.0, "FluentPrompt": 1.0}
@@ -148,6 +150,25 @@ def by_caption_and_words(setup: Setup, places: list[int], seed: int) -> list[Mad
     return made
 
 
+def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> list[Made]:
+    """The restart whose images, by other noise, are most similar by the CLIP of the search."""
+    bench, made = setup.bench, []
+    for place in places:
+        image = bench.images[place].image
+        options = SearchOptions(
+            prompt_len=bench.lengths[0],
+            restarts=restarts,
+            seed=seed * 100_003 + place,
+            block_unsafe=False,
+        )
+        found = invert(bench.clip, image, options)
+        noise = [OTHER_NOISE + k for k in setup.noise(place, seed)]
+        settings = default_settings(setup.pipeline)
+        (best,) = choose_by_image(setup.pipeline, bench.clip, found, [[image]], noise, settings)
+        made.append(Made(best.prompt))
+    return made
+
+
 def by_soft_prompt(setup: Setup, places: list[int], seed: int) -> list[Made]:
     """Continuous embeddings, which the text encoder reads in place of those of tokens."""
     clip, length = setup.bench.clip, setup.bench.lengths[0]
@@ -211,15 +232,19 @@ def hidden_states(pipeline: Any, embeddings: torch.Tensor) -> torch.Tensor:
         hook.remove()
 
 
+LENGTHS = (4, 8, 32)
+CANDIDATES = (4, 16)
 OWN = {
     "readability 0.5": Method(
         partial(ours, effort="balanced", readability=0.5), budgeted=False, at_once=1
     ),
-    "ours (balanced), 4 restarts": Method(
-        partial(ours, effort="balanced", restarts=4), budgeted=False
-    ),
+    **{
+        f"ours (balanced), {n} restarts": Method(
+            partial(ours, effort="balanced", restarts=n), budgeted=False
+        )
+        for n in CANDIDATES
+    },
 }
-LENGTHS = (4, 8, 32)
 
 METHODS: dict[str, Maker] = {
     **{
@@ -242,6 +267,10 @@ METHODS: dict[str, Maker] = {
     **{
         f"ours (balanced), {n} tokens": partial(by_finder, name="ours (balanced)", length=n)
         for n in LENGTHS
+    },
+    **{
+        f"ours (balanced), {n} restarts by image": partial(by_candidates, restarts=n)
+        for n in CANDIDATES
     },
     "soft prompt": by_soft_prompt,
     "true name": by_name,

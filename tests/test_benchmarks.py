@@ -315,6 +315,7 @@ PICTURED = [
     "PEZ as published",
     "AutoPrompt SGD",
     "GCG",
+    "ours (balanced), 4 restarts by image",
     "soft prompt",
     "true name",
     "true caption",

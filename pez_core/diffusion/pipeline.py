@@ -31,6 +31,7 @@ from ..priors import needed_language_model
 from ..results import Report, Result
 from ..runner import with_share_of_time
 from ..tasks.style import STYLE_TEMPLATE, StyleResult
+from .choice import choose_by_image
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
@@ -54,9 +55,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PezCallback = Callable[["PezPipeline", int, Report], Any]
 
+CHOICES = ("prompt", "image")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # arguments of `from_pretrained` that `load_config` takes too
 _FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# arguments of the image pipeline that concern the images of the output alone
+_OF_THE_OUTPUT = (
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
 # arguments of `__call__` for the image pipeline
 _IMAGE_KWARGS = (
     "height",
@@ -413,6 +424,32 @@ class PezPipeline(DiffusionPipeline):
                 "give options=SearchOptions(effort='paper', steps=200), or swaps=0 in it",
             )
 
+    def check_choice(
+        self,
+        choose_by: str,
+        task: str,
+        options: SearchOptions,
+        task_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """Raise where there are no images, or no candidates, to choose by or among."""
+        check_choice("choose_by", choose_by, CHOICES)
+        if choose_by == "prompt":
+            return
+        negative = (task_kwargs or {}).get("negative_prompt", False)
+        if self.pipeline is None or task != "invert" or negative:
+            raise ArgumentError(
+                "choose_by",
+                "is 'image', which needs an image pipeline, the task 'invert' and no "
+                "`negative_prompt`",
+                "leave it out",
+            )
+        if options.restarts < 2:
+            raise ArgumentError(
+                "choose_by",
+                "is 'image', but `restarts` is 1, so that there is one candidate",
+                "give options=SearchOptions(restarts=4)",
+            )
+
     def check_image_inputs(self, prompts: int, image_kwargs: Mapping[str, Any]) -> None:
         """Raise where arguments of the image pipeline are wrong, before a long search.
 
@@ -533,6 +570,36 @@ class PezPipeline(DiffusionPipeline):
         self._prompts += [result.prompt for result in found]
         self._report = None
 
+    def choose_candidates(
+        self,
+        images: Sequence[Image.Image],
+        shared: bool,
+        seeds: Sequence[int],
+        image_kwargs: Mapping[str, Any],
+    ) -> list[Result]:
+        """The results with the candidates whose images are most similar to the targets.
+
+        Args:
+            images: the targets.
+            shared: all of them are the targets of one prompt.
+            seeds: of the search. The noise has the first of them and the numbers behind it.
+            image_kwargs: arguments of the image pipeline.
+        """
+        settings = {k: v for k, v in image_kwargs.items() if k not in _OF_THE_OUTPUT}
+        each = image_kwargs["num_images_per_prompt"]
+        targets = [list(images)] if shared else [[image] for image in images]
+        self._results = choose_by_image(
+            self.pipeline,
+            self.clip,
+            self._results,
+            targets[: len(self._results)],
+            [(seeds[0] + k) % 2**63 for k in range(each)],
+            settings,
+            lambda: self._interrupt,
+        )
+        self._prompts = [result.prompt for result in self._results]
+        return self._results
+
     def make_images(self, image_kwargs: Mapping[str, Any]) -> tuple[Any, list[bool] | None]:
         """Images of `prompts`, and the flags of the safety checker where there is one."""
         prompts, each = self._prompts, image_kwargs["num_images_per_prompt"]
@@ -573,6 +640,7 @@ class PezPipeline(DiffusionPipeline):
         return_dict: bool = True,
         denoising_weight: float = 0.0,
         denoising_kwargs: dict[str, Any] | None = None,
+        choose_by: str = "prompt",
         pez_callback_on_step_end: PezCallback | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -638,6 +706,13 @@ class PezPipeline(DiffusionPipeline):
                 as `extra_loss`.
             denoising_kwargs (`dict`, *optional*):
                 Further arguments of [`DenoisingLoss`].
+            choose_by (`str`, *optional*, defaults to `"prompt"`):
+                How to choose among the candidates of several `restarts`. `"prompt"`: by the
+                similarity of the prompt with the target. `"image"`: makes `num_images_per_prompt`
+                images of each candidate and takes the one whose images are most similar to the
+                target, by the image tower of `clip`; for the task `"invert"`. This takes
+                `restarts` times as long as the images of one prompt, and the images of the output
+                come on top.
             pez_callback_on_step_end (`Callable`, *optional*):
                 Called as `pez_callback_on_step_end(pipe, step, report)` after each step of the
                 search on the CPU, and every 25 steps elsewhere, with a `pez_core.Report`. Return
@@ -669,6 +744,7 @@ class PezPipeline(DiffusionPipeline):
         )
         image_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
         image_kwargs |= kwargs
+        self.check_choice(choose_by, task, options, task_kwargs)
         count = count_prompts(task, images, prompt, task_kwargs)
         self.check_image_inputs(count, image_kwargs)
 
@@ -686,6 +762,9 @@ class PezPipeline(DiffusionPipeline):
         similarities *= len(self._prompts) // len(results)  # a style may have several subjects
         for hook in getattr(self, "_all_hooks", []):
             hook.offload()
+        if choose_by == "image":
+            results = self.choose_candidates(images, is_shared(task_kwargs), seeds, image_kwargs)
+            similarities = [result.similarity for result in results]
         if self.pipeline is None:
             output = PezPriorOutput(self._prompts, similarities, results)
             return output if return_dict else output.to_tuple()
