@@ -17,17 +17,15 @@ FISH, GLASSES = (ROOT / "examples" / f"noto-{name}.png" for name in ("fish", "gl
 
 
 class Album(DiffusionPipeline):
-    """Makes the example at the place that a prompt has in `order`."""
+    """Makes the image that belongs to a prompt; takes no number of images."""
 
-    def __init__(self, order=()):
+    def __init__(self, images):
         super().__init__()
-        self.calls, self.order = [], list(order)
+        self.calls, self.images = [], images
 
-    def __call__(self, prompt: list[str], callback_on_step_end=None, **kwargs):
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        self.calls.append((prompt, kwargs))
-        return ([load_image(self.order[text]) for text in prompt],)
+    def __call__(self, prompt: list[str]):
+        self.calls.append(prompt)
+        return ([load_image(self.images[text]) for text in prompt],)
 
 
 def candidates_of(emoji_clip, image=FISH, restarts=4):
@@ -39,10 +37,9 @@ def candidates_of(emoji_clip, image=FISH, restarts=4):
 @pytest.mark.parametrize("best", range(4))
 def test_the_candidate_with_the_most_similar_images_is_chosen(best, emoji_clip):
     result = candidates_of(emoji_clip)
-    album = Album()
     others = iter([path for path in EXAMPLES if path != FISH])
-    album.order = {one.prompt: next(others) for one in result.candidates}
-    album.order[result.candidates[best].prompt] = FISH
+    album = Album({one.prompt: next(others) for one in result.candidates})
+    album.images[result.candidates[best].prompt] = FISH
     (chosen,) = choose_by_image(album, emoji_clip, [result], [[load_image(FISH)]], [0, 1])
     expected = result.candidates[best]
     assert chosen.prompt == expected.prompt == chosen.candidates[0].prompt
@@ -50,18 +47,17 @@ def test_the_candidate_with_the_most_similar_images_is_chosen(best, emoji_clip):
     assert chosen.history == result.history
     goal = emoji_clip.encode_images([load_image(FISH)])[0]
     values = [
-        (emoji_clip.encode_images([load_image(album.order[one.prompt])]) @ goal).item()
+        (emoji_clip.encode_images([load_image(album.images[one.prompt])]) @ goal).item()
         for one in chosen.candidates
     ]
     assert values == sorted(values, reverse=True)
-    assert [prompt for prompt, _ in album.calls] == [[one.prompt] * 2 for one in result.candidates]
+    assert album.calls == [[one.prompt] * 2 for one in result.candidates]
 
 
 def test_candidates_without_images_are_not_chosen(emoji_clip):
     result = candidates_of(emoji_clip)
-    album = Album()
-    album.order = dict.fromkeys((one.prompt for one in result.candidates), GLASSES)
-    album.order[result.candidates[3].prompt] = FISH
+    album = Album(dict.fromkeys((one.prompt for one in result.candidates), GLASSES))
+    album.images[result.candidates[3].prompt] = FISH
     asked = iter([False, False, True, True])
     (chosen,) = choose_by_image(
         album, emoji_clip, [result], [[load_image(FISH)]], [0], ended=lambda: next(asked)
@@ -73,8 +69,7 @@ def test_several_targets_count_as_their_mean(emoji_clip):
     result = candidates_of(emoji_clip, restarts=2)
     first, second = (one.prompt for one in result.candidates)
     for targets, expected in [([FISH, FISH, GLASSES], second), ([GLASSES, GLASSES, FISH], first)]:
-        album = Album()
-        album.order = {first: GLASSES, second: FISH}
+        album = Album({first: GLASSES, second: FISH})
         pictures = [load_image(path) for path in targets]
         (chosen,) = choose_by_image(album, emoji_clip, [result], [pictures], [0])
         assert chosen.prompt == expected

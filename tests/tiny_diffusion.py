@@ -171,8 +171,8 @@ def export_emoji_diffusion(folder: Path, seed: int = 0) -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        autoencoder = tool.AUTOENCODER | {"block_out_channels": [8, 8, 8]}
-        network = tool.UNET | {"block_out_channels": [16, 16, 16]}
+        autoencoder = tool.AUTOENCODER | {"block_out_channels": [8, 16, 24]}
+        network = tool.UNET | {"block_out_channels": [32, 48, 80]}
         pipe = StableDiffusionPipeline(
             vae=AutoencoderKL.from_config(autoencoder),
             text_encoder=tool.text_encoder(ROOT / tool.CLIP),
