@@ -161,10 +161,10 @@ def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> 
             seed=seed * 100_003 + place,
             block_unsafe=False,
         )
-        found = invert(bench.clip, image, options)
+        (found,) = invert(bench.clip, image, options)
         noise = [OTHER_NOISE + k for k in setup.noise(place, seed)]
         settings = default_settings(setup.pipeline)
-        (best,) = choose_by_image(setup.pipeline, bench.clip, found, [[image]], noise, settings)
+        best = choose_by_image(setup.pipeline, bench.clip, found, [image], noise, settings)
         made.append(Made(best.prompt))
     return made
 

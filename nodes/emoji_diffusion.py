@@ -26,6 +26,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "pez_core/models/emoji-diffusion"
@@ -56,6 +57,8 @@ class _Times(float):
 
     def __mul__(self, channels: int) -> int:
         return round(float(self) * channels)
+
+    __rmul__ = __mul__
 
 
 def load(folder: Path = FOLDER) -> tuple[Any, Any, Any]:
@@ -150,7 +153,11 @@ def load_clip(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
     encoder = partial(
         comfy.sd1_clip.SDClipModel, textmodel_json_config=config, return_projected_pooled=False
     )
-    clip = comfy.sd.CLIP(target, model_options={"clip_l_class": encoder, "dtype": torch.float32})
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"clip_l_class": encoder, "dtype": torch.float32},
+    )
     prefix = "text_model."  # which newer versions of transformers leave out
     clip.load_sd({prefix + name.removeprefix(prefix): value for name, value in weights.items()})
     return clip

@@ -40,7 +40,7 @@ def test_the_candidate_with_the_most_similar_images_is_chosen(best, emoji_clip):
     others = iter([path for path in EXAMPLES if path != FISH])
     album = Album({one.prompt: next(others) for one in result.candidates})
     album.images[result.candidates[best].prompt] = FISH
-    (chosen,) = choose_by_image(album, emoji_clip, [result], [[load_image(FISH)]], [0, 1])
+    chosen = choose_by_image(album, emoji_clip, result, [load_image(FISH)], [0, 1])
     expected = result.candidates[best]
     assert chosen.prompt == expected.prompt == chosen.candidates[0].prompt
     assert chosen.similarity == expected.similarity and chosen.token_ids == expected.token_ids
@@ -59,8 +59,8 @@ def test_candidates_without_images_are_not_chosen(emoji_clip):
     album = Album(dict.fromkeys((one.prompt for one in result.candidates), GLASSES))
     album.images[result.candidates[3].prompt] = FISH
     asked = iter([False, False, True, True])
-    (chosen,) = choose_by_image(
-        album, emoji_clip, [result], [[load_image(FISH)]], [0], ended=lambda: next(asked)
+    chosen = choose_by_image(
+        album, emoji_clip, result, [load_image(FISH)], [0], ended=lambda: next(asked)
     )
     assert chosen.candidates == result.candidates and len(album.calls) == 2
 
@@ -71,7 +71,7 @@ def test_several_targets_count_as_their_mean(emoji_clip):
     for targets, expected in [([FISH, FISH, GLASSES], second), ([GLASSES, GLASSES, FISH], first)]:
         album = Album({first: GLASSES, second: FISH})
         pictures = [load_image(path) for path in targets]
-        (chosen,) = choose_by_image(album, emoji_clip, [result], [pictures], [0])
+        chosen = choose_by_image(album, emoji_clip, result, pictures, [0])
         assert chosen.prompt == expected
 
 
@@ -89,14 +89,17 @@ def test_the_pipeline_chooses_for_each_image(pipe, emoji_clip):
     output = pipe(image=[FISH, GLASSES], choose_by="image", **QUICK)
     assert len(output.images) == 4 and len(output.prompts) == 2
     plain = pipe(image=[FISH, GLASSES], **QUICK)
-    expected = choose_by_image(
-        pipe.pipeline,
-        emoji_clip,
-        plain.results,
-        [[load_image(FISH)], [load_image(GLASSES)]],
-        [0, 1],
-        {"num_inference_steps": 2},
-    )
+    expected = [
+        choose_by_image(
+            pipe.pipeline,
+            emoji_clip,
+            result,
+            [load_image(path)],
+            [0, 1],
+            {"num_inference_steps": 2},
+        )
+        for result, path in zip(plain.results, (FISH, GLASSES), strict=True)
+    ]
     assert output.prompts == [one.prompt for one in expected]
     assert output.similarities == [one.similarity for one in expected]
     assert pipe.prompts == plain.prompts
@@ -119,6 +122,20 @@ def test_the_chosen_prompt_is_that_of_the_images(pipe, monkeypatch):
     assert "prompt" in inspect.signature(type(pipe.pipeline).__call__).parameters
     output = pipe(image=FISH, choose_by="image", **QUICK)
     assert len(drawn) == 5 and drawn[4] == output.prompts == drawn[3]
+
+
+def test_each_prompt_has_its_own_negative_prompt(pipe, monkeypatch):
+    given = []
+    call = type(pipe.pipeline).__call__
+
+    def recorded(self, prompt, negative_prompt, **options):
+        given.append(negative_prompt)
+        return call(self, prompt, negative_prompt=negative_prompt, **options)
+
+    recorded.__signature__ = inspect.signature(call)
+    monkeypatch.setattr(type(pipe.pipeline), "__call__", recorded)
+    pipe(image=[FISH, GLASSES], choose_by="image", negative_prompt=["red", "blue"], **QUICK)
+    assert given == ["red"] * 4 + ["blue"] * 4 + [["red", "blue"]]
 
 
 def test_a_shared_prompt_is_chosen_by_all_images(pipe):

@@ -22,13 +22,13 @@ from .image_models import default_settings, draw
 def choose_by_image(
     pipeline: DiffusionPipeline,
     clip: PezClipModel | AnyClip,
-    results: Sequence[Result],
-    targets: Sequence[Sequence[Image.Image]],
+    result: Result,
+    targets: Sequence[Image.Image],
     seeds: Sequence[int],
     settings: Mapping[str, Any] = {},
     ended: Callable[[], bool] = lambda: False,
-) -> list[Result]:
-    """The results with the candidate whose images are most similar to the target.
+) -> Result:
+    """The result with the candidate whose images are most similar to the targets.
 
     Every candidate gets the same noise. Similarity is that of images with images by `clip`, the
     mean over images and targets.
@@ -36,33 +36,29 @@ def choose_by_image(
     Args:
         pipeline: a text-to-image pipeline.
         clip: on which the candidates were searched.
-        results: of `invert` with `restarts`.
-        targets: the images of each result.
+        result: of `invert` with `restarts`.
+        targets: its images.
         seeds: of the images of each candidate, one image for each.
         settings: further arguments of the pipeline.
         ended: asked before the images of each candidate; once it is true, the candidates that are
-            left are not considered, nor the results.
+            left are not considered.
 
     Returns:
-        One result for each, whose `candidates` are in the order of their images, best first; those
-        without images come last.
+        The result with its `candidates` in the order of their images, best first; those without
+        images come last.
     """
-    chosen = []
-    for result, pictures in zip(results, targets, strict=True):
-        features = use(clip, lambda one, few=pictures: one.encode_images(few)).cpu()
-        scored: list[tuple[float, Candidate]] = []
-        for candidate in result.candidates:
-            if ended():
-                break
-            images = draw(
-                pipeline, candidate.prompt, seeds, default_settings(pipeline) | dict(settings)
-            )
-            made = use(clip, lambda one, few=images: one.encode_images(few)).cpu()
-            scored.append((float((made @ features.T).mean()), candidate))
-        scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: prompts of equal score stay
-        order = [one for _, one in scored] + result.candidates[len(scored) :]
-        chosen.append(_with_candidates(result, order))
-    return chosen
+    goals = use(clip, lambda one: one.encode_images(targets)).cpu()
+    given = default_settings(pipeline) | dict(settings)
+    scored: list[tuple[float, Candidate]] = []
+    for candidate in result.candidates:
+        if ended():
+            break
+        images = draw(pipeline, candidate.prompt, seeds, given)
+        features = use(clip, lambda one, made=images: one.encode_images(made)).cpu()
+        scored.append((float((features @ goals.T).mean()), candidate))
+    scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: those of equal score stay
+    order = [one for _, one in scored] + result.candidates[len(scored) :]
+    return _with_candidates(result, order)
 
 
 def _with_candidates(result: Result, order: list[Candidate]) -> Result:

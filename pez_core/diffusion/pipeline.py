@@ -43,6 +43,7 @@ from .inputs import (
     keywords_of,
     load_pictures,
     named,
+    of_prompt,
     one_per_prompt,
     search_seeds,
 )
@@ -588,15 +589,19 @@ class PezPipeline(DiffusionPipeline):
         settings = {k: v for k, v in image_kwargs.items() if k not in _OF_THE_OUTPUT}
         each = image_kwargs["num_images_per_prompt"]
         targets = [list(images)] if shared else [[image] for image in images]
-        self._results = choose_by_image(
-            self.pipeline,
-            self.clip,
-            self._results,
-            targets[: len(self._results)],
-            [(seeds[0] + k) % 2**63 for k in range(each)],
-            settings,
-            lambda: self._interrupt,
-        )
+        noise = [(seeds[0] + k) % 2**63 for k in range(each)]
+        self._results = [
+            choose_by_image(
+                self.pipeline,
+                self.clip,
+                result,
+                targets[k],
+                noise,
+                of_prompt(settings, k),
+                lambda: self._interrupt,
+            )
+            for k, result in enumerate(self._results)
+        ]
         self._prompts = [result.prompt for result in self._results]
         return self._results
 
