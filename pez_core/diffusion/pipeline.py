@@ -577,8 +577,8 @@ class PezPipeline(DiffusionPipeline):
         shared: bool,
         seeds: Sequence[int],
         image_kwargs: Mapping[str, Any],
-    ) -> list[Result]:
-        """The results with the candidates whose images are most similar to the targets.
+    ) -> None:
+        """Replace the results by the candidates whose images are most similar to the targets.
 
         Args:
             images: the targets.
@@ -603,7 +603,6 @@ class PezPipeline(DiffusionPipeline):
             for k, result in enumerate(self._results)
         ]
         self._prompts = [result.prompt for result in self._results]
-        return self._results
 
     def make_images(self, image_kwargs: Mapping[str, Any]) -> tuple[Any, list[bool] | None]:
         """Images of `prompts`, and the flags of the safety checker where there is one."""
@@ -747,37 +746,40 @@ class PezPipeline(DiffusionPipeline):
         self.check_inputs(
             images, prompt, task, options, task_kwargs, denoising_weight, denoising_kwargs
         )
+        self.check_choice(choose_by, task, options, task_kwargs)
         image_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
         image_kwargs |= kwargs
-        self.check_choice(choose_by, task, options, task_kwargs)
-        count = count_prompts(task, images, prompt, task_kwargs)
+        count, shared = count_prompts(task, images, prompt, task_kwargs), is_shared(task_kwargs)
         self.check_image_inputs(count, image_kwargs)
 
         # 2. Choose the seeds of the search, and add the denoising loss
         seeds = search_seeds(generator, options, 1 if task == "style" else count)
         options = self.with_denoising_loss(
-            options, images, denoising_weight, denoising_kwargs, is_shared(task_kwargs)
+            options, images, denoising_weight, denoising_kwargs, shared
         )
 
         # 3. Learn prompts, and make room for the image pipeline
-        results = self.learn_prompts(
+        self.learn_prompts(
             images, prompt, task, options, seeds, pez_callback_on_step_end, **task_kwargs or {}
         )
-        similarities = [result.similarity for result in results]
-        similarities *= len(self._prompts) // len(results)  # a style may have several subjects
         for hook in getattr(self, "_all_hooks", []):
             hook.offload()
-        if choose_by == "image":
-            results = self.choose_candidates(images, is_shared(task_kwargs), seeds, image_kwargs)
-            similarities = [result.similarity for result in results]
-        if self.pipeline is None:
-            output = PezPriorOutput(self._prompts, similarities, results)
-            return output if return_dict else output.to_tuple()
 
         # 4. Make images
-        made, flagged = self.make_images(image_kwargs)
-        output = PezPipelineOutput(made, self._prompts, similarities, flagged, results)
+        if choose_by == "image":
+            self.choose_candidates(images, shared, seeds, image_kwargs)
+        output = self.make_output(image_kwargs)
         return output if return_dict else output.to_tuple()
+
+    def make_output(self, image_kwargs: Mapping[str, Any]) -> PezPipelineOutput | PezPriorOutput:
+        """The output of a call, with images of `prompts` where there is an image pipeline."""
+        results = self._results
+        similarities = [result.similarity for result in results]
+        similarities *= len(self._prompts) // len(results)  # a style may have several subjects
+        if self.pipeline is None:
+            return PezPriorOutput(self._prompts, similarities, results)
+        made, flagged = self.make_images(image_kwargs)
+        return PezPipelineOutput(made, self._prompts, similarities, flagged, results)
 
     def evaluate(
         self,
