@@ -5,6 +5,7 @@ from server import PromptServer
 
 from . import models
 from .distill import DistillPrompt
+from .emoji_model import EmojiModel
 from .fuse import FusePrompts
 from .image_to_prompt import ImageToPrompt
 from .loading import LoadCLIP
@@ -27,4 +28,4 @@ class PezExtension(ComfyExtension):
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt]
+        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, EmojiModel]

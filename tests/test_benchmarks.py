@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_clip
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from test_lm import make_llama, make_tokenizer, snippets
 from test_readability import make_lm
-from tiny_diffusion import stable_diffusion
+from tiny_diffusion import export_emoji_diffusion, stable_diffusion
 
 from pez_core import PezSettings, TokenSpace, baselines, explain, search
 from pez_core.clip.images import load_image
@@ -37,6 +37,7 @@ import gpu
 import lm
 import mutate
 import paper
+import pictures
 import quality
 import readability
 import remedies
@@ -308,6 +309,144 @@ def test_images_of_the_prompts_are_made_once(run, calibrated, images, emoji_clip
     assert (
         f" | {statistics.mean(judged):.3f} ± {error:.3f} | 5 |" in (out / "quality.md").read_text()
     )
+
+
+PICTURED = [
+    "ours (fast)",
+    "ours (balanced)",
+    "PEZ as published",
+    "AutoPrompt SGD",
+    "GCG",
+    "ours (balanced), 4 restarts by image",
+    "soft prompt",
+    "true name",
+    "true caption",
+    "true caption + 4 learned",
+    "autoencoder",
+    "another drawing's prompt",
+]
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "emoji-diffusion"
+    export_emoji_diffusion(folder)
+    return folder
+
+
+@pytest.fixture
+def draws(images, image_model, tmp_path, monkeypatch):
+    """Runs pictures.py on three images and gives its rows."""
+    monkeypatch.setattr(pictures, "default_settings", lambda pipe: {"num_inference_steps": 2})
+    monkeypatch.setattr(pictures, "load_clip", partial(load_tiny, pictures.load_clip))
+
+    def draws(*methods, seeds=1, more=()):
+        pictures.main(
+            [
+                *("--folder", str(images), "--pipeline", str(image_model), "--judge", "judge"),
+                *("--images", "2", "--seeds", str(seeds), "--prompt-len", "4", "--steps", "10"),
+                *("--at-once", "2", "--out", str(tmp_path / "pictures"), *more),
+                *("--methods", *methods),
+            ]
+        )
+        return lines(tmp_path / "pictures.jsonl")
+
+    return draws
+
+
+def load_tiny(load, name, **options):
+    return make_clip(seed=1) if name == "judge" else load(name, **options)
+
+
+def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_clip, tmp_path):
+    rows = draws(*PICTURED)
+    assert Counter(row["method"] for row in rows) == dict.fromkeys(PICTURED, 3)
+    found = {(row["method"], row["place"]): row for row in rows}
+    drawings, judge = from_folder(images), make_clip(seed=1)
+    pipe = StableDiffusionPipeline.from_pretrained(image_model)
+    row = found["ours (fast)", 1]
+    made = [
+        pipe(
+            row["prompt"],
+            num_inference_steps=2,
+            num_images_per_prompt=2,
+            generator=[torch.Generator().manual_seed(k) for k in (2, 3)],
+        ).images
+    ]
+    for key, clip in (("own", emoji_clip), ("judge", judge)):
+        (goal,) = clip.encode_images([drawings[1].image])
+        assert row[key] == pytest.approx((clip.encode_images(made[0]) @ goal).tolist(), abs=1e-4)
+        text = (clip.encode_texts([row["prompt"]]) @ goal).item()
+        assert row[f"{key}_text"] == pytest.approx(text, abs=1e-4)
+    assert found["true name", 1]["prompt"] == "wine glass"
+    assert found["true caption + 4 learned", 1]["prompt"].startswith("wine glass ")
+    for place in range(3):
+        other = found["ours (balanced)", (place + 1) % 3]["prompt"]
+        assert found["another drawing's prompt", place]["prompt"] == other
+    bound = pictures.through_autoencoder(pipe, drawings[0].image)
+    (goal,) = judge.encode_images([drawings[0].image])
+    expected = (judge.encode_images([bound]) @ goal).tolist()
+    assert found["autoencoder", 0]["judge"] == pytest.approx(expected, abs=1e-4)
+
+    table = (tmp_path / "pictures.md").read_text()
+    values = [statistics.mean(found["GCG", place]["judge"]) for place in range(3)]
+    base = [statistics.mean(found["PEZ as published", place]["judge"]) for place in range(3)]
+    differences = [a - b for a, b in zip(values, base, strict=True)]
+    error = statistics.stdev(differences) / 3**0.5
+    expected = f"{statistics.mean(differences):+.3f} ± {error:.3f}"
+    assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
+    assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
+    assert Image.open(tmp_path / "pictures.png").width > 100
+
+
+def test_pictures_resume(draws, tmp_path):
+    draws("true name", "ours (fast)", seeds=1)
+    whole = draws("true name", "ours (fast)", seeds=2)
+    assert len(whole) == 2 * 2 * 3
+    first = [row for row in whole if row["seed"] == 0]
+    assert whole[: len(first)] == first
+    path = tmp_path / "pictures.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole[:7]))
+    again = draws("true name", "ours (fast)", seeds=2)
+    times = ("seconds", "drawn")
+
+    def comparable(rows):
+        rows = [{k: v for k, v in row.items() if k not in times} for row in rows]
+        return sorted(rows, key=lambda row: (row["method"], row["seed"], row["place"]))
+
+    assert comparable(again) == comparable(whole)
+    assert draws("true name", seeds=2, more=["--report"]) == again
+    whole[0]["name"] = "something else"
+    path.write_text(json.dumps(whole[0]) + "\n")
+    with pytest.raises(SystemExit, match="about other drawings"):
+        draws("true name")
+
+
+def test_the_bound_below_needs_the_prompts_of_others(draws):
+    with pytest.raises(SystemExit, match="come first"):
+        draws("another drawing's prompt")
+
+
+def test_a_soft_prompt_of_tokens_is_read_like_these_tokens(image_model, emoji_clip):
+    pipe = StableDiffusionPipeline.from_pretrained(image_model)
+    text = "a red fish in the blue sea"
+    ids = torch.tensor(emoji_clip.text.words.encode(text))
+    states = pictures.hidden_states(pipe, emoji_clip.text.token_embedding[ids].detach())
+    expected, _ = pipe.encode_prompt(text, "cpu", 1, False)
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+    others = pictures.hidden_states(pipe, 2 * emoji_clip.text.token_embedding[ids].detach())
+    assert not torch.allclose(others, expected, atol=1e-2)
+    again, _ = pipe.encode_prompt(text, "cpu", 1, False)  # nothing of it stays
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.skipif(
+    not (ROOT / "build/emoji/pixels.npy").exists(), reason="the drawings are not rendered"
+)
+def test_captioned_drawings_come_first():
+    found = pictures.subjects(ROOT / "build/emoji", 65)
+    assert len(found) == 65 and [bool(one.caption) for one in found] == [True] * 60 + [False] * 5
+    assert len({(one.set, one.name) for one in found}) == 65
 
 
 def test_images_of_a_folder_have_captions_or_the_names_of_their_files(images):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EXAMPLES, ROOT, make_clip
+from PIL import Image
 from test_readability import make_lm
 
 import pez_core
@@ -146,6 +147,38 @@ def language_models(monkeypatch):
     return paths
 
 
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The images that are made, each by a pipeline that paints at once, and a place for pages."""
+    from diffusers import DiffusionPipeline
+
+    from pez_core.diffusion import gallery
+
+    calls = SimpleNamespace(images=[], pipelines=[])
+
+    class Painter(DiffusionPipeline):
+        unet = object()
+
+        def __call__(self, prompt, num_inference_steps=0, guidance_scale=0.0):
+            pytest.fail("not called")
+
+    def load(name, *arguments):
+        calls.pipelines.append(name)
+        return Painter()
+
+    def draw(pipeline, prompt, seeds, settings, on_step):
+        made = SimpleNamespace(prompt=prompt, seeds=seeds, settings=settings)
+        calls.images.append(made)
+        if on_step(0.5):
+            raise gallery.Stopped
+        return [Image.new("RGB", (8, 8), "red") for _ in seeds]
+
+    monkeypatch.setattr("pez_core.diffusion.load_pipeline", load)
+    monkeypatch.setattr(gallery, "draw", draw)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
@@ -197,6 +230,22 @@ SEARCH = {
     "--ascii": ([], lambda run: EMOJI in words(run), False),
     "--vocabulary": (["{files}/rules.json"], words, {"fish"}),
 }
+PICTURES = {
+    "--images": (["3"], lambda run: [len(call.seeds) for call in run.drawn][:1], [3]),
+    "--pipeline": (["some/model"], lambda run: run.pipelines, ["some/model"]),
+    "--page": (["page", "--images", "1"], lambda run: os.path.exists("page/index.html"), True),
+    "--judge": (["judge", "--images", "1"], lambda run: "tiny-1" in run.done.out, True),
+    "--num-inference-steps": (
+        ["3", "--images", "1"],
+        lambda run: [call.settings["num_inference_steps"] for call in run.drawn][:1],
+        [3],
+    ),
+    "--guidance-scale": (
+        ["2.5", "--images", "1"],
+        lambda run: [call.settings["guidance_scale"] for call in run.drawn][:1],
+        [2.5],
+    ),
+}
 CLIP = {
     "--clip": (["a", "--clip", "b"], loaded("name"), ["a", "b"]),
     "--clip-weight": (["2", "--clip-weight", "1"], loaded("weights"), [2, 1]),
@@ -207,6 +256,7 @@ CLIP = {
 }
 EFFECTS = {
     "invert": SEARCH
+    | PICTURES
     | CLIP
     | {
         "--caption": (["a dog {}"], keyword("caption"), "a dog {}"),
@@ -219,6 +269,7 @@ EFFECTS = {
         "--weight": (["3", "--shared"], lambda run: getattr(run.search, "shared", False), [3]),
     },
     "style": SEARCH
+    | PICTURES
     | CLIP
     | {
         "--subject": (["a cat"], lambda run: "a cat, red dog" in run.done.out, True),
@@ -231,8 +282,9 @@ EFFECTS = {
         "--keep-content": ([], keyword("keep_content"), True),
         "--images-per-step": (["1"], keyword("images_per_step"), 1),
     },
-    "distill": SEARCH | CLIP | {"--ratio": (["0.5"], keyword("ratio"), 0.5)},
+    "distill": SEARCH | PICTURES | CLIP | {"--ratio": (["0.5"], keyword("ratio"), 0.5)},
     "fuse": SEARCH
+    | PICTURES
     | CLIP
     | {
         "--image": (
@@ -272,11 +324,11 @@ def avoided(run):
 
 
 @pytest.fixture
-def run(call, loads, searches, language_models, tiny):
+def run(call, loads, searches, language_models, tiny, drawn):
     """Run a command with a stub in place of its task, and return all that can be observed."""
 
     def run(command, *arguments):
-        for calls in (loads, searches, language_models):
+        for calls in (loads, searches, language_models, drawn.images, drawn.pipelines):
             calls.clear()
         done = call(command, *POSITIONAL[command], *arguments)
         assert done.code == 0, done.err
@@ -287,6 +339,8 @@ def run(call, loads, searches, language_models, tiny):
             loads=[*loads],
             language_models=[*language_models],
             clip=tiny[0],
+            drawn=[*drawn.images],
+            pipelines=[*drawn.pipelines],
         )
 
     return run
@@ -573,6 +627,208 @@ def test_a_name_that_stdout_cannot_show(call, searches, tmp_path):
     shutil.copy(IMAGES[0], name)
     assert "\\udcff.png" in call("invert", name).out
     assert json.loads(call("invert", name, "--json").out)[0]["image"] == name
+
+
+# --- pictures
+
+
+def test_images_of_each_prompt_and_a_page(call, searches, drawn, tmp_path):
+    done = call("invert", *IMAGES[:2], "--images", "2", "--seed", "5")
+    assert done.code == 0 and done.err == ""
+    assert [(one.prompt, one.seeds) for one in drawn.images] == [("red dog", [5, 6])] * 2
+    assert drawn.pipelines == ["emoji-diffusion"]
+    lines = done.out.splitlines()
+    assert lines[:4] == [IMAGES[0], "  0.5000  red dog", IMAGES[1], "  0.5000  red dog"]
+    assert lines[4] == "red dog" and re.match(r"  tiny-0: prompt .*, images .*", lines[5])
+    page = (tmp_path / "pez-pictures/index.html").read_text()
+    assert (page.count("<article>") == 2 and "noto-" in page) or "fxemoji-" in page
+    sheet = os.path.join("pez-pictures", "sheet.png")
+    assert lines[-1] == f"wrote {os.path.join('pez-pictures', 'index.html')} and {sheet}"
+    assert Image.open(tmp_path / sheet).width > 400
+    call("invert", IMAGES[0], "--pipeline", "some/model")
+    assert (tmp_path / "pez-pictures-2/index.html").exists()
+    assert len(drawn.images[-1].seeds) == 4
+
+
+def test_pictures_as_json(as_json, searches, drawn, tiny):
+    rows = as_json("invert", *IMAGES[:2], "--images", "2", "--judge", "judge", "--page", "here")
+    assert [row["page"] for row in rows] == [os.path.join("here", "index.html")] * 2
+    (made,) = rows[0]["pictures"]
+    assert made["prompt"] == "red dog" and len(made["images"]) == 2
+    for fields, clip in zip((made, made["judge"]), tiny, strict=True):
+        scores = pez_core.score(clip, "red dog", IMAGES[0]).similarity.item()
+        assert fields["similarity"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_what_is_drawn_for_each_command(as_json, searches, drawn):
+    for command, prompts in [
+        (["invert", *IMAGES[:2], "--shared", "--weight", "3", "--weight", "1"], ["red dog"]),
+        (["style", *IMAGES[:2]], ["red dog"]),
+        (
+            ["style", *IMAGES[:2], "--subject", "a cat", "--subject", "a hat"],
+            ["a cat, red dog", "a hat, red dog"],
+        ),
+        (["distill", f"({TEXT}:1.2) <lora:x:1>"], [TEXT, "red dog"]),
+        (
+            ["fuse", "a red dog", "--image", IMAGES[0], "--weight", "1", "--weight", "2"],
+            ["red dog"],
+        ),
+    ]:
+        drawn.images.clear()
+        row = as_json(*command, "--images", "1")
+        assert [one.prompt for one in drawn.images] == prompts
+        assert len(row["pictures"]) == len(prompts)
+
+
+def test_the_similarity_of_the_page_is_that_of_the_search(as_json, loads, drawn):
+    weights = ["--weight", "3", "--weight", "1"]
+    for command in [
+        ["invert", IMAGES[0]],
+        ["invert", *IMAGES[:2], "--shared", *weights],
+        ["style", *IMAGES[:2]],
+        ["fuse", "a red dog", "--image", IMAGES[0], *weights],
+    ]:
+        found = as_json(*command, *QUICK, "--images", "1")
+        row = found[0] if isinstance(found, list) else found
+        assert row["pictures"][0]["similarity"] == pytest.approx(row["similarity"], abs=1e-5)
+    row = as_json("distill", TEXT, *QUICK, "--images", "1")
+    long, short = row["pictures"]
+    assert long["similarity"] == pytest.approx(1, abs=1e-5)
+    assert short["similarity"] == pytest.approx(row["similarity"], abs=1e-5)
+
+
+def test_ctrl_c_while_images_are_made_keeps_those_so_far(
+    call, searches, drawn, monkeypatch, tmp_path
+):
+    from pez_core.diffusion import gallery
+
+    draw = gallery.draw
+
+    def interrupted(*arguments):
+        if len(drawn.images) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(gallery, "draw", interrupted)
+    done = call("invert", *IMAGES[:3], "--images", "2")
+    assert done.code == 130 and done.out.count("red dog") == 6
+    page = (tmp_path / "pez-pictures/index.html").read_text()
+    assert page.count("<article>") == 3 and page.count("No images") == 2
+
+
+def test_ctrl_c_in_a_search_makes_no_images_but_a_page(
+    call, searches, drawn, monkeypatch, tmp_path
+):
+    stub = pez_core.invert
+
+    def interrupted(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGINT)
+        return stub(*arguments, **keywords)
+
+    monkeypatch.setattr(pez_core, "invert", interrupted)
+    done = call("invert", IMAGES[0], "--images", "2")
+    assert done.code == 130 and drawn.images == []
+    assert "No images" in (tmp_path / "pez-pictures/index.html").read_text()
+
+
+def test_a_failure_keeps_prompts_and_images(call, searches, drawn, monkeypatch, tmp_path):
+    from pez_core.diffusion import gallery
+
+    draw = gallery.draw
+
+    def failing(*arguments):
+        if len(drawn.images) == 1:
+            raise RuntimeError("out of memory")
+        return draw(*arguments)
+
+    monkeypatch.setattr(gallery, "draw", failing)
+    done = call("invert", *IMAGES[:2], "--images", "1", "--json")
+    assert done.code == 1 and "prompt 2 of 2, 'red dog', failed (out of memory)" in done.err
+    first, second = json.loads(done.out)
+    assert len(first["pictures"][0]["images"]) == 1 and second["pictures"][0]["images"] == []
+    assert (tmp_path / "pez-pictures/index.html").exists()
+
+
+def test_a_page_that_cannot_be_written_does_not_lose_the_results(
+    call, searches, drawn, monkeypatch
+):
+    from pez_core.diffusion import Gallery
+
+    def full(self, folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Gallery, "save", full)
+    done = call("style", *IMAGES[:2], "--images", "1", "--json")
+    assert done.code == 1 and "no space left on device" in done.err
+    row = json.loads(done.out)
+    assert row["page"] is None and row["pictures"][0]["images"]
+
+
+def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
+    from tiny_diffusion import stable_diffusion
+
+    monkeypatch.chdir(tmp_path)
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    given = ["--images", "2", "--pipeline", "model", "--num-inference-steps", "2"]
+    done = call("invert", IMAGES[0], *QUICK, *given, "--device", "cpu", "--judge", "judge")
+    assert (done.code, done.err) == (0, "")
+    page = (tmp_path / "pez-pictures/index.html").read_text()
+    assert page.count("data:image/png") == 3 and "images by: model" in page
+    assert "num inference steps: 2" in page and "guidance scale: 9" in page
+    assert re.search(r"tiny-0: prompt \S+, images \S+ · tiny-1: prompt", done.out)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--images", "0"], "--images has to be at least 1"),
+        (["--images", "1", "--num-inference-steps", "0"], "--num-inference-steps has to be at"),
+        (["--images", "1", "--guidance-scale", "nan"], "--guidance-scale has to be finite"),
+        (["--page", "x"], "--page requires --images; add it"),
+        (["--judge", "judge"], "--judge requires --images; add it"),
+        (["--images", "1", "--page", "."], "--page is '.', which has index.html already"),
+        (["--images", "1", "--page", "index.html"], "--page is 'index.html', which is a file"),
+        (["--images", "1", "--negative-prompt"], "--negative-prompt gives no prompt"),
+        (["--images", "1", "--clip", "ViT-L-14:openai"], "--pipeline is missing: emoji-diffusion"),
+    ],
+)
+def test_errors_of_pictures_are_found_before_the_search(
+    call, searches, drawn, tmp_path, arguments, message
+):
+    (tmp_path / "index.html").write_text("")
+    done = call("invert", IMAGES[0], *arguments)
+    assert done.code == 2 and message in done.err and done.out == ""
+    assert "`" not in done.err and searches == []
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "nobody/nothing",
+            "--pipeline is 'nobody/nothing', which is not on this disk; add --download",
+        ),
+        ("emoji-difusion", "neither a folder nor a repository"),
+        (str(ROOT), "holds no model_index.json"),
+    ],
+)
+def test_errors_of_pipelines_are_found_before_the_search(call, searches, name, message):
+    done = call("invert", IMAGES[0], "--images", "1", "--pipeline", name)
+    assert done.code == 2 and message in done.err and searches == []
+
+
+def test_pictures_without_diffusers_name_the_extra(call, searches, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("pez_core.diffusion")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(pez_core, "diffusion", raising=False)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    done = call("invert", IMAGES[0], "--images", "1")
+    assert done.code == 2 and "install the extra `diffusers`" in done.err and searches == []
+
+
+def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
+    done = call("invert", IMAGES[0], *QUICK, "--images", "1", "--judge", "emoji-clip")
+    assert done.code == 2 and "--judge is emoji-clip" in done.err and done.out == ""
 
 
 # --- errors

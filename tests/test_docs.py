@@ -44,6 +44,7 @@ SMALLER = {
     'load_clip("ViT-bigG-14:laion2b_s39b_b160k", download=True)': "neutral",
     "--time-limit 60": "--time-limit 0.1",
     "judge, num_images_per_prompt=4": "judge, num_images_per_prompt=4, height=32, width=32",
+    "--images 4": "--images 1",
 }
 TINY = {"steps": 2, "swaps": 2, "trials": 2, "screened": 8}
 
@@ -103,6 +104,23 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def image_model(monkeypatch, tmp_path_factory):
+    """A tiny `emoji-diffusion` in place of the bundled one."""
+    if importlib.util.find_spec("diffusers") is None:
+        return
+    from tiny_diffusion import export_emoji_diffusion
+
+    from pez_core.diffusion.image_models import BUNDLED
+
+    folder = tmp_path_factory.mktemp("models") / "emoji-diffusion"
+    export_emoji_diffusion(folder)
+    model = BUNDLED["emoji-diffusion"]
+    monkeypatch.setitem(
+        BUNDLED, "emoji-diffusion", type(model)(folder, model.clip, {"num_inference_steps": 2})
+    )
+
+
 def make_tables(folder) -> None:
     """The table and the tar of docs/datasets.md."""
     import tarfile
@@ -158,7 +176,7 @@ def run_bash(code: str, folder) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN)
-def test_the_blocks_of_a_page_run(page, desk, tiny, tiny_clip, capsys):
+def test_the_blocks_of_a_page_run(page, desk, tiny, tiny_clip, image_model, capsys):
     if page.stem == "datasets":
         make_tables(desk)
     scope: dict = {"neutral": tiny_clip}

@@ -139,7 +139,8 @@ def test_each_drawing_and_each_model_has_a_source():
     attribution = (ROOT / "examples/ATTRIBUTION.md").read_text()
     assert all(f"`{path.name}`" in attribution for path in EXAMPLES)
     notice = (ROOT / "NOTICE").read_text()
-    for folder in ("pez_core/models/emoji-clip", "benchmarks/models/emoji-clip-judge"):
+    models = ("pez_core/models/emoji-clip", "pez_core/models/emoji-diffusion")
+    for folder in (*models, "benchmarks/models/emoji-clip-judge"):
         assert (ROOT / folder / "SOURCES.md").exists() and folder in notice
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from pathlib import Path
 
 import open_clip
 import torch
@@ -27,6 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+ROOT = Path(__file__).parent.parent
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -159,6 +162,29 @@ def flux(seed: int = 0) -> FluxPipeline:
             ),
         )
     return _quiet(pipe)
+
+
+def export_emoji_diffusion(folder: Path, seed: int = 0) -> None:
+    """What `tools/train_emoji_diffusion.py` exports, with small networks of random weights."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import train_emoji_diffusion as tool
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        autoencoder = tool.AUTOENCODER | {"block_out_channels": [8, 16, 24]}
+        network = tool.UNET | {"block_out_channels": [32, 48, 80]}
+        pipe = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_config(autoencoder),
+            text_encoder=tool.text_encoder(ROOT / tool.CLIP),
+            tokenizer=tool.tokenizer(),
+            unet=UNet2DConditionModel.from_config(network),
+            scheduler=DDIMScheduler.from_config(tool.SCHEDULER),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.vae.register_to_config(scaling_factor=0.5)
+    tool.export(_quiet(pipe), folder)
 
 
 def _quiet(pipe):

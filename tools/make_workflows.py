@@ -26,6 +26,7 @@ CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 CHECKPOINT_URL = (
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/" + CHECKPOINT
 )
+BUNDLED = "bundled emoji CLIP (no download)"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 # those that the page gives them at least, in the taller one of its two renderers
 HEIGHTS = {
@@ -38,6 +39,7 @@ HEIGHTS = {
     "SaveImage": 400,
     "PreviewAny": 200,
     "PEZ_LoadCLIP": 150,
+    "PEZ_EmojiModel": 120,
     "PEZ_ImageToPrompt": 730,
     "PEZ_ExtractStyle": 730,
     "PEZ_DistillPrompt": 730,
@@ -194,14 +196,36 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
     checkpoint = graph.add(
         Node("CheckpointLoaderSimple", column, {"ckpt_name": CHECKPOINT}, models=models)
     )
+    _paint_with(graph, checkpoint, learned, column, "text, watermark", {}, {"cfg": 7.0})
+
+
+def _paint_with(
+    graph: Graph,
+    checkpoint: Node,
+    learned: Node,
+    column: int,
+    negative_prompt: str,
+    size: dict[str, int],
+    sampling: dict[str, Any],
+) -> None:
+    """What makes an image of a prompt.
+
+    Args:
+        graph: to add nodes to.
+        checkpoint: gives MODEL, CLIP and VAE.
+        learned: gives the prompt.
+        column: of the first nodes.
+        negative_prompt: text.
+        size, sampling: inputs of the empty latent and of the sampler.
+    """
     clip = (checkpoint, "CLIP")
     positive = graph.add(
         Node("CLIPTextEncode", column, {"clip": clip, "text": (learned, "prompt")}, "Prompt")
     )
     negative = graph.add(
-        Node("CLIPTextEncode", column, {"clip": clip, "text": "text, watermark"}, "Negative prompt")
+        Node("CLIPTextEncode", column, {"clip": clip, "text": negative_prompt}, "Negative prompt")
     )
-    latent = graph.add(Node("EmptyLatentImage", column))
+    latent = graph.add(Node("EmptyLatentImage", column, dict(size)))
     sampler = graph.add(
         Node(
             "KSampler",
@@ -211,7 +235,7 @@ def _paint(graph: Graph, learned: Node, column: int) -> None:
                 "positive": (positive, "CONDITIONING"),
                 "negative": (negative, "CONDITIONING"),
                 "latent_image": (latent, "LATENT"),
-                "cfg": 7.0,
+                **sampling,
             },
         )
     )
@@ -238,6 +262,24 @@ a change nothing runs.
 For advanced inputs: **Show advanced inputs** at the bottom of the node, or **Show Advanced** in its
 right-click menu.
 """
+
+
+def first_look(graph: Graph) -> None:
+    note = (
+        "# A first look, without a download\n\n1. Choose a drawing of an animal or a thing.\n"
+        "2. Run. Watch the prompt emerge, and the image that the demo model makes of it.\n\n"
+        "The bundled CLIP and **PEZ Emoji Model (demo)** belong together. Both were trained on "
+        f"emoji drawings alone, so do not judge PEZ by their images of photos.\n\n{ALWAYS}"
+    )
+    graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
+    clip = graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
+    image = _image(graph, "Your drawing")
+    learned = graph.add(
+        Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
+    )
+    model = graph.add(Node("PEZ_EmojiModel", 2))
+    sampling = {"steps": 25, "cfg": 4.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
+    _paint_with(graph, model, learned, 2, "", {"width": 64, "height": 64}, sampling)
 
 
 def image_to_image_via_prompt(graph: Graph) -> None:
@@ -372,6 +414,7 @@ def sharpen_a_caption(graph: Graph) -> None:
 
 
 WORKFLOWS = {
+    "A first look": first_look,
     "Image to image via a prompt": image_to_image_via_prompt,
     "Style onto a new subject": style_onto_a_new_subject,
     "Fuse two pictures": fuse_two_pictures,

@@ -37,7 +37,7 @@ from emoji_captions import Captions, Lexicon
 from emoji_data import Drawing, prepare
 from emoji_views import BACKGROUNDS, View, composite
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -416,6 +416,21 @@ def build(runs: Path, clip: Path) -> StableDiffusionPipeline:
     )
 
 
+def export(pipe: StableDiffusionPipeline, out: Path) -> None:
+    """Save the pipeline in half precision, in such a way that it loads in float32.
+
+    diffusers loads its own models in float32; transformers loads in the dtype of the config. The
+    weights of the text encoder get the names of published pipelines, which every version reads.
+    """
+    pipe.to(dtype=torch.float16).save_pretrained(out)
+    path = out / "text_encoder/config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    weights, prefix = out / "text_encoder/model.safetensors", "text_model."
+    state = {prefix + n.removeprefix(prefix): v for n, v in load_file(weights).items()}
+    save_file(state, weights, metadata={"format": "pt"})
+
+
 def sample(runs: Path, clip: Path, texts: list[str], path: Path, guidance_scale: float) -> None:
     """A grid of four images for each text."""
     pipe = build(runs, clip)
@@ -462,7 +477,7 @@ def main() -> None:
     if a.stage == "sample":
         sample(a.runs, a.clip, a.texts, a.runs / "samples.png", a.guidance_scale)
     elif a.stage == "export":
-        build(a.runs, a.clip).to(dtype=torch.float16).save_pretrained(a.out)
+        export(build(a.runs, a.clip), a.out)
     elif a.stage == "autoencoder":
         train_autoencoder(load_data(a.folder), a.runs, a.steps or 6_000, a.batch or 16, a.seed)
     else:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..options import EFFORTS, SearchOptions
@@ -26,7 +26,9 @@ _NAMES = {
     "pretrained": "--clip",
     "name_or_path": "--language-model",
     "path": "--vocabulary",
+    "folder": "--page",
     "images": "IMAGE",
+    "num_images_per_prompt": "--images",
     "prompt": "PROMPT",
     "prompts": "PROMPT",
     "sources": "PROMPT",
@@ -263,6 +265,27 @@ def load_clip(arguments: argparse.Namespace) -> AnyClip:
         if error.argument == "weights":
             raise error.about("clip_weight") from error
         raise
+
+
+def add_judge(command: Any) -> None:
+    """Add `--judge` to a command or a group of options."""
+    command.add_argument(
+        "--judge",
+        metavar="NAME[:PRETRAINED_OR_FILE]",
+        help="second CLIP, on which the prompts were not searched",
+    )
+
+
+def load_judge(arguments: argparse.Namespace) -> AnyClip | None:
+    """The CLIP of `--judge`, or None."""
+    if arguments.judge is None:
+        return None
+    from .. import load_clip
+
+    try:
+        return load_clip(arguments.judge, device=arguments.device, download=arguments.download)
+    except ArgumentError as error:
+        raise error.about("judge") from error
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:

@@ -20,15 +20,20 @@ from .arguments import (
     check_texts,
     option_name,
     prepare,
+    search_options,
 )
+from .pictures import Pictures, add_pictures
 from .show import print_json, print_result, row_of, search_bar
 
 if TYPE_CHECKING:
+    from ..clip import AnyClip
     from ..options import SearchOptions
     from ..results import Report, Result
     from ..tasks import DistillResult, FuseResult, StyleResult
 
     Callback = Callable[[Report], bool]
+    Interrupted = Callable[[], bool]
+    Drawn = list[dict[str, Any]]
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
 # the cost of a step, few enough to print results early. With the effort "paper" these are 16
@@ -66,6 +71,7 @@ def _add_invert(commands: Any) -> None:
         help="weight of an image with --shared, one for each (default: all the same)",
     )
     add_vocabulary(command)
+    add_pictures(command)
     add_clip(command)
     command.set_defaults(run=_invert, names={"weights": "--weight"})
 
@@ -115,11 +121,20 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
         )
 
 
+def _prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions, Pictures]:
+    """The CLIP, the options of the search, and how to show what it finds."""
+    search_options(arguments)  # an error in these comes before the models are loaded
+    pictures = Pictures(arguments)
+    clip, options = prepare(arguments)
+    pictures.use(clip)
+    return clip, options, pictures
+
+
 def _invert(arguments: argparse.Namespace) -> int:
     if arguments.weight and not arguments.shared:
         raise ArgumentError("weights", "requires `shared`", "add it")
     check_texts("avoid", arguments.avoid, "--avoid-image")
-    clip, options = prepare(arguments)
+    clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert
 
     avoid = [*arguments.avoid, *map(Path, arguments.avoid_image)]
@@ -131,7 +146,7 @@ def _invert(arguments: argparse.Namespace) -> int:
         negative_prompt=arguments.negative_prompt,
     )
     if not arguments.shared:
-        return _invert_each(arguments, options, search)
+        return _invert_each(arguments, options, search, pictures)
     if arguments.weight:
         arguments.names["shared"] = "--weight"
     shared = arguments.weight or True
@@ -139,11 +154,19 @@ def _invert(arguments: argparse.Namespace) -> int:
     def task(callback: Callback) -> Result:
         return search(arguments.images, options, shared=shared, callback=callback)[0]
 
-    return _one_result(arguments, options, task)
+    images, weights = list(map(Path, arguments.images)), arguments.weight or None
+
+    def draw(result: Result, interrupted: Interrupted) -> Drawn:
+        return pictures.make([result.prompt], [images], interrupted, weights)
+
+    return _one_result(arguments, options, task, pictures, draw)
 
 
 def _invert_each(
-    arguments: argparse.Namespace, options: SearchOptions, search: Callable[..., list[Result]]
+    arguments: argparse.Namespace,
+    options: SearchOptions,
+    search: Callable[..., list[Result]],
+    pictures: Pictures,
 ) -> int:
     """Search a prompt for each image, some side by side, and print each as soon as it is found."""
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
@@ -163,6 +186,7 @@ def _invert_each(
                         callback=lambda report, show=show: show(report) or interrupted(),
                     )
                     _fill(arguments, group, watched)
+            _add_pictures(rows, pictures, interrupted)
             was_interrupted = interrupted()
     finally:  # results are printed whatever ends the search
         for row in rows:
@@ -174,7 +198,17 @@ def _invert_each(
             print_json(rows)
     if was_interrupted:
         return 130
-    return 1 if any("error" in row for row in rows) else 0
+    return 1 if any("error" in row for row in rows) else pictures.status
+
+
+def _add_pictures(
+    rows: Sequence[dict[str, Any]], pictures: Pictures, interrupted: Interrupted
+) -> None:
+    """Make images of all prompts that were found."""
+    found = [row for row in rows if "prompt" in row]
+    prompts, images = [row["prompt"] for row in found], [[Path(row["image"])] for row in found]
+    for row, drawn in zip(found, pictures.make(prompts, images, interrupted), strict=False):
+        row |= {"pictures": [drawn], "page": pictures.page_name}
 
 
 def _naming(row: dict[str, Any]) -> str:
@@ -249,7 +283,9 @@ def _fill(
 def _one_result(
     arguments: argparse.Namespace,
     options: SearchOptions,
-    task: Callable[[Callback], Result],
+    task: Callable[[Callback], Any],
+    pictures: Pictures,
+    draw: Callable[[Any, Interrupted], Drawn],
     fields: Callable[[Any], dict[str, Any]] = lambda result: {},
     lines: Callable[[Any], list[str]] = lambda result: [],
 ) -> int:
@@ -259,20 +295,26 @@ def _one_result(
         arguments: of the command.
         options: that `task` searches with.
         task: the search, which gets the callback.
+        pictures: of the command.
+        draw: makes images of the result with them.
         fields: of the result, for `--json`.
         lines: about the result, for the terminal.
     """
-    with interruptible() as interrupted, search_bar(options) as show:
-        result = task(lambda report: show(report) or interrupted())
-        status = 130 if interrupted() else 0
+    with interruptible() as interrupted:
+        with search_bar(options) as show:
+            result = task(lambda report: show(report) or interrupted())
+        if not arguments.json:
+            print_result(result)
+            for line in lines(result):
+                print(line)
+            if result.note:
+                print(f"pez: {result.note}", file=sys.stderr)
+            sys.stdout.flush()
+        drawn = draw(result, interrupted)
+        status = 130 if interrupted() else pictures.status
     if arguments.json:
-        print_json(row_of(result) | fields(result))
-        return status
-    print_result(result)
-    for line in lines(result):
-        print(line)
-    if result.note:
-        print(f"pez: {result.note}", file=sys.stderr)
+        made = {"pictures": drawn, "page": pictures.page_name} if drawn else {}
+        print_json(row_of(result) | fields(result) | made)
     return status
 
 
@@ -317,6 +359,7 @@ def _add_style(commands: Any) -> None:
         help="images drawn at random for each step, with --keep-content (default: all)",
     )
     add_vocabulary(command)
+    add_pictures(command)
     add_clip(command)
     command.set_defaults(run=_style)
 
@@ -325,7 +368,7 @@ def _style(arguments: argparse.Namespace) -> int:
     from ..tasks import check_style_template
 
     check_style_template(arguments.style_template)
-    clip, options = prepare(arguments)
+    clip, options, pictures = _prepare(arguments)
     from .. import style
 
     def task(callback: Callback) -> StyleResult:
@@ -343,10 +386,18 @@ def _style(arguments: argparse.Namespace) -> int:
         template = arguments.style_template
         return [result.apply(subject, template) for subject in arguments.subject]
 
+    images = list(map(Path, arguments.images))
+
+    def draw(result: StyleResult, interrupted: Interrupted) -> Drawn:
+        prompts = applied(result) or [result.prompt]
+        return pictures.make(prompts, [images] * len(prompts), interrupted)
+
     return _one_result(
         arguments,
         options,
         task,
+        pictures,
+        draw,
         lambda result: {"applied": applied(result)} if arguments.subject else {},
         lambda result: [f"        {prompt}" for prompt in applied(result)],
     )
@@ -362,6 +413,7 @@ def _add_distill(commands: Any) -> None:
     add_search(command, prompt_len="by --ratio")
     add_ratio(command)
     add_vocabulary(command)
+    add_pictures(command)
     add_clip(command)
     command.set_defaults(run=_distill)
 
@@ -379,17 +431,23 @@ def add_ratio(command: argparse.ArgumentParser) -> None:
 
 def _distill(arguments: argparse.Namespace) -> int:
     prompt = _from_stdin() if arguments.prompt == "-" else arguments.prompt
-    clip, options = prepare(arguments)
+    clip, options, pictures = _prepare(arguments)
     from .. import distill
 
     def task(callback: Callback) -> DistillResult:
         return distill(clip, prompt, options, ratio=arguments.ratio, callback=callback)
+
+    def draw(result: DistillResult, interrupted: Interrupted) -> Drawn:
+        titles = ("the given prompt", "the shorter prompt")
+        return pictures.make([prompt, result.prompt], [[prompt]] * 2, interrupted, titles=titles)
 
     names = ("tokens_before", "tokens_after", "tokens_saved")
     return _one_result(
         arguments,
         options,
         task,
+        pictures,
+        draw,
         lambda result: {name: getattr(result, name) for name in names},
         lambda result: [
             f"        {result.tokens_before} tokens before, {result.tokens_after} now, "
@@ -440,13 +498,14 @@ def _add_fuse(commands: Any) -> None:
     )
     add_search(command, prompt_len="16")
     add_vocabulary(command)
+    add_pictures(command)
     add_clip(command)
     command.set_defaults(run=_fuse, names={"weights": "--weight"})
 
 
 def _fuse(arguments: argparse.Namespace) -> int:
     check_texts("sources", arguments.prompts, "--image")
-    clip, options = prepare(arguments)
+    clip, options, pictures = _prepare(arguments)
     sources = [*arguments.prompts, *map(Path, arguments.image)]
     from .. import fuse
 
@@ -469,10 +528,15 @@ def _fuse(arguments: argparse.Namespace) -> int:
             *(f"  {similarity:.4f}  {source}" for similarity, source in similarities),
         ]
 
+    def draw(result: FuseResult, interrupted: Interrupted) -> Drawn:
+        return pictures.make([result.prompt], [sources], interrupted, arguments.weight)
+
     return _one_result(
         arguments,
         options,
         task,
+        pictures,
+        draw,
         lambda result: {"tokens": result.tokens, "fused": result.fused},
         lines,
     )

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
-from .arguments import add_clip, check_texts, load_clip
+from .arguments import add_clip, add_judge, check_texts, load_clip, load_judge
 from .show import print_json, rounded
 
 if TYPE_CHECKING:
@@ -29,11 +28,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="image; may be repeated"
     )
-    command.add_argument(
-        "--judge",
-        metavar="NAME[:PRETRAINED_OR_FILE]",
-        help="second CLIP, on which the prompts were not searched",
-    )
+    add_judge(command)
     command.add_argument(
         "--explain", action="store_true", help="print what each word contributes to the similarity"
     )
@@ -58,7 +53,7 @@ def _score(arguments: argparse.Namespace) -> int:
     check_texts("prompts", arguments.prompts, "--image")
     images, _ = load_images(arguments.image)
     clip = load_clip(arguments)
-    scores = score(clip, arguments.prompts, images, judge=_load_judge(arguments))
+    scores = score(clip, arguments.prompts, images, judge=load_judge(arguments))
     rows = []
     for k, prompt in enumerate(arguments.prompts):
         row: dict[str, Any] = {"prompt": prompt, "similarities": _values(scores.similarity[k])}
@@ -73,17 +68,6 @@ def _score(arguments: argparse.Namespace) -> int:
     for row in rows:
         _print(row, arguments.image)
     return 0
-
-
-def _load_judge(arguments: argparse.Namespace) -> AnyClip | None:
-    if arguments.judge is None:
-        return None
-    from .. import load_clip
-
-    try:
-        return load_clip(arguments.judge, device=arguments.device, download=arguments.download)
-    except ArgumentError as error:
-        raise error.about("judge") from error
 
 
 def _values(similarities: Any) -> list[float]:

@@ -3,7 +3,10 @@
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, EvaluationError, evaluate
+from .gallery import GalleryError, make_gallery
+from .image_models import load_pipeline
 from .modular import PezPromptStep
+from .page import Gallery
 from .pipeline import PezPipeline
 from .pipeline_output import PezPipelineOutput, PezPriorOutput
 
@@ -11,10 +14,14 @@ __all__ = [
     "DenoisingLoss",
     "Evaluation",
     "EvaluationError",
+    "Gallery",
+    "GalleryError",
     "PezClipModel",
     "PezPipeline",
     "PezPipelineOutput",
     "PezPriorOutput",
     "PezPromptStep",
     "evaluate",
+    "load_pipeline",
+    "make_gallery",
 ]

