@@ -306,4 +306,4 @@ def _loading(given: dict[str, Any]) -> list:
 options.EFFORTS = dict(options.EFFORTS) | {
     "fast": options.Effort(steps=3, swaps=4, trials=2, screened=16)
 }
-learning.language_model = lambda readability: Letter() if readability else None
+learning.language_model = lambda readability, *_: Letter() if readability else None
