@@ -1,5 +1,8 @@
 """Whether a CLIP is the one whose text encoder an image pipeline has."""
 
+# diffusers does not mark its public names as exported
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import logging
