@@ -125,10 +125,10 @@ def _check_packages() -> None:
 def _load(device: torch.device) -> LanguageModel:
     """Load in a thread of its own, so that Cancel need not wait."""
     global _loading
-    if _loading is None:
-        _loading = Future()
-        threading.Thread(target=_run, args=(_loading, _dtype(device)), daemon=True).start()
-    future = _loading
+    future = _loading  # that of a cancelled run may still be at work
+    if future is None:
+        future = _loading = Future()
+        threading.Thread(target=_run, args=(future, _dtype(device)), daemon=True).start()
     while not wait([future], _POLL).done:
         mm.throw_exception_if_processing_interrupted()
     return future.result()

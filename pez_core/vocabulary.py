@@ -320,7 +320,7 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
     if isinstance(source, (str, os.PathLike)):
         try:
             lines = Path(source).expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # also names that no file can have
             raise ArgumentError(
                 name,
                 f"names the file {str(source)[:200]!r}, which cannot be read ({error})",

@@ -35,6 +35,12 @@ def test_blocked_words_are_found_however_they_are_spelled(text, found):
     assert Blocklist(["nude", "hot dog", "decapit*", "  ", "!?"]).find(text) == found
 
 
+@pytest.mark.parametrize("name", ["\0", "~nobody-of-this-name/words.txt", "a" * 300])
+def test_a_name_that_no_file_can_have_is_named(name):
+    with pytest.raises(ArgumentError, match="`only` names the file"):
+        Vocabulary(only=name)
+
+
 def test_the_time_of_a_lookup_does_not_grow_with_the_list():
     def lines(blocked: Blocklist) -> int:
         """Lines of Python that are run to look up a text."""

@@ -351,7 +351,7 @@ def test_cancel_ends_the_score_of_a_long_text(client: Client):
     assert client.wait(queued).status == "interrupted"
 
 
-@pytest.mark.parametrize("model", [5, {}, ["x"], True])
+@pytest.mark.parametrize("model", [5, {}, True])
 def test_a_model_that_is_no_name_is_refused(client: Client, model):
     message = client.run(one_image() | {"clip": load(model)}).error["exception_message"]
     assert "`model` is" in message and "not on this disk" in message
