@@ -278,7 +278,8 @@ def test_readable_prompts_are_printed_as_written_where_the_tokens_stay(emoji_cli
         closer += len(printed) < len(plain.print(row))
     assert closer > 150
     row = encode("a bird , in a tree ( close - up ) !")
-    assert written.learned(row) == "a bird, in a tree (close-up)!"
+    # ")!" is another token
+    assert written.learned(row) == "a bird, in a tree (close-up) !"
     assert plain.learned(row) == "a bird , in a tree ( close - up ) !"
 
 

@@ -61,7 +61,7 @@ app.registerExtension({
 
   async setup() {
     api.addEventListener("graphChanged", compareSoon);
-    api.addEventListener("execution_success", offerFinds);
+    api.addEventListener("status", offerFinds); // the history is written after the run's own end
     followProblems((node) => node.comfyClass?.startsWith("PEZ_") && !viewOf(node));
     await followRuns((run) => {
       if (!belongsToOpenWorkflow(run)) return; // shown when that workflow is opened

@@ -362,7 +362,7 @@ def test_a_click_uses_a_candidate_or_an_earlier_prompt_and_keeps_it(
 ):
     editor.load(saving_candidates(steps=10, restarts=3))
     found = []
-    for seed in range(500, 502):
+    for seed in (500, 600):  # neighbours share starts, and may find the same prompt
         editor.set_widget(LEARNER, "seed", seed)
         run = queue_and_wait(editor, client)
         (item,) = run["outputs"][LEARNER]["pez"][0]["items"]
