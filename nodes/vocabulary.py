@@ -137,6 +137,14 @@ def _rare_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Another vocabulary, whose rules apply as well.",
         ),
+        io.Boolean.Input(
+            "dictionary",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Only words of an English dictionary: no word endings, hashtags, names or "
+            "emoji. Off: every word of the CLIP.",
+        ),
     ]
 
 

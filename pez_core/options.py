@@ -90,8 +90,12 @@ class SearchOptions:
         seed: of the random initial prompts, 0 or more: one for all images, or one for each. Restart
             r starts from `seed + r`. Results are reproducible per seed on one machine and version
             of PyTorch.
-        vocabulary: the words that may appear in the learned part; None: every word of the CLIP.
+        vocabulary: the words that may appear in the learned part; None: the CLIP's words of an
+            English dictionary, or every whole word of the CLIP with the effort `"paper"`.
         block_unsafe: leave out the words of `UNSAFE_WORDS`.
+        repeats: learned words may appear twice, and may repeat words of the caption. They always
+            may with the effort `"paper"`, as published, and where the vocabulary has phrases of
+            several tokens, or fewer than two words for each token of the prompt.
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest.
         readability: weight of the language model's likelihood in the choice between swaps, from 0
@@ -120,6 +124,7 @@ class SearchOptions:
     seed: int | Sequence[int] = 0
     vocabulary: Vocabulary | None = None
     block_unsafe: bool = True
+    repeats: bool = False
     start_from: str | None = None
     readability: float = 0.0
     language_model: LanguageModel | None = None
@@ -153,6 +158,7 @@ class SearchOptions:
         seed = plain if several else plain[0]
         object.__setattr__(self, "seed", seed)
         check_bool("block_unsafe", self.block_unsafe)
+        check_bool("repeats", self.repeats)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
         if self.vocabulary is not None:
@@ -216,17 +222,26 @@ class SearchOptions:
         )
 
     @property
+    def words(self) -> Vocabulary:
+        """The vocabulary; the default one where none is given."""
+        return self.vocabulary or Vocabulary(dictionary=self.effort != "paper")
+
+    @property
+    def may_repeat(self) -> bool:
+        """Words may occur twice."""
+        return self.repeats or self.effort == "paper"
+
+    @property
     def allowed(self) -> Vocabulary | None:
         """The vocabulary with the rule of `block_unsafe`; None: every word of the CLIP."""
-        if not self.block_unsafe:
-            return self.vocabulary
-        # a rule that only blocks must not restrict a vocabulary of word pieces to whole words
-        safe = Vocabulary(block=UNSAFE_WORDS, whole_words=self.vocabulary is None)
-        return safe if self.vocabulary is None else self.vocabulary & safe
+        if self.block_unsafe:
+            # a rule that only blocks must not restrict a vocabulary of word pieces to whole words
+            return self.words & Vocabulary(block=UNSAFE_WORDS, whole_words=False)
+        return None if self.vocabulary is None and self.effort == "paper" else self.words
 
     def vocabulary_without(self, words: Sequence[str]) -> Vocabulary:
         """The vocabulary, with pieces of words where it has them, and these words blocked."""
-        return (self.vocabulary or Vocabulary()) & Vocabulary(block=words, whole_words=False)
+        return self.words & Vocabulary(block=words, whole_words=False)
 
     def seeds(self, count: int) -> list[int]:
         """The seed of each of `count` prompts."""

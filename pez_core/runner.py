@@ -36,6 +36,8 @@ _TOKENS_AT_ONCE = 2048
 _PROBES, _ROUNDING = 4, 1e-3
 # Steps of a refinement that only a time limit ends.
 _ENDLESS = 10**9
+# A vocabulary of fewer words per token of the prompt needs some of them twice.
+_WORDS_PER_TOKEN = 2
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -178,7 +180,7 @@ def prepare(
     frame.check_room(prompt_len, clip.text.max_prompt_len)
     lexicon = _lexicon(clip, options)
     blocked = Blocklist(lexicon.blocked if lexicon else ())
-    space = _space(clip, options, lexicon, prompt_len)
+    space = _space(clip, options, lexicon, prompt_len, frame)
     single = _round_trip_tokens(clip, lexicon)
     count = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
     all_round_trip = clip.text.words.separable and frame.separate and count in (None, len(single))
@@ -191,7 +193,7 @@ def prepare(
         ]
         return torch.tensor(good, device=rows.device)
 
-    start = _Start(clip, options, lexicon, single, space, prompt_len, acceptable)
+    start = _Start(clip, options, lexicon, single, space, prompt_len, frame, acceptable)
     # by the seed alone, so that a result does not depend on its neighbours
     seeds = options.seeds(len(targets))
     starts = {seed: start.prompts(seed) for seed in set(seeds)}
@@ -219,7 +221,7 @@ def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon | None:
     vocabulary = options.allowed
     if vocabulary is not None and options.readability:
         # a language model would favour pieces of words for their looks
-        vocabulary &= Vocabulary()
+        vocabulary &= Vocabulary(dictionary=False)
     return None if vocabulary is None else vocabulary.lexicon(clip)
 
 
@@ -237,15 +239,22 @@ def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[t
 
 
 def _space(
-    clip: AnyClip, options: SearchOptions, lexicon: Lexicon | None, prompt_len: int
+    clip: AnyClip, options: SearchOptions, lexicon: Lexicon | None, prompt_len: int, frame: Caption
 ) -> TokenSpace:
     table, parts = _tables(clip, options)
     if lexicon is None:
-        return TokenSpace(table, clip.vocabulary, parts)
-    if all(len(phrase) == 1 for phrase in lexicon.phrases):
-        allowed = sorted(token for (token,) in lexicon.phrases)
-        return TokenSpace(table, torch.tensor(allowed), parts)
-    return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+        allowed = clip.vocabulary
+    elif all(len(phrase) == 1 for phrase in lexicon.phrases):
+        allowed = torch.tensor(sorted(token for (token,) in lexicon.phrases))
+    else:
+        return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+    if options.may_repeat:
+        return TokenSpace(table, allowed, parts)
+    decode, beside = clip.text.words.decode, [*frame.before, *frame.after]
+    once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
+    if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
+        return TokenSpace(table, allowed, parts)
+    return TokenSpace(table, allowed, parts, torch.tensor(once), beside)
 
 
 def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
@@ -268,6 +277,7 @@ class _Start:
     single: Sequence[int]  # tokens of the lexicon that round-trip
     space: TokenSpace
     prompt_len: int
+    caption: Caption
     acceptable: Callable[[torch.Tensor], torch.Tensor]
 
     def prompts(self, seed: int) -> torch.Tensor:
@@ -288,7 +298,7 @@ class _Start:
         good = frozenset(p for p in phrases if len(p) > 1 or single.issuperset(p))
         if not good or len(good) == len(phrases):
             return self.space
-        return _space(self.clip, self.options, Lexicon(good), self.prompt_len)
+        return _space(self.clip, self.options, Lexicon(good), self.prompt_len, self.caption)
 
     def _prompt(
         self, source: TokenSpace, generator: torch.Generator, given: list[int]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from pez_core import Clip, SearchOptions, load_clip
+from pez_core import Clip, SearchOptions, Vocabulary, load_clip
 from pez_core.clip.images import load_image
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +14,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 
 
 def all_words(**fields) -> SearchOptions:
-    """Options without the list of unsafe words, as independent implementations search."""
+    """Options that allow every word of the CLIP, twice, as independent implementations search."""
+    fields = {"vocabulary": Vocabulary(dictionary=False), "repeats": True} | fields
     return SearchOptions(block_unsafe=False, **fields)
 
 
