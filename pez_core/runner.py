@@ -17,6 +17,7 @@ from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import Objective, PezSettings, search
 from .priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, needed_language_model
+from .prompt_text import read
 from .results import Candidate, Report, ReportCallback, Result, best_of_restarts
 from .scoring import contributions
 from .space import PhraseSpace, TokenSpace
@@ -121,8 +122,9 @@ def learn(
     prompt_len: int,
     callback: ReportCallback | None = None,
     *,
-    caption: str = "{}",
-    encoded: str | None = None,
+    caption: str | tuple[str, str] = "{}",
+    encoded: str | tuple[str, str] | None = None,
+    inserts: Sequence[tuple[int, str, str]] = (),
     word_weight: float = 0.0,
 ) -> list[Result]:
     """Search a prompt for each target, every restart of every target a problem of one batch.
@@ -135,7 +137,7 @@ def learn(
         options: see `SearchOptions`.
         prompt_len: tokens to learn.
         callback: called with a `Report`; a true return value ends the search.
-        caption, encoded: see `Caption`.
+        caption, encoded, inserts: see `Caption`.
         word_weight: of the prior of single words (`pez_core.priors.SingleWordPrior`).
 
     Raises:
@@ -143,7 +145,8 @@ def learn(
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
     """
-    problem = prepare(clip, targets, options, prompt_len, caption, encoded, word_weight)
+    frame = Caption(clip, caption, encoded, inserts)
+    problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
     best = BestSoFar(problem)
     for turn, span in enumerate(best.spans):
         turns_left = len(best.spans) - turn
@@ -163,8 +166,7 @@ def prepare(
     targets: Sequence[PromptTarget],
     options: SearchOptions,
     prompt_len: int,
-    caption: str,
-    encoded: str | None,
+    frame: Caption,
     word_weight: float,
 ) -> Problem:
     """Everything that is fixed before the first step: caption, allowed tokens, initial prompts."""
@@ -176,8 +178,9 @@ def prepare(
             f"is made for {extra.prompts} prompts, but {len(targets)} are learned",
             "make it of the same images, with the same `shared`",
         )
-    frame = Caption(clip, caption, encoded)
-    frame.check_room(prompt_len, clip.text.max_prompt_len)
+    frame.check_room(prompt_len, one_context=extra is not None)
+    if note := frame.note(prompt_len):
+        log.info(note)
     lexicon = _lexicon(clip, options)
     blocked = Blocklist(lexicon.blocked if lexicon else ())
     space = _space(clip, options, lexicon, prompt_len, frame)
@@ -322,7 +325,7 @@ class _Start:
         """The tokens of `start_from`."""
         if self.options.start_from is None:
             return []
-        ids = self.clip.text.words.encode(self.options.start_from)
+        ids = self.clip.text.words.encode(read(self.options.start_from))
         if len(ids) > self.prompt_len:
             raise ArgumentError(
                 "start_from",
@@ -384,7 +387,11 @@ def _similarity(problem: Problem, owners: Sequence[int], sampled: bool = False) 
         sampled: take the loss on a few targets per step, where the target has a `batch_size`.
     """
     caption, targets = problem.caption, problem.targets
-    encode = problem.clip.text.encoder([(caption.before, caption.after)])
+    text, contexts = problem.clip.text, caption.contexts(problem.prompt_len)
+    if contexts is None:
+        encode = text.encoder([(caption.before, caption.after)], caption.inserts)
+    else:
+        encode = text.encoder_of_contexts(contexts)
     rows, weights = [targets[k] for k in owners], None
     if rows[0].direction is not None:
         features = torch.stack([row.towards for row in rows])[:, None]
@@ -549,7 +556,7 @@ class BestSoFar:
             decode=lambda k: problem.caption.print(chosen[k]),
             explain=lambda k, prompt: contributions(
                 problem.clip,
-                problem.caption.text(chosen[k]) if prompt is None else prompt,
+                problem.caption.print(chosen[k]) if prompt is None else prompt,
                 problem.targets[k].towards,
             ),
         )
@@ -563,7 +570,7 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     clip, caption, restarts = problem.clip, problem.caption, problem.options.restarts
     rows = [_round_trip(clip, caption, row) for row in best.ids.tolist()]
     texts = [caption.text(row) for row in rows]
-    features, extra = clip.encode_texts(texts), problem.options.extra_loss
+    features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
     seconds = time.monotonic() - problem.began
     results = []
@@ -571,9 +578,25 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
         span = slice(k * restarts, (k + 1) * restarts)
         ranked = _ranked(problem, k, rows[span], features[span], losses and losses[span])
         results.append(
-            Result(**vars(ranked[0]), candidates=ranked, history=best.history[k], seconds=seconds)
+            Result(
+                **vars(ranked[0]),
+                candidates=ranked,
+                history=best.history[k],
+                seconds=seconds,
+                note=caption.note(problem.prompt_len),
+            )
         )
     return results
+
+
+def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:
+    """(rows, features) of printed prompts, in contexts where they are longer than one."""
+    clip, size = problem.clip, problem.clip.text.max_prompt_len
+    if problem.caption.contexts(problem.prompt_len) is None:
+        return clip.encode_texts(texts)
+    ids = [problem.caption.ids(row) for row in rows]
+    cut = [[one[k : k + size] for k in range(0, len(one), size)] for one in ids]
+    return torch.stack([clip.encode_chunks(parts) for parts in cut])
 
 
 def _ranked(

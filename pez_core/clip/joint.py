@@ -44,6 +44,12 @@ class JointText:
         """As `TextTower.encoder`, for embeddings and features side by side."""
         return _JointEncoder(self, [tower.encoder(fixed) for tower in self.towers])
 
+    def encoder_of_contexts(
+        self, contexts: Sequence[tuple[Sequence[int], Sequence[int], tuple[int, int]]]
+    ) -> _JointEncoder:
+        """As `TextTower.encoder_of_contexts`."""
+        return _JointEncoder(self, [tower.encoder_of_contexts(contexts) for tower in self.towers])
+
     def memory_per_prompt(self, prompt_len: int) -> int:
         """As `TextTower.memory_per_prompt`, of all towers."""
         return sum(tower.memory_per_prompt(prompt_len) for tower in self.towers)
