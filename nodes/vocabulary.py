@@ -80,7 +80,7 @@ def _usual_inputs() -> list[io.Input]:
             multiline=True,
             placeholder="all words",
             tooltip="Prompts consist of these words and phrases alone; one per line, or separated "
-            "by commas. Empty: every word of the CLIP.",
+            "by commas. Empty: words of an English dictionary.",
         ),
         io.String.Input(
             "block",
