@@ -100,7 +100,8 @@ def read(prompt: str) -> str:
 
 def tags(prompt: str) -> str:
     """The tags of a prompt that no text encoder reads, separated by spaces."""
-    return " ".join(piece.printed for piece in all_pieces(prompt) if piece.kept and not piece.read)
+    kept = [piece for section in sections(prompt) for piece in pieces(section)]
+    return " ".join(piece.printed for piece in kept if piece.kept and not piece.read)
 
 
 def all_pieces(prompt: str) -> list[Piece]:

