@@ -153,7 +153,7 @@ def kept_text(*prompts: str, inputs: dict[str, str] | None = None) -> str:
 
 def kept_in(saved: dict[str, Any], node_id: str = LEARNER) -> str:
     (one,) = [one for one in saved["nodes"] if str(one["id"]) == node_id]
-    return one["widgets_values"][-1]
+    return one["widgets_values"][-2]
 
 
 def state(editor: Editor, *states: str) -> None:
@@ -512,7 +512,7 @@ def test_a_node_in_a_subgraph_has_its_live_view(editor: Editor, snap):
     snap("subgraph")
     (subgraph,) = editor.serialized()["definitions"]["subgraphs"]
     (learner,) = [one for one in subgraph["nodes"] if one["type"] == "PEZ_ImageToPrompt"]
-    assert json.loads(learner["widgets_values"][-1])["items"][0]["prompt"].split() == words(editor)
+    assert json.loads(learner["widgets_values"][-2])["items"][0]["prompt"].split() == words(editor)
     editor.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
 
 
@@ -590,7 +590,7 @@ def test_an_example_runs_in_the_page(
     saved = [image for image in images if image["type"] == "output"]
     with Image.open(server.folder / "output" / saved[0]["filename"]) as picture:
         (learned,) = [
-            json.loads(node["widgets_values"][-1])["items"][0]["prompt"]
+            json.loads(node["widgets_values"][-2])["items"][0]["prompt"]
             for node in json.loads(picture.info["workflow"])["nodes"]
             if node["type"] == "PEZ_ImageToPrompt"
         ]
