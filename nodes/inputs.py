@@ -110,8 +110,8 @@ def words() -> list[io.Input]:
             "vocabulary",
             optional=True,
             lazy=True,
-            tooltip="From PEZ Vocabulary: the words that may appear. Without it: every word of the "
-            "CLIP except unsafe ones.",
+            tooltip="From PEZ Vocabulary: the words that may appear. Without it: words of an "
+            "English dictionary except unsafe ones.",
         ),
     ]
 
@@ -197,3 +197,14 @@ def keep() -> list[io.Input]:
             tooltip="The learned prompt. The node fills this in.",
         ),
     ]
+
+
+def repeats() -> io.Input:
+    """The last input, so that the values of older workflows keep their places."""
+    return io.Boolean.Input(
+        "repeats",
+        default=_DEFAULTS.repeats,
+        optional=True,
+        advanced=True,
+        tooltip="Allow a word to occur twice. The effort paper always does.",
+    )

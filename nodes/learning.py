@@ -116,6 +116,7 @@ def learner_schema(
             *inputs.words(),
             *inputs.rarely_used(),
             *inputs.keep(),
+            inputs.repeats(),
         ],
         outputs=[*outputs, *_candidates()],
         hidden=_HIDDEN,
@@ -164,7 +165,8 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         time_limit=values["time_limit"] or None,
         restarts=values["restarts"],
         seed=values["seed"],
-        vocabulary=allowed(vocabulary, values["block"]),
+        vocabulary=allowed(vocabulary, values["block"], effort),
+        repeats=values["repeats"],
         block_unsafe=vocabulary is None,  # a connected vocabulary has its own switch for that
         readability=readability,
         steps=values["steps"] if effort == PAPER else None,
@@ -176,10 +178,10 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     return replace(options, language_model=model)
 
 
-def allowed(vocabulary: Vocabulary | None, block: str) -> Vocabulary:
+def allowed(vocabulary: Vocabulary | None, block: str, effort: str) -> Vocabulary:
     """The vocabulary of a search, without the characters that CLIP Text Encode would parse."""
     rule = Vocabulary(block=[*SYNTAX, *phrases(block, "block")], whole_words=False)
-    return (Vocabulary() if vocabulary is None else vocabulary) & rule
+    return (Vocabulary(dictionary=effort != PAPER) if vocabulary is None else vocabulary) & rule
 
 
 def all_prompts(found: list[Found]) -> tuple[list[str], list[float]]:

@@ -79,7 +79,7 @@ def _usual_inputs() -> list[io.Input]:
             multiline=True,
             placeholder="all words",
             tooltip="Prompts consist of these words and phrases alone; one per line, or separated "
-            "by commas. Empty: every word of the CLIP.",
+            "by commas. Empty: words of an English dictionary.",
         ),
         text(
             "block",
@@ -131,6 +131,14 @@ def _rare_inputs() -> list[io.Input]:
             "and_also",
             optional=True,
             tooltip="Another vocabulary, whose rules apply as well.",
+        ),
+        io.Boolean.Input(
+            "dictionary",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Only words of an English dictionary: no word endings, hashtags, names or "
+            "emoji. Off: every word of the CLIP.",
         ),
     ]
 

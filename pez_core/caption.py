@@ -31,20 +31,31 @@ def check_caption(caption: object) -> str:
     return text if "{}" in text else f"{text} {{}}".strip()
 
 
+def _around(caption: str | tuple[str, str]) -> tuple[str, str]:
+    """The text before and behind the learned words."""
+    if not isinstance(caption, str):
+        return caption
+    before, after = caption.split("{}", 1)
+    return before, after
+
+
 class Caption:
     """A caption with a place for the learned words.
 
     Args:
         clip: its tokenizer and context count.
-        caption: text with `{}` where the learned words go.
+        caption: text with `{}` where the learned words go, or the text before and behind them.
         encoded: the caption for the text encoder, without tags and weights; None:
             the caption itself.
+        inserts: fixed text between learned words: the number of learned tokens before it, the text
+            as it is printed, and as the text encoder gets it; in order.
         as_written: print the learned words with the spacing of written text, "a bird, in a tree",
             where the tokenizer reads it as the same tokens.
 
     Attributes:
         before, after: token ids of the fixed text.
-        room: tokens that the context holds beside it.
+        inserts: the number of learned tokens before each insert, and its token ids.
+        room: tokens that the context holds beside the fixed text.
         separate: learned words cannot fuse with the fixed text.
         opens: the learned words are read as at the beginning of a text, where the tokenizer has
             other tokens (`Words.bare_start`).
@@ -56,43 +67,85 @@ class Caption:
     def __init__(
         self,
         clip: AnyClip,
-        caption: str = "{}",
-        encoded: str | None = None,
+        caption: str | tuple[str, str] = "{}",
+        encoded: str | tuple[str, str] | None = None,
+        inserts: Sequence[tuple[int, str, str]] = (),
         *,
         as_written: bool = False,
     ) -> None:
-        self._words, self._as_written = clip.text.words, as_written
-        self._printed = caption.split("{}", 1)
-        self._encoded = self._printed if encoded is None else encoded.split("{}", 1)
+        self._words, self._size = clip.text.words, clip.text.max_prompt_len
+        self._as_written = as_written
+        self._printed = _around(caption)
+        self._encoded = self._printed if encoded is None else _around(encoded)
+        self._places = [place for place, _, _ in inserts]
+        self._printed_inserts = [printed for _, printed, _ in inserts]
+        self._encoded_inserts = [text for _, _, text in inserts]
+        encode_behind = self._words.encode_behind
+        self.inserts = [(k, encode_behind(f" {text}")) for k, _, text in inserts if text]
         before, after = self._encoded
         self.before, self.after = self._words.encode(before), self._words.encode_behind(after)
         spaced = bool(before.strip()) and before[-1].isspace()
         self.opens = self._words.bare_start and not spaced
         self._words_around = count_words(before), count_words(after)
-        self.room = clip.text.max_prompt_len - len(self.before) - len(self.after)
+        between = sum(len(ids) for _, ids in self.inserts)
+        self.room = self._size - len(self.before) - len(self.after) - between
         # beside a space nothing fuses; beside a comma other punctuation does, but words do not
         self.separate = (not before or before[-1].isspace()) and (not after or after[0].isspace())
-        if self.room > 0 and not self.round_trips(self.encode(_EXAMPLE)):
+        if not self.round_trips(self.encode(_EXAMPLE)):
             raise ArgumentError(
                 "caption",
                 f"is {caption!r}, whose text would fuse with the learned words",
                 "put a space on both sides of {}",
             )
 
-    def check_room(self, prompt_len: int, max_prompt_len: int) -> None:
-        """Raise unless `prompt_len` tokens fit beside the fixed text."""
-        if prompt_len <= self.room:
-            return
-        fixed = len(self.before) + len(self.after)
-        if not fixed:
+    def check_room(self, prompt_len: int, one_context: bool) -> None:
+        """Raise unless `prompt_len` tokens fit.
+
+        Args:
+            prompt_len: tokens to learn.
+            one_context: with the fixed text, they have to fit into one context.
+        """
+        if prompt_len > self._size:
             raise ArgumentError(
-                "prompt_len", f"has to be from 1 to {max_prompt_len} but is {prompt_len}"
+                "prompt_len", f"has to be from 1 to {self._size} but is {prompt_len}"
             )
-        raise ArgumentError(
-            "prompt_len",
-            f"is {prompt_len}, but beside the {fixed} tokens of the `caption` there is room for "
-            f"{max(self.room, 0)}",
-            "shorten the `caption` or learn fewer tokens",
+        if one_context and prompt_len > self.room:
+            raise ArgumentError(
+                "prompt_len",
+                f"is {prompt_len}, but beside the {self._size - self.room} tokens of the `caption` "
+                f"there is room for {max(self.room, 0)}",
+                "shorten the `caption` or learn fewer tokens",
+            )
+
+    def contexts(
+        self, prompt_len: int
+    ) -> list[tuple[list[int], list[int], tuple[int, int]]] | None:
+        """How a prompt that is longer than the context is cut, as ComfyUI does; None: it is not.
+
+        Returns:
+            Of each context the ids before and behind the learned tokens, the first of the learned
+            tokens that it holds, and the one behind the last.
+        """
+        if prompt_len <= self.room:
+            return None
+        first, last = len(self.before), len(self.before) + prompt_len
+        cuts = []
+        for start in range(0, last + len(self.after), self._size):
+            end = start + self._size
+            learned = (min(max(start - first, 0), prompt_len), min(max(end - first, 0), prompt_len))
+            before = self.before[start:end]
+            cuts.append((before, self.after[max(start - last, 0) : max(end - last, 0)], learned))
+        return cuts
+
+    def note(self, prompt_len: int) -> str:
+        """A remark on a prompt that is longer than the context, "" on others."""
+        cuts = self.contexts(prompt_len)
+        if cuts is None:
+            return ""
+        tokens = len(self.before) + prompt_len + len(self.after)
+        return (
+            f"The prompt has {tokens} tokens, and CLIP reads {self._size} at a time. It is encoded "
+            f"in {len(cuts)} parts, as by CLIP Text Encode; the similarity is that of their mean."
         )
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +154,11 @@ class Caption:
 
     def ids(self, learned: Sequence[int]) -> list[int]:
         """The tokens of the whole prompt."""
-        return [*self.before, *learned, *self.after]
+        found, start = list(self.before), 0
+        for place, ids in self.inserts:
+            found += [*learned[start:place], *ids]
+            start = place
+        return [*found, *learned[start:], *self.after]
 
     def reread(self, learned: Sequence[int]) -> list[int]:
         """The tokens of the whole prompt as the tokenizer reads its text."""
@@ -109,44 +166,71 @@ class Caption:
 
     def print(self, learned: Sequence[int]) -> str:
         """The whole prompt for people, with tags and weights."""
-        return self.learned(learned).join(self._printed)
+        return self._filled(self._parts(learned), self._printed_inserts).join(self._printed)
 
     def text(self, learned: Sequence[int]) -> str:
         """The whole prompt for the text encoder, without tags and weights."""
-        return self.learned(learned).join(self._encoded)
+        return self._encoded_text(self._parts(learned))
 
     def learned(self, learned: Sequence[int]) -> str:
-        """The learned words as they are printed."""
-        text = self._words.decode(learned)
+        """The learned words as they are printed, without the inserts."""
+        return " ".join(filter(None, self._parts(learned)))
+
+    def _parts(self, learned: Sequence[int]) -> list[str]:
+        """The learned words as they are printed, in the stretches between the inserts."""
+        parts = self._stretches(learned)
         if not self._as_written:
-            return text
-        plain = self._words.encode(text.join(self._encoded))
-        words = text.split()
-        printed = written_form(text)
-        if self._words.encode(printed.join(self._encoded)) == plain:
+            return parts
+        plain = self._words.encode(self._encoded_text(parts))
+
+        def is_same() -> bool:
+            return self._words.encode(self._encoded_text(printed)) == plain
+
+        printed = [written_form(part) for part in parts]
+        if is_same():
             return printed
         # two marks in a row are other tokens without the space between them
-        printed = ""
-        for k, word in enumerate(words):
-            closer = written_form(f"{printed} {word}") if printed else word
-            rest = " ".join(["", *words[k + 1 :]])
-            same = self._words.encode((closer + rest).join(self._encoded)) == plain
-            printed = closer if same else f"{printed} {word}"
+        printed = list(parts)
+        for n, part in enumerate(parts):
+            words, done = part.split(), ""
+            for k, word in enumerate(words):
+                closer = written_form(f"{done} {word}") if done else word
+                printed[n] = closer + " ".join(["", *words[k + 1 :]])
+                done = closer if is_same() else f"{done} {word}"
+            printed[n] = done
         return printed
+
+    def _stretches(self, learned: Sequence[int]) -> list[str]:
+        """The learned words between the inserts, with a space between any two words."""
+        starts, ends = [0, *self._places], [*self._places, len(learned)]
+        return [self._words.decode(learned[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def _filled(self, parts: Sequence[str], inserts: Sequence[str]) -> str:
+        """Stretches of learned words, and the inserts between them."""
+        first, *others = parts
+        pairs = zip(inserts, others, strict=True)
+        return " ".join(filter(None, [first, *(text for pair in pairs for text in pair)]))
+
+    def _encoded_text(self, parts: Sequence[str]) -> str:
+        """The whole prompt for the text encoder, from the stretches of learned words."""
+        return self._filled(parts, self._encoded_inserts).join(self._encoded)
 
     def round_trips(self, learned: Sequence[int]) -> bool:
         """Whether the printed prompt, encoded again, has exactly these tokens."""
-        if not self.before and not self.after:
+        if not self.before and not self.after and not self._places:
             return self._words.round_trips(learned)
         special = self._words.special_ids & set(learned)
         return not special and self._words.encode(self._plain(learned)) == self.ids(learned)
 
     def _plain(self, learned: Sequence[int]) -> str:
         """`text` with a space between any two words."""
-        return self._words.decode(learned).join(self._encoded)
+        return self._encoded_text(self._stretches(learned))
 
     def blocked_word(self, learned: Sequence[int], blocked: Blocklist) -> str | None:
         """A blocked word that the learned part spells, or spells together with the fixed text."""
+        if self._places:  # the inserts are the user's own words
+            found = [blocked.find(words) for words in self._stretches(learned)]
+            return next(filter(None, found), blocked.find_mark(self._words.decode(learned)))
         text = self._plain(learned)
         before, after = self._words_around
         found = blocked.find(text, before, count_words(text) - after)

@@ -87,9 +87,9 @@ class SearchOptions:
     round-trip set `swaps=0` instead.
 
     Attributes:
-        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP) beside a
-            caption. None: 16 for `invert` and `fuse`, 8 for `style`, by the ratio for `distill`,
-            or fewer where the context holds fewer.
+        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP). None: 16 for
+            `invert` and `fuse`, 8 for `style`, by the ratio for `distill`, or fewer where the
+            context holds fewer beside a caption.
         effort: `"fast"`, `"balanced"`, `"best"` or `"paper"`.
         time_limit: seconds for the whole call, without encoding the targets; above 0. Results then
             depend on the speed of the machine. None: no limit.
@@ -98,9 +98,13 @@ class SearchOptions:
         seed: of the random initial prompts, 0 or more: one for all images, or one for each. The
             restarts have independent streams of it, which no other seed shares. Results are
             reproducible per seed on one machine and version of PyTorch.
-        vocabulary: the words that may appear in the learned part; None: every word of the CLIP,
-            and with `effort="paper"` every token.
+        vocabulary: the words that may appear in the learned part; None: the CLIP's words of an
+            English dictionary, and with `effort="paper"` every token.
         block_unsafe: leave out the words of `UNSAFE_WORDS`.
+        repeats: learned words may appear twice, and may repeat words of the caption. They always
+            may with the effort `"paper"`, as published, and where the vocabulary has phrases of
+            several tokens, or fewer than two words for each token of the prompt, or where the
+            tokenizer has other tokens for the first word (Gemma's).
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest.
         readability: weight of the language model's likelihood in the choice between swaps, from 0
@@ -134,6 +138,7 @@ class SearchOptions:
     seed: int | Sequence[int] = 0
     vocabulary: Vocabulary | None = None
     block_unsafe: bool = True
+    repeats: bool = False
     start_from: str | None = None
     readability: float = 0.0
     language_model: LanguageModel | None = None
@@ -169,6 +174,7 @@ class SearchOptions:
         seed = plain if several else plain[0]
         object.__setattr__(self, "seed", seed)
         check_bool("block_unsafe", self.block_unsafe)
+        check_bool("repeats", self.repeats)
         check_bool("trajectory", self.trajectory)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
@@ -256,21 +262,26 @@ class SearchOptions:
         )
 
     @property
-    def allowed(self) -> Vocabulary | None:
-        """The vocabulary with the rule of `block_unsafe`; None: every word of the CLIP."""
-        vocabulary = self.vocabulary
-        if vocabulary is None and self.published:
-            vocabulary = Vocabulary(whole_words=False)
+    def words(self) -> Vocabulary:
+        """The vocabulary; the default one where none is given."""
+        return self.vocabulary or Vocabulary(whole_words=not self.published)
+
+    @property
+    def may_repeat(self) -> bool:
+        """Words may occur twice."""
+        return self.repeats or self.published
+
+    @property
+    def allowed(self) -> Vocabulary:
+        """The vocabulary with the rule of `block_unsafe`."""
         if not self.block_unsafe:
-            return vocabulary
+            return self.words
         # a rule that only blocks must not restrict a vocabulary of word pieces to whole words
-        safe = Vocabulary(block=UNSAFE_WORDS, whole_words=vocabulary is None)
-        return safe if vocabulary is None else vocabulary & safe
+        return self.words & Vocabulary(block=UNSAFE_WORDS, whole_words=False)
 
     def vocabulary_without(self, words: Sequence[str]) -> Vocabulary:
         """The vocabulary, with pieces of words where it has them, and these words blocked."""
-        vocabulary = self.vocabulary or Vocabulary(whole_words=not self.published)
-        return vocabulary & Vocabulary(block=words, whole_words=False)
+        return self.words & Vocabulary(block=words, whole_words=False)
 
     def seeds(self, count: int) -> list[int]:
         """The seed of each of `count` prompts."""

@@ -17,6 +17,7 @@ from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import Objective, PezSettings, search
 from .priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, needed_language_model
+from .prompt_text import read
 from .results import Candidate, Report, ReportCallback, Result, Trajectory, best_of_restarts
 from .scoring import contributions
 from .seeds import child_seed, restart_seed
@@ -42,6 +43,8 @@ _PROBES, _ROUNDING = 4, 1e-3
 _ENDLESS = 10**9
 # The stream of a seed that rivals draw from, beside that of the initial prompt.
 _DRAWS = (0, 0)
+# A vocabulary of fewer words per token of the prompt needs some of them twice.
+_WORDS_PER_TOKEN = 2
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -115,7 +118,11 @@ class Problem:
     @property
     def encoder(self) -> Encoder:
         """Text features of learned words inside of the caption."""
-        return self.clip.text.encoder([(self.caption.before, self.caption.after)])
+        text, caption = self.clip.text, self.caption
+        contexts = caption.contexts(self.prompt_len)
+        if contexts is not None:
+            return text.encoder_of_contexts(contexts)
+        return text.encoder([(caption.before, caption.after)], caption.inserts)
 
     @property
     def owners(self) -> list[int]:
@@ -136,8 +143,9 @@ def learn(
     prompt_len: int,
     callback: ReportCallback | None = None,
     *,
-    caption: str = "{}",
-    encoded: str | None = None,
+    caption: str | tuple[str, str] = "{}",
+    encoded: str | tuple[str, str] | None = None,
+    inserts: Sequence[tuple[int, str, str]] = (),
     word_weight: float = 0.0,
 ) -> list[Result]:
     """Search a prompt for each target, every restart of every target a problem of one batch.
@@ -150,7 +158,7 @@ def learn(
         options: see `SearchOptions`.
         prompt_len: tokens to learn.
         callback: called with a `Report`; a true return value ends the search.
-        caption, encoded: see `Caption`.
+        caption, encoded, inserts: see `Caption`.
         word_weight: of the prior of single words (`pez_core.priors.SingleWordPrior`).
 
     Raises:
@@ -158,7 +166,9 @@ def learn(
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
     """
-    problem = prepare(clip, targets, options, prompt_len, caption, encoded, word_weight)
+    written = options.readability > 0
+    frame = Caption(clip, caption, encoded, inserts, as_written=written)
+    problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
     best = BestSoFar(problem)
     for turn, span in enumerate(best.spans):
         turns_left = len(best.spans) - turn
@@ -171,8 +181,12 @@ def learn(
 
 
 def default_len(clip: AnyClip, wanted: int, caption: str = "{}") -> int:
-    """Tokens to learn where the options do not say: `wanted`, or what the context holds."""
-    return max(1, min(wanted, Caption(clip, caption).room))
+    """Tokens to learn where the options do not say: `wanted`, or what the context holds.
+
+    A caption that fills the context is encoded in several, of which one holds the learned tokens.
+    """
+    room = Caption(clip, caption).room
+    return min(wanted, room if room > 0 else clip.text.max_prompt_len)
 
 
 # 1. Prepare.
@@ -183,8 +197,7 @@ def prepare(
     targets: Sequence[PromptTarget],
     options: SearchOptions,
     prompt_len: int,
-    caption: str,
-    encoded: str | None,
+    frame: Caption,
     word_weight: float,
 ) -> Problem:
     """Everything that is fixed before the first step: caption, allowed tokens, initial prompts."""
@@ -196,16 +209,17 @@ def prepare(
             f"is made for {extra.prompts} prompts, but {len(targets)} are learned",
             "make it of the same images, with the same `shared`",
         )
-    frame = Caption(clip, caption, encoded, as_written=options.readability > 0)
-    frame.check_room(prompt_len, clip.text.max_prompt_len)
+    frame.check_room(prompt_len, one_context=extra is not None)
+    if note := frame.note(prompt_len):
+        log.info(note)
     lexicon = _lexicon(clip, options)
-    blocked = Blocklist(lexicon.blocked if lexicon else ())
+    blocked = Blocklist(lexicon.blocked)
     space = _space(clip, options, lexicon, prompt_len, frame)
     single = [] if options.published else _round_trip_tokens(clip, lexicon)
-    count = None if lexicon is None else sum(len(phrase) == 1 for phrase in lexicon.phrases)
+    count = sum(len(phrase) == 1 for phrase in lexicon.phrases)
     # the published search does not ask for it
     all_round_trip = options.published or (
-        clip.text.words.separable and frame.separate and count in (None, len(single))
+        clip.text.words.separable and frame.separate and count == len(single)
     )
 
     def acceptable(rows: torch.Tensor) -> torch.Tensor:
@@ -240,13 +254,11 @@ def prepare(
     )
 
 
-def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon | None:
+def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon:
     vocabulary = options.allowed
-    if vocabulary is not None and options.readability:
+    if options.readability:
         # a language model would favour pieces of words for their looks
-        vocabulary &= Vocabulary()
-    if vocabulary is None:
-        return None
+        vocabulary &= Vocabulary(dictionary=False)
     lexicon = vocabulary.lexicon(clip)
     if options.published and clip.trained_tokens is not None:
         trained = filter(clip.trained_tokens.issuperset, lexicon.phrases)
@@ -268,23 +280,22 @@ def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[t
 
 
 def _space(
-    clip: AnyClip,
-    options: SearchOptions,
-    lexicon: Lexicon | None,
-    prompt_len: int,
-    frame: Caption,
+    clip: AnyClip, options: SearchOptions, lexicon: Lexicon, prompt_len: int, frame: Caption
 ) -> TokenSpace:
     table, parts = _tables(clip, options)
+    phrases = sorted(lexicon.phrases)
     if frame.opens and not options.published:
-        phrases = [(i,) for i in clip.vocabulary.tolist()] if lexicon is None else lexicon.phrases
-        first = _openings(clip, phrases)
-        return PhraseSpace(table, sorted(phrases), prompt_len, parts, first)
-    if lexicon is None:
-        return TokenSpace(table, clip.vocabulary, parts)
-    if all(len(phrase) == 1 for phrase in lexicon.phrases):
-        allowed = sorted(token for (token,) in lexicon.phrases)
-        return TokenSpace(table, torch.tensor(allowed), parts)
-    return PhraseSpace(table, sorted(lexicon.phrases), prompt_len, parts)
+        return PhraseSpace(table, phrases, prompt_len, parts, _openings(clip, phrases))
+    if any(len(phrase) > 1 for phrase in phrases):
+        return PhraseSpace(table, phrases, prompt_len, parts)
+    allowed = torch.tensor([token for (token,) in phrases])
+    if options.may_repeat:
+        return TokenSpace(table, allowed, parts)
+    decode, beside = clip.text.words.decode, frame.ids([])
+    once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
+    if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
+        return TokenSpace(table, allowed, parts)
+    return TokenSpace(table, allowed, parts, torch.tensor(once), beside)
 
 
 def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -302,12 +313,9 @@ def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple
     return sorted({s for s in starts if len(s) <= longest} or set(starts))
 
 
-def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon | None) -> list[int]:
+def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon) -> list[int]:
     """Sorted single tokens of the lexicon that round-trip through the tokenizer."""
-    default = clip.vocabulary.tolist()
-    if lexicon is None:
-        return default
-    known, round_trips = set(default), clip.text.words.round_trips_inside
+    known, round_trips = set(clip.vocabulary.tolist()), clip.text.words.round_trips_inside
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
     return [token for token in single if token in known or round_trips([token])]
 
@@ -318,7 +326,7 @@ class _Start:
 
     clip: AnyClip
     options: SearchOptions
-    lexicon: Lexicon | None
+    lexicon: Lexicon
     single: Sequence[int]  # tokens of the lexicon that round-trip
     space: TokenSpace
     prompt_len: int
@@ -338,7 +346,7 @@ class _Start:
 
     def _source(self) -> TokenSpace:
         """The space to draw from: pieces of words are searched, but would fuse when drawn."""
-        if self.lexicon is None or self.options.published:
+        if self.options.published:
             return self.space
         single, phrases = set(self.single), self.lexicon.phrases
         good = frozenset(p for p in phrases if len(p) > 1 or single.issuperset(p))
@@ -375,7 +383,7 @@ class _Start:
         """The tokens of `start_from`."""
         if self.options.start_from is None:
             return []
-        ids = self.frame.encode(self.options.start_from)
+        ids = self.frame.encode(read(self.options.start_from))
         if len(ids) > self.prompt_len:
             raise ArgumentError(
                 "start_from",
@@ -656,7 +664,7 @@ class BestSoFar:
             decode=lambda k: problem.caption.print(chosen[k]),
             explain=lambda k, prompt: contributions(
                 problem.clip,
-                problem.caption.text(chosen[k]) if prompt is None else prompt,
+                problem.caption.print(chosen[k]) if prompt is None else prompt,
                 problem.targets[k].towards,
             ),
             part=self._part(span, progress, before, step, steps),
@@ -688,7 +696,7 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     else:
         rows = [_round_trip(clip, caption, row) for row in rows]
     texts = [caption.text(row) for row in rows]
-    features, extra = clip.encode_texts(texts), problem.options.extra_loss
+    features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
     seconds = time.monotonic() - problem.began
     results = []
@@ -703,9 +711,25 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
         found = losses and losses[span]
         ranked = _ranked(problem, k, rows[span], features[span], found, extras)
         results.append(
-            Result(**vars(ranked[0]), candidates=ranked, history=best.history[k], seconds=seconds)
+            Result(
+                **vars(ranked[0]),
+                candidates=ranked,
+                history=best.history[k],
+                seconds=seconds,
+                note=caption.note(problem.prompt_len),
+            )
         )
     return results
+
+
+def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:
+    """(rows, features) of printed prompts, in contexts where they are longer than one."""
+    clip, size = problem.clip, problem.clip.text.max_prompt_len
+    if problem.caption.contexts(problem.prompt_len) is None:
+        return clip.encode_texts(texts)
+    ids = [problem.caption.reread(row) for row in rows]
+    cut = [[one[k : k + size] for k in range(0, len(one), size)] for one in ids]
+    return torch.stack([clip.encode_chunks(parts) for parts in cut])
 
 
 def _ranked(

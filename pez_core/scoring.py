@@ -10,8 +10,8 @@ import torch
 
 from .clip.images import ImageInput, load_images
 from .errors import ArgumentError, ArgumentTypeError, check_number
-from .prompt_text import chunks
-from .targets import Target, as_list, check_clip, check_text, encode_targets
+from .prompt_text import all_pieces, read
+from .targets import Target, as_list, check_clip, check_text, encode_prompt, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -45,7 +45,8 @@ def score(
 
     Args:
         clip: as in `invert`.
-        prompts: one text or several; those longer than the context are encoded in chunks.
+        prompts: one text or several, read as ComfyUI does: those longer than the context in
+            chunks, and without weights and tags.
         images: one image or several, as in `invert`.
         judge: a held-out CLIP: the prompts were not learned on it.
 
@@ -114,11 +115,12 @@ def explain(
 ) -> list[WordContribution]:
     """The contribution of each word of a prompt to its similarity with a target.
 
-    Words are dropped one at a time, so that of two synonyms both have a low contribution.
+    Words are dropped one at a time, so that of two synonyms both have a low contribution. A weight
+    like `(two words:1.2)` counts as one word. Tags like `<lora:name:0.8>` contribute nothing.
 
     Args:
         clip: as in `invert`.
-        prompt: words separated by spaces.
+        prompt: words separated by spaces, read as in `score`.
         target: a text, an image (path object, PIL image, tensor) or a list of these, whose mean
             similarity counts.
 
@@ -136,7 +138,7 @@ def explain(
 
 def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[WordContribution]:
     """`explain` by the dot product with a (features,) target."""
-    words = _split(prompt)
+    words = [word for word, _ in _split(prompt)]
     with torch.inference_mode(False):
         whole, *without = _towards(clip, [words, *_one_dropped(words)], feature)
     return [WordContribution(w, whole - s) for w, s in zip(words, without, strict=True)]
@@ -164,6 +166,8 @@ def prune(
 ) -> Pruned:
     """Remove the words of a prompt that contribute nothing, one at a time, the least first.
 
+    Tags like `<lora:name:0.8>` and `BREAK` stay; weights like `(two words:1.2)` stay or go whole.
+
     Args:
         clip, prompt, target: as in `explain`.
         max_loss: similarity that may be lost in all, 0 or more. At 0 the pruned prompt is at least
@@ -185,25 +189,35 @@ def prune_towards(
     """`prune` by the dot product with a (features,) target."""
     words, dropped = _split(prompt), []
     with torch.inference_mode(False):
-        (before,) = _towards(clip, [words], feature)
+        (before,) = _towards(clip, [[word for word, _ in words]], feature)
         now = before
-        while len(words) > 1:
-            rest = _towards(clip, _one_dropped(words), feature)
+        while sum(is_read for _, is_read in words) > 1:
+            # a tag changes nothing here, but the image
+            places = [k for k, (_, is_read) in enumerate(words) if is_read]
+            left = _one_dropped([word for word, _ in words])
+            rest = _towards(clip, [left[k] for k in places], feature)
             best = max(range(len(rest)), key=rest.__getitem__)
             if rest[best] < before - max_loss:
                 break
             now = rest[best]
-            dropped.append(words.pop(best))
-    return Pruned(" ".join(words), now, before, dropped)
+            dropped.append(words.pop(places[best])[0])
+    return Pruned(" ".join(word for word, _ in words), now, before, dropped)
 
 
-def _split(prompt: str) -> list[str]:
+def _split(prompt: str) -> list[tuple[str, bool]]:
+    """The words of a prompt, and its syntax, each with whether a text encoder reads of it."""
     if not isinstance(prompt, str):
         raise ArgumentTypeError("prompt", f"has to be a string but is {prompt!r}")
-    words = prompt.split()
-    if not words:
+    if not prompt.split():
         raise ArgumentError("prompt", "is empty", "give at least one word")
     check_text("prompt", prompt, "give a text, and the file as the `target`")
+    words = [
+        (word, piece.read != "")
+        for piece in all_pieces(prompt)
+        for word in ([piece.printed] if piece.kept else piece.printed.split())
+    ]
+    if not any(is_read for _, is_read in words):
+        raise ArgumentError("prompt", "holds only tags, no words", "give at least one word")
     return words
 
 
@@ -220,15 +234,12 @@ def _mean_feature(clip: AnyClip, target: Target | Sequence[Target]) -> torch.Ten
 
 def _towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> list[float]:
     """Dot products of texts, given as lists of words, with a feature."""
-    encode, size = clip.text.words.encode, clip.text.max_prompt_len
-    ids = [encode(" ".join(words)) for words in texts]
-    if max(map(len, ids)) <= size:
-        features = clip.encode_texts([" ".join(words) for words in texts])
+    prompts = [" ".join(words) for words in texts]
+    plain = [read(prompt) for prompt in prompts]
+    if max(len(clip.text.words.encode(text)) for text in plain) <= clip.text.max_prompt_len:
+        features = clip.encode_texts(plain)
     else:
-        features = torch.stack(
-            [
-                clip.encode_chunks(chunks([i], size)) if i else clip.encode_texts([""])[0]
-                for i in ids
-            ]
-        )
+        (nothing,) = clip.encode_texts([""])
+        encoded = [encode_prompt(clip, prompt) for prompt in prompts]
+        features = torch.stack([nothing if one is None else one for one in encoded])
     return check_finite(features @ feature, clip).tolist()

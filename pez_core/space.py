@@ -26,6 +26,9 @@ class TokenSpace:
         table: (vocab_size, dim) token embeddings; used in fp32 whatever their dtype.
         allowed: ids that prompts may be made of, in rising order; None allows every row.
         parts: (columns, weight) of each encoder, from left to right; None: one encoder.
+        once: ids that a prompt holds once at most; there have to be more of them than tokens in a
+            prompt and in `beside`. None: every id may repeat.
+        beside: ids of the fixed text beside a prompt, which count for `once`.
 
     Raises:
         ArgumentError: `allowed` is empty or holds ids outside the table.
@@ -39,6 +42,8 @@ class TokenSpace:
         table: torch.Tensor,
         allowed: torch.Tensor | None = None,
         parts: Sequence[tuple[int, float]] | None = None,
+        once: torch.Tensor | None = None,
+        beside: Sequence[int] = (),
     ) -> None:
         if allowed is None:
             allowed = torch.arange(len(table))
@@ -53,6 +58,11 @@ class TokenSpace:
         self.table = table.detach()
         self.allowed = allowed.to(table.device)
         self.parts = [(table.shape[1], 1.0)] if parts is None else list(parts)
+        self._once = None
+        if once is not None:
+            self._once = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+            self._once[once] = True
+        self._beside = torch.tensor(sorted(set(beside)), dtype=torch.long, device=table.device)
         # rows of zero norm (never trained) stay zero and can only win against negative similarities
         directions = self.table[self.allowed].float()
         self._lengths_of_parts = []
@@ -80,7 +90,58 @@ class TokenSpace:
         rows = rows.reshape(-1, embeddings.shape[-1])
         size = max(1, _CHUNK // self._block)
         best = torch.cat([self._best(chunk) for chunk in rows.split(size)])
-        return self.allowed[best].reshape(embeddings.shape[:-1])
+        ids = self.allowed[best].reshape(embeddings.shape[:-1])
+        return ids if self._once is None else self._without_repeats(ids, rows)
+
+    @torch.no_grad()
+    def _without_repeats(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(problems, prompt_len) nearest ids of (n, dim) rows, those that repeat replaced.
+
+        From left to right, each by the nearest that is not taken.
+        """
+        problems, length = ids.shape
+        again: torch.Tensor | slice = slice(None)
+        if ids.device.type == "cpu":  # elsewhere looking at the result would wait for the device
+            again = self.repeated(ids).nonzero()[:, 0]
+            if not len(again):
+                return ids
+        rows = rows.view(problems, length, -1)[again].flatten(0, 1)
+        count = min(length + len(self._beside), len(self.allowed))
+        near = torch.cat([self._near(chunk, count) for chunk in rows.split(_CPU_BLOCK)])
+        near = near.view(-1, length, count)
+        chosen = self._beside.expand(len(near), -1)
+        for n in range(length):
+            taken = (near[:, n, :, None] == chosen[:, None]).any(-1) & self._is_once(near[:, n])
+            first = (~taken).int().argmax(dim=1, keepdim=True)
+            chosen = torch.cat([chosen, near[:, n].gather(1, first)], dim=1)
+        ids = ids.clone()
+        ids[again] = chosen[:, len(self._beside) :]
+        return ids
+
+    def _near(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """(n, dim) -> (n, count) ids of the highest cosine similarity, in order."""
+        values, places, first = [], [], 0
+        for similarity in self._similarities:
+            block = similarity(rows)
+            top = block.topk(min(count, block.shape[1]), dim=-1)
+            values.append(top.values)
+            places.append(top.indices + first)
+            first += block.shape[1]
+        best = torch.cat(values, dim=-1).topk(count, dim=-1).indices
+        return self.allowed[torch.cat(places, dim=-1).gather(1, best)]
+
+    def _is_once(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(ids).bool() if self._once is None else self._once[ids]
+
+    def repeated(self, ids: torch.Tensor) -> torch.Tensor:
+        """(..., prompt_len) ids -> (...) whether one that may occur once occurs again."""
+        if self._once is None:
+            return torch.zeros(ids.shape[:-1], dtype=torch.bool, device=ids.device)
+        every = torch.arange(ids.shape[-1], device=ids.device)
+        named = torch.where(self._once[ids], ids, -1 - every)  # the others differ from all
+        beside = self._beside[self._once[self._beside]].expand(*ids.shape[:-1], -1)
+        named = torch.cat([named, beside], dim=-1).sort(dim=-1).values
+        return (named[..., 1:] == named[..., :-1]).any(dim=-1)
 
     @torch.no_grad()
     def _best(self, rows: torch.Tensor) -> torch.Tensor:
@@ -131,6 +192,12 @@ class TokenSpace:
         promise = -self.products(gradient[:, 0])
         if bonus is not None:
             promise = promise + bonus
+        if self._once is not None:
+            others = torch.cat([ids[:, :position], ids[:, position + 1 :]], dim=1)
+            others = torch.cat([others, self._beside.expand(len(ids), -1)], dim=1)
+            taken = torch.zeros(len(ids), len(self._once), dtype=torch.bool, device=ids.device)
+            taken = taken.scatter(1, others, True) & self._once
+            promise = promise.masked_fill(taken[:, self.allowed], -torch.inf)
         picks = promise.topk(min(count, promise.shape[1]), dim=1).indices
         swaps = self.allowed[picks][..., None]
         return swaps, None if bonus is None else bonus.gather(1, picks)
@@ -145,7 +212,8 @@ class TokenSpace:
 
     def changed(self, ids: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
         """(prompt_len,) -> (count, prompt_len), a random token of each changed at random."""
-        fresh = self.random(count, len(ids), generator)
+        picks = torch.randint(len(self.allowed), (count, len(ids)), generator=generator)
+        fresh = self.allowed[picks.to(self.allowed.device)]
         places = torch.randint(len(ids), (count, 1), generator=generator).to(ids.device)
         return ids.repeat(count, 1).scatter(1, places, fresh.gather(1, places))
 
@@ -153,12 +221,27 @@ class TokenSpace:
         self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """`acceptable`, and that (n, prompt_len) allowed ids stay in the space when swapped."""
-        return acceptable
+        if self._once is None:
+            return acceptable
+
+        def good(ids: torch.Tensor) -> torch.Tensor:
+            found = ~self.repeated(ids)
+            return found if acceptable is None else found & acceptable(ids)
+
+        return good
 
     def random(self, problems: int, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
         """(problems, prompt_len) allowed ids drawn uniformly with a CPU `generator`."""
+        if self._once is not None:
+            return torch.stack([self._drawn(prompt_len, generator) for _ in range(problems)])
         picks = torch.randint(len(self.allowed), (problems, prompt_len), generator=generator)
         return self.allowed[picks.to(self.allowed.device)]
+
+    def _drawn(self, prompt_len: int, generator: torch.Generator) -> torch.Tensor:
+        """(prompt_len,) different allowed ids, none of which stands beside the prompt."""
+        order = torch.randperm(len(self.allowed), generator=generator)
+        ids = self.allowed[order[: prompt_len + len(self._beside)].to(self.allowed.device)]
+        return ids[~torch.isin(ids, self._beside)][:prompt_len]
 
 
 class PhraseSpace(TokenSpace):

@@ -116,9 +116,10 @@ class _Task:
         trials = self.settings.trials
         pairs = zip(best, generators, strict=True)
         changed = torch.cat([self.space.changed(row, trials, one) for row, one in pairs])
+        unchanged = best.repeat_interleave(trials, dim=0)
+        changed = torch.where(self.space.repeated(changed)[:, None], unchanged, changed)
         if self.valid is None:
             return changed
-        unchanged = best.repeat_interleave(trials, dim=0)
         return torch.where(self.valid(changed)[:, None], changed, unchanged)
 
 
@@ -200,7 +201,8 @@ def _swap_steps(
 
     def step(i: int) -> None:
         found, gradient = _swaps(task, x, totals, i)
-        best.check_finite(gradient, *found[1:])
+        best.check_finite(gradient, found[1])
+        best.check_scores(found[2])
         if swaps and recorder is not None:
             capture.put(swaps, found)
         else:
@@ -247,11 +249,11 @@ def _swaps(
         swaps = swaps.gather(1, picks[..., None].expand(-1, -1, swaps.shape[2]))
 
         swapped = space.swapped(x, swaps.repeat_interleave(settings.trials, dim=0), i)
-        scores = _scores_behind(space, rest, swapped, i)
-        if task.prior is None:
-            return (swapped, scores, scores), gradient
-        prior = task.prior.score(swapped.flatten(0, 1)).view(scores.shape)
-        return (swapped, scores, scores + prior), gradient
+        scores = totals = _scores_behind(space, rest, swapped, i)
+        if task.prior is not None:
+            totals = scores + task.prior.score(swapped.flatten(0, 1)).view(scores.shape)
+        # a token that the leading trial lacks may be in another
+        return (swapped, scores, totals.masked_fill(space.repeated(swapped), -torch.inf)), gradient
 
 
 def _scores_behind(

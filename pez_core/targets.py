@@ -12,7 +12,7 @@ import torch
 from .clip.images import ImageInput, load_image
 from .errors import ArgumentError, ArgumentTypeError, check_number, check_weights
 from .objectives import Similarity
-from .prompt_text import chunks
+from .prompt_text import contexts
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -86,6 +86,16 @@ def check_text(name: str, text: str, remedy: str | None = None) -> str:
     return text
 
 
+def encode_prompt(clip: AnyClip, prompt: str) -> torch.Tensor | None:
+    """(features,) unit feature of a prompt of any length; None where it has no words.
+
+    Every function reads prompts like this: without weights and tags, chunk by chunk as in ComfyUI.
+    """
+    words = clip.text.words
+    parts = contexts(words.encode, words.encode_behind, prompt, clip.text.max_prompt_len)
+    return clip.encode_chunks(parts) if parts else None
+
+
 def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch.Tensor:
     """(len(targets), features) unit features of texts, of any length, and images.
 
@@ -97,10 +107,11 @@ def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch
     pictures = {}
     for k, target in enumerate(targets):
         if isinstance(target, str):
-            ids = clip.text.words.encode(check_text(name, target))
-            if not ids:
-                raise ArgumentError(name, "holds an empty text", "leave it out")
-            features[k] = clip.encode_chunks(chunks([ids], clip.text.max_prompt_len))
+            feature = encode_prompt(clip, check_text(name, target))
+            if feature is None:
+                problem = "holds only tags, no words" if target.strip() else "holds an empty text"
+                raise ArgumentError(name, problem, "leave it out")
+            features[k] = feature
         else:
             try:
                 pictures[k] = load_image(target)

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 """A list of unsafe words; its head states source and limits."""
+ENGLISH_WORDS = Path(__file__).parent / "words" / "english.txt"
+"""The dictionary of English words; its head states sources and what is left out."""
 
 
 class Blocklist:
@@ -80,6 +82,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", plain)
 
 
+@cache
+def english_words() -> frozenset[str]:
+    """The words of `ENGLISH_WORDS`, in lower case."""
+    return frozenset(_phrases("dictionary", ENGLISH_WORDS))
+
+
 @dataclass(frozen=True)
 class Lexicon:
     """A `Vocabulary` applied to one CLIP.
@@ -95,17 +103,33 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class _Rules:
-    """A vocabulary for one CLIP, before it is combined: offered phrases and a filter for others."""
+    """A vocabulary for one CLIP, before it is combined: offered phrases and filters for others.
+
+    Attributes:
+        offers: phrases that pass if the filters admit them.
+        admits: the filter for all phrases.
+        blocked: words that must not appear.
+        bank: the phrases of `only` as written; None: no such list.
+        listed: their token ids, for which `dictionary` does not count.
+        dictionary: the filter for all phrases but these; None: there is none.
+    """
 
     offers: set[tuple[int, ...]]
     admits: Callable[[tuple[int, ...]], bool]
     blocked: frozenset[str]
-    bank: frozenset[str] | None  # the phrases of `only` as written; None: no such list
+    bank: frozenset[str] | None
+    listed: frozenset[tuple[int, ...]] = frozenset()
+    dictionary: Callable[[tuple[int, ...]], bool] | None = None
+
+    def passes(self, phrase: tuple[int, ...]) -> bool:
+        """Whether a phrase passes both filters."""
+        known = self.dictionary is None or phrase in self.listed or self.dictionary(phrase)
+        return known and self.admits(phrase)
 
     @cached_property
     def phrases(self) -> set[tuple[int, ...]]:
-        """The offered phrases that pass its own filter."""
-        return set(filter(self.admits, self.offers))
+        """The offered phrases that pass its own filters."""
+        return set(filter(self.passes, self.offers))
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,10 @@ class Vocabulary:
         whole_words: only tokens that are words by themselves and on which the CLIP was trained, as
             far as its files list them. False adds all other tokens, as in the paper; pieces of
             words among them fuse with the next token when they are printed. No effect on `only`.
+        dictionary: only words of `ENGLISH_WORDS`, and the comma: no word endings such as `tering`,
+            hashtags, names of people, emoji, or words that are unkind about people. No effect on
+            `only`, with `whole_words=False`, or where a CLIP has no such words. False: every whole
+            word of the CLIP.
         min_embedding_std: least standard deviation of a token's embedding. Tokens that were hardly
             trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
 
@@ -140,6 +168,7 @@ class Vocabulary:
     block: tuple[str, ...] | Iterable[str] | str | os.PathLike = ()
     ascii_only: bool = False
     whole_words: bool = True
+    dictionary: bool = True
     min_embedding_std: float = 0.0
 
     def __post_init__(self) -> None:
@@ -148,7 +177,7 @@ class Vocabulary:
             if not self.only:
                 raise ArgumentError("only", "holds no phrase", "write one phrase per line")
         object.__setattr__(self, "block", _phrases("block", self.block))
-        for name in ("ascii_only", "whole_words"):
+        for name in ("ascii_only", "whole_words", "dictionary"):
             check_bool(name, getattr(self, name))
         check_number("min_embedding_std", self.min_embedding_std)
 
@@ -223,7 +252,11 @@ class Vocabulary:
             size = min(words.size, len(table))
             offers = {(i,) for i in range(size) if i not in words.special_ids}
         bank = frozenset(self._only) if self._only is not None else None
-        return _Rules(offers, admits, frozenset(self._blocked), bank)
+        dictionary = None
+        if known is None and self.whole_words and self.dictionary:
+            dictionary = _dictionary(clip, default)
+        listed = frozenset(known or ())
+        return _Rules(offers, admits, frozenset(self._blocked), bank, listed, dictionary)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
@@ -250,6 +283,7 @@ class Vocabulary:
             "block": list(self._blocked),
             "ascii_only": self.ascii_only,
             "whole_words": self.whole_words,
+            "dictionary": self.dictionary,
             "min_embedding_std": self.min_embedding_std,
         }
 
@@ -271,12 +305,14 @@ class _Combination(Vocabulary):
                 lambda p: a.admits(p) and b.admits(p),
                 a.blocked | b.blocked,
                 bank,
+                a.listed | b.listed,
+                lambda p: all(r.dictionary is None or r.dictionary(p) for r in (a, b)),
             )
         if self.operation == "|":
             bank = None if a.bank is None or b.bank is None else a.bank | b.bank
             return _Rules(
                 a.phrases | b.phrases,
-                lambda p: a.admits(p) or b.admits(p),
+                lambda p: a.passes(p) or b.passes(p),
                 a.blocked & b.blocked,
                 bank,
             )
@@ -284,7 +320,7 @@ class _Combination(Vocabulary):
         blocked = Blocklist(gone)
 
         def admits(phrase: tuple[int, ...]) -> bool:
-            if not a.admits(phrase) or b.admits(phrase):
+            if not a.passes(phrase) or b.passes(phrase):
                 return False
             text = clip.text.words.decode(phrase) if blocked else ""
             return not (blocked.find(text) or blocked.find_mark(text))
@@ -305,7 +341,8 @@ def _from_json(rules: dict) -> Vocabulary:
             # a string would be a path: files from strangers must not name other files to read
             if isinstance(rules.get(name), str):
                 raise ValueError(f"{name!r} has to be a list")
-        return Vocabulary(**rules)
+        # before there was a dictionary, every whole word was allowed
+        return Vocabulary(**{"dictionary": False} | rules)
     if rules["operation"] not in ("&", "|", "-"):
         raise ValueError(f"unknown operation {rules['operation']!r}")
     return _Combination(
@@ -341,6 +378,16 @@ def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
     known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
     fits = len(phrase) <= clip.text.max_prompt_len
     return known and fits and clip.text.words.round_trips_inside(phrase)
+
+
+def _dictionary(clip: AnyClip, default: Iterable[int]) -> Callable[[tuple[int, ...]], bool] | None:
+    """The filter for words of the dictionary; None where a CLIP has none of them."""
+    name, known = "words of the dictionary", english_words()
+    if name not in clip.cache:
+        printed = ((i, clip.text.words.decode([i])) for i in default)
+        clip.cache[name] = {i for i, word in printed if word == "," or word.lower() in known}
+    words = clip.cache[name]
+    return (lambda phrase: len(phrase) == 1 and phrase[0] in words) if words else None
 
 
 def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> ArgumentError:

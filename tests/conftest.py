@@ -7,7 +7,7 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from pez_core import Clip, SearchOptions, load_clip
+from pez_core import Clip, SearchOptions, Vocabulary, load_clip
 from pez_core.clip.images import load_image
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,8 +20,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 
 
 def all_words(**fields) -> SearchOptions:
-    """Options without the list of unsafe words, as independent implementations search."""
-    return SearchOptions(block_unsafe=False, **fields)
+    """Options that allow every word of the CLIP, twice, as independent implementations search."""
+    if fields.get("effort") != "paper":  # which has every token
+        fields = {"vocabulary": Vocabulary(dictionary=False)} | fields
+    return SearchOptions(block_unsafe=False, **{"repeats": True} | fields)
 
 
 def paper(steps: int, **fields) -> SearchOptions:

@@ -227,7 +227,9 @@ SEARCH = {
     "--block": (["dog"], lambda run: "dog" in words(run), False),
     "--block-list": (["{files}/block"], lambda run: "dog" in words(run), False),
     "--allow-unsafe": ([], lambda run: "sexy" in words(run), True),
-    "--ascii": ([], lambda run: EMOJI in words(run), False),
+    "--repeats": ([], option("repeats"), True),
+    "--all-words": ([], lambda run: EMOJI in words(run), True),
+    "--ascii": ([], lambda run: "ascii_only=True" in str(run.search.options.vocabulary), True),
     "--vocabulary": (["{files}/rules.json"], words, {"fish"}),
 }
 PICTURES = {

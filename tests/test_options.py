@@ -55,6 +55,7 @@ WRONG_TYPE = {
     "seed": [0.5, "0", "", None, True, [0, "1"], (0, None)],
     "vocabulary": ["words.txt", ["cat"]],
     "block_unsafe": [None, 1, "yes"],
+    "repeats": [None, 1, "no"],
     "start_from": [3, ["a"], Path("a")],
     "readability": ["0.5", None, True],
     "language_model": ["smollm2", 3],
@@ -237,9 +238,19 @@ def test_the_paper_effort_has_every_token():
 
 def test_the_vocabulary_with_the_list_of_unsafe_words():
     rules = Vocabulary(only=["cat"])
-    assert all_words().allowed is None and all_words(vocabulary=rules).allowed is rules
-    assert SearchOptions().allowed == Vocabulary(block=UNSAFE_WORDS)
+    unsafe = Vocabulary(block=UNSAFE_WORDS, whole_words=False)
+    assert all_words(vocabulary=rules).allowed is rules
+    assert SearchOptions(block_unsafe=False).allowed == Vocabulary()
+    assert SearchOptions().allowed == Vocabulary() & unsafe
     assert SearchOptions().block_unsafe is True
+
+
+def test_the_published_algorithm_has_every_token_any_number_of_times():
+    paper = SearchOptions(effort="paper")
+    assert paper.words == Vocabulary(whole_words=False) and paper.may_repeat
+    assert replace(paper, block_unsafe=False).allowed == Vocabulary(whole_words=False)
+    assert replace(paper, vocabulary=Vocabulary()).words.dictionary
+    assert not SearchOptions().may_repeat and SearchOptions(repeats=True).may_repeat
 
 
 # ------------------------------------------------------------------------- effects of the fields
@@ -260,6 +271,7 @@ def pictures():
 
 
 SMALL = {"prompt_len": 3, "effort": "fast", "steps": 3, "swaps": 4, "block_unsafe": False}
+SMALL |= {"vocabulary": Vocabulary(dictionary=False), "repeats": True}
 ALONE = {"steps": 10, "swaps": 0, "lr": 0.5}  # PEZ without the refinement
 FIRST = {"steps": 1, "swaps": 0}
 PETS = Vocabulary(only=["cat", "dog", "fish"])
@@ -273,6 +285,7 @@ FIELD_CASES = {
     "seed": ({}, 1),
     "vocabulary": ({}, PETS),
     "block_unsafe": (FIRST | {"vocabulary": Vocabulary(only=["nude", "cat"])}, True),
+    "repeats": (FIRST | {"start_from": "cat cat cat"}, False),
     "start_from": (FIRST, "cat dog fish"),
     "readability": ({"language_model": Letters("e")}, 1.0),
     "language_model": ({"readability": 1.0, "language_model": Letters("e")}, Letters("o")),
@@ -452,6 +465,7 @@ VOCABULARY_CASES = {
     "block": ({}, ["cat"]),
     "ascii_only": ({}, True),
     "whole_words": ({}, False),
+    "dictionary": ({}, False),
     "min_embedding_std": ({}, 0.3),
 }
 

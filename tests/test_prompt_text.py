@@ -1,58 +1,111 @@
+import sys
 from itertools import chain
 
 import pytest
 
-from pez_core.prompt_text import chunks, pieces, read, sections, tags
+from pez_core import prompt_text
+from pez_core.prompt_text import all_pieces, chunks, has_syntax, pieces, read, sections, tags
 
 
 def parts(prompt):
     return [[(p.printed, p.read, p.kept) for p in pieces(s)] for s in sections(prompt)]
 
 
-@pytest.mark.parametrize(
-    "prompt, expected",
-    [
-        ("a cat", [[("a cat", "a cat", False)]]),
-        ("", [[]]),
-        (
-            "a (red:1.3) car, in rain",
-            [[("a", "a", False), ("(red:1.3)", "red", True), ("car, in rain",) * 2 + (False,)]],
-        ),
-        (
-            "x, <lora:foo:0.8> embedding:bad-hands, y",
-            [
-                [
-                    ("x,", "x,", False),
-                    ("<lora:foo:0.8>", "", True),
-                    ("embedding:bad-hands", "", True),
-                    (", y", ", y", False),
-                ]
-            ],
-        ),
-        ("((big) old:1.2)", [[("((big) old:1.2)", "big old", True)]]),
-        ("(embedding:x:1.2)", [[("(embedding:x:1.2)", "", True)]]),
-        ("a \\(b\\) c", [[("a \\(b\\) c", "a (b) c", False)]]),
-        ("(a \\(b\\):1.1)", [[("(a \\(b\\):1.1)", "a (b)", True)]]),
-        ("a BREAK b", [[("a", "a", False)], [("b", "b", False)]]),
-        (
-            "a BREAK, b,BREAK c",
-            [[("a",) * 2 + (False,)], [(", b,",) * 2 + (False,)], [("c",) * 2 + (False,)]],
-        ),
-        ("(a BREAK b:1.2)", [[("(a BREAK b:1.2)", "a b", True)]]),
-        (":( (a:1.2)", [[(":(", ":(", False), ("(a:1.2)", "a", True)]]),
-        ("BREAKFAST break", [[("BREAKFAST break", "BREAKFAST break", False)]]),
-        ("left ( open", [[("left ( open", "left ( open", False)]]),
-        ("right ) open", [[("right ) open", "right ) open", False)]]),
-        ("3 < 4 > 2", [[("3 < 4 > 2", "3 < 4 > 2", False)]]),
-    ],
-)
-def test_what_is_text_and_what_is_kept(prompt, expected):
-    assert parts(prompt) == expected
+# prompt -> its syntax in order, and what a text encoder reads
+SYNTAX = {
+    "a <lora:Detail Tweaker (SDXL):0.8> cat": (["<lora:Detail Tweaker (SDXL):0.8>"], "a cat"),
+    "<lyco:Foo (v1.0):1:0.5> cat": (["<lyco:Foo (v1.0):1:0.5>"], "cat"),
+    "<hypernet:x:1> <wildcard:a/b> x": (["<hypernet:x:1>", "<wildcard:a/b>"], "x"),
+    "1girl, saber \\(fate\\), sky": (["saber \\(fate\\)"], "1girl, saber (fate) , sky"),
+    "a fox like one artoria pendragon \\(fate stay\\) here": (
+        ["one artoria pendragon \\(fate stay\\)"],
+        "a fox like one artoria pendragon (fate stay) here",
+    ),
+    "[cat:dog:0.5] in rain": (["[cat:dog:0.5]"], "cat in rain"),
+    "[:dog:10] [dog::10] [dog:3]": (["[:dog:10]", "[dog::10]", "[dog:3]"], "dog dog dog"),
+    "[red|blue|] hat [soft]": (["[red|blue|]", "[soft]"], "red hat soft"),
+    "[note: no number]": (["[note: no number]"], "note: no number"),
+    "a cat AND a dog :1.2": (["AND", ":1.2"], "a cat a dog"),
+    "a cat :0.5 AND a dog:2 AND (c:1)": ([":0.5", "AND", ":2", "AND", "(c:1)"], "a cat a dog c"),
+    "a wide picture, 16:9": ([], "a wide picture, 16:9"),
+    "cats and dogs, break": ([], "cats and dogs, break"),
+    "{red|blue} car": (["{red|blue}"], "red car"),
+    "{2$$red|blue} {0.25::big hat|0.75::cap} {1-2$$x|y}": (
+        ["{2$$red|blue}", "{0.25::big hat|0.75::cap}", "{1-2$$x|y}"],
+        "red big hat x",
+    ),
+    "{|{dark (red:1.1)|pink}} car": (["{|{dark (red:1.1)|pink}}"], "dark red car"),
+    "__color__ car, __dir/my-hats_2__": (["__color__", "__dir/my-hats_2__"], "car,"),
+    "snake_case __ and __a b__": ([], "snake_case __ and __a b__"),
+    "embedding:name, (embedding:b:1.2)": (["embedding:name", "(embedding:b:1.2)"], ""),
+    "a BREAK b": (["BREAK"], "a b"),
+    "(a [b) c]": (["(a [b)"], "a [b c]"),
+    "((a:1.2) b:0.5e)": (["((a:1.2) b:0.5e)"], "a b:0.5e"),
+    "a\nb: c": ([], "a\nb: c"),
+}
+
+
+@pytest.mark.parametrize("prompt", SYNTAX)
+def test_what_is_syntax(prompt):
+    kept, words = SYNTAX[prompt]
+    assert [piece.printed for piece in all_pieces(prompt) if piece.kept] == kept
+    assert read(prompt) == words
+    assert has_syntax(prompt) == bool(kept)
+    assert not has_syntax(words) or "(fate" in words or "[b c]" in words
+
+
+HARD = {
+    "a weight": lambda n: "(:" + "1" * n,
+    "a weight in brackets": lambda n: "(a:" + "1" * n + "x)",
+    "colons": lambda n: "(" + ":1" * n + ")",
+    "brackets": lambda n: "(" * n + "a" + ")" * n,
+    "nested weights": lambda n: "(a:" * n + ")" * n,
+    "nested alternatives": lambda n: "{a|" * n + "}" * n,
+    "empty alternatives": lambda n: "{|" * n + "a" + "}" * n,
+    "open brackets": lambda n: "([{" * n + ")" * n,
+    "tags": lambda n: "<lora:" * n,
+    "wildcards": lambda n: "__a" * n,
+    "names": lambda n: "a \\(" * n + "\\)" * n,
+    "sections": lambda n: "a BREAK b AND " * n,
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_the_work_grows_with_the_length(kind):
+    """By the number of lines that run, and of characters that regular expressions are given."""
+
+    def work(n):
+        text, lines = HARD[kind](n), 0
+
+        def count(frame, event, _):
+            nonlocal lines
+            ours = frame.f_code.co_filename == prompt_text.__file__
+            lines += ours and event == "line"
+            return count if ours else None
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            all_pieces(text)
+        finally:
+            sys.settrace(before)
+        return lines
+
+    assert work(400) < 2.5 * work(200) + 100
+
+
+@pytest.mark.parametrize("text", ["1", ":1", "1.", "__a", "<a", "<a:", "embedding:", " ", "AND"])
+def test_no_expression_goes_back(text):
+    """An expression that goes back at each character of a long text would take minutes."""
+    long = text * (40_000 // len(text))
+    for start in ("(:", "{", "__", "<a:", ""):
+        printed = "".join(piece.printed for piece in all_pieces(start + long + ")"))
+        assert len(printed) <= len(long) + 4
 
 
 def test_what_is_read_and_what_is_not():
     prompt = "a (red:1.3) car <lora:x:1> BREAK embedding:y, \\(big\\)"
-    assert read(prompt) == "a red car , (big)"
+    assert read(prompt) == "a red car (big)"
     assert tags(prompt) == "<lora:x:1> embedding:y"
 
 

@@ -196,8 +196,8 @@ class SlowTower:
     def __init__(self, clip, clock, monkeypatch):
         self.texts, self.largest, original = 0, 0, clip.text.encoder
 
-        def encoder(fixed=(((), ()),)):
-            encode = original(fixed)
+        def encoder(fixed=(((), ()),), inserts=()):
+            encode = original(fixed, inserts)
 
             def counted(embeddings):
                 if embeddings.shape[1] == 1:  # single words
@@ -336,6 +336,40 @@ def test_images_are_loaded_and_encoded_once(tiny_clip, monkeypatch):
 
 
 # ------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"effort": "fast"},
+        {"effort": "fast", "restarts": 2, "start_from": "anchor anchor anchor"},
+        {"effort": "fast", "steps": 40, "swaps": 0},
+    ],
+)
+def test_no_word_twice(emoji_clip, options):
+    image = emoji_clip.encode_texts(["anchor"])
+    options = SearchOptions(**options, prompt_len=8)
+    for result in invert(emoji_clip, image, options)[0].candidates:
+        words = [word for word in result.learned.split() if word != ","]
+        assert len(words) == len(set(words))
+    (free,) = invert(emoji_clip, image, replace(options, repeats=True))
+    assert free.learned.split().count("anchor") > 1
+
+
+def test_no_word_of_the_caption_again(emoji_clip):
+    image = emoji_clip.encode_texts(["anchor"])
+    options = SearchOptions(effort="fast", prompt_len=6)
+    (result,) = invert(emoji_clip, image, options, caption="an anchor, {} in white")
+    assert not {"an", "anchor", "in", "white"} & set(result.learned.split())
+    (free,) = invert(emoji_clip, image, replace(options, repeats=True), caption="an anchor, {}")
+    assert "anchor" in free.learned.split()
+
+
+def test_a_short_list_of_words_is_used_more_than_once(emoji_clip):
+    words = Vocabulary(only=["anchor", "ship"])
+    options = SearchOptions(effort="fast", prompt_len=6, vocabulary=words)
+    (result,) = invert(emoji_clip, emoji_clip.encode_texts(["anchor"]), options)
+    assert len(result.learned.split()) == 6
 
 
 def test_unsafe_words_are_blocked_by_default(all_tokens_clip, picture):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 
-from pez_core import explain, prune, score
+from pez_core import ArgumentError, explain, prune, score
 from pez_core.clip.images import load_image
 
 PROMPT = "a blue fish in water with big eyes"
@@ -101,3 +101,38 @@ def test_what_may_be_lost(emoji_clip):
 def test_bad_arguments(emoji_clip, call, error, message):
     with pytest.raises(error, match=message):
         call(emoji_clip)
+
+
+WEIGHTED = "a (blue fish:1.3) <lora:Detail (x):0.8> in [water:1.1] BREAK embedding:bad"
+SPOKEN = "a blue fish in water"
+
+
+def test_weights_and_tags_are_read_as_elsewhere(emoji_clip):
+    image = EXAMPLES[0]
+    a, b = (score(emoji_clip, text, image).similarity for text in (WEIGHTED, SPOKEN))
+    assert torch.allclose(a, b, atol=1e-5)
+    found = explain(emoji_clip, WEIGHTED, Path(image))
+    words = ["a", "(blue fish:1.3)", "<lora:Detail (x):0.8>", "in", "[water:1.1]", "BREAK"]
+    assert [one.word for one in found] == [*words, "embedding:bad"]
+    values = {one.word: one.contribution for one in found}
+    assert values["<lora:Detail (x):0.8>"] == values["BREAK"] == values["embedding:bad"] == 0
+    without = score(emoji_clip, "a in water", image).similarity
+    assert values["(blue fish:1.3)"] == pytest.approx((b - without).item(), abs=1e-5)
+
+
+def test_pruning_keeps_tags_and_whole_weights(emoji_clip):
+    result = prune(emoji_clip, WEIGHTED, Path(EXAMPLES[0]), max_loss=2)
+    left = result.prompt.split()
+    assert {"BREAK", "embedding:bad"} <= set(left) and "<lora:Detail (x):0.8>" in result.prompt
+    assert len(result.dropped) == 3  # of four words one stays
+    assert set(result.dropped) < {"a", "(blue fish:1.3)", "in", "[water:1.1]"}
+
+
+@pytest.mark.parametrize("prompt", ["<lora:x:1>", "embedding:y BREAK"])
+def test_a_prompt_of_tags_alone(emoji_clip, prompt):
+    for call in (
+        lambda: score(emoji_clip, prompt, EXAMPLES[0]),
+        lambda: explain(emoji_clip, prompt, Path(EXAMPLES[0])),
+    ):
+        with pytest.raises(ArgumentError, match="holds only tags, no words"):
+            call()

@@ -116,3 +116,51 @@ def test_a_prompt_stays_where_it_is_while_nothing_moves_it(table):
 def test_phrases_that_cannot_add_up(table):
     with pytest.raises(ValueError, match=r"`prompt_len` is 7.*3, 5 tokens.*6 or 8"):
         space.PhraseSpace(table, [(1, 2, 3), (1, 2, 3, 4, 5)], 7)
+
+
+# ------------------------------------------------------------------------- no word twice
+
+
+def test_nearest_without_repeats(table):
+    """From left to right, each the nearest of those that are left: compared with a plain loop."""
+    beside, length = [3, 17], 6
+    once = torch.arange(40)
+    here = TokenSpace(table, torch.arange(60), once=once, beside=beside)
+    rows = torch.randn(20, 1, table.shape[1], generator=torch.Generator().manual_seed(2))
+    queries = rows + 0.1 * rows.roll(1).repeat(1, length, 1) * torch.arange(length)[:, None]
+    similar = torch.nn.functional.cosine_similarity
+    cosines = similar(queries[:, :, None], table[:60], dim=-1)
+    expected = []
+    for row in cosines.tolist():
+        ids = list(beside)
+        for values in row:
+            order = sorted(range(60), key=lambda i: -values[i])
+            ids.append(next(i for i in order if i >= 40 or i not in ids))
+        expected.append(ids[len(beside) :])
+    found = here.nearest(queries)
+    assert found.tolist() == expected
+    plain = TokenSpace(table, torch.arange(60)).nearest(queries)
+    assert not torch.equal(found, plain)  # the queries of a row are alike
+    assert not here.repeated(found).any()
+    # those that may repeat do
+    assert any(len(set(row)) < length for row in found.tolist())
+
+
+def test_which_prompts_repeat_a_word(table):
+    here = TokenSpace(table, once=torch.arange(10), beside=[4, 20])
+    rows = torch.tensor([[1, 2, 3], [1, 2, 1], [30, 30, 1], [4, 1, 2], [20, 1, 20]])
+    assert here.repeated(rows).tolist() == [False, True, False, True, False]
+    assert here.repeated(rows[:, None]).tolist() == [[False], [True], [False], [True], [False]]
+    assert not TokenSpace(table).repeated(rows).any()
+
+
+def test_random_prompts_and_swaps_without_repeats(table):
+    here = TokenSpace(table, torch.arange(12), once=torch.arange(12), beside=[0, 50])
+    generator = torch.Generator().manual_seed(0)
+    rows = here.random(30, 8, generator)
+    assert not here.repeated(rows).any() and len(rows.unique()) == 11
+    gradient = torch.randn(30, 8, table.shape[1], generator=generator)
+    swaps, _ = here.swaps(rows, gradient, 0, 4)
+    swapped = here.swapped(rows, swaps, 0)
+    # 12 words without seven others and one beside: the four are the only ones left
+    assert not here.repeated(swapped).any()

@@ -55,16 +55,6 @@ def test_the_words_around_change_the_learned_words(emoji_clip):
     [
         ("{} and {}", "caption", "has to hold {} once"),
         ("pre{}", "caption", "put a space on both sides"),
-        (
-            "a " * 72 + "{}",
-            "prompt_len",
-            "beside the 72 tokens of the `caption` there is room for 3",
-        ),
-        (
-            "a " * 90 + "{}",
-            "prompt_len",
-            "beside the 90 tokens of the `caption` there is room for 0",
-        ),
     ],
 )
 def test_bad_captions(emoji_clip, caption, argument, message):

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
-from conftest import EXAMPLES, all_words, make_clip, paper
+from conftest import EXAMPLES, CustomTextCLIP, all_words, make_clip, paper
 from PIL import Image
 
-from pez_core import ArgumentError, Report, Result, Vocabulary, explain, invert, load_clip
+from pez_core import (
+    ArgumentError,
+    JointClip,
+    Report,
+    Result,
+    SearchOptions,
+    Vocabulary,
+    explain,
+    invert,
+    load_clip,
+    score,
+)
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
+from pez_core.prompt_text import chunks
 from pez_core.runner import _round_trip
 from pez_core.seeds import restart_seed
 
@@ -262,3 +274,74 @@ def test_images_may_have_been_encoded_before(tiny_clip):
         invert(tiny_clip, features[:, 1:], options)
     with pytest.raises(ValueError, match="`images` is empty; give at least one image"):
         invert(tiny_clip, features[:0], options)
+
+
+# ------------------------------------------------------------------------- captions
+
+
+SENTENCE = "a photo of a green bird that sits on a branch in front of a blue sky , "
+
+
+@pytest.fixture(scope="module", params=["causal", "joint", "not causal"])
+def any_clip(request, tiny_clip):
+    if request.param == "causal":
+        return tiny_clip
+    if request.param == "joint":
+        return JointClip([tiny_clip, make_clip(seed=1)])
+    return make_clip(CustomTextCLIP, {"no_causal_mask": True, "pool_type": "last"})
+
+
+@pytest.mark.parametrize("words", [65, 70, 76, 99, 200])
+@pytest.mark.parametrize("place", ["behind", "in front", "inside"])
+@pytest.mark.parametrize(
+    "effort", [{"effort": "fast", "steps": 3, "swaps": 12}, {"steps": 6, "swaps": 0}]
+)
+def test_captions_of_any_length(any_clip, words, place, effort):
+    """The search and the result have the mean of the contexts as score cuts them."""
+    encode, decode = any_clip.text.words.encode, any_clip.text.words.decode
+    text = decode(encode(SENTENCE * 20)[:words])
+    at = {"behind": len(text), "in front": 0, "inside": text.rindex(" sits") + 1}[place]
+    caption = f"{text[:at].rstrip()} {{}} {text[at:].lstrip()}".strip()
+    image = any_clip.encode_texts(["a boat"])
+    reports = []
+    options = all_words(prompt_len=10, **effort)
+    (result,) = invert(any_clip, image, options, caption=caption, callback=reports.append)
+    assert result.prompt == caption.replace("{}", result.learned)
+    assert result.token_ids == encode(result.prompt) and len(result.token_ids) == words + 10
+    parts = chunks([result.token_ids], any_clip.text.max_prompt_len)
+    expected = (any_clip.encode_chunks(parts) @ image[0]).item()
+    assert result.similarity == pytest.approx(expected, abs=1e-4)
+    assert reports[-1].similarities[0] == pytest.approx(expected, abs=1e-3)
+    assert bool(result.note) == (words > 65)
+    if result.note:
+        assert f"{words + 10} tokens" in result.note and f"in {len(parts)} parts" in result.note
+
+
+def test_a_caption_with_weights_and_tags_is_read_like_any_prompt(emoji_clip):
+    image = emoji_clip.encode_texts(["a blue fish"])
+    caption = "<lora:x (y):1> (a {} fish:1.2), {in|on} \\(water\\)"
+    (result,) = invert(
+        emoji_clip, image, SearchOptions(effort="fast", prompt_len=3), caption=caption
+    )
+    assert result.prompt == caption.replace("{}", result.learned)
+    spoken = f"a {result.learned} fish , in (water)"
+    assert result.token_ids == emoji_clip.tokenizer.encode(spoken)
+    expected = (emoji_clip.encode_texts([spoken]) @ image[0]).item()
+    assert result.similarity == pytest.approx(expected, abs=1e-5)
+    score_of = score(emoji_clip, result.prompt, EXAMPLES[0]).similarity
+    assert torch.allclose(score_of, score(emoji_clip, spoken, EXAMPLES[0]).similarity, atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"`caption` .* not read"):
+        invert(emoji_clip, image, SearchOptions(), caption="{red|a {}} fish")
+
+
+def test_a_weighted_text_to_start_from_or_to_avoid(emoji_clip):
+    image = emoji_clip.encode_texts(["a blue fish"])
+
+    def found(start_from, avoid):
+        options = paper(1, prompt_len=2, start_from=start_from)
+        return invert(emoji_clip, image, options, avoid=avoid)[0]
+
+    plain = found("red car", "a big dog")
+    weighted = found("(red car:1.3)", "a [big] dog <lora:x:1>")
+    assert plain.learned == "red car" and plain.token_ids == weighted.token_ids
+    assert plain.avoided == pytest.approx(weighted.avoided)

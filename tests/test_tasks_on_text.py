@@ -7,6 +7,7 @@ import torch
 from conftest import EXAMPLES, all_words, paper
 
 from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, fuse
+from pez_core.prompt_text import read
 
 LONG = (
     "a very happy dog with a big hat sitting in front of a green tree , bright sun , yellow "
@@ -75,13 +76,68 @@ def test_a_prompt_beyond_one_context_is_shortened_further_with_a_note(emoji_clip
 def test_weights_and_tags_stay(emoji_clip):
     prompt = f"(red:1.3) cat, {LONG} <lora:foo:0.8>, embedding:bad-hands"
     result = distill(emoji_clip, prompt, QUICK, ratio=0.3)
-    assert result.prompt == f"{result.learned} (red:1.3) <lora:foo:0.8> embedding:bad-hands"
+    assert result.prompt == f"(red:1.3) {result.learned} <lora:foo:0.8> embedding:bad-hands"
     assert not set("()<>[]\\") & set(result.learned)
     # CLIP reads the weighted word and no tag
-    assert emoji_clip.tokenizer.encode(f"{result.learned} red") == result.token_ids
-    a, b = emoji_clip.encode_texts([f"red cat, {LONG}", f"{result.learned} red"])
+    assert emoji_clip.tokenizer.encode(f"red {result.learned}") == result.token_ids
+    a, b = emoji_clip.encode_texts([f"red cat, {LONG}", f"red {result.learned}"])
     assert result.similarity == pytest.approx((a @ b).item(), abs=2e-2)
     assert result.tokens_before == count(emoji_clip, f"red cat, {LONG}")
+
+
+IN_PLACE = [
+    "<lora:Detail Tweaker (SDXL):0.8>",
+    "<lyco:Foo (v1.0):1:0.5>",
+    "saber \\(fate\\)",
+    "[cat:dog:0.5]",
+    "{red|blue}",
+    "__color__",
+    "embedding:name",
+    "(two words:1.2)",
+]
+
+
+@pytest.mark.parametrize("syntax", IN_PLACE)
+def test_syntax_stays_in_its_place(emoji_clip, syntax):
+    middle = LONG.index(" sitting")
+    prompt = f"{LONG[:middle]}, {syntax}, {LONG[middle:]}"
+    result = distill(emoji_clip, prompt, paper(40, prompt_len=8))
+    first, last = (part.split() for part in result.prompt.split(syntax))
+    assert (len(first), len(last)) == (2, 6)  # 9 of 33 tokens stand before it
+    assert " ".join(first + last) == result.learned
+    # the similarity is that of the prompt as it is printed
+    texts = [read(prompt), read(result.prompt)]
+    assert result.token_ids == emoji_clip.tokenizer.encode(texts[1])
+    a, b = emoji_clip.encode_texts(texts)
+    assert result.similarity == pytest.approx((a @ b).item(), abs=1e-5)
+
+
+def test_syntax_among_the_words_counts_in_each_step(emoji_clip):
+    """The swaps encode the fixed words among the learned ones, whatever the position."""
+    options = SearchOptions(effort="fast", prompt_len=6)
+    reports = []
+    prompt = f"(fish:1.2) {LONG} (boat:1.2), {LONG} [ship] end"
+    result = distill(emoji_clip, prompt, options, callback=reports.append)
+    assert max(r.similarities[0] for r in reports) == pytest.approx(result.similarity, abs=1e-4)
+    assert (
+        result.prompt.startswith("(fish:1.2) ") and "(boat:1.2)" in result.prompt.split("[ship]")[0]
+    )
+
+
+def test_a_phrase_is_not_parted_by_syntax(emoji_clip):
+    words = Vocabulary(only=["happy dog", "yellow sun"])
+    options = paper(20, prompt_len=4, vocabulary=words)
+    result = distill(emoji_clip, f"{LONG[:60]} (big:1.2) {LONG[60:]}", options)
+    assert result.prompt == f"{result.learned} (big:1.2)"
+
+
+def test_parts_of_and_keep_their_weights(emoji_clip):
+    prompt = f"{LONG} :1.2 AND {LONG} fish:0.8 BREAK {LONG}"
+    result = distill(emoji_clip, prompt, paper(20, prompt_len=3))
+    first, rest = result.prompt.split(" AND ")
+    second, third = rest.split(" BREAK ")
+    assert [len(part.split()) for part in (first, second, third)] == [4, 4, 3]
+    assert first.endswith(" :1.2") and second.endswith(" :0.8")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,9 +77,73 @@ def phrases(vocabulary, clip):
     return {clip.text.words.decode(phrase) for phrase in vocabulary.lexicon(clip).phrases}
 
 
-def test_the_default_is_every_word_of_the_clip(emoji_clip):
-    found = {phrase for (phrase,) in Vocabulary().lexicon(emoji_clip).phrases}
+def test_every_whole_word_of_the_clip(emoji_clip):
+    found = {phrase for (phrase,) in Vocabulary(dictionary=False).lexicon(emoji_clip).phrases}
     assert found == set(emoji_clip.vocabulary.tolist())
+
+
+JUNK = ["tering", "plets", "jong", "ched", "doncasterisgreat", "instagood", "wn", "ter"]
+NAMES = ["john", "obama", "kardashian", "johnson", "emily", "picasso", "ronaldo"]
+UNKIND = ["transgender", "fat", "ugly", "retarded", "idiot", "gypsy", "obese"]
+EMOJI = ["\N{DIRECT HIT}", "\N{ROUND PUSHPIN}"]
+WORDS = ["cat", "cats", "paint", "painted", "painting", "colour", "color", "rose", "gothic"]
+WORDS += ["japanese", "christmas", "paris", "anime", "a", "of", ","]
+
+
+@pytest.fixture(scope="module")
+def all_tokens():
+    """A CLIP with the whole of CLIP's vocabulary."""
+    clip = make_clip()
+    clip.trained_tokens = None
+    return clip
+
+
+@pytest.fixture(scope="module")
+def default(all_tokens):
+    return phrases(Vocabulary(), all_tokens)
+
+
+@pytest.mark.parametrize("word", [*JUNK, *NAMES, *UNKIND, *EMOJI, "1", "!"])
+def test_the_default_has_no_junk(word, default, all_tokens):
+    (one,) = all_tokens.text.words.encode(word)
+    assert all_tokens.text.words.round_trips([one])  # it was a word of the vocabulary before
+    assert word not in default
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_default_has_words_of_the_dictionary(word, default):
+    assert word in default
+
+
+def test_the_dictionary_leaves_enough_words(default):
+    assert 15_000 < len(default) < 20_000
+    assert all(word == "," or word.isalpha() for word in default)
+
+
+def test_listed_phrases_need_not_be_in_the_dictionary(emoji_clip):
+    listed = Vocabulary(only=["emoji", "ched", "red car"])
+    assert phrases(listed & Vocabulary(ascii_only=True), emoji_clip) == phrases(listed, emoji_clip)
+    pieces = Vocabulary(whole_words=False)
+    assert pieces.lexicon(emoji_clip) == replace(pieces, dictionary=False).lexicon(emoji_clip)
+    words = Vocabulary().lexicon(emoji_clip).phrases
+    assert (Vocabulary(dictionary=False) & Vocabulary()).lexicon(emoji_clip).phrases == words
+    assert (pieces & Vocabulary()).lexicon(emoji_clip).phrases == words
+
+
+def test_a_clip_without_english_words_has_all_its_words():
+    clip = make_clip()
+    emoji = clip.text.words.encode(EMOJI[0])
+    clip.trained_tokens = frozenset(emoji)
+    assert Vocabulary().lexicon(clip).phrases == {tuple(emoji)}
+
+
+def test_vocabularies_saved_before_the_dictionary_have_every_word(emoji_clip, tmp_path):
+    Vocabulary(ascii_only=True).save(tmp_path / "new.json")
+    rules = json.loads((tmp_path / "new.json").read_text())
+    assert Vocabulary.load(tmp_path / "new.json").dictionary
+    del rules["dictionary"]
+    (tmp_path / "old.json").write_text(json.dumps(rules))
+    assert not Vocabulary.load(tmp_path / "old.json").dictionary
 
 
 def test_pieces_and_ascii():
@@ -94,7 +159,7 @@ def test_floor_on_how_well_trained_a_token_is():
     weak, strong = clip.vocabulary[:2].tolist()
     with torch.no_grad():
         clip.text.token_embedding[weak] *= 0.001
-    kept = Vocabulary(min_embedding_std=0.01).lexicon(clip).phrases
+    kept = Vocabulary(min_embedding_std=0.01, dictionary=False).lexicon(clip).phrases
     assert (weak,) not in kept and (strong,) in kept
     assert len(kept) == len(clip.vocabulary) - 1
 
@@ -194,7 +259,7 @@ def test_a_file_that_is_no_vocabulary(text, tmp_path):
 def test_the_shipped_list_states_its_source_and_its_limits(emoji_clip):
     head = UNSAFE_WORDS.read_text()
     assert "Source:" in head and "Limits:" in head and "CC BY 4.0" in head
-    unsafe = Vocabulary(block=UNSAFE_WORDS)
+    unsafe = Vocabulary(block=UNSAFE_WORDS, dictionary=False)
     assert len(unsafe.block) > 400 and not any("#" in word for word in unsafe.block)
     left = phrases(unsafe, make_clip())
     assert not {"nude", "sexy", "gore"} & left and {"dog", "class", "menu"} <= left | {"menu"}

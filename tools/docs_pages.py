@@ -24,6 +24,7 @@ OUTSIDE = [
     "benchmarks/results/*.md",
     "benchmarks/results/*.png",
     "pez_core/words/unsafe.txt",
+    "pez_core/words/english.txt",
     "pez_core/models/*/SOURCES.md",
 ]
 RENAMED = {"README.md": "index.md", "NOTICE": "NOTICE.txt"}

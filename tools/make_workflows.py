@@ -386,8 +386,8 @@ def sharpen_a_caption(graph: Graph) -> None:
         graph,
         "A caption, and the words that it missed",
         "Put your captioner node (Florence, BLIP, JoyCaption, ...) in place of **Caption**. The "
-        "caption stays; a few learned words add what it left out. Choose a short caption: CLIP "
-        "reads 75 tokens, the learned ones included.",
+        "caption stays; a few learned words add what it left out. A caption may have any "
+        "length; CLIP reads 75 tokens at a time.",
     )
     image = _image(graph, "wine-glass")
     caption = graph.add(

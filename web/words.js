@@ -89,7 +89,8 @@ export function createWords(onToggle) {
  * may be those of an older prompt.
  */
 function weighed({ prompt, words, fixed }) {
-  const left = [...words];
+  // a weight of several words has one contribution
+  const left = words.flatMap(([unit, value]) => unit.split(/\s+/).map((word) => [word, value]));
   // one by one: a call cannot take as many arguments as a stranger's workflow has words
   const strongest = words.reduce((most, [, value]) => Math.max(most, Math.abs(value)), 1e-9);
   const all = prompt.split(/\s+/).filter(Boolean);
@@ -103,16 +104,23 @@ function weighed({ prompt, words, fixed }) {
   });
 }
 
-/** Which words are weights, tags or BREAK, which no search touches. */
+/** Which words are syntax, which no search touches; see `pez_core/prompt_text.py`. */
 function syntaxOf(words) {
   let depth = 0;
-  return words.map((word) => {
-    const opened = (word.match(/[([<]/g) ?? []).length;
-    const closed = (word.match(/[)\]>]/g) ?? []).length;
+  const found = words.map((word) => {
+    const plain = word.replace(/\\./g, ""); // escaped brackets open nothing
+    const opened = (plain.match(/[([<{]/g) ?? []).length;
+    const closed = (plain.match(/[)\]>}]/g) ?? []).length;
     const inside = depth > 0 || opened > 0;
     depth = Math.max(0, depth + opened - closed);
-    return inside || word === "BREAK" || word.startsWith("embedding:");
+    return inside || /^(BREAK|AND|:[-+]?[\d.]+|embedding:.*|__.+__,?)$/.test(word);
   });
+  words.forEach((word, k) => {
+    if (!word.includes("\\(") && !word.includes("\\)")) return;
+    found[k] = true; // of a name such as saber \(fate\)
+    for (let n = k - 1; n >= Math.max(0, k - 3) && !words[n].endsWith(","); n--) found[n] = true;
+  });
+  return found;
 }
 
 function shade(made, value, strength) {

@@ -18,7 +18,7 @@ from ..errors import (
 from ..options import SearchOptions
 from ..targets import check_text
 from ..tasks.invert import PROMPT_LEN
-from ..vocabulary import UNSAFE_WORDS, Vocabulary
+from ..vocabulary import UNSAFE_WORDS, Vocabulary, english_words
 from .sources import NEEDS
 
 # The fields of a job that belong to one task.
@@ -37,7 +37,9 @@ _REFUSED = {
     "trajectory": "a batch has one row per item",
 }
 # Options that `Job.settings` has in another form, or that change no result.
-_OTHER_FORM = {"effort", "steps", "swaps", "vocabulary", "block_unsafe", "prompt_len", *_REFUSED}
+_OTHER_FORM = {
+    "effort", "steps", "swaps", "vocabulary", "repeats", "block_unsafe", "prompt_len", *_REFUSED
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +141,20 @@ def _settings_of(options: SearchOptions) -> dict:
     values = {name: getattr(options, name) for name in names}
     work = asdict(options.work)  # in place of a name, whose numbers may change
     del work["until_time_limit"]
-    vocabulary = options.vocabulary and options.vocabulary.to_json()
     if options.published:
         values["published"] = True
     return values | {
         "work": work,
-        "vocabulary": vocabulary,
+        "vocabulary": options.words.to_json(),
+        "repeats": options.may_repeat,
+        "dictionary": _digest(sorted(english_words())),
         "unsafe_words": _digest_of_unsafe_words() if options.block_unsafe else "allowed",
     }
 
 
 def _digest_of_unsafe_words() -> str:
-    words = Vocabulary(block=UNSAFE_WORDS).to_json()["block"]
+    return _digest(Vocabulary(block=UNSAFE_WORDS).to_json()["block"])
+
+
+def _digest(words: Sequence[str]) -> str:
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()

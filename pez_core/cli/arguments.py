@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "block_unsafe": "--allow-unsafe",
     "ascii_only": "--ascii",
+    "dictionary": "--all-words",
     "name": "--clip",
     "pretrained": "--clip",
     "name_or_path": "--language-model",
@@ -126,6 +127,15 @@ def add_vocabulary(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not block the words of the list of unsafe words that pez ships",
     )
+    group.add_argument(
+        "--repeats", action="store_true", help="allow a word to occur twice (always with paper)"
+    )
+    group.add_argument(
+        "--all-words",
+        action="store_true",
+        help="use every whole word of the CLIP, names, hashtags and word endings included, not "
+        "only those of the English dictionary that pez ships",
+    )
     group.add_argument("--ascii", action="store_true", help="only ASCII: no emoji, no other script")
     group.add_argument(
         "--vocabulary", metavar="FILE", help="rules that Vocabulary.save has written in Python"
@@ -179,6 +189,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         readability=arguments.readability,
         vocabulary=vocabulary(arguments),
         block_unsafe=not arguments.allow_unsafe,
+        repeats=arguments.repeats,
         start_from=getattr(arguments, "start_from", None),
     )
     path = arguments.language_model
@@ -205,7 +216,7 @@ def with_language_model(arguments: argparse.Namespace, options: SearchOptions) -
 
 
 def vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
-    """The words that may appear, without the list of unsafe words; None: every word."""
+    """The words that may appear, without the list of unsafe words; None: the default."""
     bases = (
         [_any_of([Vocabulary(only=Path(file)) for file in arguments.only])]
         if arguments.only
@@ -219,9 +230,15 @@ def vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
         rules.append(
             Vocabulary(block=arguments.block, ascii_only=arguments.ascii, whole_words=False)
         )
-    if not bases and not rules:
+    if not bases and not rules and not arguments.all_words:
         return None
-    first, *others = (bases or [Vocabulary()]) + rules
+    if arguments.all_words and bases:
+        raise ArgumentError(
+            "dictionary", "is given beside a list of words", "leave one of the two out"
+        )
+    every = arguments.effort == "paper" and not arguments.all_words
+    default = Vocabulary(dictionary=not arguments.all_words, whole_words=not every)
+    first, *others = (bases or [default]) + rules
     for rule in others:
         first &= rule
     return first

@@ -44,10 +44,18 @@ class JointText:
         return torch.cat([tower.token_embedding.detach().float() for tower in self.towers], dim=1)
 
     def encoder(
-        self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
+        self,
+        fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),),
+        inserts: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Encoder:
         """As `TextTower.encoder`, for embeddings and features side by side."""
-        return _JointEncoder(self, [tower.encoder(fixed) for tower in self.towers])
+        return _JointEncoder(self, [tower.encoder(fixed, inserts) for tower in self.towers])
+
+    def encoder_of_contexts(
+        self, contexts: Sequence[tuple[Sequence[int], Sequence[int], tuple[int, int]]]
+    ) -> _JointEncoder:
+        """As `TextTower.encoder_of_contexts`."""
+        return _JointEncoder(self, [tower.encoder_of_contexts(contexts) for tower in self.towers])
 
     def memory_per_prompt(self, prompt_len: int) -> int:
         """As `TextTower.memory_per_prompt`, of all towers."""

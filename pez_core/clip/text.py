@@ -222,7 +222,9 @@ class TextTower:
         return [(self.token_embedding.shape[1], 1.0)]
 
     def encoder(
-        self, fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),)
+        self,
+        fixed: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),),
+        inserts: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Encoder:
         """The tower as a function of the learned tokens alone.
 
@@ -233,16 +235,44 @@ class TextTower:
         Args:
             fixed: ids before and behind the learned tokens, without start and end token; one pair
                 for all rows, or one pair per row.
+            inserts: ids between learned tokens, in order, each behind as many learned ones as its
+                number.
 
         Returns:
             (rows, prompt_len, width) token embeddings -> (rows, features), unnormalised.
         """
+        if inserts:
+            embedded = [(place, self._embed(self._ids(ids))[None]) for place, ids in inserts]
+            return _InterleavedEncoder(self.encoder(fixed), embedded)
         if len(fixed) > 1 or not self._plain_blocks:
             return _FullEncoder(self, fixed)
         before = self._embed(self._ids([*self.ids_before, *fixed[0][0]]))[None]
         after = self._embed(self._ids([*fixed[0][1], *self.ids_behind[:1]]))
         nothing = _CausalEncoder(self, after, 0, [None] * len(self.tower.transformer.resblocks))
         return nothing.given(before)
+
+    def encoder_of_contexts(
+        self, contexts: Sequence[tuple[Sequence[int], Sequence[int], tuple[int, int]]]
+    ) -> Encoder:
+        """The mean feature of several contexts, by their tokens, as a function of the learned ones.
+
+        That is the feature of `Clip.encode_chunks`.
+
+        Args:
+            contexts: of each the ids before and behind the learned tokens, the first of the learned
+                tokens that it holds, and the one behind the last.
+        """
+        parts, constant = [], torch.zeros((), device=self.token_embedding.device)
+        for before, after, learned in contexts:
+            encode = self.encoder([(before, after)])
+            tokens = len(before) + len(after) + learned[1] - learned[0]
+            if learned[0] == learned[1]:
+                nothing = self._embed(self._ids([]))[None]
+                with torch.no_grad():
+                    constant = constant + _weighted(encode, nothing, tokens)
+            else:
+                parts.append((encode, learned, tokens))
+        return _ContextsEncoder(parts, constant)
 
     def memory_per_prompt(self, prompt_len: int) -> int:
         """About how many bytes a step holds for each prompt until its gradient is computed.
@@ -287,6 +317,77 @@ class TextTower:
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len, width) token embeddings -> (rows, features), unnormalised."""
         return self.encoder()(embeddings)
+
+
+class _ContextsEncoder:
+    """The sum of the unit features of several contexts, each times its number of tokens.
+
+    Args:
+        parts: the encoder, the learned tokens and the number of tokens of each context that holds
+            learned tokens.
+        constant: the sum for all others; one row, or one for each problem.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Encoder, tuple[int, int], int]], constant: torch.Tensor
+    ) -> None:
+        self.parts, self.constant = parts, constant
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        total = self.constant
+        if total.ndim == 2:
+            total = total.repeat_interleave(len(embeddings) // len(total), dim=0)
+        for encode, (first, last), tokens in self.parts:
+            total = total + _weighted(encode, embeddings[:, first:last], tokens)
+        return total.expand(len(embeddings), -1)
+
+    @torch.no_grad()
+    def given(self, embeddings: torch.Tensor) -> Encoder:
+        """As `Encoder.given`."""
+        n, constant, parts = embeddings.shape[1], self.constant, []
+        for encode, (first, last), tokens in self.parts:
+            if last <= n:
+                constant = constant + _weighted(encode, embeddings[:, first:last], tokens)
+                continue
+            if first < n:
+                encode = encode.given(embeddings[:, first:n])
+            parts.append((encode, (max(first - n, 0), last - n), tokens))
+        return _ContextsEncoder(parts, constant)
+
+
+def _weighted(encode: Encoder, embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
+    return tokens * F.normalize(encode(embeddings).float(), dim=-1)
+
+
+class _InterleavedEncoder:
+    """An encoder of learned tokens with fixed ones in between.
+
+    Args:
+        encode: of all of them.
+        inserts: the number of learned tokens before each stretch of fixed ones, in order, and its
+            (1, n, width) embeddings.
+    """
+
+    def __init__(self, encode: Encoder, inserts: Sequence[tuple[int, torch.Tensor]]) -> None:
+        self.encode, self.inserts = encode, inserts
+
+    def _filled(self, embeddings: torch.Tensor, inserts: Sequence) -> torch.Tensor:
+        parts, start = [], 0
+        for place, fixed in inserts:
+            fixed = fixed.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+            parts += [embeddings[:, start:place], fixed]
+            start = place
+        return torch.cat([*parts, embeddings[:, start:]], dim=1)
+
+    def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.encode(self._filled(embeddings, self.inserts))
+
+    def given(self, embeddings: torch.Tensor) -> Encoder:
+        """As `Encoder.given`."""
+        n = embeddings.shape[1]
+        before = [(place, fixed) for place, fixed in self.inserts if place < n]
+        left = [(place - n, fixed) for place, fixed in self.inserts if place >= n]
+        return _InterleavedEncoder(self.encode.given(self._filled(embeddings, before)), left)
 
 
 class _CausalEncoder:

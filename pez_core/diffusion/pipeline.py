@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 
+from ..caption import Caption, check_caption
 from ..clip import AnyClip
 from ..clip.images import ImageInput
 from ..errors import ArgumentError, ArgumentTypeError, check_choice, check_integer, check_number
@@ -576,9 +577,14 @@ class PezPipeline(DiffusionPipeline):
                     self._interrupt = True
                 return self._interrupt
 
-            found = self.clip(
-                lambda clip: TASKS[task](clip, targets, options, callback=report, **kwargs)
-            )
+            def search(clip: AnyClip) -> Any:
+                if text := kwargs.get("caption"):
+                    # the text encoder of the pipeline cuts what is longer than one context
+                    frame = Caption(clip, check_caption(text))
+                    frame.check_room(options.prompt_len or 1, one_context=True)
+                return TASKS[task](clip, targets, options, callback=report, **kwargs)
+
+            found = self.clip(search)
         found = found if isinstance(found, list) else [found]
         for result in found:
             if result.note:

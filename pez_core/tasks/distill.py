@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, check_number, check_string, check_type
 from ..options import SearchOptions
-from ..prompt_text import SYNTAX, chunks, pieces, read, sections
+from ..prompt_text import SYNTAX, Piece, chunks, pieces, read, sections, separators
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, learn, with_share_of_time
 from ..targets import check_callback, check_clip, check_text
@@ -71,8 +71,9 @@ def distill(
     """Find a shorter prompt with similar features (paper, section 4.5).
 
     A prompt longer than the context is encoded in chunks as in ComfyUI; its feature is their mean
-    by tokens. Weights such as `(word:1.2)`, `embedding:name` and tags like `<lora:name:0.8>` stay
-    as they are, behind the learned words; sections between `BREAK`s are shortened one by one.
+    by tokens. Weights such as `(word:1.2)`, `embedding:name`, tags like `<lora:name:0.8>` and all
+    other syntax that `pez_core.prompt_text` names stay as they are and where they are among the
+    words; sections between `BREAK`s and `AND`s are shortened one by one.
 
     Args:
         clip, callback: as in `invert`.
@@ -118,7 +119,8 @@ def _distill(
     callback: ReportCallback | None,
 ) -> DistillResult:
     check_text("prompt", prompt, "for a prompt of an image use `invert`")
-    parts = [_Section(clip, section) for section in sections(prompt)]
+    between = separators(prompt)
+    parts = [_Section(clip, section, "AND" in between) for section in sections(prompt)]
     spoken = any(map(str.isalnum, read(prompt)))
     if not any(part.ids for part in parts) or not (any(p.plain for p in parts) or spoken):
         raise ArgumentError("prompt", "holds no words to distill", "give a text")
@@ -126,6 +128,7 @@ def _distill(
         options = replace(options, vocabulary=options.vocabulary_without(SYNTAX))
     lengths = [part.learned_length(ratio, options.prompt_len) for part in parts]
     searched = [k for k, length in enumerate(lengths) if length is not None]
+    in_place = any(part.kept for part in parts) and _can_be_parted(clip, options)
     results: list[Result] = []
     stopped: list[bool] = []
     with torch.inference_mode(False):
@@ -134,30 +137,40 @@ def _distill(
             if any(stopped):
                 break
             target = PromptTarget(parts[k].feature(clip)[None], one, one < 0)
+            length = lengths[k] or 1
             results += learn(
                 clip,
                 [target],
                 with_share_of_time(options, 1 / len(searched)),
-                lengths[k] or 1,
+                length,
                 callback and in_turn(callback, turn, len(searched), stopped),
-                caption=parts[k].caption,
-                encoded=parts[k].encoded,
+                **parts[k].fixed(length, in_place),
             )
     found = dict(zip(searched, results, strict=False))
     return _distilled(clip, prompt, parts, found, ratio, options.prompt_len)
 
 
-class _Section:
-    """The text between two `BREAK`s."""
+def _can_be_parted(clip: AnyClip, options: SearchOptions) -> bool:
+    """Whether syntax may stand between any two learned tokens: not within a phrase of several."""
+    if options.extra_loss is not None:
+        return False
+    return all(len(phrase) == 1 for phrase in options.allowed.lexicon(clip).phrases)
 
-    def __init__(self, clip: AnyClip, section: str) -> None:
+
+class _Section:
+    """The text between two `BREAK`s or `AND`s."""
+
+    def __init__(self, clip: AnyClip, section: str, weighted: bool) -> None:
         self.printed = section
-        parts = pieces(section)
+        parts = pieces(section, weighted)
         encode, encode_behind = clip.text.words.encode, clip.text.words.encode_behind
-        groups = [encode_behind(f" {p.read}") if k else encode(p.read) for k, p in enumerate(parts)]
+        first = next((k for k, piece in enumerate(parts) if piece.read), 0)
+        groups = [
+            encode_behind(f" {piece.read}") if k > first else encode(piece.read)
+            for k, piece in enumerate(parts)
+        ]
         self.kept = any(piece.kept for piece in parts)
-        self.caption = " ".join(["{}", *(piece.printed for piece in parts if piece.kept)])
-        self.encoded = " ".join(["{}", *(p.read for p in parts if p.kept and p.read)])
+        self._parts = list(zip(parts, map(len, groups), strict=True))
         self.plain = sum(len(g) for g, p in zip(groups, parts, strict=True) if not p.kept)
         self.ids = [token for group in groups for token in group]
         self.room = clip.text.max_prompt_len - (len(self.ids) - self.plain)
@@ -170,6 +183,32 @@ class _Section:
         """Tokens to learn, or None where the section is not changed."""
         wanted = min(self.wanted(ratio, prompt_len), self.room)
         return None if wanted >= self.plain or self.room < 1 else wanted
+
+    def fixed(self, length: int, in_place: bool) -> dict[str, Any]:
+        """The arguments of `learn` for the syntax around and among `length` learned tokens.
+
+        Each piece of syntax stands behind the same share of the words as in the given prompt;
+        behind all words, where it must not stand among them.
+        """
+        at: dict[int, list[Piece]] = {}
+        seen = 0
+        for piece, tokens in self._parts:
+            if not piece.kept:
+                seen += tokens
+                continue
+            place = round(length * seen / self.plain)
+            at.setdefault(place if in_place or place == 0 else length, []).append(piece)
+
+        def joined(pieces_: Sequence[Piece], name: str) -> str:
+            return " ".join(filter(None, (getattr(piece, name) for piece in pieces_)))
+
+        first, last = at.pop(0, []), at.pop(length, [])
+        around = {
+            argument: (f"{joined(first, name)} ".lstrip(), f" {joined(last, name)}".rstrip())
+            for argument, name in (("caption", "printed"), ("encoded", "read"))
+        }
+        inserts = [(k, joined(at[k], "printed"), joined(at[k], "read")) for k in sorted(at)]
+        return {**around, "inserts": inserts}
 
     def feature(self, clip: AnyClip) -> torch.Tensor:
         """(features,) of all its words, chunk by chunk."""
@@ -222,7 +261,7 @@ def _distilled(
     printed = [results[k].prompt if k in results else p.printed for k, p in enumerate(parts)]
     similarity = mean(lambda result: result.similarity)
     return DistillResult(
-        prompt=" BREAK ".join(printed) if results else prompt,
+        prompt=_rejoined(printed, separators(prompt)) if results else prompt,
         similarity=similarity,
         token_ids=ids,
         learned=" ".join(result.learned for result in results.values()),
@@ -237,3 +276,11 @@ def _distilled(
         tokens_before=before,
         tokens_after=len(ids),
     )
+
+
+def _rejoined(printed: Sequence[str], between: Sequence[str]) -> str:
+    """The sections and what stood between them."""
+    parts = [printed[0]]
+    for separator, section in zip(between, printed[1:], strict=True):
+        parts += [separator, section]
+    return " ".join(filter(None, parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ..clip.images import ImageInput, load_images
 from ..errors import ArgumentError, check_bool, check_type, check_weights
 from ..options import SearchOptions
 from ..priors import WORD_WEIGHT
+from ..prompt_text import SLOT, SYNTAX, has_syntax, read
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, default_len, learn
 from ..targets import Avoid, Target, as_list, check_callback, check_clip, encode_targets
@@ -50,7 +52,9 @@ def invert(
         options: see `SearchOptions`; by default 16 tokens, or what the context holds beside the
             caption.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
-            where it holds `{}`, else behind it.
+            where it holds `{}`, else behind it. It may have any length and hold weights and tags;
+            `pez_core.prompt_text` says how these are read. A result whose prompt is longer than
+            the context has a `note`.
         avoid: texts and images to stay away from, with weight 0.5; `Avoid` sets another weight. A
             string is a text.
         shared: learn one prompt for all images, by the mean of their similarities; a list of
@@ -83,6 +87,7 @@ def invert(
         )
     signed, avoided = _signed_weights(weights, away, negative_prompt)
     fixed = check_caption(caption)
+    options, spoken = _as_read(options, fixed)
     with torch.inference_mode(False):
         features = clip.encode_images(pictures) if encoded is None else _features(clip, encoded)
         targets = as_list(away.targets)
@@ -99,11 +104,26 @@ def invert(
                 for group in groups
             ],
             options,
-            options.prompt_len or default_len(clip, PROMPT_LEN, fixed),
+            options.prompt_len or default_len(clip, PROMPT_LEN, spoken or fixed),
             callback,
             caption=fixed,
+            encoded=spoken,
             word_weight=WORD_WEIGHT,
         )
+
+
+def _as_read(options: SearchOptions, caption: str) -> tuple[SearchOptions, str | None]:
+    """The options and the caption for the text encoder, which reads no weights and tags."""
+    if not has_syntax(caption):
+        return options, None
+    spoken = read(caption)
+    if SLOT not in spoken:
+        raise ArgumentError(
+            "caption",
+            f"is {caption!r}, whose {{}} stands in syntax that is not read",
+            "put {} into text, or into the first of several alternatives",
+        )
+    return replace(options, vocabulary=options.vocabulary_without(SYNTAX)), spoken
 
 
 def _weights(shared: bool | Sequence[float], images: int) -> list[float]:

@@ -20,7 +20,7 @@ from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
-KEPT = -2  # place among the values of a saved node: before the live view, which has none
+KEPT = -3  # place among the values of a saved node: before `repeats` and the live view
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
