@@ -289,7 +289,7 @@ from pez_core.batch import find_items
 from pez_core.cli import main
 assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
 folder, out, table = sys.argv[1:]
-quick = ["--effort", "paper", "--steps", "2", "--prompt-len", "2"]
+quick = ["--swaps", "0", "--steps", "2", "--prompt-len", "2"]
 assert main(["batch", folder, out, *quick]) == 1  # there is an item with an error
 print(ascii(find_items(table, "score").to_pylist()))
 main(["batch", folder, table, *quick])

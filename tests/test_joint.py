@@ -103,9 +103,10 @@ def test_loaded_by_a_list_of_names(tmp_path):
 
 def test_tokenizers_that_differ(emoji_clip):
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
 
     class Other:
