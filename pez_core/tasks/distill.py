@@ -39,7 +39,7 @@ class DistillResult(Result):
 
 
 @overload
-def distill(
+def distill(  # pyright: ignore[reportOverlappingOverload]  # a string is a sequence, too
     clip: AnyClip,
     prompt: str,
     options: SearchOptions = SearchOptions(),
