@@ -324,7 +324,7 @@ def test_a_caption_with_weights_and_tags_is_read_like_any_prompt(emoji_clip):
         emoji_clip, image, SearchOptions(effort="fast", prompt_len=3), caption=caption
     )
     assert result.prompt == caption.replace("{}", result.learned)
-    spoken = f"a {result.learned} fish , in (water)"
+    spoken = f"a {result.learned} fish in (water)"  # a comma between pieces of syntax is not read
     assert result.token_ids == emoji_clip.tokenizer.encode(spoken)
     expected = (emoji_clip.encode_texts([spoken]) @ image[0]).item()
     assert result.similarity == pytest.approx(expected, abs=1e-5)
