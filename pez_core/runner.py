@@ -571,9 +571,9 @@ def _single_token_features(
     count = _TOKENS_AT_ONCE if clip.text.causal else _TEXTS_AT_ONCE
     blocks = allowed.split(count)
     if not clip.text.causal:  # a small one first, which shows how long the others will take
-        blocks = allowed[:_PROBES], *allowed[_PROBES:].split(count)
+        blocks = [allowed[:_PROBES], *allowed[_PROBES:].split(count)]
     done = 0
-    for ids in blocks:
+    for ids in filter(len, blocks):
         taken = time.monotonic() - began
         expected = taken * len(allowed) / done if done else taken
         if time_limit is not None and expected > time_limit:

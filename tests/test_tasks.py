@@ -19,8 +19,8 @@ from pez_core import (
 )
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
-from pez_core.prompt_text import chunks
-from pez_core.runner import _round_trip
+from pez_core.prompt_text import chunks, read
+from pez_core.runner import _round_trip, default_len
 from pez_core.seeds import restart_seed
 
 STEPS = 40
@@ -324,7 +324,7 @@ def test_a_caption_with_weights_and_tags_is_read_like_any_prompt(emoji_clip):
         emoji_clip, image, SearchOptions(effort="fast", prompt_len=3), caption=caption
     )
     assert result.prompt == caption.replace("{}", result.learned)
-    spoken = f"a {result.learned} fish , in (water)"
+    spoken = f"a {result.learned} fish in (water)"  # a comma between pieces of syntax is not read
     assert result.token_ids == emoji_clip.tokenizer.encode(spoken)
     expected = (emoji_clip.encode_texts([spoken]) @ image[0]).item()
     assert result.similarity == pytest.approx(expected, abs=1e-5)
@@ -345,3 +345,24 @@ def test_a_weighted_text_to_start_from_or_to_avoid(emoji_clip):
     weighted = found("(red car:1.3)", "a [big] dog <lora:x:1>")
     assert plain.learned == "red car" and plain.token_ids == weighted.token_ids
     assert plain.avoided == pytest.approx(weighted.avoided)
+
+
+def test_written_text_among_inserts_is_read_as_the_same_tokens(emoji_clip):
+    encode = emoji_clip.text.words.encode
+    around = ("(big:1.2) ", " <lora:x:1>"), ("big ", "")
+    inserts = [(3, "<lora:y:1>", ""), (5, "(red:1.2)", "red")]
+    frame = Caption(emoji_clip, *around, inserts, as_written=True)
+    ids = encode("dog , cat . , in snow")
+    text = frame.print(ids)
+    assert text == "(big:1.2) dog, cat <lora:y:1> . , (red:1.2) in snow <lora:x:1>"
+    assert frame.learned(ids) == "dog, cat . , in snow"
+    assert frame.round_trips(ids)
+    assert encode(read(text)) == frame.reread(ids) == frame.ids(ids)
+
+
+def test_a_caption_that_fills_the_context_leaves_the_default_length(tiny_clip):
+    decode = tiny_clip.text.words.decode
+    ids = tiny_clip.text.words.encode(SENTENCE * 20)
+    assert default_len(tiny_clip, 16, decode(ids[:10]) + " {}") == 16
+    assert default_len(tiny_clip, 16, decode(ids[:70]) + " {}") == 5
+    assert default_len(tiny_clip, 16, decode(ids[:75]) + " {}") == 16

@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import EXAMPLES, all_words, paper
 
-from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, fuse
+from pez_core import (
+    ArgumentError,
+    JointClip,
+    SearchOptions,
+    Vocabulary,
+    distill,
+    fuse,
+    load_clip,
+)
 from pez_core.prompt_text import read
 
 LONG = (
@@ -122,6 +130,14 @@ def test_syntax_among_the_words_counts_in_each_step(emoji_clip):
     assert (
         result.prompt.startswith("(fish:1.2) ") and "(boat:1.2)" in result.prompt.split("[ship]")[0]
     )
+
+
+def test_syntax_among_the_words_with_several_clips(emoji_clip):
+    clip = JointClip([emoji_clip, load_clip("emoji-clip", device="cpu")])
+    options, reports = SearchOptions(effort="fast", steps=3, swaps=6, prompt_len=6), []
+    result = distill(clip, f"{LONG} (boat:1.2) {LONG}", options, callback=reports.append)
+    assert " (boat:1.2) " in result.prompt
+    assert reports[-1].similarities[0] == pytest.approx(result.similarity, abs=1e-4)
 
 
 def test_a_phrase_is_not_parted_by_syntax(emoji_clip):
