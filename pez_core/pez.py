@@ -104,28 +104,42 @@ def search(
     checkpoint: Checkpoint | None = None,
     on_step: StepCallback | None = None,
 ) -> Progress:
-    """Learn hard prompts by gradient descent through the projection (Algorithm 1).
+    """Learn hard prompts, sequences of token ids, with Algorithm 1 of "Hard Prompts Made Easy".
 
-    Each row of `ids` is a problem of its own; all of them share every forward and backward pass.
+    Each step projects a continuous prompt to the nearest allowed tokens, takes the gradient of the
+    loss there, and applies it to the continuous prompt. Each row of `ids` is an independent
+    problem; all rows share every forward and backward pass.
 
     Args:
-        space: embeds ids and finds the nearest allowed ids.
-        objective: see `Objective`. Called once per step; its rows are independent.
-        ids: (problems, prompt_len) initial ids; their embeddings are the first continuous prompt.
-        settings: see `PezSettings`.
-        callback: called with a `Progress` after step 1, after every `report_every` steps and at the
-            end; a true return value ends the search, which returns the best so far.
-        acceptable: (n, prompt_len) ids -> (n,) bool; only these prompts can become the best. It is
-            called only for prompts that would be a new best. None accepts every prompt.
-        checkpoint: the search saves its state there and resumes from it; None: it does not.
-        on_step: called after each step, see `StepCallback`; steps are then not captured.
+        space: embeds ids and finds the nearest allowed ids, such as a `TokenSpace`.
+        objective: `objective(embeddings, step)` with the (problems, prompt_len, dim) projected
+            embeddings and the step from 0. It returns (problems,) losses, whose gradient is
+            followed, and (problems,) scores; the prompt with the highest score is the best. Each
+            row of the output may depend on its own row alone. It is called once per step.
+            `objective_for` makes one of a CLIP and targets; see `Objective` for more.
+        ids: (problems, prompt_len) int64 ids to start from; `space.random` draws some. Their
+            embeddings are the first continuous prompt.
+        settings: steps, learning rate, patience and more, see `PezSettings`.
+        callback: called with a `Progress` after step 1, after every `settings.report_every` steps
+            and at the end; a true return value ends the search, which returns the best so far.
+        acceptable: a function (n, prompt_len) ids -> (n,) bool; only prompts for which it is true
+            can become the best. It is called only for prompts that would be a new best. None
+            accepts every prompt.
+        checkpoint: a `Checkpoint`, such as `pez_core.lm.checkpoint.FileCheckpoint`, that stores the
+            state every `checkpoint.every` steps. If it holds a state, the search resumes from it.
+            None: nothing is stored.
+        on_step: called after each step with (ids, losses, continuous prompt), see `StepCallback`.
+            Steps are then not captured as a CUDA graph, which is slower on CUDA. None: not called.
 
     Returns:
-        The best prompt of each problem, not the last.
+        A `Progress`. Its `ids` (problems, prompt_len) are the best prompts of all steps, not the
+        last ones, and its `scores` (problems,) are theirs. A problem that had no acceptable prompt
+        has its initial ids and the score -inf.
 
     Raises:
         ArgumentError: `ids` is not a non-empty (problems, prompt_len) tensor.
-        FloatingPointError: score or gradient became NaN or infinite; raised at the next report.
+        FloatingPointError: a score or gradient became NaN or infinite. It is raised when the next
+            report is due, up to `report_every` steps later.
     """
     best = Tracker(ids, settings, callback, acceptable, checkpoint)
     with torch.inference_mode(False), torch.enable_grad():

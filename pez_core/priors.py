@@ -103,19 +103,26 @@ FAMILIAR = 0.7
 
 
 class SingleWordPrior:
-    """A `Prior` of `pez_core.swaps` that favours words with a meaning of their own.
+    """A `Prior` for `refine` that favours words which resemble the target on their own.
 
-    A search finds combinations of words that only its own CLIP takes for the target. Two properties
-    of single words predict how other models read them: the similarity of the word alone with the
-    target, and how well the CLIP has learned it (`familiarity`). People who edit a prompt can also
-    recognise such words. benchmarks/results/remedies.md has the gain.
+    A search finds combinations of words that only its own CLIP finds similar to the target. Two
+    properties of a single word predict how other models read it: the similarity of the word alone
+    with the target, and how well the CLIP has learned it (`familiarity`, by its embedding). The
+    score of a prompt is the sum over its tokens of
+
+        weight * (similarity + 0.7 * spread * familiarity),
+
+    where the spread is the standard deviation of the similarities of all allowed tokens. `refine`
+    adds it to the score of its objective. benchmarks/results/remedies.md has the measured gain.
 
     Args:
-        alone: (allowed, features) unit features of each allowed token of `space` as a text by
-            itself.
-        space: of the search.
-        towards: (problems, features); the dot product with a prompt's features is its score.
-        weight: of each word's own similarity against that of the prompt.
+        alone: (len(space.allowed), features) text features of length 1 of each allowed token as a
+            text by itself, in the order of `space.allowed`.
+        space: the `TokenSpace` of the search.
+        towards: (problems, features), the target of each problem: the score of a prompt by the
+            objective is the dot product of its unit features with this row.
+        weight: of one word, compared with the prompt, whose similarity has weight 1; such as
+            `WORD_WEIGHT` (0.035).
     """
 
     capturable = True

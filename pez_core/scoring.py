@@ -44,14 +44,19 @@ def score(
     held-out CLIP, on which nothing was learned, gives an unbiased one.
 
     Args:
-        clip: as in `invert`.
-        prompts: one text or several, read as ComfyUI does: those longer than the context in
-            chunks, and without weights and tags.
-        images: one image or several, as in `invert`.
-        judge: a held-out CLIP: the prompts were not learned on it.
+        clip: from `load_clip`.
+        prompts: one text or several, read as ComfyUI does: those longer than the context in chunks,
+            and without weights and tags.
+        images: one picture or several, as in `invert`, but no features.
+        judge: a held-out CLIP: the prompts were not learned on it. None: there is none.
+
+    Returns:
+        `Scores`. `similarity` is a (prompts, images) tensor of cosines, `judge` the same by the
+        held-out CLIP, or None.
 
     Raises:
-        ArgumentError: no prompt, an empty prompt, no image, an image that cannot be read.
+        ArgumentError: no prompt, an empty prompt, no image, an image that cannot be read, or an
+            argument of the wrong type.
         FloatingPointError: a similarity is NaN or infinite.
     """
     check_clip("clip", clip)
@@ -119,16 +124,20 @@ def explain(
     like `(two words:1.2)` counts as one word. Tags like `<lora:name:0.8>` contribute nothing.
 
     Args:
-        clip: as in `invert`.
+        clip: from `load_clip`.
         prompt: words separated by spaces, read as in `score`.
-        target: a text, an image (path object, PIL image, tensor) or a list of these, whose mean
-            similarity counts.
+        target: a text, an image, or a list of these, whose mean similarity counts. A string is
+            always a text; an image is a path object such as `Path("cat.png")`, a PIL image, or an
+            array or tensor as in `invert`.
 
     Returns:
-        One entry per word, in the order of the prompt.
+        A list with a `WordContribution` for each word, in the order of the prompt. `contribution`
+        is the similarity that is lost without the word, below 0 where the word does harm.
 
     Raises:
-        ArgumentError: an empty prompt, a target that cannot be read.
+        ArgumentError: an empty prompt, a target that cannot be read, or an argument of the wrong
+            type.
+        FloatingPointError: a similarity is NaN or infinite.
     """
     check_clip("clip", clip)
     _split(prompt)
@@ -164,17 +173,29 @@ class Pruned:
 def prune(
     clip: AnyClip, prompt: str, target: Target | Sequence[Target], max_loss: float = 0.0
 ) -> Pruned:
-    """Remove the words of a prompt that contribute nothing, one at a time, the least first.
+    """Drop words of a prompt that contribute little or nothing to its similarity with a target.
 
-    Tags like `<lora:name:0.8>` and `BREAK` stay; weights like `(two words:1.2)` stay or go whole.
+    Words are dropped one at a time, each time the one without which the similarity is highest,
+    until more than `max_loss` would be lost. At least one word is left. Tags like `<lora:name:0.8>`
+    and `BREAK` stay; weights like `(two words:1.2)` stay or go whole.
 
     Args:
-        clip, prompt, target: as in `explain`.
-        max_loss: similarity that may be lost in all, 0 or more. At 0 the pruned prompt is at least
-            as similar as the whole.
+        clip: from `load_clip`.
+        prompt: words separated by spaces, read as in `score`.
+        target: a text, an image, or a list of these, whose mean similarity counts. A string is
+            always a text; an image is a path object such as `Path("cat.png")`, a PIL image, or an
+            array or tensor as in `invert`.
+        max_loss: how far the cosine similarity may fall in total, compared with the whole prompt; 0
+            or more. At 0 the pruned prompt is at least as similar as the whole.
+
+    Returns:
+        `Pruned`, with the remaining text `prompt`, its `similarity`, the `similarity_before` and
+        the list `dropped` of the words that went.
 
     Raises:
-        ArgumentError: as `explain`; `max_loss` is below 0.
+        ArgumentError: an empty prompt, a target that cannot be read, `max_loss` below 0, or an
+            argument of the wrong type.
+        FloatingPointError: a similarity is NaN or infinite.
     """
     check_clip("clip", clip)
     max_loss = check_number("max_loss", max_loss)

@@ -17,18 +17,23 @@ _CPU_BLOCK = 2**14
 
 
 class TokenSpace:
-    """One embedding table with a set of allowed tokens.
+    """The embedding table of a text encoder, with the tokens that prompts may be made of.
 
-    The tables of several encoders that share their tokens lie side by side in one, as `parts` of
-    its columns; nearest is then the token of the highest weighted mean of their cosines.
+    `embed(ids)` looks embeddings up. `nearest(embeddings)` has the ids of the allowed tokens with
+    the highest cosine similarity. `random(problems, prompt_len, generator)` draws allowed ids to
+    start from.
 
     Args:
-        table: (vocab_size, dim) token embeddings; used in fp32 whatever their dtype.
-        allowed: ids that prompts may be made of, in rising order; None allows every row.
-        parts: (columns, weight) of each encoder, from left to right; None: one encoder.
-        once: ids that a prompt holds once at most; there have to be more of them than tokens in a
-            prompt and in `beside`. None: every id may repeat.
-        beside: ids of the fixed text beside a prompt, which count for `once`.
+        table: (vocab_size, dim) token embeddings of any dtype; computations are in float32. For
+            several encoders with the same tokenizer their tables side by side, as with
+            `torch.cat(tables, dim=1)`.
+        allowed: int64 ids that prompts may be made of, sorted. None: all of 0 to vocab_size - 1.
+        parts: a pair (columns, weight) for each encoder in `table`, from left to right: the number
+            of its columns, and the weight of its cosine in the weighted mean by which `nearest`
+            compares tokens. None: one encoder.
+        once: int64 ids that a prompt holds once at most. There have to be more of them than tokens
+            in a prompt and in `beside`. None: every id may repeat.
+        beside: ids of the fixed text around a prompt, which count for `once`.
 
     Raises:
         ArgumentError: `allowed` is empty or holds ids outside the table.

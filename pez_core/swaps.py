@@ -138,23 +138,39 @@ def refine(
     seeds: Sequence[int],
     prior: Prior | None = None,
 ) -> Progress:
-    """Improve prompts by swapping one token at a time.
+    """Improve prompts by swaps: each replaces one token by another of the space.
+
+    Several trials of each problem, prompts of their own, are refined side by side. A step tries
+    tokens at one position: it ranks them by the gradient, compares the most promising ones, and
+    swaps in the best one in each trial where the score rises. A round has a step for each position.
+    After it all trials start again from the best prompt, each with one token changed at random.
 
     Args:
-        space, objective, callback, acceptable: as in `pez_core.search`. Only acceptable prompts are
-            swapped in.
-        ids: (problems * trials, prompt_len) initial prompts, the trials of a problem in a row.
-        settings: see `SwapSettings`.
-        seeds: one per problem, for its random changes; the result of a problem depends on no other
-            problem.
-        prior: added to the scores of `objective` when prompts are compared.
+        space: a `TokenSpace`; its allowed tokens may be swapped in.
+        objective: as in `pez_core.search`, with a method `given` (see `RefinableObjective`), such
+            as the result of `objective_for`. It is called with several rows per problem, those of
+            the first problem first.
+        ids: (problems * trials, prompt_len) ids to start from. The rows of one problem follow each
+            other: problem k has the rows from k * trials on. `trials` is `settings.trials`.
+        settings: steps, trials and more, see `SwapSettings`.
+        callback: as in `pez_core.search`.
+        acceptable: as in `pez_core.search`. A token is swapped in only if the new prompt is
+            acceptable.
+        seeds: one int per problem, for the random changes between rounds. The result of a problem
+            does not depend on the others.
+        prior: a `Prior`, whose score is added to that of `objective` when prompts are compared.
+            None: the scores of `objective` decide.
 
     Returns:
-        The best prompt of each problem, (problems, prompt_len), and its score by `objective`.
+        A `Progress`. Its `ids` (problems, prompt_len) are the best prompt of each problem, and its
+        `scores` (problems,) are theirs by `objective` alone. With a `prior` the best is the prompt
+        with the highest sum, so that another may have a higher score. A problem that had no
+        acceptable prompt has the ids of its first trial and the score -inf.
 
     Raises:
-        ArgumentError: the number of `ids` is not that of `seeds` times `settings.trials`.
-        FloatingPointError: a score or gradient became NaN or infinite; raised at the next report.
+        ArgumentError: the number of rows of `ids` is not `len(seeds) * settings.trials`.
+        FloatingPointError: a score or gradient became NaN or infinite. It is raised when the next
+            report is due, up to `report_every` steps later.
     """
     problems, trials = len(seeds), settings.trials
     if len(ids) != problems * trials:

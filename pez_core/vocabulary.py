@@ -134,30 +134,41 @@ class _Rules:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that may appear in the learned part of a prompt.
+    """A rule for the words that may appear in the learned part of a prompt.
 
-    `a & b` has the words that both allow; the blocked words of either stay blocked. `a | b` has the
-    words that either allows; only words that both block stay blocked. `a - b` has the words of `a`
-    without those of `b`; where `b` lists phrases, these are blocked words of the result. A rule
-    without `only` takes or leaves a phrase of `only` as a whole:
-    `Vocabulary(only=["red car"]) & Vocabulary(ascii_only=True)` has the phrase.
+    Give it as `SearchOptions(vocabulary=...)`. Without arguments it has the English words of the
+    CLIP. The other arguments narrow or widen this.
+
+    Vocabularies can be combined:
+
+    - `a & b` has the words that both have. Blocked is what either blocks.
+    - `a | b` has the words that either has. Blocked is only what both block.
+    - `a - b` has the words of `a` that `b` does not have. If `b` has `only`, its phrases are
+      blocked beside what `a` blocks.
+
+    In `a & b`, where only one of them has `only`, the other filters its phrases: each stays or goes
+    as a whole. `Vocabulary(only=["red car"]) & Vocabulary(ascii_only=True)` has the phrase "red
+    car".
 
     Args:
-        only: the phrases that prompts consist of, of any number of tokens: a list, or a text file
-            with one phrase per line (`# ` begins a comment). None: every word of the CLIP.
-        block: words and phrases that must not appear in the decoded prompt, also when they are
-            spelled from pieces (see `Blocklist`): a list, or a file as for `only`. `UNSAFE_WORDS`
-            is such a file.
+        only: build prompts of these words and phrases alone; a phrase may have several tokens. A
+            list of strings, or the path of a text file with one phrase per line, in which lines
+            that begin with `# ` are comments. A single string is a path. None: every word of the
+            CLIP that passes the other arguments.
+        block: words and phrases that must not appear in the prompt, not even spelled by several
+            tokens (see `Blocklist`): a list, or a path as for `only`, such as `UNSAFE_WORDS`.
         ascii_only: only ASCII words; no emoji, no other scripts.
-        whole_words: only tokens that are words by themselves and on which the CLIP was trained, as
-            far as its files list them. False adds all other tokens, as in the paper; pieces of
-            words among them fuse with the next token when they are printed. No effect on `only`.
+        whole_words: only tokens that round-trip as a word by themselves. Where the folder of a CLIP
+            lists the tokens that it was trained on, only these. False: all tokens, as in the paper,
+            also pieces of words; a piece is printed without a space, so that the text may be read
+            as other tokens. No effect on `only`.
         dictionary: only words of `ENGLISH_WORDS`, and the comma: no word endings such as `tering`,
             hashtags, names of people, emoji, or words that are unkind about people. No effect on
             `only`, with `whole_words=False`, or where a CLIP has no such words. False: every whole
             word of the CLIP.
-        min_embedding_std: least standard deviation of a token's embedding. Tokens that were hardly
-            trained lie close to zero; 0.005 leaves 46,164 of ViT-H-14's 49,408.
+        min_embedding_std: leave out tokens whose embedding has a lower standard deviation over its
+            columns; 0 or more. Tokens that were hardly trained lie close to zero; 0.005 leaves
+            46,164 of ViT-H-14's 49,408.
 
     Raises:
         ArgumentError: a file cannot be read or holds no phrase, `only` or `block` is neither a path

@@ -350,7 +350,7 @@ def _add_style(commands: Any) -> None:
     group.add_argument(
         "--keep-content",
         action="store_true",
-        help="do not remove the content of the images from the target, as the paper does",
+        help="leave the content of the images in the target, as in the paper",
     )
     group.add_argument(
         "--images-per-step",

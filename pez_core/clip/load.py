@@ -54,23 +54,29 @@ def load_clip(
             `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
             several CLIPs as one, for models that read a prompt with more than one: for SDXL
             `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
-        pretrained: an open_clip tag such as `"laion2b_s32b_b79k"`, or a weights file, safetensors
-            or a PyTorch file that `weights_only` loading accepts. A file whose name or
-            folder names its tag is loaded as the tag is; without one, OpenAI's weights need the
-            `-quickgelu` architecture.
-        device: None takes CUDA, then MPS, then the CPU, whichever is there first.
-        dtype: of the towers; float32, float16 or bfloat16. None: on CUDA bfloat16 (float16 on cards
-            without it), float32 elsewhere. Prompts and similarities are float32 in any case.
-        download: fetch the weights of a tag that are not on disk. Off: an error names the files and
-            the place for them.
-        weights: how much each of several CLIPs counts; None: all the same.
+        pretrained: weights of an architecture: an open_clip tag such as `"laion2b_s32b_b79k"`, or
+            the path of a file, safetensors or a PyTorch file that
+            `torch.load(..., weights_only=True)` accepts. A safetensors file whose path contains a
+            tag gets the activation and the normalisation of images of this tag. If the path has no
+            tag, OpenAI's weights need the architecture with `-quickgelu` in its name.
+        device: such as `"cuda"`. None: the first available of CUDA, MPS and the CPU.
+        dtype: of the weights: `torch.float32`, `torch.float16` or `torch.bfloat16`. None: on CUDA
+            bfloat16 (float16 on cards without it), float32 elsewhere. The continuous prompts of a
+            search and all similarities are float32 in any case.
+        download: True: fetch the weights of a tag if they are not on disk. False: raise an error
+            that names the files and the place for them.
+        weights: one number above 0 per CLIP of a list, for how much each counts; only their ratio
+            matters. None: all count the same.
         low_memory: keep the image tower, the larger one, in main memory, and move it to the device
             only while it encodes images.
 
+    Returns:
+        A `Clip`; for a list of several a `JointClip`. All tasks take both as `clip`.
+
     Raises:
         ArgumentError: unknown architecture, tag, device or dtype; weights that are missing, damaged
-            or of another architecture; a text tower that cannot be searched; a folder whose config
-            would run code or use the network.
+            or of another architecture; a text tower that is a Hugging Face model, which takes ids
+            only and cannot be searched; a folder whose config would run code or use the network.
         OSError: the download failed; run it again to resume.
     """
     names = _check_names(name, pretrained)

@@ -111,9 +111,9 @@ def evaluate(
         pipeline: any text-to-image pipeline that takes `prompt`. Each prompt is a call of its own,
             so that memory does not grow with their number.
         prompts: one or several.
-        images: the targets, given as in `invert`. A single image is the target of every prompt.
-            Several images, as a list or a batch, are all targets of a single prompt, such as images
-            of one style; several prompts need one entry each, an image or a list of images.
+        images: the target images, each given as in `invert`. A single image is the target of every
+            prompt. For one prompt a list or a batch holds all its targets, such as images of one
+            style. For several prompts it has one entry per prompt: an image or a list of images.
         judge: a CLIP on which the prompts were not learned. With several in one the similarity is
             their weighted mean.
         num_images_per_prompt: images to make from each prompt, at least 1.
@@ -123,10 +123,15 @@ def evaluate(
             of other kinds need other values.
         generator: serves one prompt after the other; or a list with one generator per image, those
             of the first prompt first. The same seeds give the same images.
-        searched: the CLIP that the prompts were learned on.
+        searched: the CLIP that the prompts were learned on; its similarities are measured, too.
+            None: they are not.
         callback: called as `callback(i, n, evaluation)` after i of n prompts, with the evaluation
             so far. A true return value ends the evaluation, which is then returned.
         kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`.
+
+    Returns:
+        An `Evaluation`: (prompts, images) similarities, their mean and standard error, and the
+        images.
 
     Raises:
         ArgumentError: a prompt or target is missing or cannot be read, an argument is out of range

@@ -675,31 +675,36 @@ class PezPipeline(DiffusionPipeline):
         r"""
         The call function to the pipeline: learns prompts and makes images of them.
 
-        Arguments of the image pipeline are not used where there is none.
+        A `PezPipeline` may have no image pipeline. It then learns prompts alone, and arguments for
+        the image pipeline have no effect.
 
         Args:
             image (`ImageInput` or `list[ImageInput]`, *optional*):
-                Images to learn prompts for: PIL images, paths, or tensors and arrays of values in
-                [0, 1].
+                Images to learn prompts for: paths, PIL images, or (H, W, 3) or (3, H, W) arrays or
+                tensors of uint8 or of floats in [0, 1]; one, a list, or a batch with one more
+                dimension in front. `"invert"` and `"style"` require them, `"distill"` takes none.
             prompt (`str` or `list[str]`, *optional*):
                 For `"invert"` the caption, which stays in the prompt: the learned words go where it
                 holds `{}`, else behind it. A list has one caption per image. For `"style"` the
-                subjects that get the style; for `"distill"` the prompts to shorten; for `"fuse"`
-                sources beside the images. The words of weights, `BREAK` and tags count as plain
-                words, since the pipelines of diffusers ignore this syntax.
+                subjects that get the style, with one prompt each; for `"distill"` the prompts to
+                shorten; for `"fuse"` further sources beside the images. Pipelines of diffusers read
+                the syntax of ComfyUI as plain words; so `"distill"` and `"fuse"` drop it: of
+                `(word:1.2)` the word stays, `BREAK` and tags go.
             task (`str`, *optional*, defaults to `"invert"`):
                 `"invert"`: a prompt for each image. `"style"`: one prompt for the style of all
                 images. `"distill"`: a shorter prompt for each prompt. `"fuse"`: one prompt for all
-                prompts and images.
+                prompts and images together.
             options ([`pez_core.SearchOptions`], *optional*):
-                How to search, and which words may appear. Its `seed` counts where there is no
-                `generator`. With several captions or prompts to shorten its time limit is shared
-                out.
+                How to search, and which words may appear. With a `generator` its `seed` has no
+                effect. A list of captions, or of prompts to shorten, is learned one after the
+                other, each with an equal share of the `time_limit`.
             task_kwargs (`dict`, *optional*):
                 Further arguments of the task, which is a function of `pez_core`: `avoid`, `shared`
                 and `negative_prompt` of `"invert"`; `keep_content`, `content` and `images_per_step`
-                of `"style"`, and `style_template` for its subjects; `ratio` of `"distill"`;
-                `weights`, `max_tokens` and `always_learn` of `"fuse"`.
+                of `"style"`; `ratio` of `"distill"`; `weights` (those of the prompts first),
+                `max_tokens` and `always_learn` of `"fuse"`. For `"style"` with a `prompt` also
+                `style_template`, the text around subject and style, by default
+                `"{subject}, {style}"`.
             height (`int`, *optional*):
                 Height of the images in pixels; the image pipeline has the default.
             width (`int`, *optional*):
@@ -708,56 +713,68 @@ class PezPipeline(DiffusionPipeline):
                 Denoising steps. For pipelines with a UNet (Stable Diffusion 1.x, 2.x and XL) the
                 default is 25, as in the paper; others have their own.
             guidance_scale (`float`, *optional*):
-                For pipelines with a UNet the default is 9.0, as in the paper (4.0 for
-                `"emoji-diffusion"`); others have their own.
+                For pipelines with a UNet the default is 9.0, as in the paper, and 4.0 for
+                `"emoji-diffusion"`, the small model that comes with this package; others have their
+                own.
             num_images_per_prompt (`int`, *optional*, defaults to 4):
-                Images to make of each prompt.
+                Images to make of each prompt, at least 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the images reproducible. Its initial seed is the seed of the search, which
-                draws nothing from it: the image pipeline alone, given the learned prompt and the
-                same generator, makes the same images. A list has one generator per image; the
-                search takes the first of each prompt.
+                Makes the results reproducible. The image pipeline draws its noise from it. The
+                search takes only `generator.initial_seed()` as its seed and draws nothing, so that
+                the image pipeline alone makes the same images of the learned prompt with the same
+                generator. A list has one generator for each output image, those of the first prompt
+                first; the first one of each prompt gives the seed of its search.
             latents (`torch.Tensor`, *optional*):
-                Passed to the image pipeline.
+                Passed to the image pipeline, which makes all images in one call: one latent for
+                each of the prompts times `num_images_per_prompt` images.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"pt"`, `"np"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an output class instead of a plain tuple.
             denoising_weight (`float`, *optional*, defaults to 0.0):
-                Weight of the denoising loss of the image pipeline, from 0 to 1; the similarity has
-                the rest. Above 0 it needs a Stable Diffusion 1.x, 2.x or XL pipeline, the task
-                `"invert"`, and `options` without swaps (`swaps=0` or `effort="paper"`). Every step
-                takes `samples` (4, see `denoising_kwargs`) times `restarts` forward and backward
-                passes of the UNet for each image: start with `steps=200`. The results have the loss
-                as `extra_loss`.
+                Weight w of the denoising loss of the image pipeline, from 0 to 1: the score is
+                (1 - w) * similarity - w * loss. Above 0 it needs a Stable Diffusion 1.x, 2.x or XL
+                pipeline, the task `"invert"`, and `options` without swaps (`swaps=0` or
+                `effort="paper"`). For each image a step of the search takes 4 * `restarts` forward
+                and backward passes of the UNet (4 is `samples` of `denoising_kwargs`); so begin
+                with `SearchOptions(swaps=0, steps=200)`. The results have the loss as `extra_loss`.
             denoising_kwargs (`dict`, *optional*):
                 Further arguments of [`DenoisingLoss`].
             choose_by (`str`, *optional*, defaults to `"prompt"`):
                 How to choose among the candidates of several `restarts`. `"prompt"`: by the
                 similarity of the prompt with the target. `"image"`: makes `num_images_per_prompt`
-                images of each candidate and takes the one whose images are most similar to the
-                target, by the image tower of `clip`; for the task `"invert"`. This takes
-                `restarts` times as long as the images of one prompt, and the images of the output
-                come on top.
+                images of each candidate and takes the candidate whose images are most similar to
+                the target, by the image tower of `clip`; the images of the output are then made in
+                addition. `"image"` needs an image pipeline, the task `"invert"` without
+                `negative_prompt`, and two or more restarts.
             pez_callback_on_step_end (`Callable`, *optional*):
-                Called as `pez_callback_on_step_end(pipe, step, report)` after each step of the
-                search on the CPU, and every 25 steps elsewhere, with a `pez_core.Report`. Return
-                `True`, or set `pipe._interrupt = True`, to end the search and make images of the
-                best prompts so far.
+                Called as `pez_callback_on_step_end(pipe, step, report)` with a `pez_core.Report`,
+                after each step where the search runs on the CPU, and after every 25th on other
+                devices. Return `True`, or set `pipe._interrupt = True`, to end the search and make
+                images of the best prompts so far.
             callback_on_step_end (`Callable`, *optional*):
-                Passed to the image pipeline, which is its first argument.
+                Passed to the image pipeline, which calls it as
+                `callback_on_step_end(pipeline, step, timestep, callback_kwargs)`; `pipeline` is the
+                image pipeline, not this one.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 Passed to the image pipeline.
             kwargs:
-                All other arguments are passed to the image pipeline.
+                All other arguments are passed to the image pipeline, such as `negative_prompt`.
 
         Examples:
 
         Returns:
             [`PezPipelineOutput`] or `tuple`:
-                Images, prompts and similarities; without an image pipeline a [`PezPriorOutput`] or
-                a tuple of the prompts. If making images fails, `prompts` and `results` of the
-                pipeline still have what was learned.
+                With `images`, `prompts` and `similarities`; a tuple has them in this order, and
+                behind them the flags of the safety checker, if there is one. Without an image
+                pipeline a [`PezPriorOutput`] with `prompt`, the list of prompts, or a tuple of this
+                list. Both classes have the attributes `similarities` and `results`. If making
+                images fails, `pipe.prompts` and `pipe.results` still have what was learned.
+
+        Raises:
+            ArgumentError: an argument is missing, unknown, out of range or of the wrong type, or
+                two exclude each other. It is raised before the search wherever possible.
+            FloatingPointError: a score or gradient became NaN or infinite.
         """
         given = locals()
         self._start()
@@ -811,18 +828,40 @@ class PezPipeline(DiffusionPipeline):
         **kwargs: Any,
     ) -> Evaluation:
         r"""
-        Make images of prompts and measure their similarity with the targets by another CLIP.
+        Make images of prompts, and measure how similar they are to target images.
+
+        A CLIP that the search did not use measures the similarity, since the search overfits its
+        own. The CLIP of the search is measured too, for comparison.
 
         Args:
             image (`ImageInput` or `list`):
-                The targets, as in `pez_core.diffusion.evaluate`: one for each prompt, or a list for
-                each. For a style given to several subjects `[images] * len(prompts)`.
+                The target images, each given as in `__call__`. A single image is the target of all
+                prompts. For one prompt a list holds all its targets. For several prompts it has one
+                entry per prompt: an image, or a list of images, whose mean similarity counts. If
+                all prompts have the same list of targets, such as one style with several subjects,
+                give `[images] * len(prompts)`.
             judge ([`PezClipModel`], `pez_core.Clip` or `pez_core.JointClip`):
-                A held-out CLIP, such as ViT-bigG-14 for prompts of ViT-H-14.
+                The CLIP that measures, such as ViT-bigG-14 for prompts learned on ViT-H-14;
+                `pez_core.load_clip` loads one.
             prompts (`str` or `list[str]`, *optional*):
                 By default those of the last call.
             kwargs:
-                As in `pez_core.diffusion.evaluate`.
+                `num_images_per_prompt` (4), `num_inference_steps` and `guidance_scale` (as in
+                `__call__`), `generator` and `callback` as in `pez_core.diffusion.evaluate`, and all
+                other arguments of the image pipeline.
+
+        Returns:
+            [`Evaluation`]:
+                `mean` and `standard_error` of the similarity, `similarities` (a tensor
+                (prompts, num_images_per_prompt) of cosines), `searched_similarities`
+                (the same by the CLIP of the search) and the `images`, a list for each prompt.
+
+        Raises:
+            ArgumentError: there is no image pipeline, no prompt or a wrong number of targets, an
+                argument is out of range or unknown, or the prompts were learned on the judge.
+            FloatingPointError: similarities of prompts and targets are NaN or infinite.
+            EvaluationError: making or measuring images failed; its `partial` has the prompts
+                before.
         """
         if self.pipeline is None:
             raise ArgumentError("pipeline", "is missing, and `evaluate` needs one")

@@ -70,28 +70,37 @@ def distill(
 ) -> DistillResult | list[DistillResult]:
     """Find a shorter prompt with similar features (paper, section 4.5).
 
-    A prompt longer than the context is encoded in chunks as in ComfyUI; its feature is their mean
-    by tokens. Weights such as `(word:1.2)`, `embedding:name`, tags like `<lora:name:0.8>` and all
-    other syntax that `pez_core.prompt_text` names stay as they are and where they are among the
-    words; sections between `BREAK`s and `AND`s are shortened one by one.
+    A text longer than the context is encoded in chunks as in ComfyUI; its feature is the mean over
+    the chunks, weighted by their tokens.
+
+    Syntax stays unchanged, at about the same place among the words: weights such as `(word:1.2)`,
+    `embedding:name`, tags like `<lora:name:0.8>` and all else that `pez_core.prompt_text` names.
+    Only the plain text around it is shortened. The sections between `BREAK`s and `AND`s are
+    shortened one by one and joined again.
 
     Args:
         clip, callback: as in `invert`.
-        prompt: the text to shorten, or a list of texts, which are shortened one by one.
-        options: see `SearchOptions`. `prompt_len` is the length of each section and replaces
-            `ratio`. Several texts share the time limit, and `seed` may be a list with one for each.
-        ratio: learned tokens per token of the plain text, above 0, at most 1 (the paper has 0.7,
-            0.5, 0.3 and 0.1).
+        prompt: the text to shorten, or a list of texts, which are shortened one after the other.
+        options: see `SearchOptions`. `options.prompt_len` is the number of tokens to learn for each
+            section and replaces `ratio`. For a list of texts `time_limit` is that of all together,
+            and `seed` may be a list with one for each.
+        ratio: tokens to learn for each token of the plain text, above 0, at most 1 (the paper has
+            0.7, 0.5, 0.3 and 0.1). With 0.3 a text of 50 tokens gets 15, at least 1.
 
     Returns:
-        A `DistillResult`; for a list of texts a list with one for each. After a callback has ended
-        the search, the list has those that were begun. A `similarity` is with the words of the
-        whole prompt, the mean over sections by their tokens. A prompt that is short enough is
-        returned unchanged with a `note`; one that would not fit the context is shortened further,
-        with a `note`.
+        A `DistillResult`, with the token counts `tokens_before` and `tokens_after`; for a list of
+        texts a list with one for each. After a callback has ended the search, the list has the
+        texts that were begun, and misses the others.
+
+        `similarity` compares the words of the new prompt with those of the given one, words in
+        weights included and tags left out. With several sections it is their mean, weighted by
+        tokens. A section that has no more tokens than wanted stays unchanged; one whose learned and
+        kept words do not fit the context together gets fewer learned ones. The `note` mentions
+        both.
 
     Raises:
-        ArgumentError: the prompt holds no words, or an argument is out of range.
+        ArgumentError: the prompt holds no words, or is the name of an image file, or an argument is
+            out of range or of the wrong type.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
     check_clip("clip", clip)

@@ -76,28 +76,42 @@ def fuse(
     always_learn: bool = False,
     callback: ReportCallback | None = None,
 ) -> FuseResult | list[FuseResult]:
-    """Join prompts into one, or learn one prompt towards all of them (paper, section 4.4).
+    """Join several texts and images into one prompt (paper, section 4.4).
+
+    Texts that are short enough together are joined with spaces, as they are. Otherwise, and where
+    there is an image, one prompt is learned by the weighted mean of its similarities with all
+    sources.
 
     Args:
         clip, callback: as in `invert`.
-        sources: two or more. A string is a text; path objects, PIL images and tensors are images,
-            which always have to be learned. Words of weights such as `(word:1.2)` count like
-            others; `embedding:name` and tags like `<lora:name:0.8>` do not count and are put behind
-            the result. A list of such lists is a list of jobs with one prompt each, which share the
-            time limit; `seed` may then be a list with one for each.
-        options: see `SearchOptions`; 16 tokens by default, or `max_tokens` where that is less.
-        weights: of the sources of each job, one number above 0 each; None: all the same.
-        max_tokens: longest plain join, from 1 to the context; None: the context (75 for CLIP). A
-            longer join is not cut: one prompt is learned instead, with a `note`.
-        always_learn: learn one prompt even where the plain join is short enough.
+        sources: a list of two or more texts and images. A string is always a text; images are path
+            objects such as `Path("cat.png")`, PIL images, and arrays or tensors as in `invert`. A
+            list of such lists is a list of jobs with one result each.
+
+            A join keeps the texts with all their syntax. Where a prompt is learned, weights such as
+            `(word:1.2)` are dropped and their words read like others; `embedding:name` and tags
+            like `<lora:name:0.8>` are put behind the learned words. Neither these tags nor weights
+            count as tokens.
+        options: see `SearchOptions`. By default 16 tokens are learned, or `max_tokens` where that
+            is less; `options.prompt_len` must not be above `max_tokens`. For a list of jobs
+            `time_limit` is that of all together, and `seed` may be a list with one for each.
+        weights: one number above 0 for each source, for how much it counts; for a list of jobs
+            every job takes the same ones. They do not change a join. None: all sources count the
+            same.
+        max_tokens: largest number of tokens of a join, from 1 to the size of the context. Where the
+            join has more, one prompt is learned instead, with a `note`. None: the size of the
+            context (75 for CLIP).
+        always_learn: True: learn one prompt even where the join is short enough.
 
     Returns:
-        A `FuseResult`, whose `similarities` holds one similarity per source, in their order; for a
-        list of jobs a list with one for each. After a callback has ended the search, the list has
-        those that were begun.
+        A `FuseResult`, whose `similarities` has one similarity per source, in their order, and
+        whose `fused` is True where the prompt was learned. For a list of jobs it is a list with one
+        for each; after a callback has ended the search it has the jobs that were begun, and misses
+        the others.
 
     Raises:
-        ArgumentError: fewer than two sources, an empty text, or an argument is out of range.
+        ArgumentError: there are fewer than two sources, a text is empty or the name of an image
+            file, an image cannot be read, or an argument is out of range or of the wrong type.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
     check_clip("clip", clip)

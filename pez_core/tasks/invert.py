@@ -41,34 +41,40 @@ def invert(
 ) -> list[Result]:
     """Find a short text prompt that CLIP finds similar to an image (paper, section 4).
 
-    Every image and every restart is a problem of its own in one batch. A result depends on its
-    image and the options, not on the other images.
+    All images are searched side by side. The result of an image depends on the image and the
+    options, not on the other images.
 
     Args:
         clip: from `load_clip`.
-        images: a path, a PIL image or a (H, W, 3) / (3, H, W) array or tensor; or a list of these;
-            or a (N, H, W, 3) / (N, 3, H, W) batch; or (N, features), the result of an earlier
-            `clip.encode_images`.
-        options: see `SearchOptions`; by default 16 tokens, or what the context holds beside the
-            caption.
+        images: a path, a PIL image, or a (H, W, 3) or (3, H, W) array or tensor, of uint8 or of
+            floats in [0, 1]; a list of these; a (N, H, W, 3) or (N, 3, H, W) batch; or a
+            (N, features) tensor of unit vectors, as `clip.encode_images` returns them.
+        options: see `SearchOptions`. By default 16 tokens are learned, or fewer where the caption
+            leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
             where it holds `{}`, else behind it. It may have any length and hold weights and tags;
-            `pez_core.prompt_text` says how these are read. A result whose prompt is longer than
-            the context has a `note`.
-        avoid: texts and images to stay away from, with weight 0.5; `Avoid` sets another weight. A
-            string is a text.
-        shared: learn one prompt for all images, by the mean of their similarities; a list of
-            numbers above 0, one per image, are the weights of the mean.
-        negative_prompt: learn a negative prompt instead: words that are similar to `avoid` and far
-            from the images, or just far from the images where there is nothing to avoid.
-        callback: called with a `Report` after each step (every 25 steps on a GPU); a true return
-            value ends the search, which returns the best so far.
+            `pez_core.prompt_text` says how these are read. A result whose prompt is longer than the
+            context has a `note`.
+        avoid: one text or image, or a list of them, to stay away from. A string is always a text;
+            an image file is given as `Path("cat.png")`. The mean similarity with them is subtracted
+            from that with the image, with weight 0.5; `Avoid(targets, weight)` sets another weight.
+        shared: False: one prompt for each image. True: one prompt for all of them, by the mean of
+            their similarities. A list of numbers above 0, one per image: the same by a weighted
+            mean.
+        negative_prompt: True: learn words for the negative prompt of an image model. They are
+            similar to `avoid` and, with its weight, far from the images; without `avoid` they are
+            only far from the images. It cannot be combined with `options.extra_loss`.
+        callback: called with a `Report` after each step of PEZ and each swap
+            (on a GPU after every 25th); a true return value ends the search, which returns the best
+            so far.
 
     Returns:
-        One `Result` per image in their order; one in all with `shared`.
+        A list with one `Result` per image, in their order; with `shared` a list with a single one.
+        `result.prompt` is the text, `result.similarity` its cosine similarity with the image; with
+        `shared` the mean over the images, and for a negative prompt that with `avoid`, if given.
 
     Raises:
-        ArgumentError: an argument is out of range, or an image cannot be read.
+        ArgumentError: an argument is out of range or of the wrong type, or an image cannot be read.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
     check_clip("clip", clip)

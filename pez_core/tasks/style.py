@@ -69,24 +69,32 @@ def style(
 ) -> StyleResult:
     """Find one prompt for the style that several images share (paper, section 4.3).
 
+    By default the prompt describes the style without the contents. Its target is the mean feature
+    of the images, from which two things are subtracted in part: the features that the images keep
+    when their colours, lines and textures are changed, and the directions in which the images
+    differ (see `pez_core.style_direction`).
+
     Args:
         clip, callback: as in `invert`.
-        images: two or more images of different things in one style; six do well.
-        options: see `SearchOptions`; 8 tokens by default.
-        keep_content: the paper's way: the mean similarity with the images, whose content enters the
-            prompt. By default the target leaves out the contents: the directions in which the
-            images differ, and features that remain when the style is changed on purpose (see
-            `pez_core.style_direction`).
-        content: words for the contents of the images. None of these words of three letters or
-            more, nor their spellings from pieces, appears in the prompt.
-        images_per_step: with `keep_content`, images that the loss of each step is taken on, drawn
-            at random; None: all of them. The best prompt is chosen by all of them.
+        images: two or more images of different things in one style, a list or a batch of pictures
+            as in `invert`. Six are usually enough.
+        options: see `SearchOptions`; 8 tokens are learned by default.
+        keep_content: True: the target is the plain mean feature of the images, as in the paper. The
+            prompt then also describes their contents.
+        content: a string or a list of strings that describe the contents, such as captions of the
+            images. Each of their words with three or more letters is blocked: it does not appear in
+            the prompt, not even spelled by several tokens.
+        images_per_step: number of images, from 1 to all, that each step of PEZ takes its loss on,
+            drawn at random. The best prompt is still the one with the highest score on all images.
+            It needs `keep_content`. None: all images.
 
     Returns:
-        A `StyleResult`, whose `similarity` is the mean over the images.
+        A `StyleResult`. `prompt` holds the style words, `similarity` is their mean similarity with
+        the images, and `apply("a cat")` gives a prompt for a subject in this style.
 
     Raises:
-        ArgumentError: fewer than two images, or an argument is out of range.
+        ArgumentError: there are fewer than two images, an image cannot be read, an argument is out
+            of range or of the wrong type, or `images_per_step` is set without `keep_content`.
         FloatingPointError: a score or gradient became NaN or infinite.
     """
     check_clip("clip", clip)
