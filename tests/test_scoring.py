@@ -94,7 +94,7 @@ def test_what_may_be_lost(emoji_clip):
         (lambda c: explain(c, " ", FISH), ValueError, "`prompt` is empty"),
         (lambda c: explain(c, 3, FISH), TypeError, "`prompt` has to be a string"),
         (lambda c: explain(c, "a", []), ValueError, "`target` is empty"),
-        (lambda c: explain(c, "a", Path("x.png")), ValueError, "`target`.* x.png.* does not exist"),
+        (lambda c: explain(c, "a", Path("x.png")), ValueError, "`target`.*x.png.* does not exist"),
         (lambda c: prune(c, "a", FISH, -1), ValueError, "`max_loss`"),
     ],
 )

@@ -9,6 +9,7 @@ from conftest import EXAMPLES, make_clip, paper
 
 from pez_core import ArgumentError, Avoid, Vocabulary, invert
 from pez_core.clip.images import load_image
+from pez_core.prompt_text import read
 
 STEPS = 60
 FISH, PARROT = (p for p in EXAMPLES if p.stem in ("noto-fish", "noto-parrot"))
@@ -27,8 +28,9 @@ def test_a_caption_stays_and_is_scored(emoji_clip, caption):
     (result,) = invert(emoji_clip, FISH, replace(SHORT, restarts=2), caption=caption)
     assert result.prompt == caption.replace("{}", result.learned)
     assert len(emoji_clip.tokenizer.encode(result.learned)) == 4
-    assert emoji_clip.tokenizer.encode(result.prompt) == result.token_ids
-    assert result.similarity == pytest.approx(similarity(emoji_clip, result.prompt, FISH), abs=1e-5)
+    spoken = read(result.prompt)
+    assert emoji_clip.tokenizer.encode(spoken) == result.token_ids
+    assert result.similarity == pytest.approx(similarity(emoji_clip, spoken, FISH), abs=1e-5)
     assert result.history[-1][1] == pytest.approx(result.similarity, abs=1e-5)
 
 
