@@ -225,7 +225,7 @@ def test_the_bar_is_silenced_with_the_others(joined, component, capfd):
 def test_wrong_arguments_are_named(alone, emoji_clip):
     with pytest.raises(ValueError, match="'target_image' is missing"):
         alone(**QUICK)
-    with pytest.raises(ArgumentError, match="`target_image`.*nowhere.png"):
+    with pytest.raises(ArgumentError, match=r"`target_image`.*nowhere.png"):
         alone(target_image="nowhere.png", **QUICK)
     with pytest.raises(TypeError, match="`options` has to be a SearchOptions"):
         alone(target_image=FISH, options={"steps": 3})
