@@ -115,8 +115,10 @@ def search(
         objective: `objective(embeddings, step)` with the (problems, prompt_len, dim) projected
             embeddings and the step from 0. It returns (problems,) losses, whose gradient is
             followed, and (problems,) scores; the prompt with the highest score is the best. Each
-            row of the output may depend on its own row alone. It is called once per step.
-            `objective_for` makes one of a CLIP and targets; see `Objective` for more.
+            row of the output may depend on its own row alone. A function of your own runs in each
+            step and may use `step`, random numbers and `item()`. `pez_core.objective_for` makes one
+            for one problem of a CLIP and targets. It is captured as a CUDA graph, as are others
+            whose attribute `capturable` is true (see `Objective`).
         ids: (problems, prompt_len) int64 ids to start from; `space.random` draws some. Their
             embeddings are the first continuous prompt.
         settings: steps, learning rate, patience and more, see `PezSettings`.
@@ -129,7 +131,7 @@ def search(
             state every `checkpoint.every` steps. If it holds a state, the search resumes from it.
             None: nothing is stored.
         on_step: called after each step with (ids, losses, continuous prompt), see `StepCallback`.
-            Steps are then not captured as a CUDA graph, which is slower on CUDA. None: not called.
+            Steps are then never captured, which is slower on CUDA. None: not called.
 
     Returns:
         A `Progress`. Its `ids` (problems, prompt_len) are the best prompts of all steps, not the

@@ -148,8 +148,9 @@ def refine(
     Args:
         space: a `TokenSpace`; its allowed tokens may be swapped in.
         objective: as in `pez_core.search`, with a method `given` (see `RefinableObjective`), such
-            as the result of `objective_for`. It is called with several rows per problem, those of
-            the first problem first.
+            as the result of `objective_for`, which has the targets of one problem. It is called
+            with trials, or candidates of all trials: any multiple of the number of problems, those
+            of the first problem first.
         ids: (problems * trials, prompt_len) ids to start from. The rows of one problem follow each
             other: problem k has the rows from k * trials on. `trials` is `settings.trials`.
         settings: steps, trials and more, see `SwapSettings`.

@@ -704,7 +704,9 @@ class PezPipeline(DiffusionPipeline):
                 of `"style"`; `ratio` of `"distill"`; `weights` (those of the prompts first),
                 `max_tokens` and `always_learn` of `"fuse"`. For `"style"` with a `prompt` also
                 `style_template`, the text around subject and style, by default
-                `"{subject}, {style}"`.
+                `"{subject}, {style}"`. Words that are learned with `negative_prompt` are drawn as
+                any prompt here; for the negative prompt of images learn them with
+                [`pez_core.invert`] and pass them as `negative_prompt="..."`.
             height (`int`, *optional*):
                 Height of the images in pixels; the image pipeline has the default.
             width (`int`, *optional*):
