@@ -110,7 +110,10 @@ def test_a_second_run_is_a_cache_hit(client: Client):
 
 @pytest.mark.parametrize("effort", ["fast", "paper"])
 def test_what_was_learned_is_printed_by_the_core(client: Client, effort: str):
-    """The node finds what the library finds with the same words; `steps` count in one effort."""
+    """The node finds what the library finds with the same words; `steps` count in one effort.
+
+    The words are those of the dictionary, or all tokens with the effort paper.
+    """
     options = {"steps": 20} if effort == "paper" else {}
     expected = by_the_core(restarts=2, seed=7, effort=effort, **options)
     (item,) = result(client.run(one_image(seed=7, effort=effort, steps=20)))["items"]
@@ -119,11 +122,12 @@ def test_what_was_learned_is_printed_by_the_core(client: Client, effort: str):
     assert [prompt for prompt, _ in item["candidates"]] == [c.prompt for c in expected.candidates]
 
 
-def by_the_core(**options):
+def by_the_core(effort: str, **options):
     from pez_core import SearchOptions, Vocabulary, invert, load_clip
     from pez_core.prompt_text import SYNTAX
 
-    options = SearchOptions(prompt_len=4, vocabulary=Vocabulary(block=SYNTAX), **options)
+    words = Vocabulary(block=SYNTAX, whole_words=effort != "paper")
+    options = SearchOptions(prompt_len=4, vocabulary=words, effort=effort, **options)
     clip, image = load_clip("emoji-clip", device="cpu"), ROOT / "examples/noto-fish.png"
     (found,) = invert(clip, image, options)
     return found
@@ -508,7 +512,7 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
         "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "pez"}},
     }  # fmt: skip
     values = [4, "paper", 2, 11, "fixed", 0.0, False, "", "", 0.5, False, "", "", 0.0, 20, 0.1, 0.1]
-    values += [0, False, "", "of another pack, which adds a widget to every node"]
+    values += [0, False, "", False, "of another pack, which adds a widget to every node"]
     inside = {"id": 3, "type": "PEZ_ImageToPrompt", "widgets_values": list(values)}
     workflow = {
         "id": "a-workflow",
@@ -522,9 +526,11 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
         assert picture.size == (64, 64)
         stored = json.loads(picture.info["workflow"])
     (node,) = stored["definitions"]["subgraphs"][0]["nodes"]
-    kept = json.loads(node["widgets_values"][-2])
+    at = len(values) - 3  # behind it are `repeats` and what another pack adds
+    kept = json.loads(node["widgets_values"][at])
     assert [item["prompt"] for item in kept["items"]] == [learned]
-    assert [*node["widgets_values"][:-2], node["widgets_values"][-1]] == [*values[:-2], values[-1]]
+    assert node["widgets_values"][:at] == values[:at]
+    assert node["widgets_values"][at + 1 :] == values[at + 1 :]
 
 
 def saving(seed: int, **inputs) -> dict:
