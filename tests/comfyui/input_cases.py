@@ -40,7 +40,7 @@ def picture(name: str) -> torch.Tensor:
 FISH, PARROT, DOG = map(picture, ("noto-fish", "noto-parrot", "fxemoji-dog"))
 COLOURS = Vocabulary(only=["red", "blue", "green"])
 # two for each word of a prompt of five: no fewer, or words repeat anyway
-FEW = Vocabulary(only="red blue green fish bird dog cat sea sun tree".split())
+FEW = Vocabulary(only=["red", "blue", "fish", "bird", "dog", "cat", "sea", "sun", "tree", "green"])
 KEPT = json.dumps({"version": 1, "inputs": {}, "items": [{"prompt": "a kept", "similarity": 0.5}]})
 
 
