@@ -534,10 +534,16 @@ def test_a_whole_image_carries_the_prompt_that_made_it(
 
 
 def saving(seed: int, **inputs) -> dict:
-    """A search whose candidates name the files that are saved behind it."""
+    """A search whose candidates name the files that are saved behind it.
+
+    They are whole words of a dictionary: a token such as `/` would name a folder.
+    """
+    words = {"only": "", "block": "", "block_unsafe": True, "ascii_only": True}
     save = {"images": ["fish", 0], "filename_prefix": ["pez", 2]}
-    prompt = one_image(seed=seed, **inputs)
-    return prompt | {"save": {"class_type": "SaveImage", "inputs": save}}
+    return one_image(seed=seed, vocabulary=["words", 0], **inputs) | {
+        "words": {"class_type": "PEZ_Vocabulary", "inputs": words},
+        "save": {"class_type": "SaveImage", "inputs": save},
+    }
 
 
 def test_an_image_without_a_workflow_carries_its_prompt_too(server: ComfyServer, client: Client):
