@@ -111,7 +111,7 @@ def words() -> list[io.Input]:
             optional=True,
             lazy=True,
             tooltip="From PEZ Vocabulary: the words that may appear. Without it: words of an "
-            "English dictionary except unsafe ones.",
+            "English dictionary, with the effort paper every token, except unsafe words.",
         ),
     ]
 

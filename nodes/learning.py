@@ -181,7 +181,7 @@ def search_options(values: Values, live: Live) -> SearchOptions:
 def allowed(vocabulary: Vocabulary | None, block: str, effort: str) -> Vocabulary:
     """The vocabulary of a search, without the characters that CLIP Text Encode would parse."""
     rule = Vocabulary(block=[*SYNTAX, *phrases(block, "block")], whole_words=False)
-    return (Vocabulary(dictionary=effort != PAPER) if vocabulary is None else vocabulary) & rule
+    return (Vocabulary(whole_words=effort != PAPER) if vocabulary is None else vocabulary) & rule
 
 
 def all_prompts(found: list[Found]) -> tuple[list[str], list[float]]:

@@ -22,6 +22,7 @@ const QUIET = 600; // milliseconds without a change, before the server is asked 
 
 let waiting;
 let asked = 0;
+let askedFinds = 0;
 
 app.registerExtension({
   name: "PEZ.LiveView",
@@ -91,7 +92,10 @@ function show(run) {
 }
 
 async function offerFinds() {
-  for (const [node, finds] of await earlierFinds()) viewOf(node)?.setFinds(finds);
+  const question = ++askedFinds;
+  const all = await earlierFinds();
+  if (question !== askedFinds) return; // another answer is on its way
+  for (const [node, finds] of all) viewOf(node)?.setFinds(finds);
 }
 
 function compareSoon() {

@@ -39,14 +39,16 @@ def picture(name: str) -> torch.Tensor:
 
 FISH, PARROT, DOG = map(picture, ("noto-fish", "noto-parrot", "fxemoji-dog"))
 COLOURS = Vocabulary(only=["red", "blue", "green"])
+# two for each word of a prompt of five: no fewer, or words repeat anyway
+FEW = Vocabulary(only=["red", "blue", "fish", "bird", "dog", "cat", "sea", "sun", "tree", "green"])
 KEPT = json.dumps({"version": 1, "inputs": {}, "items": [{"prompt": "a kept", "similarity": 0.5}]})
 
 
 class Letter:
-    """A language model that likes one letter."""
+    """A language model that likes one letter, much more than the search likes its target."""
 
     def _likes(self, text: str) -> float:
-        return text.count("e") / max(len(text), 1)
+        return 10 * text.count("e") / max(len(text), 1)
 
     def table(self, words):
         return words
@@ -58,7 +60,7 @@ class Letter:
         return torch.tensor(list(map(self._likes, texts)))
 
     def perplexity(self, texts):
-        return 1 - self.readability_score(texts)
+        return 10 - self.readability_score(texts)
 
 
 @dataclass
@@ -88,6 +90,7 @@ SEARCH = {
     "readability": Case(1.0, {"effort": "fast"}),
     "block": Case(_first_word, {"vocabulary": COLOURS}),
     "vocabulary": Case(COLOURS),
+    "repeats": Case(True, {"effort": "fast", "vocabulary": FEW, "prompt_len": 5}),
     "time_limit": Case(2.0, {"steps": 20}),
     "steps": Case(7),
     "lr": Case(3.0, {"steps": 8, "lr": 0.5}),
@@ -153,7 +156,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "clip": Case(loaded(OTHER_CLIP)),
             "images": Case(DOG),
             "text": Case("a dog"),
-            "max_loss": Case(1.0),
+            "max_loss": Case(1.0, {"text": "fish swimming in water"}),  # two of its words help
             "judge": Case(loaded(OTHER_CLIP)),
         },
     ),
@@ -168,6 +171,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "whole_words": Case(False),
             "min_embedding_std": Case(0.037),
             "and_also": Case(COLOURS),
+            "dictionary": Case(False),
         },
     ),
     nodes.LoadCLIP: (

@@ -141,7 +141,10 @@ def wired(nodes: list[dict], links: list[tuple[str, str, int]]) -> dict[str, Any
 
 
 def saving_candidates(**values: Any) -> dict[str, Any]:
-    """The same, with images that get the candidates as the names of their files."""
+    """The same, with images that get the candidates as the names of their files.
+
+    They are whole words of a dictionary: a token such as `/` would name a folder.
+    """
     made = workflow(**values)
     nodes = made["nodes"][:3]
     for one in nodes:
@@ -154,10 +157,16 @@ def saving_candidates(**values: Any) -> dict[str, Any]:
     sockets = [("images", "IMAGE"), ("filename_prefix", "STRING")]
     save = node("9", "SaveImage", (940, 40), sockets, [], ["x"])
     save["inputs"][1]["widget"] = {"name": "filename_prefix"}
-    made = wired([*nodes, save], [(CLIP, LEARNER, 0), (IMAGE, LEARNER, 1), (IMAGE, "9", 0)])
-    made["links"].append([4, int(LEARNER), 2, 9, 1, "STRING"])
-    made["last_link_id"] = save["inputs"][1]["link"] = 4
-    learner["outputs"][2]["links"] = [4]
+    learner["inputs"].append(slot("vocabulary", "PEZ_VOCABULARY"))
+    rules = node(
+        "10", "PEZ_Vocabulary", (40, 640), [], [("vocabulary", "PEZ_VOCABULARY")],
+        ["", "", True, True],
+    )  # fmt: skip
+    links = [(CLIP, LEARNER, 0), (IMAGE, LEARNER, 1), (IMAGE, "9", 0), ("10", LEARNER, 2)]
+    made = wired([*nodes, save, rules], links)
+    made["links"].append([5, int(LEARNER), 2, 9, 1, "STRING"])
+    made["last_link_id"] = save["inputs"][1]["link"] = 5
+    learner["outputs"][2]["links"] = [5]
     return made
 
 
