@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ArgumentError, ArgumentTypeError, check_bool, check_number
 
@@ -353,7 +353,8 @@ def _from_json(rules: dict) -> Vocabulary:
             if isinstance(rules.get(name), str):
                 raise ValueError(f"{name!r} has to be a list")
         # before there was a dictionary, every whole word was allowed
-        return Vocabulary(**{"dictionary": False} | rules)
+        given: dict[str, Any] = {"dictionary": False} | rules
+        return Vocabulary(**given)
     if rules["operation"] not in ("&", "|", "-"):
         raise ValueError(f"unknown operation {rules['operation']!r}")
     return _Combination(
