@@ -202,9 +202,10 @@ def _renamed(weights: dict[str, torch.Tensor], levels: int) -> dict[str, torch.T
 @contextmanager
 def _groups_of_autoencoder(groups: int) -> Iterator[None]:
     """Inside, ComfyUI builds its autoencoder with so many groups."""
-    normalize = autoencoder_parts.Normalize
-    autoencoder_parts.Normalize = partial(normalize, num_groups=groups)
+    # its function `Normalize` is bound where classes are defined, and looks this up when called
+    operations = autoencoder_parts.ops
+    autoencoder_parts.ops = _with_groups(groups)
     try:
         yield
     finally:
-        autoencoder_parts.Normalize = normalize
+        autoencoder_parts.ops = operations
