@@ -19,6 +19,9 @@ INPUTS = [
 ]
 
 
+# the table runs each node three times for each of its inputs
+pytestmark = pytest.mark.timeout(900)
+
 # at the end of the path, since ComfyUI has modules of the same names as this folder
 IMPORT = f"sys.path.append({str(HERE)!r})\nfrom input_cases import changes, time_limits\n"
 
@@ -26,7 +29,7 @@ IMPORT = f"sys.path.append({str(HERE)!r})\nfrom input_cases import changes, time
 @pytest.fixture(scope="module")
 def changes() -> dict[str, dict[str, list]]:
     """The result of `input_cases.changes`."""
-    return inside(IMPORT + "answer(changes())")
+    return inside(IMPORT + "answer(changes())", timeout=850)
 
 
 def test_every_input_has_a_case(changes):
@@ -43,7 +46,7 @@ def test_every_input_has_an_effect(changes, node, name):
 
 def test_every_learner_ends_in_time():
     """With a fake clock, which advances by half a second whenever it is read."""
-    runs = inside(IMPORT + "answer(time_limits())")
+    runs = inside(IMPORT + "answer(time_limits())", timeout=850)
     assert len(runs) == 2 * len([node for node, name in INPUTS if name == "time_limit"])
     for run in runs:
         assert 270 < run["elapsed"] <= 310, run
