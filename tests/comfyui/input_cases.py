@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -311,3 +312,5 @@ options.EFFORTS = dict(options.EFFORTS) | {
     "fast": options.Effort(steps=3, swaps=4, trials=2, screened=16)
 }
 learning.language_model = lambda readability, *_: Letter() if readability else None
+# hundreds of searches with the same few vocabularies, each of which takes seconds to apply
+Vocabulary.lexicon = lru_cache(32)(Vocabulary.lexicon)
