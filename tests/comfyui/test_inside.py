@@ -167,7 +167,7 @@ from pez_pack.nodes.values import Values
 from pez_pack.pez_core import UNSAFE_WORDS, Vocabulary
 def lexicon_of(**given):
     values = Values(DistillPrompt.define_schema(), {name: [one] for name, one in given.items()})
-    return search_options(values).allowed.lexicon(clip)
+    return search_options(values, None).allowed.lexicon(clip)
 unsafe = set(Vocabulary(block=UNSAFE_WORDS).block)
 lexicon = lexicon_of(block="blue, red car")
 connected = lexicon_of(vocabulary=Vocabulary(only=["red", "blue", "("]), block="blue")
