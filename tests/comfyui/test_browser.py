@@ -461,7 +461,7 @@ def test_widgets_of_another_pack_and_the_kept_prompt_stay_apart(
     editor.page.evaluate("() => { window.anotherPack = true; }")
     ours = saving_candidates(steps=5)
     values = ours["nodes"][2]["widgets_values"]
-    values[:] = ["theirs, before", *values, "", "theirs, behind"]
+    values[:] = ["theirs, before", *values, False, "", "theirs, behind"]  # with `repeats`
     editor.load(ours)
     run = queue_and_wait(editor, client)
     state(editor, "done")
