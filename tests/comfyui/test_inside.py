@@ -368,6 +368,7 @@ live.phase("reading", 0, 100)
 clock.now += 20
 live.phase("reading", 50, 100)
 reading = live.event["seconds_left"], live.event["state"]
+clock.now += 1
 def report(step, part):
     live.report(Report(step, 30, 0.0, [0.5], lambda k: "a", lambda k, prompt: [], part))
     return live.event["seconds_left"], live.event["more_follows"]
