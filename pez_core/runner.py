@@ -217,7 +217,7 @@ def prepare(
     space = _space(clip, options, lexicon, prompt_len, frame)
     single = [] if options.published else _round_trip_tokens(clip, lexicon)
     count = sum(len(phrase) == 1 for phrase in lexicon.phrases)
-    # the published search does not ask for it
+    # the published search has no such check
     all_round_trip = options.published or (
         clip.text.words.separable and frame.separate and count == len(single)
     )

@@ -77,12 +77,7 @@ _IMAGE_KWARGS = (
     "width",
     "num_inference_steps",
     "guidance_scale",
-    "num_images_per_prompt",
-    "generator",
-    "latents",
-    "output_type",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
+    *_OF_THE_OUTPUT,
 )
 
 EXAMPLE_DOC_STRING = """
