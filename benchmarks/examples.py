@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from step_time import machine
+from unseen import EVERY_WORD
 
 from pez_core import Clip, Result, SearchOptions, invert, load_clip
 from pez_core.clip.images import load_image
@@ -44,7 +45,7 @@ def longest_that_fits(clip: Clip, words: list[str], limit: int) -> str:
 def measure(clip: Clip, index: list[dict], steps: int) -> tuple[list[dict], float, float]:
     """A row for each example, the share of hits by chance, and seconds per image."""
     images = [load_image(EXAMPLES / row["file"]) for row in index]
-    options = SearchOptions(swaps=0, steps=steps, block_unsafe=False)
+    options = SearchOptions(swaps=0, steps=steps, **EVERY_WORD)
     found: list[Result] = []
     for start in range(0, len(images), BATCH):
         found += invert(clip, images[start : start + BATCH], options)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from quality import METHODS
 from quality_report import measured, summary
 from step_time import machine
-from unseen import unseen
+from unseen import EVERY_WORD, unseen
 
 from pez_core import Clip, SearchOptions, distill, load_clip
 
@@ -119,8 +119,8 @@ def by_ratio(bench: Bench, judge: Clip, steps: int) -> dict[str, dict[str, Row]]
         }
 
     methods = {
-        "PEZ as published": SearchOptions(swaps=0, steps=steps, block_unsafe=False),
-        "ours (balanced)": SearchOptions(restarts=4, block_unsafe=False),
+        "PEZ as published": SearchOptions(swaps=0, steps=steps, **EVERY_WORD),
+        "ours (balanced)": SearchOptions(restarts=4, **EVERY_WORD),
     }
     parts = {"the whole text": {"1": row(whole)}}
     for name, options in methods.items():

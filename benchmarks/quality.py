@@ -46,7 +46,7 @@ import torch
 from bench import ENDLESS, HERE, Bench, Found, Method, Note, Problems, append, find
 from quality_report import make_images, report
 from step_time import Reference, machine, time_ours
-from unseen import Unseen, from_folder, unseen
+from unseen import EVERY_WORD, Unseen, from_folder, unseen
 
 from examples import longest_that_fits
 from pez_core import (
@@ -84,9 +84,7 @@ def ours(problems: Problems, note: Note, **options) -> list[Found]:
     results = invert(
         problems.clip,
         [one.image for one in problems.images],
-        SearchOptions(
-            prompt_len=problems.prompt_len, seed=problems.seeds, block_unsafe=False, **options
-        ),
+        SearchOptions(prompt_len=problems.prompt_len, seed=problems.seeds, **EVERY_WORD, **options),
         callback=report,
     )
     return [one for r in results for one in problems.found(r.prompt, r.history[-1][1])]

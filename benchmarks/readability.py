@@ -22,7 +22,7 @@ import matplotlib
 import torch
 from remedies import JUDGE, mean_and_error
 from step_time import machine
-from unseen import Unseen, from_folder, unseen
+from unseen import EVERY_WORD, Unseen, from_folder, unseen
 
 from pez_core import (
     Clip,
@@ -118,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clip, judge = load_clip("emoji-clip", device="cpu"), load_clip(str(JUDGE), device="cpu")
     model = load_language_model(arguments.language_model, dtype=torch.bfloat16)
     drawings = from_folder(arguments.folder) if arguments.folder else unseen(arguments.images)
-    options = SearchOptions(
-        effort=arguments.effort, prompt_len=arguments.prompt_len, block_unsafe=False
-    )
+    options = SearchOptions(effort=arguments.effort, prompt_len=arguments.prompt_len, **EVERY_WORD)
     lines, rows, found = measure(clip, judge, model, drawings, options)
     text = report(lines, found, drawings, options)
     print(text)

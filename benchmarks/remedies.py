@@ -30,7 +30,7 @@ import torch
 import torchvision.transforms.functional as change
 from PIL import Image
 from step_time import machine
-from unseen import Unseen, from_folder, unseen
+from unseen import EVERY_WORD, Unseen, from_folder, unseen
 
 from pez_core import Clip, SearchOptions, load_clip, load_language_model, priors
 from pez_core.options import EFFORTS
@@ -66,7 +66,7 @@ def find(
     one = torch.ones(1)
     targets = [PromptTarget(feature[None], one, one < 0) for feature in features]
     seeds = list(range(len(targets)))
-    options = SearchOptions(effort="fast", seed=seeds, block_unsafe=False, **options)
+    options = SearchOptions(effort="fast", seed=seeds, **(EVERY_WORD | options))
     results = learn(clip, targets, options, prompt_len, word_weight=word_weight)
     return [result.prompt for result in results]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from step_time import machine
+from unseen import EVERY_WORD
 
 from pez_core import SearchOptions, load_clip
 from pez_core.runner import learn
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def learn_all(drawings: Drawings, trials: list[dict], arguments) -> dict[str, list[str]]:
     """One style prompt per trial by each method."""
     options = SearchOptions(
-        swaps=0, steps=arguments.steps, restarts=arguments.restarts, block_unsafe=False
+        swaps=0, steps=arguments.steps, restarts=arguments.restarts, **EVERY_WORD
     )
     prompts = {}
     for method, keep_content in (("separate", False), ("joint", True)):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pez_core import Vocabulary
 from pez_core.clip.images import load_image
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,8 @@ from emoji_data import (  # noqa: E402
     words_of,
 )
 
+# Every whole word of a CLIP, and any of them twice: the words that the methods are compared with.
+EVERY_WORD = {"vocabulary": Vocabulary(dictionary=False), "repeats": True, "block_unsafe": False}
 SETS = {style: "held-out name" for style in HELD_OUT_NAME_STYLES} | {
     HELD_OUT_STYLE: "held-out style"
 }
