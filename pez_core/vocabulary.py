@@ -212,9 +212,17 @@ class Vocabulary:
     def lexicon(self, clip: AnyClip) -> Lexicon:
         """The words and phrases of one CLIP that pass the rules.
 
+        Those of the last vocabulary are kept in `clip.cache`, since a CLIP has tens of thousands.
+
         Raises:
             ArgumentError: there are none; for `only` it lists usable words near them.
         """
+        last = clip.cache.get("lexicon")
+        if last is None or last[0] != self:
+            clip.cache["lexicon"] = last = (self, self._lexicon(clip))
+        return last[1]
+
+    def _lexicon(self, clip: AnyClip) -> Lexicon:
         rules = self._resolve(clip)
         if not rules.phrases and rules.bank:
             raise _nothing_usable(clip, sorted(rules.bank), Blocklist(rules.blocked))

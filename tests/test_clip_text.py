@@ -293,3 +293,13 @@ def test_a_clip_that_cannot_move_is_refused():
             clip.to(**given)
     with pytest.raises(ArgumentError, match="a memory manager moves its image tower"):
         load_clip("emoji-clip", device="cpu", low_memory=True).to("cpu")
+
+
+@pytest.mark.parametrize("clean", ["lower", "canonicalize"])
+def test_words_read_together_are_those_that_round_trip_alone(clean):
+    words = Words(open_clip.SimpleTokenizer(clean=clean))
+    ids = range(0, words.size, 9)
+    found = words.round_trip_ids(ids)
+    alone = Words(words.tokenizer)
+    assert found == [i for i in ids if alone.round_trips_inside([i])]
+    assert words.round_trip_ids([*ids, words.size, -1]) == found

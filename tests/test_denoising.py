@@ -525,7 +525,8 @@ def test_nothing_of_the_pipeline_changes_in_any_precision(kind, dtype, emoji_cli
     full = DenoisingLoss(pipe.to(dtype=torch.float32), FISH, emoji_clip, samples=1)
     (exact,) = torch.autograd.grad(full.objective([], [], [0, 0])(x).sum(), x)
     assert F.cosine_similarity(gradient.flatten(1), exact.flatten(1)).min() > 0.95
-    assert (gradient.norm() / exact.norm() - 1).abs() < 0.1
+    tolerance = 0.2 if dtype is torch.bfloat16 else 0.1
+    assert (gradient.norm() / exact.norm() - 1).abs() < tolerance
 
 
 def test_half_precision_leaves_a_vae_that_overflows_in_it_alone(emoji_clip, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, make_clip, paper
 
-from pez_core import ArgumentError, Avoid, Vocabulary, invert
+from pez_core import ArgumentError, Avoid, SearchOptions, Vocabulary, invert
 from pez_core.clip.images import load_image
 from pez_core.prompt_text import read
 
@@ -44,8 +44,9 @@ def test_learned_tokens_add_to_a_caption(emoji_clip):
 
 
 def test_the_words_around_change_the_learned_words(emoji_clip):
-    (plain,) = invert(emoji_clip, FISH, SHORT)
-    (inside,) = invert(emoji_clip, FISH, SHORT, caption="a drawing of a fish {} at night")
+    options = SearchOptions(prompt_len=4, effort="fast")
+    (plain,) = invert(emoji_clip, FISH, options)
+    (inside,) = invert(emoji_clip, FISH, options, caption="a drawing of a fish {} at night")
     assert plain.learned != inside.learned
     assert inside.similarity > similarity(
         emoji_clip, f"a drawing of a fish {plain.learned} at night", FISH

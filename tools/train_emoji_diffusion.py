@@ -70,7 +70,7 @@ UNET = {
     "out_channels": 4,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [64, 128, 208],
+    "block_out_channels": [48, 112, 208],
     "layers_per_block": 1,
     "attention_head_dim": 4,
     "norm_num_groups": 16,

@@ -25,6 +25,7 @@ _LEFT = "a"
 # Tensors of the size of its input that a block keeps for the backward pass: two of norms, four of
 # attention, one behind it, eight of the MLP; 14 because not all of them are copies.
 _KEPT = 14
+_AT_ONCE = 64  # words that are read as one text
 
 
 class Words:
@@ -119,10 +120,37 @@ class Words:
         when it is printed.
         """
         found, ids = self._round_trips_inside, sorted(set(ids))
-        for i in ids:
+        new = [i for i in ids if i not in found]
+        if self.separable:
+            self._read_together(new)
+        for i in new:
             if i not in found:
                 found[i] = self.round_trips_inside([i])
         return [i for i in ids if found[i]]
+
+    def _read_together(self, ids: Iterable[int]) -> None:
+        """Find most of the tokens that round-trip by reading many of them as one text.
+
+        CLIP's tokenizer reads words between spaces independently, and its cleaning leaves ASCII
+        text as it is, so that each token of a text that round-trips also does so alone.
+        """
+        words = []
+        for i in ids:
+            if i in self.special_ids or not 0 <= i < self.size:
+                continue
+            text = self.tokenizer.decode([i])
+            if not text.endswith(" "):  # a piece: what is read always ends a word
+                self._round_trips_inside[i] = False
+            elif text.isascii():
+                words.append((i, text.strip()))
+        parts = [words[k : k + _AT_ONCE] for k in range(0, len(words), _AT_ONCE)]
+        while parts:
+            part = parts.pop()
+            tokens = [i for i, _ in part]
+            if self.encode(" ".join(text for _, text in part)) == tokens:
+                self._round_trips_inside.update(dict.fromkeys(tokens, True))
+            elif len(part) > 1:
+                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
 
 
 class Encoder(Protocol):
