@@ -92,10 +92,12 @@ def _read(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[tor
     options = options | {"trust_remote_code": False}
     with _no_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        two_parts = AutoConfig.from_pretrained(source, **options).is_encoder_decoder
-        kind = AutoModelForSeq2SeqLM if two_parts else AutoModelForCausalLM
-        # the dtype is given here, since some parts of a model have to stay in float32
-        model = kind.from_pretrained(source, **{_dtype_name(): dtype}, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        # the config, since transformers takes many seconds to read it from a GGUF file again; the
+        # dtype, since some parts of a model have to stay in float32
+        options |= {_dtype_name(): dtype, "config": config}
+        model = kind.from_pretrained(source, **options)
     return model, tokenizer
 
 
