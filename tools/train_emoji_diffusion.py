@@ -313,7 +313,7 @@ def train_unet(data: Data, runs: Path, steps: int, batch: int, seed: int, clip: 
     autoencoder = load_autoencoder(runs)
     latents = encode_all(data, autoencoder, runs)
     model = UNet2DConditionModel.from_config(UNET)
-    run = Run(runs / "unet.pt", model, 1e-3, steps)
+    run = Run(runs / "unet.pt", model, 6e-4, steps)
     rng = random.Random(seed + run.step)
     generator = torch.Generator().manual_seed(seed + run.step)
     encoder, words = text_encoder(clip), tokenizer()
@@ -468,7 +468,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int)
     parser.add_argument(
-        "--batch", type=int, help="default: 16 for the autoencoder, 64 for the U-Net"
+        "--batch", type=int, help="default: 16 for the autoencoder, 48 for the U-Net"
     )
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -479,9 +479,9 @@ def main() -> None:
     elif a.stage == "export":
         export(build(a.runs, a.clip), a.out)
     elif a.stage == "autoencoder":
-        train_autoencoder(load_data(a.folder), a.runs, a.steps or 6_000, a.batch or 16, a.seed)
+        train_autoencoder(load_data(a.folder), a.runs, a.steps or 2_400, a.batch or 16, a.seed)
     else:
-        train_unet(load_data(a.folder), a.runs, a.steps or 8_000, a.batch or 64, a.seed, a.clip)
+        train_unet(load_data(a.folder), a.runs, a.steps or 6_000, a.batch or 48, a.seed, a.clip)
 
 
 if __name__ == "__main__":
