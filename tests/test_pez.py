@@ -191,6 +191,14 @@ def test_the_defaults_are_those_of_the_paper():
     assert (settings.steps, settings.lr, settings.weight_decay) == (3000, 0.1, 0.1)
 
 
+def test_the_optimiser_of_the_cpu_is_the_plain_one():
+    prompt = torch.zeros(1, requires_grad=True)
+    one = PezSettings(lr=0.3, weight_decay=0.2).optimizer_of(prompt)
+    assert isinstance(one, torch.optim.AdamW)
+    options = {name: one.defaults[name] for name in ("lr", "weight_decay", "fused", "capturable")}
+    assert options == {"lr": 0.3, "weight_decay": 0.2, "fused": False, "capturable": False}
+
+
 def test_an_optimiser_of_ones_own(grid):
     calls, begin = [], grid.table[[30]]
     settings = PezSettings(steps=2, optimizer=partial(torch.optim.SGD, lr=0.25))
