@@ -59,6 +59,9 @@ SYNTAX = {
     ),
     "a | 2 AND b :x AND c : 3": (["AND", "AND", ": 3"], "a | 2 b :x c"),
     "a) b] c}": ([], "a) b] c}"),
+    "[!:?:b:0.5] [!:0.5] !": (["[!:?:b:0.5]", "[!:0.5]"], "b ! !"),
+    "({0.5::a (b) c|x} {!|d})": (["({0.5::a (b) c|x} {!|d})"], "a b c d"),
+    "({0.5::a|x} {0.5::b|y} w {!|c})": (["({0.5::a|x} {0.5::b|y} w {!|c})"], "a b w c"),
 }
 # names with escaped brackets: at the beginning, behind other syntax and commas, side by side
 NAMES = {
@@ -95,6 +98,8 @@ def test_a_bracket_has_its_partner_among_the_last_that_were_opened():
 
 
 def test_text_that_is_no_syntax():
+    kept = Piece("(b:1.2)", "b", True)
+    assert pieces(" a (b:1.2) c ") == [Piece("a", "a", False), kept, Piece("c", "c", False)]
     assert pieces("a cat :1.2") == [Piece("a cat :1.2", "a cat :1.2", False)]
     assert tags("a cat :1.2") == ""
     assert all_pieces(" , ") == [Piece(",", ",", False)] and all_pieces("  ") == []

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_clip, paper
+from conftest import all_words, make_clip, paper
 
-from pez_core import SearchOptions, Vocabulary, search
+from pez_core import ArgumentError, SearchOptions, Vocabulary, search
 from pez_core.caption import Caption
 from pez_core.objectives import SampledSimilarity
+from pez_core.prompt_text import chunks
 from pez_core.runner import (
     BestSoFar,
     Problem,
     PromptTarget,
+    _openings,
+    _round_trip,
     _shares,
     _similarity,
     _single_token_features,
@@ -213,6 +216,47 @@ def clip():
     clip = make_clip()
     clip.trained_tokens = None
     return clip
+
+
+def test_the_phrases_that_can_begin_a_prompt():
+    """As other tokens; those that would be longer than any phrase count if there are no others."""
+    begin = {(1,): (11,), (2,): (12, 13, 14), (3, 4): (15, 16)}
+    words = SimpleNamespace(opening=begin.get)
+    clip = SimpleNamespace(trained_tokens=None, text=SimpleNamespace(words=words))
+
+    def openings(*trained):
+        clip.trained_tokens = frozenset(trained) or None
+        return _openings(clip, [(3, 4), (2,), (1,), (9,)])
+
+    assert openings() == [(11,), (15, 16)]
+    assert openings(11, 12, 13, 14) == [(11,)]
+    assert openings(12, 13, 14) == [(12, 13, 14)]
+    with pytest.raises(ArgumentError, match="has no word that can begin a prompt"):
+        openings(99)
+
+
+def test_pieces_that_fuse_are_replaced_by_what_they_print(clip):
+    words, encoder = clip.text.words, clip.tokenizer.encoder
+    pieces = [encoder[piece] for piece in ("app", "le</w>", "red</w>")]
+    caption = Caption(clip)
+    assert _round_trip(clip, caption, pieces) == words.encode("apple red")
+    assert _round_trip(clip, caption, words.encode("red apple")) == words.encode("red apple")
+    first = words.encode(words.decode(clip.vocabulary[:1].tolist()))
+    assert _round_trip(clip, caption, [49407]) == first
+
+
+def test_a_caption_longer_than_a_context_is_searched_in_its_contexts(clip):
+    encode, decode = clip.text.words.encode, clip.text.words.decode
+    text = decode(encode("a photo of a green bird " * 20)[:80])
+    (goal,) = clip.encode_texts(["a boat"])
+    one = PromptTarget(goal[None], torch.ones(1), torch.zeros(1).bool())
+    options, reports = all_words(effort="fast", steps=1, swaps=2), []
+    (result,) = learn(clip, [one], options, 3, reports.append, caption=text + " {}")
+    parts = chunks([result.token_ids], 75)
+    assert list(map(len, parts)) == [75, 8]
+    similarity = (clip.encode_chunks(parts) @ goal).item()
+    assert result.similarity == pytest.approx(similarity, abs=1e-5)
+    assert reports[-1].similarities[0] == pytest.approx(similarity, abs=1e-4)
 
 
 @pytest.mark.parametrize("caption, enough", [("{}", 4), ("a photo {}", 8)])
