@@ -372,17 +372,13 @@ def test_marks_of_a_list_that_is_taken_away_are_blocked(all_tokens):
     assert not any("!" in text for text in left) and any("?" in text for text in left)
 
 
-def test_a_phrase_has_to_fit_the_context():
-    clip = make_clip(text={"context_length": 8})
-    clip.trained_tokens = None
-    six, seven = "a cat a dog a car", "a cat a dog a red car"
-    assert phrases(Vocabulary(only=[six, seven]), clip) == {six}
+def test_a_phrase_has_to_fit_the_context(all_tokens):
+    fits, longer = (" ".join(["cat"] * count) for count in (75, 76))
+    assert phrases(Vocabulary(only=[fits, longer]), all_tokens) == {fits}
 
 
-def test_the_same_rules_for_each_clip(all_tokens):
-    """What is kept with a CLIP is its own."""
-    other = make_clip()
-    first, second = phrases(Vocabulary(), all_tokens), phrases(Vocabulary(), other)
+def test_the_words_of_the_dictionary_are_those_of_each_clip(all_tokens, tiny_clip):
+    first, second = phrases(Vocabulary(), all_tokens), phrases(Vocabulary(), tiny_clip)
     assert second < first and phrases(Vocabulary(), all_tokens) == first
     assert all(word == "," or word.lower() in english_words() for word in first)
 

@@ -12,11 +12,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from types import FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from _pytest.runner import runtestprotocol
 # A run that waits instead of computing ends after this many times its limit, and ten minutes.
 WAITING, AT_LEAST = 10, 600
 MEMORY = 8 << 30  # bytes that a run may take
+CALLS = 1000  # calls of a function that are traced in each test
 
 
 def fork(work: Callable[[], bool], limit: int | None = None) -> str:
@@ -88,11 +90,15 @@ class Record:
 
     def _write(self, out: Path) -> bool:
         lines: dict[int, set[str]] = {}
+        calls: Counter[CodeType] = Counter()
         seconds, now = {}, ""
 
         def trace(frame: FrameType, event: str, _: object) -> Any:
             if frame.f_code.co_filename != self._file:
                 return None
+            if event == "call":
+                calls[frame.f_code] += 1
+                return trace if calls[frame.f_code] <= CALLS else None
             if event == "line":
                 lines.setdefault(frame.f_lineno, set()).add(now)
             return trace
@@ -100,6 +106,7 @@ class Record:
         items = list(self._items.values())
         for item, after in zip(items, [*items[1:], None], strict=True):
             now, began = item.nodeid, time.monotonic()
+            calls.clear()
             sys.settrace(trace)  # a test may have set another
             failed = failure(item, after)
             sys.settrace(None)
