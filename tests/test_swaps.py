@@ -243,6 +243,25 @@ def test_a_prior_counts_in_each_choice_and_not_in_the_scores(linear, screened, c
     assert found.scores.item() == pytest.approx(alone[range(3), best].sum().item(), abs=1e-5)
 
 
+def test_the_best_acceptable_candidate_is_swapped_in(linear):
+    """However many better ones are refused; no prompt is asked about that is not better."""
+    space, objective = linear
+    alone, asked = objective.goal @ space.table.T, []
+    refused = alone.topk(7).indices[:, :6].flatten()
+
+    def acceptable(rows):
+        asked.append(len(rows))
+        return ~torch.isin(rows, refused).any(1)
+
+    settings = SwapSettings(steps=3, trials=2, screened=30, candidates=30)
+    ids = torch.full((2, 3), int(alone.sum(0).argmin()))
+    assert not torch.isin(ids, refused).any()
+    found = refine(space, objective, ids, settings, acceptable=acceptable, seeds=[0])
+    alone[:, refused] = -torch.inf
+    assert found.ids[0].tolist() == alone.argmax(1).tolist()
+    assert min(asked) > 0 and max(asked) <= 2
+
+
 def test_the_random_changes_follow_the_seeds(linear, monkeypatch):
     space, objective = linear
     seeds, changed = [], TokenSpace.changed
