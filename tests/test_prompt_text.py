@@ -4,12 +4,18 @@ from itertools import chain
 import pytest
 
 from pez_core import prompt_text
-from pez_core.prompt_text import all_pieces, chunks, has_syntax, pieces, read, sections, tags
-
-
-def parts(prompt):
-    return [[(p.printed, p.read, p.kept) for p in pieces(s)] for s in sections(prompt)]
-
+from pez_core.prompt_text import (
+    Piece,
+    all_pieces,
+    chunks,
+    contexts,
+    has_syntax,
+    pieces,
+    read,
+    sections,
+    separators,
+    tags,
+)
 
 # prompt -> its syntax in order, and what a text encoder reads
 SYNTAX = {
@@ -42,7 +48,64 @@ SYNTAX = {
     "(a [b) c]": (["(a [b)"], "a [b c]"),
     "((a:1.2) b:0.5e)": (["((a:1.2) b:0.5e)"], "a b:0.5e"),
     "a\nb: c": ([], "a\nb: c"),
+    "(x(big)y<lora:z:1>(a BREAK b {}):1.1)": (
+        ["(x(big)y<lora:z:1>(a BREAK b {}):1.1)"],
+        "x big y a b {}",
+    ),
+    "{a:1.2} (a|b:1.1)": (["{a:1.2}", "(a|b:1.1)"], "a:1.2 a|b"),
+    "[[cat|dog]:bird:3] {{2$$red|blue} sky|x}": (
+        ["[[cat|dog]:bird:3]", "{{2$$red|blue} sky|x}"],
+        "cat red sky",
+    ),
+    "a | 2 AND b :x AND c : 3": (["AND", "AND", ": 3"], "a | 2 b :x c"),
+    "a) b] c}": ([], "a) b] c}"),
+    "[!:?:b:0.5] [!:0.5] !": (["[!:?:b:0.5]", "[!:0.5]"], "b ! !"),
+    "({0.5::a (b) c|x} {!|d})": (["({0.5::a (b) c|x} {!|d})"], "a b c d"),
+    "({0.5::a|x} {0.5::b|y} w {!|c})": (["({0.5::a|x} {0.5::b|y} w {!|c})"], "a b w c"),
 }
+# names with escaped brackets: at the beginning, behind other syntax and commas, side by side
+NAMES = {
+    "\\(water\\) lily": ["\\(water\\)"],
+    "(red:1.2) saber \\(fate\\)": ["(red:1.2)", "saber \\(fate\\)"],
+    "<lora:x:1> saber \\(fate\\)": ["<lora:x:1>", "saber \\(fate\\)"],
+    "saber \\(fate\\) emiya \\(fate\\)": ["saber \\(fate\\)", "emiya \\(fate\\)"],
+    "\\(a\\)\\(b\\)": ["\\(a\\)", "\\(b\\)"],
+    "a \\(b \\(c\\)": ["a \\(b \\(c\\)"],
+    "fox,saber \\(fate\\)": ["saber \\(fate\\)"],
+    "fox\nsaber \\(fate\\)": ["saber \\(fate\\)"],
+    "a \\) b \\(c": [],
+    "a \\(" + "|" * 7 + "\\)": ["a \\(|||||||\\)"],
+    "a \\(" + "|" * 8 + "\\)": [],
+    "x" * 300 + "\\(a\\)": ["x" * 200 + "\\(a\\)"],
+}
+
+
+@pytest.mark.parametrize("prompt", NAMES)
+def test_names_with_escaped_brackets(prompt):
+    assert [piece.printed for piece in all_pieces(prompt) if piece.kept] == NAMES[prompt]
+
+
+def test_sections_lie_outside_of_brackets():
+    prompt = "(a BREAK b) c BREAK ((d) AND e) f AND g"
+    assert sections(prompt) == ["(a BREAK b) c", "((d) AND e) f", "g"]
+    assert separators(prompt) == ["BREAK", "AND"]
+
+
+def test_a_bracket_has_its_partner_among_the_last_that_were_opened():
+    near, far = ("(" + "[" * n + ")" for n in (31, 32))
+    assert [piece.kept for piece in all_pieces(near)] == [True]
+    assert [piece.kept for piece in all_pieces(far)] == [False]
+
+
+def test_text_that_is_no_syntax():
+    kept = Piece("(b:1.2)", "b", True)
+    assert pieces(" a (b:1.2) c ") == [Piece("a", "a", False), kept, Piece("c", "c", False)]
+    assert pieces("a cat :1.2") == [Piece("a cat :1.2", "a cat :1.2", False)]
+    assert tags("a cat :1.2") == ""
+    assert all_pieces(" , ") == [Piece(",", ",", False)] and all_pieces("  ") == []
+    assert read("a \\) b") == "a ) b" and has_syntax("a \\) b")
+    assert read("(a AND b:1.2)") == "a AND b"
+    assert read("a \\n b") == "a \\n b" and not has_syntax("a \\n b")
 
 
 @pytest.mark.parametrize("prompt", SYNTAX)
@@ -127,3 +190,17 @@ def test_contexts(sizes, expected):
     found = chunks(groups, 75)
     assert list(map(len, found)) == expected
     assert list(chain(*found)) == list(chain(*groups))
+
+
+def test_a_prompt_in_contexts():
+    """Texts behind syntax are encoded behind a word; a short one is not cut."""
+    found = contexts(
+        lambda text: ["first", *text],
+        lambda text: ["behind", *text],
+        "a (b:1.2), <lora:x:1> c d BREAK e",
+        9,
+    )
+    assert found == [
+        ["first", "a", "behind", " ", "b"],
+        ["behind", " ", "c", " ", "d", "behind", " ", "e"],
+    ]

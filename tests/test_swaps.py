@@ -178,26 +178,175 @@ def test_a_few_rounds_end_where_no_single_swap_is_better(emoji_clip, features):
         assert score <= found.scores[0] + 1e-5
 
 
-def test_the_first_order_estimate_is_exact_for_a_linear_objective():
+class Linear:
+    """An objective that is linear in the embeddings; records how many rows it gets."""
+
+    capturable = True
+
+    def __init__(self, goal, before=0, rows=None):
+        self.goal, self.before, self.rows = goal, before, [] if rows is None else rows
+
+    def __call__(self, embeddings, step):
+        self.rows.append(len(embeddings))
+        score = (embeddings * self.goal).sum((1, 2)).view(*self._lead(embeddings)) + self.before
+        return -score.flatten(), score.flatten()
+
+    def _lead(self, embeddings):
+        return (len(self.before), -1) if torch.is_tensor(self.before) else (-1,)
+
+    def given(self, embeddings):
+        first = embeddings.shape[1]
+        before = (embeddings * self.goal[:first]).sum((1, 2))[:, None]
+        return Linear(self.goal[first:], before, self.rows)
+
+
+class Bonus:
+    """A prior: a number for each token."""
+
+    capturable = False
+
+    def __init__(self, space, bonus):
+        self.space, self.bonus = space, bonus
+
+    def screen(self, ids, position):
+        return self.bonus[self.space.allowed].expand(len(ids), -1)
+
+    def score(self, ids):
+        return self.bonus[ids].sum(1)
+
+
+@pytest.fixture
+def linear():
+    """A space of few tokens, and an objective of three positions."""
     table = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    goal = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    return TokenSpace(table), Linear(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
 
-    class Linear:
-        def __init__(self, goal, before=0):
-            self.goal, self.before = goal, before
 
-        def __call__(self, embeddings, step):
-            score = (embeddings * self.goal).sum((1, 2)) + self.before
-            return -score, score
+START = torch.zeros(1, 3, dtype=torch.long)
 
-        def given(self, embeddings):
-            first = embeddings.shape[1]
-            return Linear(self.goal[first:], (embeddings * self.goal[:first]).sum())
 
-    space = TokenSpace(table)
+def test_the_first_order_estimate_is_exact_for_a_linear_objective(linear):
+    space, objective = linear
     settings = SwapSettings(steps=3, trials=1, screened=1)
-    found = refine(space, Linear(goal), torch.zeros(1, 3, dtype=torch.long), settings, seeds=[0])
-    assert found.ids[0].tolist() == (goal @ table.T).argmax(1).tolist()
+    found = refine(space, objective, START, settings, seeds=[0])
+    assert found.ids[0].tolist() == (objective.goal @ space.table.T).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("screened, candidates", [(1, 1), (30, 1), (30, 30)])
+def test_a_prior_counts_in_each_choice_and_not_in_the_scores(linear, screened, candidates):
+    space, objective = linear
+    bonus = torch.randn(30, generator=torch.Generator().manual_seed(2)) * 4
+    settings = SwapSettings(steps=3, trials=1, screened=screened, candidates=candidates)
+    found = refine(space, objective, START, settings, seeds=[0], prior=Bonus(space, bonus))
+    alone = objective.goal @ space.table.T
+    best = (alone + bonus).argmax(1)
+    assert found.ids[0].tolist() == best.tolist() != alone.argmax(1).tolist()
+    assert found.scores.item() == pytest.approx(alone[range(3), best].sum().item(), abs=1e-5)
+
+
+def test_the_best_acceptable_candidate_is_swapped_in(linear):
+    """However many better ones are refused; no prompt is asked about that is not better."""
+    space, objective = linear
+    alone, asked = objective.goal @ space.table.T, []
+    refused = alone.topk(7).indices[:, :6].flatten()
+
+    def acceptable(rows):
+        asked.append(len(rows))
+        return ~torch.isin(rows, refused).any(1)
+
+    settings = SwapSettings(steps=3, trials=2, screened=30, candidates=30)
+    first = next(token for token in range(30) if token not in refused)
+    ids = torch.full((2, 3), first)
+    found = refine(space, objective, ids, settings, acceptable=acceptable, seeds=[0])
+    alone[:, refused] = -torch.inf
+    assert found.ids[0].tolist() == alone.argmax(1).tolist()
+    assert min(asked) > 0 and max(asked) <= 2
+
+
+def test_the_random_changes_follow_the_seeds(linear, monkeypatch):
+    space, objective = linear
+    seeds, changed = [], TokenSpace.changed
+
+    def record(self, ids, count, generator):
+        seeds.append(generator.initial_seed())
+        return changed(self, ids, count, generator)
+
+    monkeypatch.setattr(TokenSpace, "changed", record)
+    settings, ids = SwapSettings(steps=4, trials=2), START.repeat(6, 1)
+    refine(space, objective, ids, settings, seeds=[5, 2**63 - 1, 2**63 + 7])
+    assert seeds == [5, 2**63 - 1, 7]
+
+
+def test_few_prompts_are_compared_at_once(linear, monkeypatch):
+    space, objective = linear
+    settings, ids = SwapSettings(steps=7, trials=2, screened=8), START.repeat(2, 1)
+    found = []
+    for rows in (2048, 6, 1):
+        objective.rows.clear()
+        monkeypatch.setattr("pez_core.swaps._ROWS", rows)
+        found.append(refine(space, objective, ids, settings, seeds=[0]))
+        assert max(objective.rows) == {2048: 8, 6: 6, 1: 2}[rows]
+    assert found[0].history == found[1].history == found[2].history
+
+
+def test_no_token_is_swapped_in_twice(linear):
+    space, objective = linear
+    once = TokenSpace(space.table, once=torch.arange(30))
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    # the second position is best with the token of the first
+    objective.goal[1] = objective.goal[0] * 1.1
+    free, found = (
+        refine(one, objective, ids, SwapSettings(steps=24, trials=2, screened=30), seeds=[0])
+        for one in (space, once)
+    )
+    every = torch.cartesian_prod(*[torch.arange(30)] * 3)
+    scores = objective(space.embed(every), 0)[1]
+    assert free.ids[0].tolist() == every[scores.argmax()].tolist()
+    assert free.ids[0, 0] == free.ids[0, 1]
+    scores[once.repeated(every)] = -torch.inf
+    assert found.ids[0].tolist() == every[scores.argmax()].tolist()
+
+
+class Eager:
+    """A recorder whose graphs are the steps themselves."""
+
+    failed = False
+
+    def __init__(self):
+        self.records = 0
+
+    def warm_up(self, step):
+        step()
+
+    def record(self, step):
+        self.records += 1
+        return step
+
+
+@pytest.mark.parametrize(
+    "steps, capture, prior, records",
+    [(15, True, None, 3), (14, True, None, 0), (15, False, None, 0), (15, True, Bonus, 0)],
+)
+def test_each_position_is_captured_where_that_pays(
+    linear, monkeypatch, steps, capture, prior, records
+):
+    space, objective = linear
+    recorder, ids = Eager(), START.repeat(2, 1)
+    prior = prior and prior(space, torch.zeros(30))
+
+    def run(capture):
+        settings = SwapSettings(steps=steps, trials=2, screened=8, capture=capture)
+        return refine(space, objective, ids, settings, seeds=[0], prior=prior)
+
+    plain = run(False)
+    monkeypatch.setattr("pez_core.capture.recorder_for", lambda device: recorder)
+    assert run(capture).history == plain.history and recorder.records == records
+
+
+def test_the_effort_of_the_defaults():
+    settings = SwapSettings()
+    assert (settings.steps, settings.trials) == (128, 16)
+    assert (settings.screened, settings.candidates) == (128, 4)
 
 
 def test_it_beats_more_of_pez(emoji_clip, space, features):

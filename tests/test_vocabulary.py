@@ -9,7 +9,7 @@ import torch
 from conftest import EXAMPLES, make_clip, paper
 
 from pez_core import UNSAFE_WORDS, ArgumentError, Vocabulary, invert
-from pez_core.vocabulary import Blocklist
+from pez_core.vocabulary import Blocklist, count_words, english_words
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ from pez_core.vocabulary import Blocklist
         ("hotdog", "hot dog"),
         ("shot dog", None),
         ("decapitated", "decapit*"),
+        ("decapit", "decapit*"),
         ("de capita tion", "decapit*"),
         ("capital", None),
         ("", None),
@@ -38,8 +39,22 @@ def test_blocked_words_are_found_however_they_are_spelled(text, found):
 
 @pytest.mark.parametrize("name", ["\0", "~nobody-of-this-name/words.txt", "a" * 300])
 def test_a_name_that_no_file_can_have_is_named(name):
-    with pytest.raises(ArgumentError, match="`only` names the file"):
+    with pytest.raises(ArgumentError, match="`only` names the file") as error:
         Vocabulary(only=name)
+    assert (
+        name[:200] in str(error.value).replace(r"\x00", "\0")
+        and "a" * 201 not in str(error.value).split("(")[0]
+    )
+
+
+def test_a_blocklist_is_true_where_it_blocks_something():
+    assert not Blocklist([]) and not Blocklist(["", " "])
+    assert all(map(bool, map(Blocklist, (["a"], ["!"], ["ab*"]))))
+    assert Blocklist(["!", "a"]).find_mark("b!") == "!" and Blocklist(["a"]).find_mark("a") is None
+
+
+def test_words_are_counted_as_they_are_found():
+    assert [count_words(text) for text in ("", "n-u de 2!", "\u00fcber  all")] == [0, 4, 2]
 
 
 def test_the_time_of_a_lookup_does_not_grow_with_the_list():
@@ -248,11 +263,19 @@ def test_save_and_load(emoji_clip, tmp_path):
         '{"block": "/etc/hosts"}',
         '{"operation": "^"}',
         "\x00",
+        '{"only": ["a"], "words": 1}',
+        '{"operation": "|", "left": {}}',
     ],
 )
 def test_a_file_that_is_no_vocabulary(text, tmp_path):
     (tmp_path / "rules.json").write_text(text)
     with pytest.raises(ValueError, match=r"rules\.json is not a saved vocabulary"):
+        Vocabulary.load(tmp_path / "rules.json")
+
+
+def test_a_file_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "rules.json").write_text("[" * 100_000)
+    with pytest.raises(ArgumentError, match=r"rules\.json is nested too deeply"):
         Vocabulary.load(tmp_path / "rules.json")
 
 
@@ -268,7 +291,7 @@ def test_the_shipped_list_states_its_source_and_its_limits(emoji_clip):
 
 
 def test_a_bank_of_which_nothing_is_usable_names_the_nearest_words(emoji_clip):
-    with pytest.raises(ValueError, match=r"`only` holds 2 phrases, .* near 'dogz' .*: .*dog"):
+    with pytest.raises(ValueError, match=r"holds 2 phrases, .* near 'dogz' .*: dog, \S+, \S+$"):
         Vocabulary(only=["dogz", "qzxj"]).lexicon(emoji_clip)
 
 
@@ -289,6 +312,12 @@ def test_a_bank_of_which_nothing_is_usable_names_the_nearest_words(emoji_clip):
             "`block` names the file 'nude'.*a list for single words",
         ),
         (lambda: Vocabulary(min_embedding_std=-1), "`min_embedding_std`"),
+        (lambda: Vocabulary(only=["cat"]) & Vocabulary(only=["dog"]), "`only` holds 2 phrases"),
+        (lambda: Vocabulary(only=["qzxj"]) | Vocabulary(only=["vvbk"]), "`only` holds 2 phrases"),
+        (lambda: Vocabulary(only=["qzxj"]) & Vocabulary(block=["a"]), "`only` holds 1 phrases"),
+        (lambda: Vocabulary(block=["a"]) & Vocabulary(only=["qzxj"]), "`only` holds 1 phrases"),
+        (lambda: Vocabulary(min_embedding_std=1e6) | Vocabulary(only=["qzxj"]), "leaves no word"),
+        (lambda: Vocabulary(only=["qzxj"]) | Vocabulary(min_embedding_std=1e6), "leaves no word"),
     ],
 )
 def test_bad_rules(rules, message, emoji_clip):
@@ -301,12 +330,16 @@ def test_words_of_the_wrong_type():
         Vocabulary(block=["a", 3])
     with pytest.raises(TypeError, match="`only` has to be a path"):
         Vocabulary(only=3)
+    for name in ("ascii_only", "whole_words", "dictionary"):
+        with pytest.raises(TypeError, match=f"`{name}`"):
+            Vocabulary(**{name: 1})
 
 
 def test_a_saved_file_is_readable_json(tmp_path):
     Vocabulary(only=["émile"]).save(tmp_path / "rules.json")
     assert json.loads((tmp_path / "rules.json").read_text())["only"] == ["émile"]
-    assert "émile" in (tmp_path / "rules.json").read_text()
+    assert (tmp_path / "rules.json").read_text().startswith('{\n "only": [\n  "émile"\n ],\n')
+    assert (tmp_path / "rules.json").read_text().endswith("}\n")
 
 
 def test_rules_without_a_bank_take_phrases_as_a_whole(emoji_clip):
@@ -330,6 +363,24 @@ def test_taking_away_what_is_not_there_changes_nothing(emoji_clip):
 def test_marks_can_be_blocked(emoji_clip):
     left = phrases(Vocabulary(block=[",", "("], whole_words=False), emoji_clip)
     assert not any("," in text or "(" in text for text in left)
+
+
+def test_marks_of_a_list_that_is_taken_away_are_blocked(all_tokens):
+    """Not only the token of the mark itself."""
+    rest = Vocabulary(whole_words=False) - Vocabulary(only=["!"])
+    left = phrases(rest, all_tokens)
+    assert not any("!" in text for text in left) and any("?" in text for text in left)
+
+
+def test_a_phrase_has_to_fit_the_context(all_tokens):
+    fits, longer = (" ".join(["cat"] * count) for count in (75, 76))
+    assert phrases(Vocabulary(only=[fits, longer]), all_tokens) == {fits}
+
+
+def test_the_words_of_the_dictionary_are_those_of_each_clip(all_tokens, tiny_clip):
+    first, second = phrases(Vocabulary(), all_tokens), phrases(Vocabulary(), tiny_clip)
+    assert second < first and phrases(Vocabulary(), all_tokens) == first
+    assert all(word == "," or word.lower() in english_words() for word in first)
 
 
 def test_hashtags_are_phrases_and_comments_are_not(tmp_path):

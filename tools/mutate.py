@@ -7,13 +7,18 @@
 
 A mutant is a copy of a file with one fault: another comparison, operator or constant, a negated
 condition, a removed statement, `and` for `or`. A mutant that lets all tests pass, or that no test
-runs, survives. The tests run with `-x`, at first without any fault. Three times the processor time
-of this run is the limit of the others, since a mutant may loop for ever, which counts as killed.
+runs, survives.
 
-Mutants are written to a temporary copy of the repository, never to the tree itself. Results are
-appended to OUT.jsonl; a run that is started again skips mutants that are there, unless the source
-of the file has changed. Equivalent mutants, which change nothing, survive as well: read the list of
-survivors before the share.
+All tests run once, without any fault, to record which of them run each line and how long they take.
+A mutant then runs the tests of its statement alone, the quick ones first, until one fails. A fault
+outside of functions, such as another constant of a module, runs all tests. Each run is a fork of a
+process that has collected the tests and replaces code in memory (see `run_mutants.py`), so that no
+file changes and a mutant costs little more than its tests. A mutant may loop for ever: each has a
+limit of processor time and of memory, and counts as killed at the limit.
+
+Results are appended to OUT.jsonl; a run that is started again skips mutants that were killed,
+unless the source of the file has changed, and runs the survivors again. Equivalent mutants, which
+change nothing, survive as well: read the list of survivors before the share.
 """
 
 from __future__ import annotations
@@ -22,44 +27,42 @@ import argparse
 import ast
 import copy
 import hashlib
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
-import resource
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from run_mutants import Record, all_pass, fork, replace_code
 
 ROOT = Path(__file__).resolve().parent.parent
 # File -> tests that cover it.
 TESTS = {
-    "pez_core/pez.py": ("tests/test_pez.py", "tests/test_tasks.py"),
-    "pez_core/tracker.py": ("tests/test_pez.py", "tests/test_runner.py", "tests/test_capture.py"),
-    "pez_core/swaps.py": ("tests/test_swaps.py", "tests/test_capture.py"),
+    "pez_core/pez.py": ("tests/test_pez.py",),
+    "pez_core/tracker.py": ("tests/test_pez.py",),
+    "pez_core/swaps.py": ("tests/test_swaps.py",),
     "pez_core/runner.py": (
+        "tests/test_runner_parts.py",
         "tests/test_runner.py",
-        "tests/test_tasks.py",
-        "tests/test_swaps.py",
-        "tests/test_steering.py",
+        "tests/test_research.py",
     ),
-    "pez_core/vocabulary.py": ("tests/test_vocabulary.py", "tests/test_steering.py"),
-    "pez_core/prompt_text.py": ("tests/test_prompt_text.py", "tests/test_tasks_on_text.py"),
+    "pez_core/vocabulary.py": ("tests/test_vocabulary.py",),
+    "pez_core/prompt_text.py": ("tests/test_prompt_text.py",),
 }
-# Folders that the copy does without, or shares with the tree.
-LEFT_OUT = (".git", ".venv", ".venv-comfyui", "build", "dist", "__pycache__", ".pytest_cache")
-SHARED = ("build",)
-LEAST_LIMIT = 30  # seconds of processor time
-# A run that waits instead of computing ends after this many times its limit, and ten minutes.
-WAITING, AT_LEAST = 10, 600
+# Seconds of processor time that a mutant has beside three times those of its tests.
+LEAST_LIMIT = 30
+FORK = multiprocessing.get_context("fork")
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -89,6 +92,10 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 REMOVED = (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 
+# The way from the root of a tree to a node: names of fields and places in lists.
+Path_ = tuple["str | int", ...]
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A fault in a file.
@@ -98,6 +105,8 @@ class Mutant:
         source: a hash of the file without the fault.
         number: of the fault in the file.
         line: where it is.
+        lines: first and last one of its statement, of a compound one the head; None: it is outside
+            of functions and runs when the file is imported.
         kind: of the fault.
         before, after: the code without and with it.
     """
@@ -106,35 +115,45 @@ class Mutant:
     source: str
     number: int
     line: int
+    lines: tuple[int, int] | None
     kind: str
     before: str
     after: str
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.file, self.source, self.number
 
 
 def mutants(file: str, text: str) -> list[Mutant]:
     """Every fault of a file."""
     source = hashlib.sha256(text.encode()).hexdigest()[:16]
     found = []
-    for number, (_, old, kind, new) in enumerate(_faults(ast.parse(text))):
-        before, after = _short(old), _short(new)
-        found.append(Mutant(file, source, number, old.lineno, kind, before, after))
+    tree = ast.parse(text)
+    for number, (path, old, kind, new) in enumerate(_faults(tree)):
+        lines, changed = _lines(tree, path), (_short(old), _short(new))
+        found.append(Mutant(file, source, number, old.lineno, lines, kind, *changed))
     return found
 
 
-def with_fault(text: str, number: int) -> str:
-    """The content of a file with one fault."""
+def _lines(tree: ast.Module, path: Path_) -> tuple[int, int] | None:
+    """See `Mutant.lines`."""
+    node: Any = tree
+    statement, inside = node, False
+    for step, after in zip(path, [*path[1:], None], strict=True):
+        node = node[step] if isinstance(step, int) else getattr(node, step)
+        if isinstance(node, ast.stmt):
+            statement = node
+        inside |= isinstance(node, (ast.FunctionDef, ast.Lambda)) and after == "body"
+    if not inside:
+        return None
+    if body := getattr(statement, "body", None):
+        return statement.lineno, max(statement.lineno, body[0].lineno - 1)
+    return statement.lineno, statement.end_lineno
+
+
+def with_fault(text: str, number: int) -> ast.Module:
+    """The code of a file with one fault."""
     tree = ast.parse(text)
     path, _, _, new = next(islice(_faults(tree), number, None))
     _replace(tree, path, new)
-    return ast.unparse(ast.fix_missing_locations(tree))
-
-
-# The way from the root of a tree to a node: names of fields and places in lists.
-Path_ = tuple["str | int", ...]
+    return ast.fix_missing_locations(tree)
 
 
 def _faults(tree: ast.Module) -> Iterator[tuple[Path_, ast.AST, str, ast.AST]]:
@@ -196,8 +215,7 @@ def _other_values(value: object) -> list[object]:
 
 def _with(node: ast.AST, **fields: object) -> ast.AST:
     changed = copy.copy(node)
-    for name, value in fields.items():
-        setattr(changed, name, value)
+    vars(changed).update(fields)
     return changed
 
 
@@ -218,91 +236,55 @@ def _short(node: ast.AST) -> str:
     return line if len(line) <= 70 else line[:67] + "..."
 
 
-class Workplace:
-    """A copy of the repository in which the tests run.
+class Session:
+    """A plugin of pytest that runs mutants in place of the tests.
 
     Args:
-        python: the interpreter of the tests.
+        file: the one that changes, in `ROOT`.
+        chosen: its mutants.
+        out: a file to which the results are appended.
     """
 
-    def __init__(self, python: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mutants-")
-        self.root, self.python = Path(self._folder.name) / "repository", python
+    def __init__(self, file: str, chosen: Sequence[Mutant], out: Path) -> None:
+        self._file, self._chosen, self._out = file, chosen, out
+        self._text = (ROOT / file).read_text(encoding="utf-8")
 
-    def __enter__(self) -> Workplace:
-        shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-        for name in SHARED:
-            if (ROOT / name).exists():
-                (self.root / name).symlink_to(ROOT / name)
-        return self
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed or not session.items:
+            pytest.exit("Tests cannot be collected.", 1)
+        module = importlib.import_module(self._file.removesuffix(".py").replace("/", "."))
+        if Path(str(module.__file__)).resolve() != (ROOT / self._file).resolve():
+            pytest.exit(f"Tests import {module.__file__}.", 1)
+        record = Record(str(module.__file__), session.items)
+        runs = [record.tests(mutant.lines) for mutant in self._chosen]
+        every = list(dict.fromkeys(item for items in runs for item in items))
+        if fork(lambda: replace_code(module, ast.parse(self._text)) and all_pass(every)):
+            pytest.exit("Tests fail without any fault, in another order.", 1)
+        for k, (mutant, items) in enumerate(zip(self._chosen, runs, strict=True), start=1):
+            code, began = with_fault(self._text, mutant.number), time.monotonic()
+            limit = math.ceil(LEAST_LIMIT + 3 * record.seconds(items))
+            killed = fork(partial(_survives, module, code, items), limit) if items else ""
+            self._add(mutant, killed, len(items), time.monotonic() - began)
+            shown = f"{self._file} {k}/{len(runs)} line {mutant.line}: {killed or 'SURVIVED'}"
+            print(shown, file=sys.__stderr__, flush=True)
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-
-    def fails(self, tests: Sequence[str], limit: int | None) -> str:
-        """Why the tests fail: "failed" or "time limit"; "" if all pass.
-
-        Args:
-            tests: files.
-            limit: seconds of processor time; other load of the machine does not count.
-        """
-        # the copy comes before an installed package; a changed file has no stale bytecode
-        environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-        process = subprocess.Popen(
-            [self.python, "-m", "pytest", *options, *tests],
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=limit and partial(resource.setrlimit, resource.RLIMIT_CPU, (limit, limit)),
-        )
-        try:
-            code = process.wait(limit and WAITING * limit + AT_LEAST)
-        except subprocess.TimeoutExpired:
-            return "time limit"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # and the processes that tests started
-                process.wait()
-        if code == 5:
-            raise SystemExit(f"There are no tests in {' '.join(tests)}.")
-        if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            return "time limit"
-        return "failed" if code else ""
-
-    def write(self, file: str, content: str) -> None:
-        (self.root / file).write_text(content, encoding="utf-8")
-
-
-def run_mutants(
-    work: Workplace, file: str, chosen: Sequence[Mutant], tests: Sequence[str], out: Path
-) -> None:
-    """Run the tests on each mutant, and append the results to `out`."""
-    original = (ROOT / file).read_text(encoding="utf-8")
-    # formatted as the mutants are, so that only the fault differs
-    work.write(file, ast.unparse(ast.parse(original)))
-    began = _seconds_of_children()
-    if work.fails(tests, None):
-        raise SystemExit(f"{' '.join(tests)} fail without any fault in {file}.")
-    limit = max(LEAST_LIMIT, math.ceil(3 * (_seconds_of_children() - began)))
-    for k, mutant in enumerate(chosen, start=1):
-        work.write(file, with_fault(original, mutant.number))
-        began = time.monotonic()
-        row = asdict(mutant) | {"killed": work.fails(tests, limit)}
-        row |= {"seconds": round(time.monotonic() - began, 1), "tests": list(tests)}
-        with out.open("a", encoding="utf-8") as results:
+    def _add(self, mutant: Mutant, killed: str, tests: int, seconds: float) -> None:
+        row = asdict(mutant) | {"killed": killed, "tests": tests, "seconds": round(seconds, 1)}
+        with self._out.open("a", encoding="utf-8") as results:
             results.write(json.dumps(row) + "\n")
-        state = row["killed"] or "SURVIVED"
-        print(f"{file} {k}/{len(chosen)} line {mutant.line}: {state}", file=sys.stderr, flush=True)
-    work.write(file, original)
 
 
-def _seconds_of_children() -> float:
-    """Processor time of the processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def _survives(module: ModuleType, code: ast.Module, items: Sequence[pytest.Item]) -> bool:
+    return replace_code(module, code) and all_pass(items)
+
+
+def run_mutants(file: str, chosen: Sequence[Mutant], tests: Sequence[str], out: Path) -> None:
+    """Run the tests on each mutant, and append the results to `out`."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # before an installed package
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-W", "ignore"]
+    raise SystemExit(pytest.main([*options, *tests], plugins=[Session(file, chosen, out)]))
 
 
 def results(out: Path) -> list[dict]:
@@ -324,24 +306,17 @@ def _source_of(path: Path) -> str:
 
 def report(rows: Sequence[dict]) -> str:
     """A table of the shares, and the survivors."""
-    kinds = sorted({row["kind"] for row in rows})
-    lines = [f"| file | mutants | killed | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
-    for file in [*dict.fromkeys(row["file"] for row in rows), None]:
-        some = [row for row in rows if file in (None, row["file"])]
-        cells = [_share([row for row in some if row["kind"] == kind]) for kind in kinds]
-        name = "all" if file is None else file
-        lines.append(f"| {name} | {len(some)} | {_share(some)} | {' | '.join(cells)} |")
+    lines = ["| file | mutants | killed |", "|---|---|---|"]
+    for file in [*dict.fromkeys(row["file"] for row in rows), "all"]:
+        some = [bool(row["killed"]) for row in rows if file in ("all", row["file"])]
+        share = f"{sum(some) / len(some):.0%} ({sum(some)}/{len(some)})" if some else "-"
+        lines.append(f"| {file} | {len(some)} | {share} |")
     lines += ["", "Survivors:", ""]
     for row in sorted(rows, key=lambda row: (row["file"], row["line"])):
         if not row["killed"]:
             change = f"`{row['before']}` -> `{row['after']}`"
             lines.append(f"- {row['file']}:{row['line']} ({row['kind']}): {change}")
     return "\n".join(lines)
-
-
-def _share(rows: Sequence[dict]) -> str:
-    killed = sum(bool(row["killed"]) for row in rows)
-    return f"{killed / len(rows):.0%} ({killed}/{len(rows)})" if rows else "-"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -352,27 +327,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--list", action="store_true", help="count the mutants and end")
     parser.add_argument("--report", action="store_true", help="print the table and end")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the tests")
     parser.add_argument("--out", type=Path, default=ROOT / "build/mutants.jsonl")
     arguments = parser.parse_args(argv)
+    arguments.out = arguments.out.resolve()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["file"], row["source"], row["number"]) for row in results(arguments.out)}
+    rows = results(arguments.out)
+    done = {(row["file"], row["number"]) for row in rows if row["killed"]}
     if arguments.list:
         for file in arguments.files:
             print(f"{len(mutants(file, (ROOT / file).read_text(encoding='utf-8'))):5}  {file}")
         return
     if not arguments.report:
-        with Workplace(arguments.python) as work:
-            for file in arguments.files:
-                every = mutants(file, (ROOT / file).read_text(encoding="utf-8"))
-                draw = random.Random(arguments.seed)
-                chosen = draw.sample(every, min(arguments.sample or len(every), len(every)))
-                left = [mutant for mutant in chosen if mutant.key not in done]
-                tests = arguments.tests or TESTS.get(file)
-                if tests is None:
-                    raise SystemExit(f"TESTS does not list {file}; give --tests.")
-                if left:
-                    run_mutants(work, file, left, tests, arguments.out)
+        for file in arguments.files:
+            every = mutants(file, (ROOT / file).read_text(encoding="utf-8"))
+            draw = random.Random(arguments.seed)
+            chosen = draw.sample(every, min(arguments.sample or len(every), len(every)))
+            left = [mutant for mutant in chosen if (file, mutant.number) not in done]
+            tests = arguments.tests or TESTS.get(file)
+            if tests is None:
+                raise SystemExit(f"TESTS does not list {file}; give --tests.")
+            if left:  # each file in a process of its own, whose modules are new
+                run = FORK.Process(target=run_mutants, args=(file, left, tests, arguments.out))
+                run.start()
+                run.join()
+                if run.exitcode:
+                    raise SystemExit(run.exitcode)
     print(report(results(arguments.out)))
 
 
