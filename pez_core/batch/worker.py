@@ -16,13 +16,13 @@ from ..clip import load_clip
 from ..clip.device import default_dtype
 from ..clip.images import load_image, load_image_at
 from ..errors import ArgumentError
+from ..names import name_of, printable
 from ..readability import load_language_model
 from ..results import Result
 from ..scoring import check_finite
 from ..targets import Avoid, encode_targets
 from ..tasks import distill, invert
 from .job import Job
-from .names import name_of, printable
 
 log = logging.getLogger(__name__)
 

@@ -573,10 +573,8 @@ class PezPipeline(DiffusionPipeline):
                 return self._interrupt
 
             def search(clip: AnyClip) -> Any:
-                if text := kwargs.get("caption"):
-                    # the text encoder of the pipeline cuts what is longer than one context
-                    frame = Caption(clip, check_caption(text))
-                    frame.check_room(options.prompt_len or 1, one_context=True)
+                if self.pipeline is not None and kwargs.get("caption"):
+                    _check_length(clip, kwargs["caption"], options.prompt_len or 1)
                 return TASKS[task](clip, targets, options, callback=report, **kwargs)
 
             found = self.clip(search)
@@ -882,6 +880,18 @@ def _component(clip: Any, pretrained: str | None = None, download: bool = False)
         return PezClipModel.from_clip(clip)
     with named(name="clip", pretrained="clip_pretrained"):
         return PezClipModel.load(clip, pretrained, download=download)
+
+
+def _check_length(clip: AnyClip, caption: str, prompt_len: int) -> None:
+    """Raise where a text encoder of the image pipeline would cut the prompt."""
+    room, size = Caption(clip, check_caption(caption)).room, clip.text.max_prompt_len
+    if room < prompt_len <= size:
+        raise ArgumentError(
+            "caption",
+            f"has {size - room} tokens, and {prompt_len} are learned at least, but the image "
+            f"pipeline reads {size} and cuts the others off",
+            "shorten it, or learn prompts with a PezPipeline that has no image pipeline",
+        )
 
 
 def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:
