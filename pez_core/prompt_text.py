@@ -147,7 +147,8 @@ def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Token ids of the pieces of a prompt -> the contexts that ComfyUI encodes one by one.
 
     A piece of fewer than eight tokens goes into the next context whole; a longer one, or one that
-    no context holds, is cut where the context is full (ComfyUI 0.30, `comfy/sd1_clip.py`, `SDTokenizer.tokenize_with_weights`).
+    no context holds, is cut where the context is full (ComfyUI 0.30, `comfy/sd1_clip.py`,
+    `SDTokenizer.tokenize_with_weights`).
     """
     contexts: list[list[int]] = [[]]
     for group in groups:
