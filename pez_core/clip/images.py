@@ -143,7 +143,7 @@ def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.I
         )
     Image.init()
     with _naming(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # about large images and damage that does not matter
         with Image.open(source(), formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
             _decode_smaller(image)
             with _naming(what, "is damaged", "save the image again"):
