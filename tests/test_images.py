@@ -101,6 +101,14 @@ def test_arrays_with_negative_strides():
     assert colour(load_image(array[..., ::-1])) == (0, 0, 255)
 
 
+def test_the_array_of_a_pil_image_is_read_without_a_warning():
+    array = np.asarray(Image.new("RGB", (4, 4), RED))
+    assert not array.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert colour(load_image(array)) == RED
+
+
 def test_an_error_says_which_image():
     with pytest.raises(ValueError, match=r"image 2 of 3"):
         load_images([torch.rand(8, 6, 3), torch.zeros(8, 6), torch.rand(8, 6, 3)])
