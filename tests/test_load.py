@@ -466,6 +466,13 @@ def test_a_saved_config_names_only_tokenizers_of_open_clip(stranger, kind):
         build.from_config({"model_cfg": model_cfg, "tokenizer": name}, {})
 
 
+@pytest.mark.parametrize("text", [{"width": "x"}, {"layers": None}, {"heads": 5}, {"odd": 1}])
+def test_a_saved_config_that_gives_no_model_is_named(text):
+    model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT | text}
+    with pytest.raises(ArgumentError, match="`config` gives no CLIP that works"):
+        build.from_config({"model_cfg": model_cfg, "tokenizer": None}, {})
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_cfg": 3}', "[" * 200_000, "\xff"])
 def test_a_folder_without_a_readable_config(tmp_path, weights, text):
     weights.rename(tmp_path / "open_clip_model.safetensors")

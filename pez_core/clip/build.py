@@ -229,8 +229,15 @@ def from_config(config: dict, preprocess_cfg: dict) -> tuple[Any, Any]:
     kind = CustomTextCLIP if custom else CLIP
     if custom and "multimodal_cfg" in model_cfg:
         kind = CoCa
-    model = kind(**model_cfg)
-    set_model_preprocess_cfg(model, preprocess_cfg)
+    try:
+        model = kind(**model_cfg)
+        set_model_preprocess_cfg(model, preprocess_cfg)
+    except _WRONG as error:
+        raise ArgumentError(
+            "config",
+            f"gives no CLIP that works ({first_line(error)})",
+            "use a CLIP that was saved by this package",
+        ) from error
     if name:
         return model, tokenizer_of_name(name)
     text = model_cfg["text_cfg"]
