@@ -160,7 +160,7 @@ class Caption:
         def sizes(texts: Sequence[str]) -> list[int]:
             return [len(self._words.encode_behind(f" {text}")) for text in texts]
 
-        own = sum(sizes(filter(str.strip, [left, right]))) + prompt_len
+        own = sum(sizes([text for text in (left, right) if text.strip()])) + prompt_len
         groups = [*sizes(found[:place]), own, *sizes(found[place + 1 :])]
         total = len(self.before) + prompt_len + len(self.after)
         return groups if sum(groups) == total else [total]
