@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, check_string
+from .prompt_text import SLOT, all_pieces, chunks
 from .readability import as_written as written_form
 from .vocabulary import Blocklist, count_words
 
@@ -130,12 +131,39 @@ class Caption:
             return None
         first, last = len(self.before), len(self.before) + prompt_len
         cuts = []
-        for start in range(0, last + len(self.after), self._size):
-            end = start + self._size
+        for start, end in self._cuts(prompt_len):
             learned = (min(max(start - first, 0), prompt_len), min(max(end - first, 0), prompt_len))
             before = self.before[start:end]
             cuts.append((before, self.after[max(start - last, 0) : max(end - last, 0)], learned))
         return cuts
+
+    def cut(self, ids: Sequence[int]) -> list[list[int]]:
+        """The tokens of the whole prompt in its contexts."""
+        learned = max(0, len(ids) - len(self.before) - len(self.after))
+        return [list(ids[start:end]) for start, end in self._cuts(learned)]
+
+    def _cuts(self, prompt_len: int) -> list[tuple[int, int]]:
+        """Where each context of the whole prompt starts and ends."""
+        stretches, start = [], 0
+        for size in self._groups(prompt_len):
+            stretches.append(range(start, start + size))
+            start += size
+        return [(places[0], places[-1] + 1) for places in chunks(stretches, self._size)]
+
+    def _groups(self, prompt_len: int) -> list[int]:
+        """Tokens of each piece of text and syntax; the learned words are part of one."""
+        before, after = self._printed
+        found = [piece.read for piece in all_pieces(f"{before}{SLOT}{after}") if piece.read]
+        place = next(k for k, text in enumerate(found) if SLOT in text)
+        left, right = found[place].split(SLOT, 1)
+
+        def sizes(texts: Sequence[str]) -> list[int]:
+            return [len(self._words.encode_behind(f" {text}")) for text in texts]
+
+        own = sum(sizes([text for text in (left, right) if text.strip()])) + prompt_len
+        groups = [*sizes(found[:place]), own, *sizes(found[place + 1 :])]
+        total = len(self.before) + prompt_len + len(self.after)
+        return groups if sum(groups) == total else [total]
 
     def note(self, prompt_len: int) -> str:
         """A remark on a prompt that is longer than the context, "" on others."""
@@ -147,6 +175,15 @@ class Caption:
             f"The prompt has {tokens} tokens, and CLIP reads {self._size} at a time. It is encoded "
             f"in {len(cuts)} parts, as by CLIP Text Encode; the similarity is that of their mean."
         )
+
+    def words_before(self, learned: Sequence[int], place: int) -> list[str]:
+        """The words that the text encoder reads before learned token number `place`."""
+        ids, start = [self.before], 0
+        for k, fixed in [*self.inserts, (place, [])]:
+            if k <= place:
+                ids += [*([token] for token in learned[start:k]), fixed]
+                start = k
+        return [word for part in ids for word in self._words.decode(part).split()]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of learned words where they stand in the prompt."""

@@ -56,9 +56,8 @@ class ReadabilityPrior:
         space: TokenSpace,
         readability: float,
     ) -> None:
-        self.language_model, self.words, self.caption = language_model, words, caption
+        self.language_model, self.caption = language_model, caption
         self.weight = readability * _NAT
-        self._before = words.decode(caption.before).split()
         printed = [words.decode([token]) for token in space.allowed.tolist()]
         self._table = language_model.table([word if word.strip() else "?" for word in printed])
         self._scores: dict[tuple[int, ...], float] = {}
@@ -68,10 +67,7 @@ class ReadabilityPrior:
 
         Scaled like `score`, as a token's part in the mean.
         """
-        left = [
-            [*self._before, *(self.words.decode([token]) for token in row[:position])]
-            for row in ids.tolist()
-        ]
+        left = [self.caption.words_before(row, position) for row in ids.tolist()]
         texts = [as_written(" ".join(words)) for words in left]
         likely = self.language_model.next_words(texts, self._table)
         return (likely * self.weight / ids.shape[1]).to(ids.device)

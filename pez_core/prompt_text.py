@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Marks that ComfyUI and others read as syntax; learned words between tags must not hold them.
 SYNTAX = ("(", ")", "<", ">", "[", "]", "{", "}", "|", "\\")
@@ -41,7 +41,8 @@ class Piece:
     """A stretch of a prompt.
 
     Attributes:
-        printed: its characters in the prompt.
+        printed: its characters in the prompt. A comma between two pieces of syntax is printed with
+            the first one.
         read: the words that a text encoder reads of it, "" for a tag.
         kept: it is syntax; no task changes it.
     """
@@ -83,11 +84,12 @@ def pieces(section: str, weighted: bool = False) -> list[Piece]:
     found: list[Piece] = []
     start = 0
     for first, last in _kept_spans(section, weighted):
-        found += _text(section[start:first])
+        _add_text(found, section[start:first])
         kept = section[first:last]
         found.append(Piece(kept, "" if kept[0] == ":" else _read(kept), kept=True))
         start = last
-    return found + _text(section[start:])
+    _add_text(found, section[start:])
+    return found
 
 
 def read(prompt: str) -> str:
@@ -101,7 +103,7 @@ def read(prompt: str) -> str:
 def tags(prompt: str) -> str:
     """The tags of a prompt that no text encoder reads, separated by spaces."""
     kept = [piece for section in sections(prompt) for piece in pieces(section)]
-    return " ".join(piece.printed for piece in kept if piece.kept and not piece.read)
+    return " ".join(piece.printed.rstrip(", ") for piece in kept if piece.kept and not piece.read)
 
 
 def all_pieces(prompt: str) -> list[Piece]:
@@ -144,8 +146,9 @@ def contexts(
 def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Token ids of the pieces of a prompt -> the contexts that ComfyUI encodes one by one.
 
-    A piece of fewer than eight tokens goes into the next context whole; a longer one is cut where
-    the context is full (ComfyUI 0.30, `comfy/sd1_clip.py`, `SDTokenizer.tokenize_with_weights`).
+    A piece of fewer than eight tokens goes into the next context whole; a longer one, or one that
+    no context holds, is cut where the context is full (ComfyUI 0.30, `comfy/sd1_clip.py`,
+    `SDTokenizer.tokenize_with_weights`).
     """
     contexts: list[list[int]] = [[]]
     for group in groups:
@@ -155,7 +158,7 @@ def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
             if len(left) <= room:
                 contexts[-1].extend(left)
                 break
-            if len(group) >= 8:
+            if len(group) >= 8 or len(group) > size:
                 contexts[-1].extend(left[:room])
                 left = left[room:]
             contexts.append([])
@@ -250,9 +253,13 @@ def _name_start(section: str, first: int, end: int) -> int:
     return max(first, end - 200) + words[0].start() if words else end
 
 
-def _text(text: str) -> list[Piece]:
+def _add_text(found: list[Piece], text: str) -> None:
+    """Add a text to the pieces; commas alone belong to the syntax that they stand behind."""
     text = text.strip()
-    return [Piece(text, _read(text), kept=False)] if text.strip(", ") else []
+    if text.strip(", "):
+        found.append(Piece(text, _read(text), kept=False))
+    elif found:
+        found[-1] = replace(found[-1], printed=found[-1].printed + text)
 
 
 @dataclass

@@ -301,8 +301,7 @@ def _space(
 def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The phrases in the tokens that they have at the beginning of a text."""
     known, starts = clip.trained_tokens, []
-    for phrase in phrases:
-        start = clip.text.words.opening(phrase)
+    for start in clip.text.words.openings(phrases):
         if start is not None and (known is None or known.issuperset(start)):
             starts.append(start)
     if not starts:
@@ -724,11 +723,10 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
 
 def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:
     """(rows, features) of printed prompts, in contexts where they are longer than one."""
-    clip, size = problem.clip, problem.clip.text.max_prompt_len
-    if problem.caption.contexts(problem.prompt_len) is None:
+    clip, caption = problem.clip, problem.caption
+    if caption.contexts(problem.prompt_len) is None:
         return clip.encode_texts(texts)
-    ids = [problem.caption.reread(row) for row in rows]
-    cut = [[one[k : k + size] for k in range(0, len(one), size)] for one in ids]
+    cut = [caption.cut(caption.reread(row)) for row in rows]
     return torch.stack([clip.encode_chunks(parts) for parts in cut])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +39,7 @@ def style_direction(
         (features,) unit vector.
     """
     # in one call, since the image tower may have to be fetched for each
-    perturbed = clip.encode_images([picture for image in images for picture in perturb(image)])
+    perturbed = clip.encode_images(_Perturbed(images))
     perturbed = perturbed.view(len(images), -1, perturbed.shape[1]).mean(1)
     style = (features - PERTURBED * perturbed).mean(0)
     differences = features - features.mean(0)
@@ -50,25 +50,32 @@ def style_direction(
     return F.normalize(style - DIFFERENT * basis.T @ (basis @ style), dim=-1)
 
 
-def perturb(image: Image.Image) -> list[Image.Image]:
+class _Perturbed:
+    """The perturbed images of all images, made one by one: large ones would fill the memory."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for image in self.images:
+            yield from perturb(image)
+
+
+def perturb(image: Image.Image) -> Iterator[Image.Image]:
     """The same picture with its colours, lines or textures changed in twelve ways."""
     grey = image.convert("L")
-    edges = ImageOps.invert(grey.filter(ImageFilter.FIND_EDGES))
-    bright = ImageEnhance.Brightness(image).enhance(1.3)
-    return [
-        grey.convert("RGB"),
-        edges.convert("RGB"),
-        grey.point([255 * (value > 160) for value in range(256)]).convert("RGB"),
-        image.filter(ImageFilter.GaussianBlur(image.width / 32)),
-        ImageOps.invert(image),
-        ImageOps.posterize(image, 2),
-        ImageOps.solarize(image, 128),
-        ImageEnhance.Contrast(image).enhance(2.5),
-        ImageEnhance.Contrast(bright).enhance(0.4),
-        ImageEnhance.Color(image).enhance(3),
-        _turn_hue(image, 85),
-        _turn_hue(image, 170),
-    ]
+    yield grey.convert("RGB")
+    yield ImageOps.invert(grey.filter(ImageFilter.FIND_EDGES)).convert("RGB")
+    yield grey.point([255 * (value > 160) for value in range(256)]).convert("RGB")
+    yield image.filter(ImageFilter.GaussianBlur(image.width / 32))
+    yield ImageOps.invert(image)
+    yield ImageOps.posterize(image, 2)
+    yield ImageOps.solarize(image, 128)
+    yield ImageEnhance.Contrast(image).enhance(2.5)
+    yield ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(1.3)).enhance(0.4)
+    yield ImageEnhance.Color(image).enhance(3)
+    yield _turn_hue(image, 85)
+    yield _turn_hue(image, 170)
 
 
 def _turn_hue(image: Image.Image, by: int) -> Image.Image:

@@ -221,7 +221,8 @@ class Tracker:
         if not self._finite:
             raise FloatingPointError(
                 f"Score or gradient became NaN or infinite by step {self._step}; load the "
-                "model with dtype=torch.float32, or with torch.bfloat16 if it was float16."
+                "model with dtype=torch.float32, or with torch.bfloat16 if it was float16. With "
+                "float32 its weights are damaged."
             )
         progress = self.progress
         progress.step, progress.elapsed = self._step, elapsed

@@ -23,6 +23,9 @@ UNSAFE_WORDS = Path(__file__).parent / "words" / "unsafe.txt"
 ENGLISH_WORDS = Path(__file__).parent / "words" / "english.txt"
 """The dictionary of English words; its head states sources and what is left out."""
 
+# Vocabularies within one another in a file. Each is some calls deep in a search.
+_DEEPEST = 100
+
 
 class Blocklist:
     """Finds blocked words in a text, in any spelling by pieces of words and punctuation.
@@ -354,7 +357,9 @@ class _Combination(Vocabulary):
         }
 
 
-def _from_json(rules: dict) -> Vocabulary:
+def _from_json(rules: dict, depth: int = 0) -> Vocabulary:
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} are combined one in another")
     if "operation" not in rules:
         for name in ("only", "block"):
             # a string would be a path: files from strangers must not name other files to read
@@ -367,8 +372,8 @@ def _from_json(rules: dict) -> Vocabulary:
         raise ValueError(f"unknown operation {rules['operation']!r}")
     return _Combination(
         operation=rules["operation"],
-        left=_from_json(rules["left"]),
-        right=_from_json(rules["right"]),
+        left=_from_json(rules["left"], depth + 1),
+        right=_from_json(rules["right"], depth + 1),
     )
 
 

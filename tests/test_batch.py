@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, make_clip
 from filelock import FileLock
 from PIL import Image
 
@@ -639,6 +639,20 @@ def test_nan_is_an_error_of_its_item(images, tmp_path, monkeypatch, emoji_clip):
     assert (summary.found, summary.errors) == (2, {"FloatingPointError": 1, "NoPrompt": 2})
     (row,) = [r for r in read(tmp_path / "out").values() if "Floating" in (r["error"] or "")]
     assert "emoji-clip" in row["error"] and row["similarity"] is None
+
+
+def test_a_clip_that_gives_nan_is_named(images, tmp_path, monkeypatch):
+    """Before a search as for each item."""
+    clip = make_clip()
+    monkeypatch.setattr(worker_module, "load_clip", lambda *_, **__: clip)
+    worker = worker_module.Worker(QUICK)
+    torch.nn.init.constant_(clip.model.text_projection, float("nan"))
+    with pytest.raises(FloatingPointError, match="similarities by tiny are NaN"):
+        worker.check()
+    torch.nn.init.constant_(clip.model.visual.proj, float("nan"))
+    (item,) = find_items(images / names(1)[0], "invert").to_pylist()
+    ((row,),) = worker.rows([item])
+    assert row["error"].startswith("FloatingPointError: similarities by tiny are NaN")
 
 
 def test_a_device_that_is_lost_ends_the_run_and_is_no_fault_of_the_items(

@@ -631,6 +631,15 @@ def test_a_name_that_stdout_cannot_show(call, searches, tmp_path):
     assert json.loads(call("invert", name, "--json").out)[0]["image"] == name
 
 
+def test_names_are_printed_alike_in_any_locale(call, searches, monkeypatch):
+    """Where the locale has no letter for a byte of a name, Python puts a surrogate."""
+    monkeypatch.setattr(images, "load_image", lambda path: Image.new("RGB", (9, 9)))
+    name = "h\udcc3\udca4nd-\udcff.png"
+    (row,) = json.loads(call("invert", name, "--json").out)
+    assert row["image"] == "händ-\udcff.png"
+    assert call("invert", name).out.startswith("händ-\\udcff.png\n")
+
+
 # --- pictures
 
 

@@ -258,7 +258,15 @@ def test_a_config_does_not_reach_the_network(tmp_path):
     assert any("stranger/repository" in path for path in asked)  # it would have
 
 
-@pytest.mark.parametrize("config", [{}, {"towers": 3}, {"towers": [{"config": {}}]}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"towers": 3},
+        {"towers": [{"config": {}}]},
+        {"towers": [{"config": {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}}]},
+    ],
+)
 def test_a_damaged_config_is_named(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "PezClipModel"}))
     with pytest.raises(ArgumentError, match=r"config\.json is not that of a PezClipModel"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, ROOT
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from tiny_diffusion import export_emoji_diffusion, flux, stable_diffusion
+from tiny_diffusion import export_emoji_diffusion, flux, stable_diffusion, tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pez_core import ArgumentError, PezPipeline, SearchOptions
@@ -169,6 +169,45 @@ def test_what_is_not_there_is_refused_with_a_remedy(tmp_path, monkeypatch):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FuturePipeline"}')
     with pytest.raises(ArgumentError, match="this version of diffusers cannot load"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("load", ["load_pipeline", "PezPipeline", "saved"])
+def test_code_of_a_processor_never_runs(tmp_path, tiny_clip, monkeypatch, load):
+    """transformers would ask on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "pipeline"
+    stable_diffusion().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    processor = folder / "feature_extractor"
+    (folder / "tokenizer").rename(processor)
+    tokenizer().save_pretrained(folder / "tokenizer")
+    kind = {"image_processor_type": "CLIPImageProcessor"}
+    (processor / "preprocessor_config.json").write_text(json.dumps(kind))
+    auto = {"auto_map": {"AutoTokenizer": ["tokens.Tokens", "tokens.Tokens"]}}
+    (processor / "tokenizer_config.json").write_text(json.dumps(auto))
+    marker = str(tmp_path / "was-here")
+    (processor / "tokens.py").write_text(f"open({marker!r}, 'w')\nclass Tokens: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        if load == "load_pipeline":
+            load_pipeline(folder, "cpu")
+        elif load == "PezPipeline":
+            PezPipeline.from_pretrained(folder, tiny_clip)
+        else:
+            index = {"_class_name": "PezPipeline", "pipeline": ["diffusers", "DiffusionPipeline"]}
+            (tmp_path / "model_index.json").write_text(json.dumps(index))
+            PezPipeline.from_pretrained(tmp_path, tiny_clip)
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"_class_name": "StableDiffusionPipeline", "unet": 3}', "[" * 9999]
+)
+def test_a_damaged_folder_is_named(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ArgumentError, match=f"`pipeline` is '{tmp_path}', which cannot be loaded"):
         load_pipeline(tmp_path)
 
 

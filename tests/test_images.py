@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -100,6 +101,14 @@ def test_arrays_with_negative_strides():
     assert colour(load_image(array[..., ::-1])) == (0, 0, 255)
 
 
+def test_the_array_of_a_pil_image_is_read_without_a_warning():
+    array = np.asarray(Image.new("RGB", (4, 4), RED))
+    assert not array.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert colour(load_image(array)) == RED
+
+
 def test_an_error_says_which_image():
     with pytest.raises(ValueError, match=r"image 2 of 3"):
         load_images([torch.rand(8, 6, 3), torch.zeros(8, 6), torch.rand(8, 6, 3)])
@@ -131,7 +140,9 @@ def test_a_damaged_orientation_is_ignored(save, name, damage):
         damaged = damaged[: start + length] + struct.pack(">I", zlib.crc32(chunk))
         damaged += content[start + length + 4 :]
     path.write_bytes(damaged)
-    assert load_image(path).size == (40, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(path).size == (40, 20)
 
 
 @pytest.mark.parametrize("error", [SyntaxError, RuntimeError, KeyError, ZeroDivisionError])

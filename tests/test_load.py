@@ -431,6 +431,25 @@ def test_the_config_of_a_folder_runs_no_code_and_stays_offline(stranger, vision,
         build.from_config(config | {"tokenizer": None}, {})
 
 
+@pytest.mark.parametrize(
+    "text, prepared",
+    [
+        ({"embed_cls": True}, {}),
+        ({"pool_type": "eos", "eos_id": "x"}, {}),
+        ({"tokenizer_kwargs": {"strip_sep_token": True}}, {}),
+        ({}, {"mean": "x"}),
+        ({}, {"std": [0.0, 0.0, 0.0]}),
+        ({}, {"interpolation": 5}),
+    ],
+)
+def test_a_folder_whose_config_fails_when_it_is_used_is_named(stranger, text, prepared):
+    folder = pathlib.Path(stranger({}, text))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": prepared}))
+    with pytest.raises(ArgumentError, match=r"is the folder .*stranger.* CLIP that works"):
+        load_clip(folder)
+
+
 def test_the_tokenizer_of_a_folder_runs_no_code(stranger, monkeypatch):
     """Nobody is asked on the terminal, either."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -445,6 +464,13 @@ def test_a_saved_config_names_only_tokenizers_of_open_clip(stranger, kind):
     model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     with pytest.raises(ValueError, match="`config` names the tokenizer"):
         build.from_config({"model_cfg": model_cfg, "tokenizer": name}, {})
+
+
+@pytest.mark.parametrize("text", [{"width": "x"}, {"layers": None}, {"heads": 5}, {"odd": 1}])
+def test_a_saved_config_that_gives_no_model_is_named(text):
+    model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT | text}
+    with pytest.raises(ArgumentError, match="`config` gives no CLIP that works"):
+        build.from_config({"model_cfg": model_cfg, "tokenizer": None}, {})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_cfg": 3}', "[" * 200_000, "\xff"])
@@ -838,3 +864,22 @@ def test_several_clips_have_low_memory_each(tmp_path):
     for part in joint.clips:
         assert next(part.model.visual.parameters()).device.type == "cpu"
         assert part.device.type == "meta"
+
+
+def test_a_torch_that_may_run_code_of_a_file_reads_safetensors_only(
+    architecture, weights, tmp_path, monkeypatch
+):
+    """open_clip reads a file again without `weights_only` where it raises a TypeError."""
+    pickled = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(make_model().state_dict(), pickled)
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1+cu121"))
+    load_clip(architecture, weights)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (pickled, tmp_path / "open_clip_config.json"):
+        shutil.copy(path, folder)
+    for given in ((architecture, pickled), (folder, None)):
+        with pytest.raises(ArgumentError, match=r"may run code with torch 2\.5\.1"):
+            load_clip(*given)

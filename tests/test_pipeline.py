@@ -183,6 +183,18 @@ def test_each_image_may_have_a_caption(pipe):
     assert output.prompts[1] == alone.prompts[0] and len(output.images) == 2
 
 
+def test_a_caption_that_the_image_pipeline_would_cut_is_refused(pipe):
+    """Without one it is encoded in parts, as in ComfyUI."""
+    caption = " ".join(["fish"] * 80)
+    with pytest.raises(ArgumentError, match=r"`prompt` has 80 tokens.* reads 75 and cuts"):
+        pipe(image=FISH, prompt=caption, **QUICK)
+    searcher = PezPipeline(pipe.clip)
+    searcher.set_progress_bar_config(disable=True)
+    output = searcher(image=FISH, prompt=caption, options=FOUND)
+    assert output.prompt[0].startswith(f"{caption} ")
+    assert "in 2 parts" in output.results[0].note
+
+
 def test_a_caption_stays_where_it_is(pipe):
     output = pipe(image=FISH, prompt="a drawing of", num_images_per_prompt=1, **QUICK)
     assert output.prompts[0].startswith("a drawing of ")

@@ -43,7 +43,7 @@ SYNTAX = {
     "{|{dark (red:1.1)|pink}} car": (["{|{dark (red:1.1)|pink}}"], "dark red car"),
     "__color__ car, __dir/my-hats_2__": (["__color__", "__dir/my-hats_2__"], "car,"),
     "snake_case __ and __a b__": ([], "snake_case __ and __a b__"),
-    "embedding:name, (embedding:b:1.2)": (["embedding:name", "(embedding:b:1.2)"], ""),
+    "embedding:name, (embedding:b:1.2)": (["embedding:name,", "(embedding:b:1.2)"], ""),
     "a BREAK b": (["BREAK"], "a b"),
     "(a [b) c]": (["(a [b)"], "a [b c]"),
     "((a:1.2) b:0.5e)": (["((a:1.2) b:0.5e)"], "a b:0.5e"),
@@ -166,6 +166,20 @@ def test_no_expression_goes_back(text):
         assert len(printed) <= len(long) + 4
 
 
+@pytest.mark.parametrize(
+    "section, printed",
+    [
+        ("<lora:a:1>, <lora:b:1>", ["<lora:a:1>,", "<lora:b:1>"]),
+        ("(a:1.2) , ,{b|c},", ["(a:1.2), ,", "{b|c},"]),
+        (", (a:1.2), cat", ["(a:1.2)", ", cat"]),
+    ],
+)
+def test_a_comma_between_pieces_of_syntax_is_printed_with_the_first(section, printed):
+    found = pieces(section)
+    assert [piece.printed for piece in found] == printed
+    assert "," not in "".join(piece.read for piece in found if piece.kept)
+
+
 def test_what_is_read_and_what_is_not():
     prompt = "a (red:1.3) car <lora:x:1> BREAK embedding:y, \\(big\\)"
     assert read(prompt) == "a red car (big)"
@@ -204,3 +218,11 @@ def test_a_prompt_in_contexts():
         ["first", "a", "behind", " ", "b"],
         ["behind", " ", "c", " ", "d", "behind", " ", "e"],
     ]
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_a_piece_that_no_context_holds_is_cut(size):
+    groups = [[0], [1] * 7, [2] * 3]
+    found = chunks(groups, size)
+    assert all(0 < len(context) <= size for context in found)
+    assert list(chain(*found)) == list(chain(*groups))

@@ -11,12 +11,14 @@ import torch
 
 from pez_core.caption import Caption
 from pez_core.errors import ArgumentError
+from pez_core.priors import ReadabilityPrior
 from pez_core.readability import (
     LanguageModel,
     as_written,
     load_language_model,
     repeated_share,
 )
+from pez_core.space import TokenSpace
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -281,6 +283,22 @@ def test_readable_prompts_are_printed_as_written_where_the_tokens_stay(emoji_cli
     # ")!" is another token
     assert written.learned(row) == "a bird, in a tree (close-up) !"
     assert plain.learned(row) == "a bird , in a tree ( close - up ) !"
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_fixed_text_among_the_learned_words_counts_in_the_choice_of_swaps(lm, tiny_clip, place):
+    """The language model reads all that stands before the word, as in the score of a prompt."""
+    words = tiny_clip.text.words
+    caption = Caption(tiny_clip, "a photo of {}", inserts=[(1, "(red:1.2)", "red"), (3, "x", "")])
+    space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
+    prior = ReadabilityPrior(lm, words, caption, space, readability=1.0)
+    row = words.encode("cat dog bird house")
+    left = ["a photo of", "a photo of cat red", "a photo of cat red dog"]
+    text = [*left, "a photo of cat red dog bird"][place]
+    printed = [words.decode([token]) for token in space.allowed.tolist()]
+    expected = lm.next_words([text], [word or "?" for word in printed])
+    found = prior.screen(torch.tensor([row]), place)
+    torch.testing.assert_close(found / found.abs().max(), expected / expected.abs().max())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """One prompt for what several images share."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import EXAMPLES, paper
@@ -90,9 +92,28 @@ def test_the_same_picture_twice(emoji_clip, pictures):
 
 
 def test_perturbation_changes_every_picture_and_keeps_its_size(pictures):
-    variants = perturb(pictures[0])
+    variants = list(perturb(pictures[0]))
     assert all(v.size == pictures[0].size and v.mode == "RGB" for v in variants)
     assert len({v.tobytes() for v in [*variants, pictures[0]]}) == len(variants) + 1
+
+
+def test_perturbed_images_do_not_fill_the_memory(tiny_clip, pictures, monkeypatch):
+    made, most, prepare = [], [], tiny_clip._prepare
+
+    def watched(image):
+        for one in perturb(image):
+            made.append(weakref.ref(one))
+            yield one
+
+    def count(image):
+        most.append(sum(one() is not None for one in made))
+        return prepare(image)
+
+    monkeypatch.setattr("pez_core.style_direction.perturb", watched)
+    monkeypatch.setattr(tiny_clip, "_prepare", count)
+    features = tiny_clip.encode_images(pictures)
+    style_direction(tiny_clip, pictures, features)
+    assert len(made) == 12 * len(pictures) and max(most) <= 2
 
 
 def test_a_minibatch_per_step_and_a_score_on_all():

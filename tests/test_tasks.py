@@ -317,6 +317,29 @@ def test_captions_of_any_length(any_clip, words, place, effort):
         assert f"{words + 10} tokens" in result.note and f"in {len(parts)} parts" in result.note
 
 
+@pytest.mark.parametrize(
+    "words, caption",
+    [
+        (68, "{} (a blue boat on a lake:1.2)"),  # a short piece goes whole into the next context
+        (66, "(a blue boat on a lake:1.2) {}"),
+        (141, "(a blue boat:1.2) {} (on a lake:1.3)"),
+    ],
+)
+def test_long_captions_with_weights_are_cut_as_score_cuts_them(tiny_clip, words, caption):
+    encode, decode = tiny_clip.text.words.encode, tiny_clip.text.words.decode
+    text = decode(encode(SENTENCE * 20)[:words])
+    image = Image.linear_gradient("L").resize((20, 20))
+    reports = []
+    options = all_words(effort="fast", steps=2, swaps=2, prompt_len=5)
+    (result,) = invert(
+        tiny_clip, image, options, caption=f"{text} {caption}", callback=reports.append
+    )
+    expected = score(tiny_clip, result.prompt, image).similarity.item()
+    assert result.note
+    assert result.similarity == pytest.approx(expected, abs=1e-5)
+    assert reports[-1].similarities[0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_caption_with_weights_and_tags_is_read_like_any_prompt(emoji_clip):
     image = emoji_clip.encode_texts(["a blue fish"])
     caption = "<lora:x (y):1> (a {} fish:1.2), {in|on} \\(water\\)"

@@ -84,7 +84,7 @@ def test_a_prompt_beyond_one_context_is_shortened_further_with_a_note(emoji_clip
 def test_weights_and_tags_stay(emoji_clip):
     prompt = f"(red:1.3) cat, {LONG} <lora:foo:0.8>, embedding:bad-hands"
     result = distill(emoji_clip, prompt, QUICK, ratio=0.3)
-    assert result.prompt == f"(red:1.3) {result.learned} <lora:foo:0.8> embedding:bad-hands"
+    assert result.prompt == f"(red:1.3) {result.learned} <lora:foo:0.8>, embedding:bad-hands"
     assert not set("()<>[]\\") & set(result.learned)
     # CLIP reads the weighted word and no tag
     assert emoji_clip.tokenizer.encode(f"red {result.learned}") == result.token_ids

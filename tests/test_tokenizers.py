@@ -101,7 +101,7 @@ def test_gemmas_tokens_are_those_behind_a_space(siglip2, siglip):
     assert not words.round_trips(words.encode_behind(" apple"))  # not alone
     assert words.round_trips_inside(words.encode_behind(" apple"))
     assert not words.round_trips_inside(words.encode("apple"))  # fuses with the word before it
-    assert words.opening(words.encode_behind(" apple")) == tuple(words.encode("apple"))
+    assert words.openings([words.encode_behind(" apple")]) == [tuple(words.encode("apple"))]
     pieces = [i for i in siglip2.vocabulary.tolist() if words.encode(words.decode([i])) == [i]]
     assert not [i for i in pieces if words.decode([i]).isalnum()]
 
@@ -217,3 +217,13 @@ def test_the_first_phrase_of_a_space_comes_from_a_set_of_its_own():
 def test_a_tokenizer_that_pads_at_the_left_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="puts padding before the text"):
         make(gemma("left"), tmp_path)
+
+
+def test_all_tokens_at_once_are_read_like_each_alone(clip):
+    words = clip.text.words
+    ids = range(-2, words.size + 2)
+    assert words.round_trip_ids(ids) == [i for i in ids if words.round_trips_inside([i])]
+    phrases = [(i,) for i in range(words.size)]
+    for phrase, start in zip(phrases, words.openings(phrases), strict=True):
+        alone = words.encode(words.decode(phrase))
+        assert start == (tuple(alone) if alone and words.round_trips(alone) else None)

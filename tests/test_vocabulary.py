@@ -252,6 +252,14 @@ def test_save_and_load(emoji_clip, tmp_path):
     assert again == rules and again.lexicon(emoji_clip) == rules.lexicon(emoji_clip)
 
 
+def test_a_file_of_many_combined_vocabularies_can_be_used(tmp_path, tiny_clip):
+    rules = Vocabulary(only=["cat", "dog", "red"])
+    for _ in range(100):
+        rules &= Vocabulary(only=["cat", "red"])
+    rules.save(tmp_path / "rules.json")
+    assert phrases(Vocabulary.load(tmp_path / "rules.json"), tiny_clip) == {"cat", "red"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -265,6 +273,7 @@ def test_save_and_load(emoji_clip, tmp_path):
         "\x00",
         '{"only": ["a"], "words": 1}',
         '{"operation": "|", "left": {}}',
+        '{"operation": "&", "right": {}, "left": ' * 101 + "{}" + "}" * 101,
     ],
 )
 def test_a_file_that_is_no_vocabulary(text, tmp_path):

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute
 
 from ..errors import check_integer
+from ..names import printable
 from .engine import Cluster, InProcess, OnRay, spread
 from .job import Job
-from .names import printable
 from .output import Output
 from .sources import Columns, find_items
 from .worker import failed_row

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ..errors import ArgumentError, check_choice
-from .names import printable, text_of
+from ..names import printable, text_of
 
 pc: Any = pyarrow.compute  # makes its functions at run time, out of sight of type checkers
 

@@ -16,13 +16,13 @@ from ..clip import load_clip
 from ..clip.device import default_dtype
 from ..clip.images import load_image, load_image_at
 from ..errors import ArgumentError
+from ..names import name_of, printable
 from ..readability import load_language_model
 from ..results import Result
 from ..scoring import check_finite
 from ..targets import Avoid, encode_targets
 from ..tasks import distill, invert
 from .job import Job
-from .names import name_of, printable
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ class Worker:
             longer = "bird " * min(2 * (options.prompt_len or 8), self.clip.text.max_prompt_len)
             distill(self.clip, longer, options, ratio=self.job.ratio)
         else:
-            invert(self.clip, self.clip.encode_texts(["a bird"]), options, **self._steering)
+            feature = check_finite(self.clip.encode_texts(["a bird"]), self.clip)
+            invert(self.clip, feature, options, **self._steering)
 
     def rows(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """The rows of items, some at a time, in any order; images are read during a search.
@@ -168,7 +169,7 @@ class Worker:
         else:
             picture = load_image_at(name_of(item["path"]), item["offset"], item["size"])
         # a picture alone, since a sum may depend on what else is in the batch
-        return self.clip.encode_images([picture])
+        return check_finite(self.clip.encode_images([picture]), self.clip)
 
     def _when_read(self, item: dict[str, Any], pending: Future) -> torch.Tensor | str:
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..interrupts import interruptible
+from ..names import as_utf8
 from .arguments import (
     add_clip,
     add_search,
@@ -193,7 +194,7 @@ def _invert_each(
             if "prompt" not in row:
                 row.setdefault("error", "not searched: the command ended before")
                 if not arguments.json:
-                    print(f"pez: error: {_naming(row)}", file=sys.stderr)
+                    print(f"pez: error: {as_utf8(_naming(row))}", file=sys.stderr)
         if arguments.json:
             print_json(rows)
     if was_interrupted:
@@ -271,7 +272,7 @@ def _fill(
     for row, result, fields in zip(good, results, found, strict=True):
         row |= fields | {"seconds": round(result.seconds / len(good), 3)}
         if not arguments.json:
-            print(row["image"])
+            print(as_utf8(row["image"]))
             print("  ", end="")
             print_result(result)
             sys.stdout.flush()

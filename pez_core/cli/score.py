@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..names import as_utf8
 from .arguments import add_clip, add_judge, check_texts, load_clip, load_judge
 from .show import print_json, rounded
 
@@ -102,7 +103,7 @@ def _print(row: dict[str, Any], images: Sequence[str]) -> None:
         others = f"  judge {row['judge'][k]:.4f}" if "judge" in row else ""
         for name, values in row.get("encoders", {}).items():
             others += f"  {name} {values[k]:.4f}"
-        print(f"  {row['similarities'][k]:.4f}{others}  {image}")
+        print(f"  {row['similarities'][k]:.4f}{others}  {as_utf8(image)}")
     words = row.get("words", [])
     longest = max((len(entry["word"]) for entry in words), default=0)
     most = max((abs(entry["contribution"]) for entry in words), default=0) or 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ..names import as_utf8
 
 if TYPE_CHECKING:
     from ..options import SearchOptions
@@ -19,15 +22,17 @@ _BAR_EVERY, LOG_EVERY = 0.1, 60
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, which has no NaN.
+    """Print a value as JSON, which has no NaN. Names in it are UTF-8 in any locale.
 
     Raises:
         FloatingPointError: it holds NaN or an infinite number.
     """
     try:
-        print(json.dumps(value, indent=2, allow_nan=False))
+        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         raise FloatingPointError(f"a result is not a finite number ({error}).") from error
+    # JSON's own escapes are those that every terminal shows
+    print(re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], as_utf8(text)))
 
 
 def rounded(value: float) -> float:

@@ -37,6 +37,7 @@ _LEFT_IN_FLOAT32 = (
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 # Options of a tokenizer that a config may set. The others choose files, or code to run.
 _TOKENIZER_OPTIONS = {"clean": str, "strip_sep_token": bool, "language": str}
+_SAFE_TORCH = "2.6"
 _CLEANING = ("canonicalize", "lower", "whitespace")
 
 
@@ -60,6 +61,7 @@ def create_model(
     try:
         if path.is_file():
             check_header(path)
+        _check_torch(path)
         with _only_real_warnings():
             if read is None:
                 model = open_clip.create_model(
@@ -77,19 +79,28 @@ def create_model(
             f"is {str(path)!r}, which is damaged or not a weights file ({first_line(error)})",
             "fetch it again or convert it to safetensors",
         ) from error
-    except (
-        RuntimeError,
-        AssertionError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _WRONG as error:
         raise ArgumentError(
             "pretrained",
             f"is {str(path)!r}, which does not hold weights of {name} ({first_line(error)})",
             "give the architecture it was trained with",
         ) from error
+
+
+def _check_torch(path: Path) -> None:
+    """Raise where this torch may run code that a PyTorch file holds.
+
+    Before 2.6 `weights_only` can be bypassed (CVE-2025-32434). open_clip also loads a file without
+    it after a TypeError, which a file can provoke.
+    """
+    is_safe = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors"))
+    if not is_safe and torch.__version__ < _SAFE_TORCH:
+        raise ArgumentError(
+            "pretrained",
+            f"is {str(path)!r} in PyTorch's format, which may run code with torch "
+            f"{torch.__version__}",
+            f"convert it to safetensors, or install torch {_SAFE_TORCH} or later",
+        )
 
 
 @contextmanager
@@ -218,8 +229,15 @@ def from_config(config: dict, preprocess_cfg: dict) -> tuple[Any, Any]:
     kind = CustomTextCLIP if custom else CLIP
     if custom and "multimodal_cfg" in model_cfg:
         kind = CoCa
-    model = kind(**model_cfg)
-    set_model_preprocess_cfg(model, preprocess_cfg)
+    try:
+        model = kind(**model_cfg)
+        set_model_preprocess_cfg(model, preprocess_cfg)
+    except _WRONG as error:
+        raise ArgumentError(
+            "config",
+            f"gives no CLIP that works ({first_line(error)})",
+            "use a CLIP that was saved by this package",
+        ) from error
     if name:
         return model, tokenizer_of_name(name)
     text = model_cfg["text_cfg"]

@@ -143,7 +143,7 @@ def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.I
         )
     Image.init()
     with _naming(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # about large images and damage that does not matter
         with Image.open(source(), formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
             _decode_smaller(image)
             with _naming(what, "is damaged", "save the image again"):
@@ -269,7 +269,8 @@ def _white_level(image: Image.Image) -> float:
 
 def _from_array(array: torch.Tensor | np.ndarray) -> Image.Image:
     if isinstance(array, np.ndarray):
-        array = np.ascontiguousarray(array)  # torch takes no negative strides
+        # torch takes no negative strides, and warns about arrays that are read-only
+        array = np.require(array, requirements=["C", "W"])
     tensor = torch.as_tensor(array).detach().cpu()
     shape = tuple(tensor.shape)
     if tensor.ndim != 3 or not ({shape[0], shape[2]} & {1, 3, 4}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -160,8 +160,8 @@ class JointClip:
         self.cache.clear()
         return self
 
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """As `Clip.encode_images`; joint features."""
+    def encode_images(self, images: Iterable[Image.Image]) -> torch.Tensor:
+        """As `Clip.encode_images`; joint features. Each CLIP iterates over `images` anew."""
         return self.text.join([clip.encode_images(images) for clip in self.clips])
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:

@@ -13,8 +13,9 @@ from pathlib import Path, PureWindowsPath
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from PIL import Image
 
-from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_weights
+from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_weights, first_line
 from .build import (
     create_model,
     preprocessing,
@@ -190,8 +191,21 @@ def _load_folder(folder: Path, name: str, precision: str, device: torch.device) 
     model = create_model(f"local-dir:{folder}", folder, precision=precision, device=device)
     # a tokenizer that lies in the folder cannot be saved with the model
     config = None if "hf_tokenizer_name" in model_cfg["text_cfg"] else saved_config(model_cfg)
-    tokenizer = tokenizer_of_folder(folder, model_cfg)
-    return Clip(model, tokenizer, name, _trained_tokens(folder), config)
+    try:
+        tokenizer = tokenizer_of_folder(folder, model_cfg)
+        clip = Clip(model, tokenizer, name, _trained_tokens(folder), config)
+        # what a config sets may only fail when it is used
+        clip.encode_texts(["a"])
+        clip._prepare(Image.new("RGB", (8, 8)))
+    except (ArgumentError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ArgumentError(
+            "name",
+            f"is the folder {folder}, whose {_CONFIG} gives no CLIP that works "
+            f"({first_line(error)})",
+        ) from error
+    return clip
 
 
 def _folder_config(folder: Path) -> dict:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,17 +130,19 @@ class Clip:
         return self
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB pictures -> (len(images), features) unit features in float32."""
-        if self._centre_crops:
-            images = [trim_to_centre(image) for image in images]
+    def encode_images(self, images: Iterable[Image.Image]) -> torch.Tensor:
+        """RGB pictures -> (number of images, features) unit features in float32.
+
+        Each is prepared as soon as `images` gives it, so that large ones need not exist together.
+        """
+        trim = trim_to_centre if self._centre_crops else lambda image: image
+        prepared = (self._prepare(trim(image)) for image in images)
         features = []
         with self.image_tower():
             device = next(self.model.visual.parameters()).device
-            for start in range(0, len(images), _IMAGE_BATCH):
-                few = images[start : start + _IMAGE_BATCH]
-                batch = torch.stack([self._prepare(image) for image in few])
-                features.append(self.model.encode_image(batch.to(device, self.dtype)).float())
+            while few := list(islice(prepared, _IMAGE_BATCH)):
+                batch = torch.stack(few).to(device, self.dtype)
+                features.append(self.model.encode_image(batch).float())
         return F.normalize(torch.cat(features), dim=-1).to(self.device)
 
     @torch.no_grad()

@@ -70,6 +70,13 @@ class Words:
             return self._hf.encode(self.tokenizer.clean_fn(text), add_special_tokens=False)
         return self.tokenizer.encode(text)
 
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; tokenizers of transformers are faster with all at once."""
+        if self._hf is None or not texts:
+            return list(map(self.encode, texts))
+        cleaned = list(map(self.tokenizer.clean_fn, texts))
+        return self._hf(cleaned, add_special_tokens=False)["input_ids"]
+
     def encode_behind(self, text: str) -> list[int]:
         """Ids of `text` behind a word; a space between them is part of `text`."""
         if self._hf is None:
@@ -86,9 +93,11 @@ class Words:
 
     def round_trips(self, ids: Sequence[int]) -> bool:
         """Whether `encode(decode(ids)) == ids`, and none of them is a special token."""
-        if self.special_ids & set(ids) or not all(0 <= i < self.size for i in ids):
-            return False
-        return self.encode(self.decode(ids)) == list(ids)
+        return self._are_plain(ids) and self.encode(self.decode(ids)) == list(ids)
+
+    def _are_plain(self, ids: Sequence[int]) -> bool:
+        """Whether all ids exist and none is a special token."""
+        return not self.special_ids & set(ids) and all(0 <= i < self.size for i in ids)
 
     def round_trips_inside(self, ids: Sequence[int]) -> bool:
         """Whether a word or phrase round-trips inside a prompt, behind another word.
@@ -99,18 +108,27 @@ class Words:
         if not self.bare_start:
             return self.round_trips(ids)
         whole = [*self._left, *ids]
-        text = self.decode(whole)
-        spaced = text.startswith(f"{_LEFT} ") or not any(map(str.isalnum, self.decode(ids)))
-        return spaced and self.round_trips(whole)
+        if not self._are_plain(ids) or not self._is_apart(self.decode(whole), ids):
+            return False
+        return self.round_trips(whole)
 
-    def opening(self, ids: Sequence[int]) -> tuple[int, ...] | None:
-        """The tokens of a phrase where it begins a text; None: it cannot stand there."""
-        phrase = tuple(ids)
-        if phrase not in self._openings:
-            start = self.encode(self.decode(phrase))
-            good = bool(start) and self.round_trips(start)
-            self._openings[phrase] = tuple(start) if good else None
-        return self._openings[phrase]
+    def _is_apart(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether a word, in a text behind another word, has a space before it or needs none."""
+        return text.startswith(f"{_LEFT} ") or not any(map(str.isalnum, self.decode(ids)))
+
+    def openings(self, phrases: Iterable[Sequence[int]]) -> list[tuple[int, ...] | None]:
+        """The tokens of phrases where they begin a text; None: a phrase cannot stand there.
+
+        They are remembered from call to call.
+        """
+        found, wanted = self._openings, list(map(tuple, phrases))
+        new = [phrase for phrase in dict.fromkeys(wanted) if phrase not in found]
+        starts = self._encode_all([self.decode(phrase) for phrase in new])
+        again = self._encode_all([self.decode(start) for start in starts])
+        for phrase, start, same in zip(new, starts, again, strict=True):
+            good = bool(start) and same == start and self._are_plain(start)
+            found[phrase] = tuple(start) if good else None
+        return [found[phrase] for phrase in wanted]
 
     def round_trip_ids(self, ids: Iterable[int]) -> list[int]:
         """Sorted `ids` of the tokens that are words by themselves; remembered from call to call.
@@ -120,13 +138,15 @@ class Words:
         when it is printed.
         """
         found, ids = self._round_trips_inside, sorted(set(ids))
-        new = [i for i in ids if i not in found]
         if self.separable:
-            self._read_together(new)
-        for i in new:
-            if i not in found:
-                found[i] = self.round_trips_inside([i])
-        return [i for i in ids if found[i]]
+            self._read_together(i for i in ids if i not in found)
+        left = self._left if self.bare_start else []
+        new = [i for i in ids if i not in found and self._are_plain([i])]
+        texts = [self.decode([*left, i]) for i in new]
+        for i, text, same in zip(new, texts, self._encode_all(texts), strict=True):
+            apart = not self.bare_start or self._is_apart(text, [i])
+            found[i] = apart and same == [*left, i]
+        return [i for i in ids if found.get(i)]
 
     def _read_together(self, ids: Iterable[int]) -> None:
         """Find most of the tokens that round-trip by reading many of them as one text.
@@ -136,7 +156,7 @@ class Words:
         """
         words = []
         for i in ids:
-            if i in self.special_ids or not 0 <= i < self.size:
+            if not self._are_plain([i]):
                 continue
             text = self.tokenizer.decode([i])
             if not text.endswith(" "):  # a piece: what is read always ends a word

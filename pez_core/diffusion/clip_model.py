@@ -22,6 +22,7 @@ from ..clip.build import from_config
 from ..errors import ArgumentError, ArgumentTypeError
 
 T = TypeVar("T")
+_TOWER = ("name", "config", "preprocess_cfg", "vocabulary")  # keys of each
 # arguments of `from_pretrained` that `load_config` takes too
 _FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -115,6 +116,9 @@ class PezClipModel(ModelMixin, ConfigMixin):
         config = load_config(pretrained_model_name_or_path, **files)
         try:
             of_timm = _of_timm(config["towers"])
+            missing = [key for key in _TOWER for tower in config["towers"] if key not in tower]
+            if missing:
+                raise LookupError(missing[0])
         except (LookupError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 "pretrained_model_name_or_path",

@@ -20,10 +20,11 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from ..clip.device import default_dtype, pick_device
-from ..errors import ArgumentError, ArgumentTypeError, check_string
+from ..errors import ArgumentError, ArgumentTypeError, check_string, first_line
 from .inputs import one_per_prompt
 
 _INDEX = "model_index.json"
@@ -118,7 +119,7 @@ def load_pipeline(
     place = pick_device(device)
     source = _source(os.fspath(name), download)
     try:
-        with nullcontext() if download else _quiet():
+        with nullcontext() if download else _quiet(), without_foreign_code():
             pipeline = DiffusionPipeline.from_pretrained(
                 source, dtype=default_dtype(place), local_files_only=not download
             )
@@ -126,12 +127,36 @@ def load_pipeline(
         raise ArgumentError(
             "pipeline", f"is {str(name)!r}, which this version of diffusers cannot load ({error})"
         ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged folders raise anything: KeyError, NotImplementedError, ...
+        if download and isinstance(error, OSError):
+            raise  # the download failed
+        raise ArgumentError(
+            "pipeline",
+            f"is {str(name)!r}, which cannot be loaded ({first_line(error)})",
+            "give a whole pipeline of diffusers, without code of its own",
+        ) from error
     check_pipeline(pipeline)
     if low_memory and place.type != "cpu":
         pipeline.enable_model_cpu_offload(device=place)
     else:
         pipeline.to(place)
     return pipeline
+
+
+@contextmanager
+def without_foreign_code() -> Iterator[None]:
+    """Inside, transformers runs no code that a folder carries, and does not ask whether it may.
+
+    diffusers loads processors by transformers without the argument that would refuse it.
+    """
+    asked = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds for an answer; 0: never asked
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asked
 
 
 @contextmanager

@@ -37,7 +37,12 @@ from .choice import choose_by_image
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
 from .evaluation import Evaluation, evaluate
-from .image_models import bundled_model, check_pipeline, default_settings
+from .image_models import (
+    bundled_model,
+    check_pipeline,
+    default_settings,
+    without_foreign_code,
+)
 from .inputs import (
     check_keywords,
     check_options,
@@ -212,20 +217,23 @@ class PezPipeline(DiffusionPipeline):
         by_name = isinstance(clip, (str, list, tuple))
         if clip is not None:  # before the image pipeline, which can take long
             clip = _component(clip, clip_pretrained, download=download)
-        if index["_class_name"] in {kind.__name__ for kind in cls.__mro__}:
+        kind, saved = _read_index(index, pretrained_model_name_or_path)
+        if kind in [one.__name__ for one in cls.__mro__]:
             files.pop("proxies", None)
-            saved = index["pipeline"][0] is not None
-            pez = cls._load_saved(pretrained_model_name_or_path, clip, saved, files, **kwargs)
+            with without_foreign_code():
+                pez = cls._load_saved(pretrained_model_name_or_path, clip, saved, files, **kwargs)
         elif clip is None:
             raise ArgumentError(
                 "clip",
-                f"has to be given, since {pretrained_model_name_or_path} is a "
-                f"{index['_class_name']}",
+                f"has to be given, since {pretrained_model_name_or_path} is a {kind}",
                 "give the CLIP whose text encoder it has, such as 'ViT-L-14:openai' for Stable "
                 "Diffusion 1.x",
             )
         else:
-            pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            with without_foreign_code():
+                pipeline = DiffusionPipeline.from_pretrained(
+                    pretrained_model_name_or_path, **kwargs
+                )
             pez = cls(clip, pipeline)
         if by_name and pez.pipeline is not None:
             _place(pez.clip, pez.pipeline)
@@ -573,10 +581,8 @@ class PezPipeline(DiffusionPipeline):
                 return self._interrupt
 
             def search(clip: AnyClip) -> Any:
-                if text := kwargs.get("caption"):
-                    # the text encoder of the pipeline cuts what is longer than one context
-                    frame = Caption(clip, check_caption(text))
-                    frame.check_room(options.prompt_len or 1, one_context=True)
+                if self.pipeline is not None and kwargs.get("caption"):
+                    _check_length(clip, kwargs["caption"], options.prompt_len or 1)
                 return TASKS[task](clip, targets, options, callback=report, **kwargs)
 
             found = self.clip(search)
@@ -882,6 +888,29 @@ def _component(clip: Any, pretrained: str | None = None, download: bool = False)
         return PezClipModel.from_clip(clip)
     with named(name="clip", pretrained="clip_pretrained"):
         return PezClipModel.load(clip, pretrained, download=download)
+
+
+def _read_index(index: Any, path: str | os.PathLike | None) -> tuple[str, bool]:
+    """The class that a model_index.json names, and whether a PezPipeline has an image pipeline."""
+    try:
+        return index["_class_name"], index.get("pipeline", [None])[0] is not None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            "pretrained_model_name_or_path",
+            f"is {str(path)!r}, whose model_index.json is not that of a pipeline",
+        ) from error
+
+
+def _check_length(clip: AnyClip, caption: str, prompt_len: int) -> None:
+    """Raise where a text encoder of the image pipeline would cut the prompt."""
+    room, size = Caption(clip, check_caption(caption)).room, clip.text.max_prompt_len
+    if room < prompt_len <= size:
+        raise ArgumentError(
+            "caption",
+            f"has {size - room} tokens, and {prompt_len} are learned at least, but the image "
+            f"pipeline reads {size} and cuts the others off",
+            "shorten it, or learn prompts with a PezPipeline that has no image pipeline",
+        )
 
 
 def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:

@@ -96,7 +96,7 @@ class FileCheckpoint:
                 raise TypeError(f"{type(search)}, {type(state)}")
         except (
             SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError,
-            AttributeError,
+            AttributeError, RecursionError,
         ) as error:  # fmt: skip
             raise ArgumentError(
                 "checkpoint",

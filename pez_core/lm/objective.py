@@ -228,7 +228,8 @@ def classify(
     if not losses.isfinite().all():
         raise FloatingPointError(
             "The losses of examples became NaN or infinite; load the model with "
-            "dtype=torch.float32, or with torch.bfloat16 if it was float16."
+            "dtype=torch.float32, or with torch.bfloat16 if it was float16. With float32 its "
+            "weights are damaged."
         )
     right = predicted == torch.tensor([label for _, label in examples])
     accuracy = int(right.sum()) / len(right)

@@ -1,7 +1,8 @@
 """Names of files as text, in any locale.
 
 Python decodes them by the encoding of the locale; bytes that it cannot decode become surrogates.
-Ids and Parquet files hold text, which has to be the same in every locale: names are UTF-8 there.
+Ids, Parquet files and JSON hold text, which has to be the same in every locale: names are UTF-8
+there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,17 @@ def text_of(name: str) -> str:
 def name_of(text: str) -> str:
     """Text -> the name under which this machine finds the file."""
     return os.fsdecode(text.encode("utf-8"))
+
+
+def as_utf8(text: str) -> str:
+    """A text with names that the locale decoded -> the text with their characters.
+
+    Bytes that are not UTF-8 stay surrogates.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # it holds surrogates that stand for no byte
+        return text
 
 
 def printable(message: str) -> str:
