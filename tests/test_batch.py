@@ -413,6 +413,7 @@ def search_job(**options):
     return Job(options=SearchOptions(**options))
 
 
+@pytest.mark.slow
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
     assert usual == search_job(prompt_len=16, restarts=1, effort="balanced").settings
@@ -907,6 +908,7 @@ def test_a_plan_writes_nothing_and_knows_what_is_left(images, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_about_those_written(images, tmp_path):
     for k in range(40):
         shutil.copy(EXAMPLES[k % 20], images / f"{k:04d}.png")
@@ -939,6 +941,7 @@ def command(images, tmp_path, capsys):
     return command
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_summary(command, images, tmp_path):
     (images / "bad.png").write_bytes(b"no image")
     status, done = command("--limit", "3")

@@ -94,6 +94,7 @@ def test_another_clip_gives_a_warning(clip, warnings_of, emoji_clip):
     assert "a vocabulary of 49000 tokens, not 49408" in warnings_of(clip, pipeline)[0]
 
 
+@pytest.mark.slow
 def test_each_of_several_clips_is_compared_with_each_encoder(clip, warnings_of):
     pipeline, second = stable_diffusion_xl(), make_clip(seed=1)
     pipeline.register_modules(text_encoder_2=as_text_encoder(second))

@@ -85,6 +85,7 @@ def pipe(emoji_clip):
 QUICK = {"options": FOUND, "num_inference_steps": 2, "num_images_per_prompt": 2}
 
 
+@pytest.mark.slow
 def test_the_pipeline_chooses_for_each_image(pipe, emoji_clip):
     output = pipe(image=[FISH, GLASSES], choose_by="image", **QUICK)
     assert len(output.images) == 4 and len(output.prompts) == 2
@@ -124,6 +125,7 @@ def test_the_chosen_prompt_is_that_of_the_images(pipe, monkeypatch):
     assert len(drawn) == 5 and drawn[4] == output.prompts == drawn[3]
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_own_negative_prompt(pipe, monkeypatch):
     given = []
     call = type(pipe.pipeline).__call__
@@ -138,6 +140,7 @@ def test_each_prompt_has_its_own_negative_prompt(pipe, monkeypatch):
     assert given == ["red"] * 4 + ["blue"] * 4 + [["red", "blue"]]
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_is_chosen_by_all_images(pipe):
     output = pipe(image=[FISH, GLASSES], choose_by="image", task_kwargs={"shared": True}, **QUICK)
     assert len(output.prompts) == 1 and len(output.images) == 2

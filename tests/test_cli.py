@@ -393,6 +393,7 @@ def test_a_prompt_per_image(call, loads):
     assert -1 < float(similarity) < 1 and prompt
 
 
+@pytest.mark.slow
 def test_a_result_is_that_of_python(as_json, loads, tiny):
     (row,) = as_json("invert", IMAGES[0], "--prompt-len", "3", "--seed", "7")
     (expected,) = pez_core.invert(tiny[0], IMAGES[0], SearchOptions(prompt_len=3, seed=7))
@@ -421,6 +422,7 @@ def test_weights_of_images(as_json, loads):
     assert row["similarity"] == pytest.approx(sum(row["similarities"]) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_clips(as_json):
     clips = ["--clip", "emoji-clip", "--clip", JUDGE, "--device", "cpu"]
     weights = ["--clip-weight", "3", "--clip-weight", "1"]
@@ -495,6 +497,7 @@ def test_fuse_texts_and_images(call, as_json, loads):
     assert [line.split(maxsplit=1)[1] for line in sources] == ["a red dog", IMAGES[0]]
 
 
+@pytest.mark.slow
 def test_readability(as_json, loads, language_models):
     read = ["--effort", "fast", "--steps", "2", "--readability", "1", "--prompt-len", "3"]
     (row,) = as_json("invert", IMAGES[0], *read)

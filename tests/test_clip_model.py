@@ -60,6 +60,7 @@ def _kinds():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", _kinds())
 def test_saved_and_loaded_again(kind, tmp_path):
     clip = _kinds()[kind]()
@@ -79,6 +80,7 @@ def test_saved_and_loaded_again(kind, tmp_path):
     assert result.prompt == expected.prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coca", "short", "no mask"])
 def test_a_pipeline_searches_on_it(kind):
     clip = _kinds()[kind]()
@@ -116,6 +118,7 @@ def test_wrapping_shares_weights_and_changes_nothing():
     assert weight.requires_grad and not any(w.requires_grad for w in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
 def test_what_open_clip_knows_by_name_is_built_alike(name):
     """Names and shapes of all weights, without the weights."""

@@ -61,6 +61,7 @@ def cosines(clip, pictures, others):
     return [[F.cosine_similarity(feature(a), feature(b), dim=0) for b in others] for a in pictures]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
 def test_the_numbers_are_those_made_by_hand(make, vit_clip, emoji_clip, component):
     pipe = make()

@@ -45,7 +45,7 @@ from pez_core.batch.sources import find_items  # noqa: E402
 
 TIMES = int(os.environ.get("PEZ_FUZZ", "1"))
 NAMED = (ValueError, TypeError, OSError)
-pytestmark = pytest.mark.timeout(300 * TIMES)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * TIMES)]
 
 
 def fuzz(examples: int) -> Callable:

@@ -100,6 +100,7 @@ def test_plain_diffusers_loads_it(exported):
     assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_the_name_brings_its_clip_along_and_needs_no_network(bundled, emoji_clip):
     pez = PezPipeline.from_pretrained("emoji-diffusion")
     pez.set_progress_bar_config(disable=True)
@@ -129,6 +130,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
             load("emoji-diffusion")
 
 
+@pytest.mark.slow
 def test_a_bundled_model_has_settings_of_its_own(bundled, emoji_clip, monkeypatch):
     calls = []
     call = StableDiffusionPipeline.__call__

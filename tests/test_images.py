@@ -201,6 +201,7 @@ def _ramp(width, height):
     return np.stack([x, y, x], -1).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp"])
 @pytest.mark.parametrize("size", [(4500, 4200), (3000, 5000), (8300, 2100)])
 def test_a_large_image_is_scaled_down(save, name, size):
@@ -211,6 +212,7 @@ def test_a_large_image_is_scaled_down(save, name, size):
     assert abs(difference).max() < 6 and abs(difference).mean() < 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "I;16B"])
 def test_a_large_image_needs_little_memory_beside_itself(mode):
     """The peak of the process, as bytes per pixel."""

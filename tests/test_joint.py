@@ -47,6 +47,7 @@ def test_features_of_embeddings_equal_those_of_the_text(joint):
     )
 
 
+@pytest.mark.slow
 def test_one_prompt_is_better_for_both_than_what_one_alone_finds(joint, emoji_clip, vit_clip):
     """On average over images, by the CLIP that the other search has not used."""
     options = paper(150, prompt_len=8)
@@ -66,6 +67,7 @@ def test_one_prompt_is_better_for_both_than_what_one_alone_finds(joint, emoji_cl
         assert sum(r.encoders[other.name] for r in ours) > sum(judged) + 0.2
 
 
+@pytest.mark.slow
 def test_the_weight_of_a_clip_decides_its_influence(emoji_clip, vit_clip):
     options = paper(100, prompt_len=4)
     first = invert(JointClip([emoji_clip, vit_clip], [20, 1]), EXAMPLES[:3], options)

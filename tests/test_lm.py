@@ -396,6 +396,7 @@ def learned():
 OPTIONS = {"prompt_len": 3, "steps": 30, "batch_size": 6, "check_every": 10, "holdout": SORTED}
 
 
+@pytest.mark.slow
 def test_a_prompt_is_found_that_makes_the_model_answer(learned):
     model, tokenizer = learned
     before = evaluate_prompt(model, tokenizer, "", SORTED, TEMPLATE, WORDS)
@@ -413,6 +414,7 @@ def test_a_prompt_is_found_that_makes_the_model_answer(learned):
     assert same.prompt == found.prompt and same.history == found.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_and_goes_on_from_its_file(learned, method, tmp_path):
     model, tokenizer = learned
@@ -525,6 +527,7 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
 
 
+@pytest.mark.slow
 def test_as_released_is_autoprompt_sgd(learned):
     """What the released loop does step by step is what projected descent does."""
     model, tokenizer = learned
@@ -623,6 +626,7 @@ def test_restarts_are_sorted_and_kept_when_the_search_is_ended(learned, tmp_path
     assert {one.seed for one in ended.candidates} == {restart_seed(0, 0), restart_seed(0, 1)}
 
 
+@pytest.mark.slow
 def test_fluency_makes_prompts_likelier(learned):
     model, tokenizer = learned
     options = OPTIONS | {"steps": 60, "prompt_len": 6, "lr": 0.1}
@@ -633,6 +637,7 @@ def test_fluency_makes_prompts_likelier(learned):
     assert texts[1] < texts[0]
 
 
+@pytest.mark.slow
 def test_examples_are_read_with_several_templates(learned, tmp_path, monkeypatch):
     """A template never tells the label, and the seed of a search changes nothing."""
     model, tokenizer = learned

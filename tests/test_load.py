@@ -295,6 +295,7 @@ class Evil:
         return (os.mkdir, (self.path,))
 
 
+@pytest.mark.slow
 def test_bad_weights(architecture, weights, tmp_path):
     def file(name, content):
         (tmp_path / name).write_bytes(content)

@@ -175,6 +175,7 @@ def test_several_targets_and_pictures_of_each(joined, xl, emoji_clip):
     assert gap(images, xl(prompt=prompts, generator=generators[1], **options)) <= 1
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_is_loaded_by_its_blocks(joined, tmp_path):
     joined.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
     folder = shutil.move(tmp_path / "saved", tmp_path / "moved")

@@ -305,6 +305,7 @@ def test_every_field_has_a_case():
     assert set(FIELD_CASES) == set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELD_CASES)
 def test_every_field_changes_the_result(name, clip, pictures, clock):
     beside, changed = FIELD_CASES[name]

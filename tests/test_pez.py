@@ -121,6 +121,7 @@ def test_the_initial_prompt_counts(grid):
     assert found.ids.tolist() == [[5]]
 
 
+@pytest.mark.slow
 def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip):
     generator = torch.Generator().manual_seed(1)
     space = TokenSpace(tiny_clip.text.token_embedding, tiny_clip.vocabulary)
@@ -135,6 +136,7 @@ def test_a_problem_does_not_depend_on_its_neighbours(tiny_clip):
         torch.testing.assert_close(alone.scores, together.scores[one])
 
 
+@pytest.mark.slow
 def test_patience_ends_each_problem_on_its_own(tiny_clip):
     """A neighbour that keeps the batch running must not give a stalled problem more steps."""
     generator = torch.Generator().manual_seed(2)

@@ -157,6 +157,7 @@ def test_the_work_grows_with_the_length(kind):
     assert work(400) < 2.5 * work(200) + 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["1", ":1", "1.", "__a", "<a", "<a:", "embedding:", " ", "AND"])
 def test_no_expression_goes_back(text):
     """An expression that goes back at each character of a long text would take minutes."""

@@ -143,6 +143,7 @@ def one_token_words(lm):
     return words
 
 
+@pytest.mark.slow
 def test_screen_equals_differences_of_log_likelihoods(lm):
     words = one_token_words(lm)
     found = lm.screen(PROMPTS, lm.table(words))
@@ -487,6 +488,7 @@ def test_damaged_files_are_named(lm, tmp_path, how):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_transformers_nor_gguf():
     code = (
         "import sys; sys.modules |= dict.fromkeys(['transformers', 'gguf', 'llama_cpp']); "

@@ -78,6 +78,7 @@ def target_of(clip):
 # ------------------------------------------------------------------------- the published search
 
 
+@pytest.mark.slow
 def test_the_paper_effort_is_algorithm_1_on_all_tokens(clip):
     (result,) = invert(clip, picture(), published(prompt_len=5, steps=40))
     tokens = torch.tensor([i for i in range(49408) if i not in clip.text.words.special_ids])
@@ -108,6 +109,7 @@ def test_the_paper_effort_knows_the_tokens_that_a_clip_was_trained_on(tiny_clip)
     assert tiny_clip.trained_tokens.issuperset(result.trajectory.ids.flatten().tolist())
 
 
+@pytest.mark.slow
 def test_unsafe_words_stay_blocked_unless_they_are_allowed(clip, monkeypatch):
     """Also where pieces spell them: "nu" and "de" are both tokens."""
     encoder = clip.text.words.tokenizer.encoder
@@ -250,6 +252,7 @@ def test_one_restart_is_the_first_of_many(clip):
     assert one.prompt in [candidate.prompt for candidate in many.candidates]
 
 
+@pytest.mark.slow
 def test_mean_and_standard_error_over_seeds(clip):
     options = all_words(prompt_len=3, swaps=0, steps=5)
     found = over_seeds(lambda seed: invert(clip, picture(), replace(options, seed=seed)), range(4))

@@ -141,6 +141,7 @@ def test_a_time_limit_is_for_the_whole_call(tiny_clip, clock, batch_size):
     assert reports[-1].step == pytest.approx(reports[len(reports) // 2].steps, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_both_kinds_of_steps_early(tiny_clip, picture, clock):
     clock.tick = 0.02
 
@@ -338,6 +339,7 @@ def test_images_are_loaded_and_encoded_once(tiny_clip, monkeypatch):
 # ------------------------------------------------------------------------- rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -356,6 +358,7 @@ def test_no_word_twice(emoji_clip, options):
     assert free.learned.split().count("anchor") > 1
 
 
+@pytest.mark.slow
 def test_no_word_of_the_caption_again(emoji_clip):
     image = emoji_clip.encode_texts(["anchor"])
     options = SearchOptions(effort="fast", prompt_len=6)
@@ -372,6 +375,7 @@ def test_a_short_list_of_words_is_used_more_than_once(emoji_clip):
     assert len(result.learned.split()) == 6
 
 
+@pytest.mark.slow
 def test_unsafe_words_are_blocked_by_default(all_tokens_clip, picture):
     words = Vocabulary(only=["nude", "cat"])
     given = dict(prompt_len=3, effort="paper", vocabulary=words, start_from="nude nude nude")
@@ -396,6 +400,7 @@ def test_unsafe_words_are_blocked_by_default(all_tokens_clip, picture):
         assert set(result.learned.split()) == found
 
 
+@pytest.mark.slow
 def test_unsafe_words_are_not_spelled_by_pieces_or_with_the_caption(all_tokens_clip, picture):
     clip = all_tokens_clip
     # "nu" and "de" spell the word across the border of the caption, too
@@ -413,6 +418,7 @@ def test_unsafe_words_are_not_spelled_by_pieces_or_with_the_caption(all_tokens_c
     assert free.learned == "de"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["invert", "style", "distill", "fuse"])
 def test_unsafe_words_are_blocked_in_every_task(task, all_tokens_clip, picture):
     clip, words = all_tokens_clip, Vocabulary(only=["nude", "cat"])
@@ -429,6 +435,7 @@ def test_unsafe_words_are_blocked_in_every_task(task, all_tokens_clip, picture):
     assert "nude" in call(replace(safe, block_unsafe=False)).prompt
 
 
+@pytest.mark.slow
 def test_only_ascii_words(all_tokens_clip, picture):
     clip = all_tokens_clip
     (target,) = clip.encode_texts(["café café café"])
@@ -441,6 +448,7 @@ def test_only_ascii_words(all_tokens_clip, picture):
         assert set(result.learned.split()) == found
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_leaves_no_prompt(all_tokens_clip, picture):
     words = Vocabulary(only=["hot", "dog"]) & Vocabulary(block=["hot dog"], whole_words=False)
     options = paper(1, prompt_len=2, vocabulary=words)

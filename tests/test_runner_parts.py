@@ -221,7 +221,7 @@ def clip():
 def test_the_phrases_that_can_begin_a_prompt():
     """As other tokens; those that would be longer than any phrase count if there are no others."""
     begin = {(1,): (11,), (2,): (12, 13, 14), (3, 4): (15, 16)}
-    words = SimpleNamespace(opening=begin.get)
+    words = SimpleNamespace(openings=lambda phrases: list(map(begin.get, phrases)))
     clip = SimpleNamespace(trained_tokens=None, text=SimpleNamespace(words=words))
 
     def openings(*trained):

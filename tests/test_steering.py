@@ -43,6 +43,7 @@ def test_learned_tokens_add_to_a_caption(emoji_clip):
     assert same.prompt == result.prompt
 
 
+@pytest.mark.slow
 def test_the_words_around_change_the_learned_words(emoji_clip):
     options = SearchOptions(prompt_len=4, effort="fast")
     (plain,) = invert(emoji_clip, FISH, options)
@@ -100,6 +101,7 @@ def test_bad_text_to_start_from(emoji_clip):
         invert(emoji_clip, FISH, options)
 
 
+@pytest.mark.slow
 def test_targets_to_avoid_cost(emoji_clip):
     options = paper(STEPS, prompt_len=8)
     (free,) = invert(emoji_clip, FISH, options)
@@ -148,6 +150,7 @@ def test_a_negative_prompt(emoji_clip):
     assert unwanted.similarity > unwanted.avoided[0] + 0.3
 
 
+@pytest.mark.slow
 def test_weights_of_shared_images(emoji_clip):
     options = paper(STEPS, prompt_len=8)
     even, fish, parrot = (

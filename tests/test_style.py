@@ -36,6 +36,7 @@ def test_a_style_for_subjects(emoji_clip, pictures):
     assert found.similarity == pytest.approx((image @ text).mean().item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_style_with_its_content_is_one_prompt_for_all_images(emoji_clip, pictures):
     options = paper(60, prompt_len=8)
     joint = style(emoji_clip, pictures, options, keep_content=True)
@@ -45,6 +46,7 @@ def test_a_style_with_its_content_is_one_prompt_for_all_images(emoji_clip, pictu
     assert everything.similarity == pytest.approx(joint.similarity, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_style_turns_away_from_contents(emoji_clip, pictures):
     """Its prompt has less of the differences between the images than with `keep_content`."""
     features = emoji_clip.encode_images(pictures)
@@ -81,6 +83,7 @@ def test_the_direction_has_less_of_what_survives_perturbation(emoji_clip, pictur
     assert ahead(direction) > ahead(style_direction(emoji_clip, pictures, features)) + 0.01
 
 
+@pytest.mark.slow
 def test_many_images_leave_something(emoji_clip):
     many = [load_image(path) for path in EXAMPLES]
     features = emoji_clip.encode_images(many)
@@ -152,6 +155,7 @@ def test_minibatches_come_from_the_seed(emoji_clip, pictures):
     assert first.similarity == pytest.approx(mean, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_words_of_the_content_do_not_appear(emoji_clip, pictures):
     free = style(emoji_clip, pictures, QUICK)
     words = [word for word in free.prompt.split() if len(word) > 2]

@@ -128,6 +128,7 @@ def plain_refine(model, allowed, ids, target, steps, screened, candidates, seed,
     return trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "emoji-clip"])
 def test_every_step_equals_a_plain_implementation(name, tiny_clip, emoji_clip):
     """Rounds, candidates and the random changes between the rounds."""
@@ -167,6 +168,7 @@ def test_one_step_is_the_best_of_all_swaps_where_all_are_candidates(emoji_clip, 
         assert found.scores[k] == pytest.approx(float(score), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_few_rounds_end_where_no_single_swap_is_better(emoji_clip, features):
     space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::60])
     settings = SwapSettings(steps=80, trials=2, screened=len(space.allowed))
@@ -349,6 +351,7 @@ def test_the_effort_of_the_defaults():
     assert (settings.screened, settings.candidates) == (128, 4)
 
 
+@pytest.mark.slow
 def test_it_beats_more_of_pez(emoji_clip, space, features):
     ids = begin(space, 4, 6, 4)
     one = objective(emoji_clip, features)
@@ -360,6 +363,7 @@ def test_it_beats_more_of_pez(emoji_clip, space, features):
     torch.testing.assert_close(found.scores, again, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_results_depend_on_nothing_in_the_batch(emoji_clip, space, features):
     ids = begin(space, 3, 5, 3)
     together = refine(space, objective(emoji_clip, features[:3]), ids, QUICK, seeds=[5, 6, 7])
@@ -442,6 +446,7 @@ def test_only_acceptable_prompts_are_swapped_in(emoji_clip, space, features):
     assert (found.scores > one(space.embed(ids[::3]), 0)[1]).all() and max(asked) <= len(ids)
 
 
+@pytest.mark.slow
 def test_whole_phrases_are_swapped_for_whole_phrases(emoji_clip, features):
     encode = emoji_clip.text.words.encode
     texts = ["red car", "blue", "yellow face", "a big fish", "sky", "white snow", "cat", "glass"]
@@ -554,6 +559,7 @@ def test_familiar_tokens_are_far_from_the_mean():
     assert familiarity(torch.ones(1, 3)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_features_of_single_words_follow_changed_weights():
     used, fresh = (load_clip("emoji-clip", device="cpu") for _ in range(2))
 
@@ -641,6 +647,7 @@ def test_cancel_keeps_the_best_in_either_phase(emoji_clip):
         assert result.similarity == pytest.approx(seen[-1].similarity, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_rules_hold_in_swaps(emoji_clip):
     options = all_words(prompt_len=6, steps=5, swaps=24)
     (free,) = invert(emoji_clip, EXAMPLES[0], options)
@@ -659,6 +666,7 @@ def test_rules_hold_in_swaps(emoji_clip):
     assert result.history[-1][1] == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_encoders_are_refined_as_one(emoji_clip, vit_clip):
     both = JointClip([emoji_clip, vit_clip])
     (result,) = invert(both, EXAMPLES[0], all_words(prompt_len=5, steps=10, swaps=15))
@@ -717,6 +725,7 @@ def test_readable_prompts_read_better_and_report_it(emoji_clip, language_model, 
     assert {result.perplexity for result in plain} == {None}
 
 
+@pytest.mark.slow
 def test_only_whole_words_are_readable(emoji_clip, language_model):
     options = all_words(
         prompt_len=4,

@@ -291,7 +291,8 @@ def any_clip(request, tiny_clip):
     return make_clip(CustomTextCLIP, {"no_causal_mask": True, "pool_type": "last"})
 
 
-@pytest.mark.parametrize("words", [65, 70, 76, 99, 200])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [65, 76, 200])
 @pytest.mark.parametrize("place", ["behind", "in front", "inside"])
 @pytest.mark.parametrize(
     "effort", [{"effort": "fast", "steps": 3, "swaps": 12}, {"steps": 6, "swaps": 0}]
@@ -340,6 +341,7 @@ def test_long_captions_with_weights_are_cut_as_score_cuts_them(tiny_clip, words,
     assert reports[-1].similarities[0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_caption_with_weights_and_tags_is_read_like_any_prompt(emoji_clip):
     image = emoji_clip.encode_texts(["a blue fish"])
     caption = "<lora:x (y):1> (a {} fish:1.2), {in|on} \\(water\\)"

@@ -120,6 +120,7 @@ def test_syntax_stays_in_its_place(emoji_clip, syntax):
     assert result.similarity == pytest.approx((a @ b).item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_syntax_among_the_words_counts_in_each_step(emoji_clip):
     """The swaps encode the fixed words among the learned ones, whatever the position."""
     options = SearchOptions(effort="fast", prompt_len=6)
@@ -132,6 +133,7 @@ def test_syntax_among_the_words_counts_in_each_step(emoji_clip):
     )
 
 
+@pytest.mark.slow
 def test_syntax_among_the_words_with_several_clips(emoji_clip):
     clip = JointClip([emoji_clip, load_clip("emoji-clip", device="cpu")])
     options, reports = SearchOptions(effort="fast", steps=3, swaps=6, prompt_len=6), []

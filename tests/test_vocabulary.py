@@ -118,6 +118,7 @@ def default(all_tokens):
     return phrases(Vocabulary(), all_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [*JUNK, *NAMES, *UNKIND, *EMOJI, "1", "!"])
 def test_the_default_has_no_junk(word, default, all_tokens):
     (one,) = all_tokens.text.words.encode(word)
