@@ -110,6 +110,18 @@ class Editor:
             [node, name, value],
         )
 
+    def delete(self, node: str) -> None:
+        """As the command of the Delete key; ComfyUI looks for changes as with `set_widget`."""
+        self.page.evaluate(
+            """async (node) => {
+                app.canvas.selectNode(app.rootGraph.getNodeById(node));
+                const { command } = app.extensionManager;
+                await command.execute("Comfy.Canvas.DeleteSelectedItems");
+                window.dispatchEvent(new MouseEvent("mouseup"));
+            }""",
+            node,
+        )
+
     def open_previous(self) -> None:
         """Go to the workflow tab before this one."""
         self.page.evaluate(

@@ -441,6 +441,32 @@ def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
     assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
 
 
+def test_a_redo_and_an_undone_deletion_leave_the_live_view_alive(editor: Editor, client: Client):
+    editor.load(workflow(steps=5))
+    editor.set_widget(LEARNER, "restarts", 3)
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    learned = words(editor)
+    restarts = "id => app.rootGraph.getNodeById(id)?.widgets.find(w => w.name === 'restarts').value"
+    for keys, value in (("Control+z", 2), ("Control+y", 3)):
+        editor.page.keyboard.press(keys)
+        editor.page.wait_for_function(f"id => ({restarts})(id) === {value}", arg=LEARNER)
+        expect(editor.live().locator(".pez-word")).to_have_count(len(learned))
+        assert words(editor) == learned
+
+    editor.delete(LEARNER)
+    expect(editor.page.locator(".pez-live:visible")).to_have_count(0)
+    editor.page.keyboard.press("Control+z")
+    expect(editor.live().locator(".pez-word")).to_have_count(len(learned))
+    assert words(editor) == learned
+
+    editor.live().get_by_role("button", name=learned[0]).first.click()
+    assert editor.widget(LEARNER, "block")
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+
+
 OTHER_PACK = """() => app.registerExtension({
     name: "another.pack",
     nodeCreated(node) {
@@ -620,6 +646,27 @@ def test_a_second_page_shows_the_run_too(
     for page in (editor, second):
         state(page, "finished")
         assert json.loads(kept_in(page.serialized()))["items"][0]["prompt"].split() == words(page)
+    second.close()
+    assert second.complaints == []
+
+
+def test_two_pages_with_the_same_node_ids_run_one_after_the_other(
+    editor: Editor, browser: Browser, server: ComfyServer, client: Client
+):
+    editor.load(workflow(steps=20_000, prompt_len=4))
+    editor.queue()
+    state(editor, "running")
+    second = Editor(browser, server.url)
+    second.load(workflow(steps=5, prompt_len=6))
+    second.queue()
+    editor.live().get_by_role("button", name="Finish now").click()
+    state(editor, "finished")
+    state(second, "done")
+    for page, prompt_len in ((editor, 4), (second, 6)):
+        (kept,) = json.loads(kept_in(page.serialized()))["items"]
+        assert kept["prompt"].split() == words(page)
+        assert len(words(page)) <= prompt_len
+    assert words(editor) != words(second)
     second.close()
     assert second.complaints == []
 
