@@ -11,9 +11,9 @@ into 16x16 latents. The U-Net reads the hidden states of `emoji-clip`'s own text
 frozen, as Stable Diffusion reads those of CLIP. Drawings, captions and split are those of
 `train_emoji_clip.py`: the held-out style and names are never used here.
 
-Every stage writes a checkpoint to --runs every few minutes and resumes from it. On two cores
-without AVX-512 the autoencoder takes about an hour and the U-Net about six, by the count of their
-operations; so far only the conversion of the text tower and the shapes have been tested.
+Every stage writes a checkpoint to --runs every few minutes and resumes from it. On one core without
+AVX-512 the autoencoder took 55 minutes; the U-Net takes about five hours, by the time of its first
+steps.
 """
 
 from __future__ import annotations
