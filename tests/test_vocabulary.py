@@ -180,6 +180,21 @@ def test_floor_on_how_well_trained_a_token_is():
     assert len(kept) == len(clip.vocabulary) - 1
 
 
+def test_the_least_deviation_is_inclusive(tiny_clip):
+    spread = tiny_clip.text.token_embedding.detach().std(dim=1)
+    ids = tiny_clip.vocabulary.tolist()
+    token = max(ids, key=lambda i: spread[i].item())
+    rules = Vocabulary(min_embedding_std=spread[token].item(), dictionary=False)
+    assert rules.lexicon(tiny_clip).phrases == {(token,)}
+
+
+def test_whole_words_exclude_the_pieces_of_another_rule(tiny_clip):
+    words, pieces = Vocabulary(dictionary=False), Vocabulary(whole_words=False)
+    found = words.lexicon(tiny_clip).phrases
+    assert len(pieces.lexicon(tiny_clip).phrases) > len(found)
+    assert (words & pieces).lexicon(tiny_clip).phrases == found
+
+
 def test_a_bank_file_with_phrases_of_several_tokens(emoji_clip, tmp_path):
     file = tmp_path / "bank.txt"
     file.write_text("\ufeff# a comment\nred car\n\nhappy face with hat\ncat\ncat\nqzxj vvbk\n")
