@@ -1111,3 +1111,34 @@ def test_the_bar_ends_full_where_a_time_limit_moves_its_total():
     bars = re.findall(r"(\d+)%\|.*?\| (\d+)/(\d+) \[", shown)
     percent, steps, totals = (list(map(int, column)) for column in zip(*bars, strict=True))
     assert percent[-1] == 100 and steps[-1] == totals[-1] and len(set(totals)) > 2
+
+
+def test_ctrl_c_while_torch_is_imported():
+    """An exception there would abort the process in C++ code of torch."""
+    script = """
+import os, signal, sys
+from types import SimpleNamespace
+from pez_core.cli import main
+def imported(arguments):
+    sys.modules["torch"] = SimpleNamespace(__spec__=SimpleNamespace(_initializing=True))
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+module = sys.modules["pez_core.cli.main"]
+module.build_parser = lambda: SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=imported))
+sys.exit(main([]))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "pez: interrupted\n")
+
+
+def test_a_user_without_a_name_gets_one(call, monkeypatch):
+    """As in a container with --user; torch fails to be imported without."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    call("--version")
+    assert os.environ["USER"] == f"uid{os.getuid()}"

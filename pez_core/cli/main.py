@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from .. import __version__
 from ..errors import ArgumentError
@@ -34,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         141 where the reader of the output has gone, as for a process that SIGPIPE ends.
     """
     _open_streams()
+    _name_user()
     try:
         try:
-            return _run(build_parser().parse_args(argv))
+            with _interruptible():
+                return _run(build_parser().parse_args(argv))
         finally:
             sys.stdout.flush()  # at exit a closed pipe would be an error that nobody can catch
     except BrokenPipeError:
@@ -87,6 +94,37 @@ def _open_streams() -> None:
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _name_user() -> None:
+    """Give a user without a name one, as containers have: torch asks for it when it is imported."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the command also while torch is imported."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield  # a caller in Python has its own way
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        # an exception here would end the process in C++ code of torch, with a message of its own
+        os.write(2, b"pez: interrupted\n")
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 def _discard_output() -> None:
