@@ -12,6 +12,8 @@ const HEIGHT = 240;
 const MARGIN = 8;
 const WIDTH = 360;
 const SCORES = "PEZ_ScorePrompt";
+/** Wires that a run cannot do without, as in the nodes' `REQUIRED`. */
+const REQUIRED = { PEZ_ImageToPrompt: ["clip", "images"], PEZ_ExtractStyle: ["clip", "images"] };
 
 /** The live views by node. */
 const views = new WeakMap();
@@ -69,6 +71,7 @@ export class NodeView {
       this.#findKept(saved);
       this.refresh();
     });
+    chain(node, "onConnectionsChange", () => this.refresh());
     views.set(node, this);
     this.refresh();
   }
@@ -120,6 +123,7 @@ export class NodeView {
       ...this.#base(),
       pictures: (found) => picturesOfCandidates(this.#finds, found),
       message: this.#message(),
+      missing: this.#missing().map((name) => labelOf(this.#node, name)),
       changed: this.#changed.map((name) => labelOf(this.#node, name)),
       blocked: this.#blocked(),
       keep: this.#keeps() && kept !== null,
@@ -187,6 +191,12 @@ export class NodeView {
       return same ? { ...run, items: kept } : { state: "stored", items: kept };
     }
     return ended || run?.state === "failed" ? run : { state: "idle", items: [] };
+  }
+
+  #missing() {
+    const { comfyClass, inputs } = this.#node;
+    const unwired = (name) => inputs?.find((one) => one.name === name)?.link == null;
+    return (REQUIRED[comfyClass] ?? ["clip"]).filter(unwired);
   }
 
   #message() {

@@ -17,6 +17,7 @@ import { createWords } from "./words.js";
  * @property {number | null} secondsLeft
  * @property {import("./found.js").Found[]} items
  * @property {string[]} message of an error, as texts in turn plain and bold; [] without one
+ * @property {string[]} missing labels of inputs that have to be connected
  * @property {string[]} changed labels of inputs that changed since the prompts were learned
  * @property {Set<string> | null} blocked blocked words in lower case; null where none can be
  * @property {boolean} keep the node gives its kept prompt
@@ -85,7 +86,8 @@ export function createPanel({ onFinish, onToggle, onKeep, onPick, onFind }) {
     } else if (found?.prompt) {
       place(detail);
     } else {
-      const idle = text(view.scores ? "idleScore" : "idle");
+      const names = view.missing.join(text("separator"));
+      const idle = names ? text("missing", { names }) : text(view.scores ? "idleScore" : "idle");
       setText(hint, isRunning(view) || view.message.length ? "" : idle);
       place(hint);
     }

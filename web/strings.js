@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 const ENGLISH = {
   idle: "Run the workflow and watch the prompt grow here, word by word.",
   idleScore: "Run the workflow to see the contribution of each word.",
+  missing: "Connect {names} first.",
   starting: "Getting ready…",
   running: "Step {step} of {steps}",
   loadingWords: "Loading the language model…",
@@ -49,6 +50,7 @@ const ENGLISH = {
 const CHINESE = {
   idle: "运行工作流，提示词会在这里逐词显现。",
   idleScore: "运行工作流，查看提示词中每个词的贡献。",
+  missing: "请先连接 {names}。",
   starting: "准备中…",
   running: "第 {step} / {steps} 步",
   loadingWords: "正在加载语言模型…",

@@ -308,6 +308,25 @@ def test_an_error_is_shown_on_the_node(editor: Editor, client: Client, snap):
     expect(message).to_be_hidden()
 
 
+def test_missing_wires_are_named_before_a_run(editor: Editor):
+    unwired = workflow(steps=5)
+    for k in (0, 1):
+        unwired["nodes"][2]["inputs"][k]["link"] = None
+    unwired["links"] = unwired["links"][2:]
+    editor.load(unwired)
+    hint = editor.live().locator(".pez-hint")
+    expect(hint).to_have_text("Connect clip, images first.")
+    for source, place in ((CLIP, 0), (IMAGE, 1)):
+        editor.page.evaluate(
+            """([source, target, place]) => {
+                const [from, into] = [source, target].map((id) => app.rootGraph.getNodeById(id));
+                from.connect(0, into, place);
+            }""",
+            [source, LEARNER, place],
+        )
+    expect(hint).to_contain_text("Run the workflow")
+
+
 def test_an_error_is_shown_on_a_node_without_a_live_view(editor: Editor, client: Client, snap):
     broken = workflow(steps=5)
     broken["nodes"][1]["widgets_values"][0] = "pez/gone.safetensors"

