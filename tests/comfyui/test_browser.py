@@ -225,7 +225,7 @@ def cached(run: dict[str, Any]) -> set[str]:
 
 
 def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Client, snap):
-    editor.load(workflow(steps=300))
+    editor.load(workflow(steps=2000))
     state(editor, "idle")
     snap("idle")
 
@@ -234,7 +234,7 @@ def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Clien
     expect(editor.live().locator(".pez-word").first).to_be_visible()
     step = editor.live().locator(".pez-status")
     first = step.inner_text()
-    assert re.fullmatch(r"Step \d+ of 300", first)
+    assert re.fullmatch(r"Step \d+ of 2000", first)
     snap("running")
     expect(step).not_to_have_text(first)
     state(editor, "done")
@@ -258,10 +258,10 @@ def test_a_prompt_grows_stays_and_goes_out_of_date(editor: Editor, client: Clien
 
     changed = editor.live().locator(".pez-changed")
     expect(changed).to_be_empty()
-    editor.set_widget(LEARNER, "steps", 301)
+    editor.set_widget(LEARNER, "steps", 2001)
     expect(changed).to_have_text("Learned with other settings: steps")
     snap("out-of-date")
-    editor.set_widget(LEARNER, "steps", 300)
+    editor.set_widget(LEARNER, "steps", 2000)
     expect(changed).to_be_empty()
 
 
