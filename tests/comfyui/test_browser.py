@@ -641,7 +641,7 @@ def test_a_reload_finds_the_run_again_and_finish_ends_it(editor: Editor, client:
 
 
 def test_a_result_is_found_that_came_while_the_page_was_away(editor: Editor, client: Client):
-    editor.load(workflow(steps=60))
+    editor.load(workflow(steps=2000))
     editor.queue()
     state(editor, "running")
     editor.page.goto("about:blank")
@@ -702,7 +702,7 @@ def test_a_cancelled_run_still_shows_its_best(editor: Editor, client: Client, sn
 
 
 def test_a_result_waits_for_its_workflow(editor: Editor, client: Client):
-    first, second = workflow(steps=60), workflow(steps=60)
+    first, second = workflow(steps=2000), workflow(steps=2000)
     editor.load(first)
     editor.queue()
     state(editor, "running")
