@@ -626,7 +626,7 @@ class BestSoFar:
                 begin = max(k * self._restarts, span.start) - span.start
                 end = min((k + 1) * self._restarts - span.start, searches)
                 # other restarts of this target may have been in an earlier span
-                others = self.scores[k * self._restarts : span.start + begin].tolist()
+                others = self.scores[k * self._restarts : span.start].tolist()
                 top = max([*scores[begin * trials : end * trials], *others])
                 self.history[k].append((done + step, top))
         self.ids[span], self.scores[span] = self._best_trials(span, progress)

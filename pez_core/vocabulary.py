@@ -203,6 +203,10 @@ class Vocabulary:
     def _blocked(self) -> tuple[str, ...]:
         return cast("tuple[str, ...]", self.block)
 
+    @property
+    def _reads_weights(self) -> bool:
+        return self.min_embedding_std > 0
+
     def __and__(self, other: Vocabulary) -> Vocabulary:
         return _Combination(operation="&", left=self, right=other)
 
@@ -215,11 +219,14 @@ class Vocabulary:
     def lexicon(self, clip: AnyClip) -> Lexicon:
         """The words and phrases of one CLIP that pass the rules.
 
-        Those of the last vocabulary are kept in `clip.cache`, since a CLIP has tens of thousands.
+        Those of the last vocabulary are kept in `clip.cache`, since a CLIP has tens of thousands,
+        unless they depend on its weights, which may change in place.
 
         Raises:
             ArgumentError: there are none; for `only` it lists usable words near them.
         """
+        if self._reads_weights:
+            return self._lexicon(clip)
         last = clip.cache.get("lexicon")
         if last is None or last[0] != self:
             clip.cache["lexicon"] = last = (self, self._lexicon(clip))
@@ -317,6 +324,10 @@ class _Combination(Vocabulary):
     operation: str = "&"
     left: Vocabulary = field(default_factory=lambda: Vocabulary())
     right: Vocabulary = field(default_factory=lambda: Vocabulary())
+
+    @property
+    def _reads_weights(self) -> bool:
+        return self.left._reads_weights or self.right._reads_weights
 
     def _resolve(self, clip: AnyClip) -> _Rules:
         a, b = self.left._resolve(clip), self.right._resolve(clip)

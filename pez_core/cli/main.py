@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _name_user()
     try:
         try:
-            with _interruptible():
+            with _ending_on_ctrl_c():
                 return _run(build_parser().parse_args(argv))
         finally:
             sys.stdout.flush()  # at exit a closed pipe would be an error that nobody can catch
@@ -100,12 +100,12 @@ def _name_user() -> None:
     """Give a user without a name one, as containers have: torch asks for it when it is imported."""
     try:
         getpass.getuser()
-    except (KeyError, OSError):
-        os.environ["USER"] = f"uid{os.getuid()}"
+    except (KeyError, OSError, ImportError):  # ImportError on Windows
+        os.environ["USER"] = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _ending_on_ctrl_c() -> Iterator[None]:
     """Inside, Ctrl-C ends the command also while torch is imported."""
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not usual or threading.current_thread() is not threading.main_thread():

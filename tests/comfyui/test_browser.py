@@ -209,6 +209,15 @@ def queue_and_wait(editor: Editor, client: Client) -> dict[str, Any]:
     raise TimeoutError("The prompt does not end")
 
 
+def block_and_run(editor: Editor, client: Client, word: str) -> None:
+    """Click a word and search again, which works if the view on the screen is that of the node."""
+    editor.live().get_by_role("button", name=word).first.click()
+    assert editor.widget(LEARNER, "block")
+    queue_and_wait(editor, client)
+    state(editor, "done")
+    assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+
+
 def wait_until_idle(editor: Editor, client: Client) -> None:
     """Wait for the server to have run all that is queued."""
     for _ in range(600):
@@ -452,12 +461,7 @@ def test_undo_does_not_take_a_result_back(editor: Editor, client: Client):
     assert editor.widget(LEARNER, "kept") == kept
     assert words(editor) == learned
 
-    # the view on the screen is that of the new node
-    editor.live().get_by_role("button", name=learned[0]).first.click()
-    assert editor.widget(LEARNER, "block")
-    queue_and_wait(editor, client)
-    state(editor, "done")
-    assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+    block_and_run(editor, client, learned[0])
 
 
 def test_a_redo_and_an_undone_deletion_leave_the_live_view_alive(editor: Editor, client: Client):
@@ -479,11 +483,7 @@ def test_a_redo_and_an_undone_deletion_leave_the_live_view_alive(editor: Editor,
     expect(editor.live().locator(".pez-word")).to_have_count(len(learned))
     assert words(editor) == learned
 
-    editor.live().get_by_role("button", name=learned[0]).first.click()
-    assert editor.widget(LEARNER, "block")
-    queue_and_wait(editor, client)
-    state(editor, "done")
-    assert words(editor) == json.loads(kept_in(editor.serialized()))["items"][0]["prompt"].split()
+    block_and_run(editor, client, learned[0])
 
 
 OTHER_PACK = """() => app.registerExtension({

@@ -104,3 +104,14 @@ def test_an_error_has_the_labels_of_the_page_but_the_values_of_the_user(javascri
         *("; lower ", "Schritte", "."),
     ]
     assert javascript("message.messageParts(...given)", [node, " plain "]) == ["plain"]
+
+
+def test_the_page_names_the_wires_that_a_search_needs():
+    line = re.search(r"^const REQUIRED = \{(.*)\};$", (ROOT / "web/node.js").read_text(), re.M)[1]
+    page = {kind: json.loads(wires) for kind, wires in re.findall(r"(PEZ_\w+): (\[.*?\])", line)}
+    python = {}
+    for file in (ROOT / "nodes").glob("*.py"):
+        text = file.read_text()
+        if wires := re.search(r"^    REQUIRED = \((.*)\)$", text, re.M):
+            python[re.search(r'"(PEZ_\w+)"', text)[1]] = json.loads(f"[{wires[1]}]")
+    assert page == python and page
