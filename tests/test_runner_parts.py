@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import all_words, make_clip, paper
+from test_readability import make_lm
 
-from pez_core import ArgumentError, SearchOptions, Vocabulary, search
+from pez_core import ArgumentError, SearchOptions, Vocabulary, invert, search
 from pez_core.caption import Caption
 from pez_core.objectives import SampledSimilarity
 from pez_core.prompt_text import chunks
@@ -21,12 +22,14 @@ from pez_core.runner import (
     _similarity,
     _single_token_features,
     _space,
+    _Start,
     default_len,
     learn,
     with_share_of_time,
 )
 from pez_core.seeds import child_seed, restart_seed
 from pez_core.tracker import Progress
+from pez_core.vocabulary import Blocklist, Lexicon
 
 
 def test_time_is_shared_by_the_turns_that_are_left(clock):
@@ -293,3 +296,39 @@ def test_rivals_get_the_settings_and_draws_of_each_search(clip):
     each_seed = [restart_seed(seed, restart) for seed in (3, 4) for restart in range(2)]
     assert seeds == [child_seed(one, 0, 0) for one in each_seed]
     assert [len(result.candidates) for result in results] == [2, 2]
+
+
+@pytest.mark.parametrize("readability, printed", [(0.5, "cat, dog"), (0.0, "cat , dog")])
+def test_readable_prompts_are_printed_as_people_write(clip, readability, printed):
+    options = SearchOptions(
+        prompt_len=3,
+        effort="fast",
+        steps=1,
+        swaps=1,
+        vocabulary=Vocabulary(only=["cat , dog"]),
+        readability=readability,
+        language_model=make_lm(),
+    )
+    (result,) = invert(clip, clip.encode_texts(["a boat"]), options)
+    assert result.prompt == printed
+
+
+def test_initial_prompts_are_drawn_from_words_that_round_trip(tiny_clip):
+    """From all, where all do; phrases of several tokens stay."""
+    words = tiny_clip.vocabulary[:4].tolist()
+    phrases = [*((word,) for word in words), (words[0], words[1])]
+    lexicon, frame = Lexicon(frozenset(phrases)), Caption(tiny_clip)
+    space = _space(tiny_clip, SearchOptions(), lexicon, 2, frame)
+
+    def source(single):
+        start = _Start(
+            tiny_clip, SearchOptions(), lexicon, single, space, 2, frame, Blocklist([]), None
+        )
+        return start._source()
+
+    assert source(words) is space
+    drawn = source(words[2:]).random(200, 2, torch.Generator().manual_seed(0))
+    assert set(map(tuple, drawn.tolist())) == {
+        *((a, b) for a in words[2:] for b in words[2:]),
+        tuple(words[:2]),
+    }
