@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -611,6 +612,21 @@ def test_a_second_ctrl_c_ends(call, searches, monkeypatch):
     assert (done.code, done.out, done.err) == (130, "", "pez: interrupted\n")
 
 
+@pytest.mark.parametrize("command", ["invert", "style"])
+def test_a_prompt_is_printed_when_its_bar_has_gone(call, searches, monkeypatch, command):
+    """It would stand behind the bar, on the same line."""
+
+    @contextmanager
+    def bar(options, label=""):
+        print("bar")
+        yield lambda report: None
+        print("gone")
+
+    monkeypatch.setattr(learn, "search_bar", bar)
+    before, after, *found = call(command, *IMAGES[:2]).out.splitlines()
+    assert (before, after) == ("bar", "gone") and found
+
+
 def test_a_prompt_is_decoded_only_where_it_is_drawn(call, searches, monkeypatch):
     """stderr is no terminal here, so that no bar is drawn."""
 
@@ -1119,6 +1135,7 @@ def test_ctrl_c_while_torch_is_imported():
 import os, signal, sys
 from types import SimpleNamespace
 from pez_core.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 def imported(arguments):
     sys.modules["torch"] = SimpleNamespace(__spec__=SimpleNamespace(_initializing=True))
     os.kill(os.getpid(), signal.SIGINT)

@@ -186,7 +186,9 @@ def _invert_each(
                         options=limited,
                         callback=lambda report, show=show: show(report) or interrupted(),
                     )
-                    _fill(arguments, group, watched)
+                    found = _fill(arguments, group, watched)
+                if not arguments.json:  # not beside the bar
+                    _print_found(found)
             _add_pictures(rows, pictures, interrupted)
             was_interrupted = interrupted()
     finally:  # results are printed whatever ends the search
@@ -244,10 +246,13 @@ def _fill(
     arguments: argparse.Namespace,
     rows: Sequence[dict[str, Any]],
     search: Callable[..., list[Result]],
-) -> None:
-    """Search the images of `rows` together, fill in their rows, and print them.
+) -> list[tuple[str, Result]]:
+    """Search the images of `rows` together, and fill in their rows.
 
     An image that cannot be read has an error in its row, and so have all where the search fails.
+
+    Returns:
+        The images that have a result, with it.
     """
     from ..clip.images import load_image
 
@@ -261,21 +266,25 @@ def _fill(
         except (ValueError, OSError) as error:
             row["error"] = str(error)
     if not good:
-        return
+        return []
     try:
         results = search(images)
         found = [row_of(result) for result in results]
     except (RuntimeError, ArithmeticError, MemoryError) as error:
         for row in good:
             row["error"] = str(error) or type(error).__name__
-        return
+        return []
     for row, result, fields in zip(good, results, found, strict=True):
         row |= fields | {"seconds": round(result.seconds / len(good), 3)}
-        if not arguments.json:
-            print(as_utf8(row["image"]))
-            print("  ", end="")
-            print_result(result)
-            sys.stdout.flush()
+    return [(row["image"], result) for row, result in zip(good, results, strict=True)]
+
+
+def _print_found(found: Sequence[tuple[str, Result]]) -> None:
+    for image, result in found:
+        print(as_utf8(image))
+        print("  ", end="")
+        print_result(result)
+    sys.stdout.flush()
 
 
 # --- tasks with one result
