@@ -11,9 +11,9 @@ into 16x16 latents. The U-Net reads the hidden states of `emoji-clip`'s own text
 frozen, as Stable Diffusion reads those of CLIP. Drawings, captions and split are those of
 `train_emoji_clip.py`: the held-out style and names are never used here.
 
-Every stage writes a checkpoint to --runs every few minutes and resumes from it. On one core without
-AVX-512 the autoencoder took 55 minutes; the U-Net takes about five hours, by the time of its first
-steps.
+Styles without colours are left out. Every stage writes a checkpoint to --runs every few minutes and
+resumes from it; more or fewer --steps than before are allowed. On one core without AVX-512 the
+autoencoder took 55 minutes, and a step of the U-Net takes 0.7 seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import random
 import tempfile
 import time
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji_captions import Captions, Lexicon
 from emoji_data import Drawing, prepare
-from emoji_views import BACKGROUNDS, View, composite
+from emoji_views import BACKGROUNDS, BLACK_STYLES, View, composite
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -45,11 +44,12 @@ log = logging.getLogger("train_emoji_diffusion")
 
 CLIP = Path("pez_core/models/emoji-clip")
 OUT = Path("pez_core/models/emoji-diffusion")
-SAVE_SECONDS, LOG_EVERY = 300, 50
+SAVE_SECONDS, LOG_EVERY = 300, 200
 CONTEXT = 77
 NO_CAPTION = 0.12  # share of captions left out, for classifier-free guidance
 WHITE = 0.75  # share of drawings on white; the others are on a colour that the caption names
 EMA = 0.999
+WARM_UP, DECAY = 200, 0.2  # steps, and a share of all steps
 MIN_SNR = 5.0  # Hang et al. 2023: weight of a timestep, min(SNR, 5) / (SNR + 1) for v-prediction
 
 AUTOENCODER = {
@@ -70,7 +70,7 @@ UNET = {
     "out_channels": 4,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [48, 112, 208],
+    "block_out_channels": [32, 80, 160],
     "layers_per_block": 1,
     "attention_head_dim": 4,
     "norm_num_groups": 16,
@@ -162,7 +162,7 @@ class Data:
 
     Attributes:
         drawings, pixels: all drawings and their (N, 4, 64, 64) values in [0, 255].
-        index: of those that may be trained on.
+        index: of those that are trained on.
     """
 
     drawings: list[Drawing]
@@ -179,7 +179,9 @@ class Data:
 
 def load_data(folder: Path) -> Data:
     drawings, pixels = prepare(folder)
-    index = [i for i, d in enumerate(drawings) if d.split == "train"]
+    index = [
+        i for i, d in enumerate(drawings) if d.split == "train" and d.style not in BLACK_STYLES
+    ]
     return Data(drawings, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), index)
 
 
@@ -206,10 +208,12 @@ class Run:
             log.info("resumed at step %d of %d", self.step, steps)
 
     def update(self, loss: torch.Tensor) -> None:
-        """One step of the optimiser, with warm-up and cosine decay."""
-        warm = min(1.0, (self.step + 1) / 500)
-        rate = (
-            self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        """One step of the optimiser: warm-up, a constant rate, and linear decay in the end.
+
+        A training can so be given more steps, or fewer, while it runs.
+        """
+        rate = self.lr * min(
+            1.0, (self.step + 1) / WARM_UP, (self.steps - self.step) / (DECAY * self.steps)
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -270,50 +274,61 @@ def _edges(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def load_autoencoder(runs: Path) -> AutoencoderKL:
+    """The trained autoencoder; once its latents were measured, theirs have mean 0 and std 1."""
     model = AutoencoderKL.from_config(AUTOENCODER)
     model.load_state_dict(torch.load(runs / "autoencoder.pt", weights_only=True)["average"])
+    if (runs / "latents.pt").exists():
+        state = torch.load(runs / "latents.pt", weights_only=True)
+        _normalise(model, state["mean"], state["std"])
     return model.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Scaled latents of every training drawing on white, plain and mirrored.
+@torch.no_grad()
+def _normalise(model: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Let the two 1x1 convolutions beside the latents shift and scale each channel.
 
-    Attributes:
-        values: (2, drawings, 4, 16, 16) in the order of `Data.index`.
-        scale: `scaling_factor` of the autoencoder, the inverse of their standard deviation.
+    Stable Diffusion has one scale for all channels and no shift. Drawings on white have latents
+    far from 0, which the noise of the last timestep would not hide.
     """
-
-    values: torch.Tensor
-    scale: float
+    into, out = model.quant_conv, model.post_quant_conv
+    channels = len(mean)
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()  # of the logarithm of the variance
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
 
 
 @torch.no_grad()
-def encode_all(data: Data, autoencoder: AutoencoderKL, runs: Path) -> Latents:
-    """The latents, computed once."""
+def encode_all(data: Data, runs: Path) -> torch.Tensor:
+    """(2, drawings, 4, 16, 16): the latents of `Data.index` on white, plain and mirrored.
+
+    They are computed once.
+    """
     path = runs / "latents.pt"
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        return Latents(state["values"], state["scale"])
-    rows = []
+        return torch.load(path, weights_only=True)["values"]
+    autoencoder, rows = load_autoencoder(runs), []
     for flip in (False, True):
         for k in range(0, len(data.index), 128):
             part = data.index[k : k + 128]
             x = data.on(part, ["white"] * len(part), [flip] * len(part))
-            rows.append(autoencoder.encode(x).latent_dist.mode().half())
-    values = torch.cat(rows).view(2, len(data.index), *rows[0].shape[1:])
-    scale = 1 / values.float().std().item()
-    torch.save({"values": values, "scale": scale}, path)
-    return Latents(values, scale)
+            rows.append(autoencoder.encode(x).latent_dist.mode())
+    values = torch.cat(rows)
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+    values = ((values - mean[:, None, None]) / std[:, None, None]).half()
+    values = values.view(2, len(data.index), *values.shape[1:])
+    torch.save({"values": values, "mean": mean, "std": std}, path)
+    return values
 
 
 def train_unet(data: Data, runs: Path, steps: int, batch: int, seed: int, clip: Path) -> None:
     """v-prediction on latents, conditioned on captions of all kinds that a person may write."""
     torch.manual_seed(seed)
+    latents = encode_all(data, runs)
     autoencoder = load_autoencoder(runs)
-    latents = encode_all(data, autoencoder, runs)
     model = UNet2DConditionModel.from_config(UNET)
-    run = Run(runs / "unet.pt", model, 6e-4, steps)
+    run = Run(runs / "unet.pt", model, 1e-3, steps)
     rng = random.Random(seed + run.step)
     generator = torch.Generator().manual_seed(seed + run.step)
     encoder, words = text_encoder(clip), tokenizer()
@@ -326,7 +341,7 @@ def train_unet(data: Data, runs: Path, steps: int, batch: int, seed: int, clip: 
         if run.step >= steps:
             break
         views = [_view(data, i, rng) for i in chosen]
-        z = torch.stack([latents.values[int(v.flip), place[v.shown[0]]] for v in views]).float()
+        z = torch.stack([latents[int(v.flip), place[v.shown[0]]] for v in views]).float()
         coloured = [k for k, v in enumerate(views) if v.background != "white"]
         if coloured:
             names, flips = zip(
@@ -338,7 +353,7 @@ def train_unet(data: Data, runs: Path, steps: int, batch: int, seed: int, clip: 
         loss = _diffusion_loss(
             model,
             scheduler,
-            z * latents.scale,
+            z,
             _states(encoder, words, captions, views, rng),
             generator,
         )
@@ -399,9 +414,7 @@ def _diffusion_loss(
 def build(runs: Path, clip: Path) -> StableDiffusionPipeline:
     """The pipeline of the weights in `runs`."""
     autoencoder = load_autoencoder(runs)
-    autoencoder.register_to_config(
-        scaling_factor=torch.load(runs / "latents.pt", weights_only=True)["scale"]
-    )
+    autoencoder.register_to_config(scaling_factor=1.0)
     model = UNet2DConditionModel.from_config(UNET)
     model.load_state_dict(torch.load(runs / "unet.pt", weights_only=True)["average"])
     return StableDiffusionPipeline(
@@ -467,9 +480,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, default=CLIP)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int)
-    parser.add_argument(
-        "--batch", type=int, help="default: 16 for the autoencoder, 48 for the U-Net"
-    )
+    parser.add_argument("--batch", type=int, help="default: 16")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -481,7 +492,7 @@ def main() -> None:
     elif a.stage == "autoencoder":
         train_autoencoder(load_data(a.folder), a.runs, a.steps or 2_400, a.batch or 16, a.seed)
     else:
-        train_unet(load_data(a.folder), a.runs, a.steps or 6_000, a.batch or 48, a.seed, a.clip)
+        train_unet(load_data(a.folder), a.runs, a.steps or 24_000, a.batch or 16, a.seed, a.clip)
 
 
 if __name__ == "__main__":
