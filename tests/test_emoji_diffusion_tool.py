@@ -8,14 +8,13 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import train_emoji_diffusion as train
 from emoji_data import Drawing
 
 COLOURS = {"red": (221, 46, 68), "green": (92, 170, 60), "blue": (40, 90, 200)}
-CLIP = ROOT / train.CLIP
+CLIP = Path(__file__).parent.parent / train.CLIP
 
 
 @pytest.fixture
