@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
 from . import models
+from .choose import ChooseByImage
 from .distill import DistillPrompt
 from .emoji_model import EmojiModel
 from .fuse import FusePrompts
@@ -28,4 +29,4 @@ class PezExtension(ComfyExtension):
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, EmojiModel]
+        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, ChooseByImage, EmojiModel]

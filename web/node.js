@@ -11,7 +11,7 @@ import { phrases, toggled } from "./words.js";
 const HEIGHT = 240;
 const MARGIN = 8;
 const WIDTH = 360;
-const SCORES = "PEZ_ScorePrompt";
+const SCORES = new Set(["PEZ_ScorePrompt", "PEZ_ChooseByImage"]);
 /** Wires that a run cannot do without, as in the nodes' `REQUIRED`. */
 const REQUIRED = { PEZ_ImageToPrompt: ["clip", "images"], PEZ_ExtractStyle: ["clip", "images"] };
 
@@ -130,7 +130,7 @@ export class NodeView {
       canPick: kept !== null && this.#canSwitch(),
       canKeep: this.#canKeep(),
       finds: this.#canSwitch() ? this.#finds : [],
-      scores: this.#node.comfyClass === SCORES,
+      scores: SCORES.has(this.#node.comfyClass),
     });
   }
 

@@ -17,6 +17,7 @@ const NODES = new Set([
   "PEZ_DistillPrompt",
   "PEZ_ConcatPrompts",
   "PEZ_ScorePrompt",
+  "PEZ_ChooseByImage",
 ]);
 const QUIET = 600; // milliseconds without a change, before the server is asked what changed
 

@@ -105,6 +105,7 @@ const CHINESE_WIDGETS = {
   "always learn": "总是学习",
   "join if it fits": "放得下就拼接",
   "your caption (optional)": "固定文本（可选）",
+  "negative prompt (optional)": "负面提示词（可选）",
   "things to avoid, one per line": "要避开的内容，每行一个",
   "subjects, one per line": "主体，每行一个",
   "contents of the images": "图像的内容",

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import folder_paths
 import torch
 from pez_pack import nodes
-from pez_pack.nodes import learning, live, loading, memory, models
+from pez_pack.nodes import emoji_diffusion, learning, live, loading, memory, models
 from pez_pack.pez_core import Vocabulary, load_clip, options, runner, tracker
 from pez_pack.pez_core.clip.images import load_image
 from server import PromptServer
+from tiny_diffusion import export_emoji_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -43,6 +44,29 @@ COLOURS = Vocabulary(only=["red", "blue", "green"])
 # two for each word of a prompt of five: no fewer, or words repeat anyway
 FEW = Vocabulary(only=["red", "blue", "fish", "bird", "dog", "cat", "sea", "sun", "tree", "green"])
 KEPT = json.dumps({"version": 1, "inputs": {}, "items": [{"prompt": "a kept", "similarity": 0.5}]})
+
+
+class Drawing(NamedTuple):
+    """A small image model of random weights."""
+
+    model: Any
+    text_encoder: Any
+    vae: Any
+
+
+def drawing(seed: int) -> Drawing:
+    with TemporaryDirectory() as folder:
+        export_emoji_diffusion(Path(folder), seed)
+        return Drawing(*emoji_diffusion.load(Path(folder)))
+
+
+def latents(count: int) -> dict[str, torch.Tensor]:
+    return {"samples": torch.zeros(count, 4, 16, 16)}
+
+
+DRAWS, DRAWS_OTHERWISE = drawing(0), drawing(1)
+SKIPPING = DRAWS.text_encoder.clone()
+SKIPPING.clip_layer(-2)
 
 
 class Letter:
@@ -161,6 +185,37 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "judge": Case(loaded(OTHER_CLIP)),
         },
     ),
+    nodes.ChooseByImage: (
+        {
+            "clip": loaded(CLIP),
+            "images": FISH,
+            "prompts": "a red fish",
+            "model": DRAWS.model,
+            "text_encoder": DRAWS.text_encoder,
+            "vae": DRAWS.vae,
+            "latent_image": latents(1),
+            "seed": 0,
+            "num_inference_steps": 2,
+            "guidance_scale": 4.0,
+            "sampler_name": "ddim",
+            "scheduler": "ddim_uniform",
+        },
+        {
+            "clip": Case(loaded(OTHER_CLIP)),
+            "images": Case(DOG),
+            "prompts": Case("a green bird"),
+            "model": Case(DRAWS_OTHERWISE.model),
+            "text_encoder": Case(SKIPPING),
+            "vae": Case(DRAWS_OTHERWISE.vae),
+            "latent_image": Case(latents(2)),
+            "seed": Case(1),
+            "num_inference_steps": Case(3),
+            "guidance_scale": Case(1.0),
+            "sampler_name": Case("heun"),
+            "scheduler": Case("karras"),
+            "negative_prompt": Case("a dog"),
+        },
+    ),
     nodes.MakeVocabulary: (
         {"only": "", "block": "", "block_unsafe": False, "ascii_only": False},
         {
@@ -247,9 +302,15 @@ def _searching(node: type, given: dict[str, list]) -> list:
     server = PromptServer.instance = Page()
     for module in (live, runner, tracker):
         module.time = server.clock
-    outputs = here.execute(**given).args
+    outputs = map(_plain, here.execute(**given).args)
     steps = [(data["step"], data["steps"]) for data in server.events if data.get("steps")]
     return [*outputs, steps]
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return [list(output.shape), output.double().mean().item()]
+    return output
 
 
 class Page:

@@ -87,3 +87,52 @@ except ValueError as error:
 """
     )
     assert "weights of the demo model are not in" in message
+
+
+CHOSEN = """
+from pathlib import Path
+from pez_pack import nodes
+from pez_pack.nodes import emoji_diffusion, memory
+from pez_pack.pez_core import load_clip
+from pez_pack.pez_core.targets import encode_targets
+model, text_encoder, vae = emoji_diffusion.load(Path({folder!r}))
+cpu = torch.device("cpu")
+clip = memory.LoadedClip(load_clip("emoji-clip", device="cpu"), cpu, cpu)
+target = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+given = dict(
+    clip=clip, images=target, model=model, text_encoder=text_encoder, vae=vae, seed=3,
+    latent_image=dict(samples=torch.zeros(2, 4, 16, 16)), num_inference_steps=2,
+    guidance_scale=4.0, sampler_name="ddim", scheduler="ddim_uniform",
+)
+def choose(prompts):
+    node = nodes.ChooseByImage.PREPARE_CLASS_CLONE(None)
+    with torch.inference_mode():
+        return node.execute(prompts=prompts, **{{k: [v] for k, v in given.items()}}).args
+prompts = ["a red fish", "a green hat", "the sun"]
+best, images, ordered, similarities = choose([*prompts, prompts[0]])
+alone = {{one: choose([one])[1:4:2] for one in prompts}}
+with torch.no_grad():
+    picture = encode_targets("images", clip.clip, [target[0]])
+    features = encode_targets("images", clip.clip, list(images))
+try:
+    choose([" "])
+    message = ""
+except Exception as error:
+    message = str(error)
+answer([
+    best, ordered, similarities, [alone[one][1][0] for one in ordered],
+    torch.equal(images, alone[best][0]), (features @ picture.T).mean().item(), message,
+])
+"""
+
+
+def test_the_prompt_with_the_most_similar_images_is_chosen(exported):
+    code = CHOSEN.format(folder=str(exported))
+    best, ordered, similarities, alone, same, expected, message = inside(code)
+    assert sorted(ordered) == ["a green hat", "a red fish", "the sun"]  # each one once
+    assert best == ordered[0] and similarities == sorted(similarities, reverse=True)
+    assert len({*similarities}) == 3
+    assert similarities == pytest.approx(alone)  # each has the same noise
+    assert same
+    assert similarities[0] == pytest.approx(expected, abs=1e-4)
+    assert "prompts" in message and "is empty" in message

@@ -23,7 +23,7 @@ INPUTS = [
 pytestmark = pytest.mark.timeout(900)
 
 # at the end of the path, since ComfyUI has modules of the same names as this folder
-IMPORT = f"sys.path.append({str(HERE)!r})\nfrom input_cases import changes, time_limits\n"
+IMPORT = f"sys.path += [{str(HERE)!r}, {str(HERE.parent)!r}]\nfrom input_cases import changes, time_limits\n"
 
 
 @pytest.fixture(scope="module")
