@@ -8,6 +8,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy_api.latest import io
+
 from nodes import VAEDecode, common_ksampler
 
 from ..pez_core.errors import ArgumentError

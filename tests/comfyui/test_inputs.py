@@ -23,7 +23,10 @@ INPUTS = [
 pytestmark = pytest.mark.timeout(900)
 
 # at the end of the path, since ComfyUI has modules of the same names as this folder
-IMPORT = f"sys.path += [{str(HERE)!r}, {str(HERE.parent)!r}]\nfrom input_cases import changes, time_limits\n"
+IMPORT = f"""
+sys.path += [{str(HERE)!r}, {str(HERE.parent)!r}]
+from input_cases import changes, time_limits
+"""
 
 
 @pytest.fixture(scope="module")
