@@ -44,7 +44,7 @@ from unseen import ROOT, Unseen, from_folder, prepare, unseen, words_of
 from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, invert, load_clip
 from pez_core import baselines as rivals
 from pez_core.clip.images import load_image
-from pez_core.diffusion import load_pipeline
+from pez_core.diffusion import DenoisingLoss, load_pipeline
 from pez_core.diffusion.choice import choose_by_image
 from pez_core.diffusion.image_models import default_settings, draw
 from pez_core.objectives import Similarity
@@ -169,6 +169,24 @@ def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> 
     return made
 
 
+def by_denoising(setup: Setup, places: list[int], seed: int, weight: float) -> list[Made]:
+    """PEZ with the loss of the image model in place of a part of the similarity."""
+    bench, made = setup.bench, []
+    for place in places:
+        image = bench.images[place].image
+        options = SearchOptions(
+            prompt_len=bench.lengths[0],
+            steps=setup.steps // 10,
+            swaps=0,
+            seed=seed * 100_003 + place,
+            block_unsafe=False,
+            extra_loss=DenoisingLoss(setup.pipeline, image, bench.clip, weight) if weight else None,
+        )
+        (found,) = invert(bench.clip, image, options)
+        made.append(Made(found.prompt))
+    return made
+
+
 def by_soft_prompt(setup: Setup, places: list[int], seed: int) -> list[Made]:
     """Continuous embeddings, which the text encoder reads in place of those of tokens."""
     clip, length = setup.bench.clip, setup.bench.lengths[0]
@@ -234,6 +252,7 @@ def hidden_states(pipeline: Any, embeddings: torch.Tensor) -> torch.Tensor:
 
 LENGTHS = (4, 8, 32)
 CANDIDATES = (4, 16)
+DENOISING = (0, 0.5, 1)  # weights of the loss of the image model
 OWN = {
     "readability 0.5": Method(
         partial(ours, effort="balanced", readability=0.5), budgeted=False, at_once=1
@@ -271,6 +290,10 @@ METHODS: dict[str, Maker] = {
     **{
         f"ours (balanced), {n} restarts by image": partial(by_candidates, restarts=n)
         for n in CANDIDATES
+    },
+    **{
+        f"PEZ, a tenth of the steps, denoising_weight {w}": partial(by_denoising, weight=w)
+        for w in DENOISING
     },
     "soft prompt": by_soft_prompt,
     "true name": by_name,
@@ -316,11 +339,21 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
         row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
         for key, clip in (("own", bench.clip), ("judge", setup.judge)):
             (goal,) = clip.encode_images([target.image])
-            row[key] = [round(v, 5) for v in (clip.encode_images(images) @ goal).tolist()]
+            features = clip.encode_images(images)
+            row[key] = [round(v, 5) for v in (features @ goal).tolist()]
             text = clip.encode_texts([one.prompt]) @ goal if one.prompt else None
             row[f"{key}_text"] = None if text is None else round(text.item(), 5)
-        rows.append(row)
+        rows.append(row | {"alike": alike(features)})  # by the judge, the last of the two
     return rows
+
+
+def alike(features: torch.Tensor) -> float | None:
+    """The mean similarity of the images of one prompt with one another; None for one image."""
+    count = len(features)
+    if count < 2:
+        return None
+    pairs = (features @ features.T).sum() - features.square().sum()
+    return round(pairs.item() / (count * (count - 1)), 5)
 
 
 def images_of(setup: Setup, made: Made, seeds: Sequence[int]) -> list[Image.Image]:

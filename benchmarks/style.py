@@ -99,6 +99,11 @@ def learn_all(drawings: Drawings, trials: list[dict], arguments) -> dict[str, li
     return prompts
 
 
+def in_style(name: str, style: str) -> str:
+    """A thing in a style, by words that the training data has for it."""
+    return TEMPLATES[0].format(subject=name, style=STYLES[style][1][0])
+
+
 class Drawings:
     """The rendered emoji with their features."""
 

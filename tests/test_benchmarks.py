@@ -2,6 +2,7 @@
 
 import ast
 import json
+import random
 import shutil
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from test_lm import make_llama, make_tokenizer, snippets
 from test_readability import make_lm
 from tiny_diffusion import export_emoji_diffusion, stable_diffusion
 
-from pez_core import PezSettings, TokenSpace, baselines, explain, search
+from pez_core import PezSettings, SearchOptions, TokenSpace, baselines, explain, search
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
 
@@ -38,6 +39,7 @@ import lm
 import mutate
 import paper
 import pictures
+import pictures_tasks
 import quality
 import readability
 import remedies
@@ -318,6 +320,7 @@ PICTURED = [
     "AutoPrompt SGD",
     "GCG",
     "ours (balanced), 4 restarts by image",
+    "PEZ, a tenth of the steps, denoising_weight 0.5",
     "soft prompt",
     "true name",
     "true caption",
@@ -378,6 +381,9 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
         assert row[key] == pytest.approx((clip.encode_images(made[0]) @ goal).tolist(), abs=1e-4)
         text = (clip.encode_texts([row["prompt"]]) @ goal).item()
         assert row[f"{key}_text"] == pytest.approx(text, abs=1e-4)
+    one, other = judge.encode_images(made[0])
+    assert row["alike"] == pytest.approx((one @ other).item(), abs=1e-4)
+    assert found["autoencoder", 1]["alike"] is None  # one image
     assert found["true name", 1]["prompt"] == "wine glass"
     assert found["true caption + 4 learned", 1]["prompt"].startswith("wine glass ")
     for place in range(3):
@@ -397,6 +403,93 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
+
+
+def test_other_tasks_are_judged_by_their_images(
+    images, image_model, emoji_clip, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pictures, "default_settings", lambda pipe: {"num_inference_steps": 2})
+    monkeypatch.setattr(pictures_tasks, "load_clip", partial(load_tiny, pictures_tasks.load_clip))
+    monkeypatch.setattr(pictures_tasks, "OPTIONS", SearchOptions(effort="paper", steps=5))
+
+    def rows(*parts, seeds=1):
+        pictures_tasks.main(
+            [
+                *("--folder", str(images), "--pipeline", str(image_model), "--judge", "judge"),
+                *("--images", "2", "--seeds", str(seeds), "--prompt-len", "4"),
+                *("--out", str(tmp_path / "tasks"), "--parts", *parts),
+            ]
+        )
+        return lines(tmp_path / "tasks.jsonl")
+
+    first = rows("distill")
+    whole = rows("distill", "fuse")
+    assert whole[: len(first)] == first
+    assert Counter((row["part"], row["case"]) for row in whole) == {
+        (part, case): count for part, count in (("distill", 6), ("fuse", 4)) for case in range(3)
+    }
+    judge, drawings = make_clip(seed=1), from_folder(images)
+    pipe = StableDiffusionPipeline.from_pretrained(image_model)
+
+    def features(prompt, case):
+        made = pipe(
+            prompt,
+            num_inference_steps=2,
+            num_images_per_prompt=2,
+            generator=[torch.Generator().manual_seed(2 * case + k) for k in range(2)],
+        )
+        return judge.encode_images(made.images)
+
+    found = {(row["method"], row["case"]): row for row in whole}
+    long, short = found["the long prompt, other noise", 1], found["ratio 0.5", 1]
+    assert long["prompt"].startswith("wine glass")
+    near = (features(short["prompt"], 1) * features(long["prompt"], 1)).sum(-1).mean().item()
+    assert short["images"] == pytest.approx(near, abs=1e-4)
+    assert found["ratio 0.1", 1]["tokens"] <= short["tokens"] < long["tokens"]
+    row, ends = found["fused", 0], judge.encode_images([drawings[k].image for k in (0, 1)])
+    near = (features(row["prompt"], 0) @ ends.T).mean(0).tolist()
+    assert [row["first"], row["second"]] == pytest.approx(near, abs=1e-4)
+    assert row["lower"] == min(row["first"], row["second"])
+    alone = [found[name, 0]["lower"] for name in ("of the first", "of the second")]
+    assert row["both"] == (row["lower"] > max(alone))
+
+    table = (tmp_path / "tasks.md").read_text()
+    values = [found["ratio 0.5", case]["images"] for case in range(3)]
+    error = statistics.stdev(values) / 3**0.5
+    assert f"{statistics.mean(values):.3f} ± {error:.3f} |" in table
+
+
+def test_styles_are_judged_by_the_images_of_new_subjects(image_model, emoji_clip, monkeypatch):
+    monkeypatch.setattr(pictures, "default_settings", lambda pipe: {"num_inference_steps": 2})
+    monkeypatch.setattr(pictures_tasks, "OPTIONS", SearchOptions(effort="paper", steps=5))
+    styles, pictured = pictures_tasks.STYLES, {}
+    for k in range(7 * len(styles)):
+        colour = tuple(random.Random(k).choices(range(256), k=3))
+        pictured[k] = Image.new("RGB", (32, 32), colour)
+    drawings = SimpleNamespace(
+        places={style: {"fish": 7 * k} for k, style in enumerate(styles)},
+        rows=[SimpleNamespace(name="a fish")] * len(pictured),
+        picture=pictured.__getitem__,
+    )
+    trial = {"style": styles[1], "images": [8, 9, 10, 11, 12, 13], "subject": "fish"}
+    judge = make_clip(seed=1)
+    pipe = StableDiffusionPipeline.from_pretrained(image_model)
+    bench = SimpleNamespace(clip=emoji_clip)
+    setup = pictures.Setup(bench, pipe, judge, steps=0, images=2)
+    learned, named, alone = pictures_tasks.styled(drawings, [trial], setup, 0, 0)
+    assert alone["prompt"] == "a fish" and learned["prompt"].startswith("a fish, ")
+    assert named["prompt"].startswith("a fish, ") and named["prompt"] != learned["prompt"]
+    made = pipe(
+        learned["prompt"],
+        num_inference_steps=2,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(k) for k in range(2)],
+    )
+    goals = judge.encode_images([pictured[7 * k] for k in range(len(styles))])
+    near = (judge.encode_images(made.images) @ goals.T).mean(0).tolist()
+    assert learned["own"] == pytest.approx(near[1], abs=1e-4)
+    assert learned["other"] == pytest.approx((sum(near) - near[1]) / 4, abs=1e-4)
+    assert learned["right"] == (max(near) == near[1])
 
 
 def test_pictures_resume(draws, tmp_path):
