@@ -3,21 +3,28 @@
 Steps of a search are launch-bound: to launch their kernels takes longer than to run them. A CUDA
 graph holds all kernels of a step and launches them together.
 
-Each captured graph is compared with the eager step before it is used. The environment variable
-`PEZ_CAPTURE=0` turns capturing off.
+Each captured graph is compared with the eager step before it is used. Where the caller does not
+say, steps are captured only on a device on which `pez doctor` found them equal and faster. The
+environment variable `PEZ_CAPTURE` turns capturing on (1) or off (0) everywhere.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .folders import models_folder
+from .version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +35,58 @@ Step = Callable[[], None]
 _TOLERANCE = 0.05
 
 
-def wanted() -> bool:
-    """Whether steps are captured where the caller does not say: `PEZ_CAPTURE` is not 0."""
-    return os.environ.get("PEZ_CAPTURE") != "0"
+def wanted(device: torch.device) -> bool:
+    """Whether steps are captured on a device where the caller does not say."""
+    choice = os.environ.get("PEZ_CAPTURE")
+    if choice in ("0", "1"):
+        return choice == "1"
+    return device.type == "cuda" and _trusted().get(_place(device), False)
+
+
+def trust(device: torch.device, passed: bool) -> bool:
+    """Note whether captured steps passed the self-test on a device.
+
+    Returns:
+        Whether that could be stored.
+    """
+    path = _record()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(_trusted() | {_place(device): passed}, indent=1), "utf-8")
+        part.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", path, error)
+        return False
+    return True
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def _place(device: torch.device) -> str:
+    """What the result of the self-test depends on."""
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, pez {__version__}"
+    return f"{device_name(device)}, {versions}"
+
+
+def _record() -> Path:
+    return models_folder() / "captures.json"
+
+
+def _trusted() -> dict[str, bool]:
+    """The results of the self-test so far; a file that cannot be read has none."""
+    try:
+        found = json.loads(_record().read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {place: passed is True for place, passed in found.items()}
 
 
 class Recorder(Protocol):

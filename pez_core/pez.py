@@ -167,7 +167,9 @@ def search(
             one_step,
             P.device,
             lambda: [P, grad, *optimizer.state[P].values(), *best.changed()],
-            wanted=settings.capture and settings.optimizer is None and on_step is None,
+            wanted=settings.optimizer is None
+            and on_step is None
+            and settings.captures_on(P.device),
             parts=(space, objective),
         )
         for step in range(first, settings.steps):

@@ -210,9 +210,9 @@ def _swap_steps(
     """A function from a position to the best swaps there, which may be captured by position."""
     prompt_len, settings = x.shape[1], task.settings
     parts = [task.space, task.objective, *([] if task.prior is None else [task.prior])]
-    wanted = settings.capture and settings.steps >= _STEPS_PER_POSITION * prompt_len
+    pays = settings.steps >= _STEPS_PER_POSITION * prompt_len
     recorder = None
-    if wanted and capture.capturable(*parts):
+    if pays and capture.capturable(*parts) and settings.captures_on(x.device):
         recorder = capture.recorder_for(x.device)
     swaps: list[torch.Tensor] = []  # ids, scores, scores with the prior; graphs write to them
 

@@ -28,8 +28,8 @@ class Budget:
         time_limit: the step that runs when these seconds are over is the last; above 0. None: no
             limit.
         capture: on CUDA, capture a step as a CUDA graph and replay it (see `pez_core.capture`),
-            where the space and the objective allow it. Default: True unless the environment
-            variable `PEZ_CAPTURE` is 0.
+            where the space and the objective allow it. None: where `pez doctor` has found that
+            faster on this device, or as the environment variable `PEZ_CAPTURE` (0 or 1) says.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -39,7 +39,7 @@ class Budget:
     patience: int | None = None
     report_every: int | None = None
     time_limit: float | None = None
-    capture: bool = field(default_factory=capture.wanted, kw_only=True)
+    capture: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1)
@@ -48,6 +48,10 @@ class Budget:
                 check_integer(name, getattr(self, name), 1)
         if self.time_limit is not None:
             check_number("time_limit", self.time_limit, above=True)
+
+    def captures_on(self, device: torch.device) -> bool:
+        """Whether steps on a device are captured."""
+        return capture.wanted(device) if self.capture is None else self.capture
 
 
 class Checkpoint(Protocol):

@@ -18,7 +18,7 @@ from pez_core import (
     refine,
     search,
 )
-from pez_core.capture import NoWaiting, Replay, recorder_for
+from pez_core.capture import NoWaiting, Replay, recorder_for, trust
 from pez_core.objectives import SampledSimilarity, Similarity
 from pez_core.priors import SingleWordPrior, SumOfPriors
 
@@ -51,6 +51,7 @@ class Traced:
 
 @pytest.fixture
 def traced(monkeypatch):
+    monkeypatch.setenv("PEZ_CAPTURE", "1")
     recorder = Traced()
     monkeypatch.setattr("pez_core.capture.recorder_for", lambda device: recorder)
     fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
@@ -208,12 +209,57 @@ def test_other_devices_have_no_recorder(kind, caplog):
     assert f"not captured on {kind}" in record.getMessage()
 
 
-@pytest.mark.parametrize("settings", [PezSettings, SwapSettings])
-def test_capturing_can_be_turned_off(settings, monkeypatch):
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A CUDA device without a result of the self-test."""
     monkeypatch.delenv("PEZ_CAPTURE", raising=False)
-    assert settings().capture and not settings(capture=False).capture
-    monkeypatch.setenv("PEZ_CAPTURE", "0")
-    assert not settings().capture and settings(capture=True).capture
+    monkeypatch.setenv("PEZ_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A card")
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("settings", [PezSettings, SwapSettings])
+def test_steps_are_captured_where_the_self_test_has_passed(card, settings, monkeypatch):
+    def captures(**options):
+        return settings(**options).captures_on(card)
+
+    assert not captures() and captures(capture=True)
+    assert trust(card, True)
+    assert captures() and not captures(capture=False)
+    assert not settings().captures_on(torch.device("cpu"))
+    for other in (
+        lambda patch: patch.setattr("torch.cuda.get_device_name", lambda device: "Another"),
+        lambda patch: patch.setattr("torch.__version__", "9.9"),
+        lambda patch: patch.setattr("pez_core.capture.__version__", "9.9"),
+    ):
+        with monkeypatch.context() as patch:
+            other(patch)
+            assert not captures()
+    assert trust(card, False)
+    assert not captures()
+
+
+@pytest.mark.parametrize("value, captures", [("0", False), ("1", True)])
+def test_the_environment_decides_before_the_self_test(card, monkeypatch, value, captures):
+    assert trust(card, not captures)
+    monkeypatch.setenv("PEZ_CAPTURE", value)
+    assert PezSettings().captures_on(card) is captures
+    assert PezSettings(capture=not captures).captures_on(card) is not captures
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"A card": 1}', "\xff"])
+def test_a_damaged_record_holds_no_result(card, tmp_path, text):
+    path = tmp_path / "models/captures.json"
+    path.parent.mkdir()
+    path.write_bytes(text.encode("latin1"))
+    assert not PezSettings().captures_on(card)
+    assert trust(card, True) and PezSettings().captures_on(card)
+
+
+def test_a_folder_that_cannot_be_written_is_said(card, tmp_path, monkeypatch, caplog):
+    (tmp_path / "models").write_text("a file")
+    assert not trust(card, True)
+    assert "cannot be written" in caplog.text and not PezSettings().captures_on(card)
 
 
 @pytest.mark.parametrize(

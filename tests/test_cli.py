@@ -367,7 +367,7 @@ def test_every_option_has_its_effect(command, name, run, files):
 
 
 def test_the_commands_are_those_of_this_table():
-    others = {"batch", "lm", "models"}  # each has tests of its own
+    others = {"batch", "lm", "models", "doctor"}  # each has tests of its own
     assert set(parsers()) == {*EFFECTS, *others}
     assert set(EFFECTS) == set(POSITIONAL)
 

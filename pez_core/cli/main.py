@@ -16,7 +16,7 @@ from types import FrameType
 from .. import __version__
 from ..errors import ArgumentError
 from ..lm import command as lm
-from . import batch, learn, models, score
+from . import batch, doctor, learn, models, score
 from .arguments import option_name
 
 # Errors that a user can do something about; a traceback would not help.
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pez {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (learn, score, batch, lm, models):
+    for module in (learn, score, batch, lm, models, doctor):
         module.add_commands(commands)
     return parser
 

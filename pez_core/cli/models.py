@@ -16,7 +16,8 @@ def add_commands(commands: Any) -> None:
 
 def _models(arguments: argparse.Namespace) -> int:
     from ..clip.models import BUNDLED, PRESETS
-    from ..clip.weights import models_folder, tags_on_disk
+    from ..clip.weights import tags_on_disk
+    from ..folders import models_folder
 
     print("Bundled (no download):")
     for name in BUNDLED:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ArgumentError
+from ..folders import models_folder
 from .models import find_preset
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -27,12 +28,6 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 1 << 20  # bytes per read; small, so that a cancel takes effect soon
 _LOCAL = ("localhost", "127.0.0.1", "::1")  # hosts to which nothing has to be encrypted
-
-
-def models_folder() -> Path:
-    """The folder of weights that people place by hand: `PEZ_MODELS`, else `~/.cache/pez`."""
-    folder = os.environ.get("PEZ_MODELS") or os.path.join("~", ".cache", "pez")
-    return Path(os.path.expanduser(folder))
 
 
 def find_on_disk(name: str, pretrained: str) -> Path | None:

@@ -1,0 +1,27 @@
+"""`pez doctor`: a self-test of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add `doctor` to the subparsers of `pez`."""
+    command = commands.add_parser(
+        "doctor",
+        help="test this machine, and print what a bug report needs",
+        description="Test this machine for about ten seconds, and print what a bug report needs: "
+        "versions, rates, and whether the device computes what the CPU computes.",
+    )
+    command.add_argument("--device", metavar="NAME", help="such as cuda, mps or cpu")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ..doctor import examine
+
+    found = examine(arguments.device, lambda part: print(f"testing: {part}", file=sys.stderr))
+    print(found)
+    return 0 if found.healthy else 1

@@ -1,0 +1,236 @@
+"""A self-test of this machine, and what to paste into a bug report.
+
+It measures how fast memory is copied and matrices are multiplied, which no search can exceed, and
+compares a device with the CPU: features, gradients and a search. On CUDA it also compares a search
+whose steps are captured as CUDA graphs with one whose steps are not. Only where that has passed
+once are steps captured without being asked for (`pez_core.capture.wanted`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import __version__, capture
+from .clip.device import default_dtype, pick_device
+from .clip.load import load_clip
+from .clip.model import Clip
+from .objectives import Similarity
+from .pez import PezSettings, search
+from .space import TokenSpace
+from .swaps import SwapSettings, refine
+from .tracker import Progress
+
+CLIP = "emoji-clip"
+TEXTS = ("a red fish", "two green trees under a blue sky", "the number seven", "")
+PROBLEMS, PROMPT_LEN, STEPS = 4, 8, 60
+# Cosine similarity with the CPU that each precision has to reach.
+_ALIKE = {torch.float32: 0.999, torch.bfloat16: 0.98, torch.float16: 0.98}
+_PACKAGES = ("open_clip_torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+_MATRIX, _BYTES, _SECONDS = 1024, 2**28, 0.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: what was compared.
+        passed: the result; None: there is nothing to compare on this machine.
+        detail: the numbers.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        word = {True: "ok", False: "FAILED", None: "not needed"}[self.passed]
+        return f"{self.name}: {word} ({self.detail})"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The result of `examine`.
+
+    Attributes:
+        facts: versions, device and rates, by name.
+        checks: the comparisons.
+    """
+
+    facts: dict[str, str]
+    checks: list[Check]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no comparison failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {value}" for name, value in self.facts.items()]
+        return "\n".join([*lines, "", *map(str, self.checks)])
+
+
+def examine(
+    device: str | torch.device | None = None, callback: Callable[[str], None] | None = None
+) -> Examination:
+    """Examine a device, in about ten seconds.
+
+    Args:
+        device: name of the device; None: the one that `load_clip` takes.
+        callback: called with the name of each part before it begins.
+
+    Returns:
+        An `Examination`. Where captured steps are equal and faster, that is noted for later
+        searches on this device.
+
+    Raises:
+        ArgumentError: the device does not exist or cannot be used here.
+    """
+    say = callback or (lambda part: None)
+    where = pick_device(device)
+    facts = _versions()
+    say("rates")
+    facts |= _rates(where)
+    say("features and gradients")
+    clip, expected = load_clip(CLIP, device=where), load_clip(CLIP, device="cpu")
+    checks = [*_compared(clip, expected)]
+    say("search")
+    checks.append(_searched(clip))
+    say("CUDA graphs")
+    checks.append(_captured(clip))
+    return Examination(facts, checks)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"pez": __version__, "python": platform.python_version()}
+    versions |= {"system": platform.platform(), "torch": torch.__version__}
+    for backend in ("cuda", "hip", "xpu"):
+        if version := getattr(torch.version, backend, None):
+            versions[f"torch {backend}"] = str(version)
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _rates(device: torch.device) -> dict[str, str]:
+    """The device, and its rates of copying and multiplying."""
+    source = torch.ones(_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    copies = _per_second(device, lambda: target.copy_(source))
+    rates = {"device": capture.device_name(device), "threads": str(torch.get_num_threads())}
+    rates["cores"] = str(os.cpu_count())
+    rates["default precision"] = str(default_dtype(device)).removeprefix("torch.")
+    rates["copy"] = f"{2 * _BYTES * copies / 1e9:.1f} GB/s"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = f"matrix product, {str(dtype).removeprefix('torch.')}"
+        try:
+            a = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+            products = _per_second(device, lambda a=a: a @ a)
+        except (RuntimeError, TypeError) as error:  # a backend without this precision
+            rates[name] = f"not supported ({type(error).__name__})"
+        else:
+            rates[name] = f"{2 * _MATRIX**3 * products / 1e9:,.0f} GFLOP/s"
+    return rates
+
+
+def _per_second(device: torch.device, run: Callable[[], object]) -> float:
+    """How often a function runs in a second."""
+    run()
+    _wait(device)
+    began, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < _SECONDS:
+        run()
+        _wait(device)
+        count += 1
+    return count / elapsed
+
+
+def _wait(device: torch.device) -> None:
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "synchronize"):
+        module.synchronize()
+
+
+def _compared(clip: Clip, expected: Clip) -> Iterator[Check]:
+    """Features and gradients of the device against those of the CPU."""
+    names = ("texts", "images", "gradients")
+    if clip.device.type == "cpu":
+        yield Check("features and gradients", None, "the device is the CPU")
+        return
+    least = _ALIKE[clip.dtype]
+    for name, found, wanted in zip(names, _outputs(clip), _outputs(expected), strict=True):
+        near = torch.cosine_similarity(found.flatten(1), wanted.flatten(1)).min().item()
+        # of NaN no comparison is true
+        yield Check(name, near >= least, f"cosine similarity with the CPU {near:.4f}")
+
+
+def _outputs(clip: Clip) -> list[torch.Tensor]:
+    """Features of texts and of images, and gradients of prompts, in float32 on the CPU."""
+    space, objective, ids = _problem(clip)
+    with torch.enable_grad():
+        embeddings = space.embed(ids).requires_grad_()
+        loss, _ = objective(embeddings, 0)
+        (gradients,) = torch.autograd.grad(loss.sum(), embeddings)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    pictures = [Image.fromarray(one) for one in noise]
+    outputs = (clip.encode_texts(TEXTS), clip.encode_images(pictures), gradients)
+    return [one.detach().float().cpu() for one in outputs]
+
+
+def _problem(clip: Clip) -> tuple[TokenSpace, Similarity, torch.Tensor]:
+    """A small search for some texts."""
+    space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
+    goals = clip.encode_texts(TEXTS)[:PROBLEMS]
+    objective = Similarity(clip.text.encoder(), goals[:, None])
+    generator = torch.Generator().manual_seed(0)
+    return space, objective, space.random(PROBLEMS, PROMPT_LEN, generator).to(clip.device)
+
+
+def _searched(clip: Clip) -> Check:
+    """A search has to improve the prompts that it starts from."""
+    space, objective, ids = _problem(clip)
+    with torch.no_grad():
+        _, before = objective(space.embed(ids), 0)
+    found = search(space, objective, ids, PezSettings(steps=STEPS, capture=False))
+    gain = (found.scores.cpu() - before.cpu()).min().item()
+    return Check("search", gain > 0, f"each similarity rises by {gain:.3f} or more")
+
+
+def _captured(clip: Clip) -> Check:
+    """Captured steps have to give what eager ones give, in less time."""
+    name = "steps as CUDA graphs"
+    if capture.recorder_for(clip.device) is None:
+        return Check(name, None, f"not on {clip.device.type}")
+    seconds, found = {}, {}
+    for way in (True, False, True, False):  # the first two warm up
+        began = time.perf_counter()
+        found[way] = [*_searches(clip, way)]
+        _wait(clip.device)
+        seconds[way] = time.perf_counter() - began
+    pairs = zip(found[True], found[False], strict=True)
+    apart = max((a.scores - b.scores).abs().max().item() for a, b in pairs)
+    ratio = seconds[False] / seconds[True]
+    passed = apart < 1 - _ALIKE[clip.dtype] and ratio > 1
+    detail = f"{ratio:.1f} times as fast, similarities differ by {apart:.4f} at most"
+    if not capture.trust(clip.device, passed):
+        detail += "; the result could not be stored: set PEZ_CAPTURE=1 to use them"
+    return Check(name, passed, detail)
+
+
+def _searches(clip: Clip, captured: bool) -> Iterator[Progress]:
+    space, objective, ids = _problem(clip)
+    yield search(space, objective, ids, PezSettings(steps=STEPS, capture=captured))
+    settings = SwapSettings(steps=STEPS, trials=1, capture=captured)
+    yield refine(space, objective, ids, settings, seeds=range(PROBLEMS))

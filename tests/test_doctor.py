@@ -1,0 +1,113 @@
+"""The self-test of a machine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_capture import Traced
+
+import pez_core.doctor as doctor
+from pez_core import capture, load_clip
+from pez_core.cli import main
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "STEPS", 12)
+    monkeypatch.setenv("PEZ_MODELS", str(tmp_path))
+    monkeypatch.delenv("PEZ_CAPTURE", raising=False)
+
+
+def test_what_a_bug_report_needs_is_printed(capsys):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    for wanted in (f"torch: {torch.__version__}", "device: cpu", "GB/s", "GFLOP/s", "search: ok"):
+        assert wanted in printed.out
+    assert "testing: rates" in printed.err
+    assert main(["doctor", "--device", "nothing"]) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_rates_are_those_of_what_was_run(monkeypatch):
+    monkeypatch.setattr(doctor, "_per_second", lambda device, run: 10.0)
+    rates = doctor._rates(torch.device("cpu"))
+    assert rates["copy"] == f"{2 * 2**28 * 10 / 1e9:.1f} GB/s"  # read and written
+    assert rates["matrix product, float32"] == f"{2 * 1024**3 * 10 / 1e9:,.0f} GFLOP/s"
+
+
+def device(clip, **changes):
+    """A CLIP that computes on another device, as far as the self-test can tell."""
+    fields = {name: getattr(clip, name) for name in ("text", "dtype", "vocabulary")}
+    fields |= {name: getattr(clip, name) for name in ("encode_texts", "encode_images")}
+    return SimpleNamespace(**fields | {"device": torch.device("meta")} | changes)
+
+
+def test_a_device_that_computes_something_else_is_found(emoji_clip, monkeypatch):
+    monkeypatch.setattr(
+        doctor,
+        "_problem",
+        lambda clip, original=doctor._problem: original(
+            SimpleNamespace(**vars(clip) | {"device": "cpu"})
+            if isinstance(clip, SimpleNamespace)
+            else clip
+        ),
+    )
+
+    def passed(clip):
+        return {check.name: check.passed for check in doctor._compared(clip, emoji_clip)}
+
+    assert passed(device(emoji_clip)) == {"texts": True, "images": True, "gradients": True}
+
+    def noisy(texts):
+        features = emoji_clip.encode_texts(texts)
+        return features + 0.1 * torch.randn(features.shape, generator=torch.Generator())
+
+    assert passed(device(emoji_clip, encode_texts=noisy))["texts"] is False
+    nan = lambda images: emoji_clip.encode_images(images) * torch.nan  # noqa: E731
+    assert passed(device(emoji_clip, encode_images=nan))["images"] is False
+
+
+def test_a_search_that_finds_nothing_is_found(emoji_clip, monkeypatch):
+    assert doctor._searched(emoji_clip).passed
+    start = lambda space, objective, ids, settings: SimpleNamespace(  # noqa: E731
+        scores=torch.full((doctor.PROBLEMS,), -1.0)
+    )
+    monkeypatch.setattr(doctor, "search", start)
+    assert doctor._searched(emoji_clip).passed is False
+
+
+@pytest.mark.parametrize(
+    "difference, slower, passed", [(0, 0, True), (0.5, 0, False), (0, 9, False)]
+)
+def test_captured_steps_have_to_be_equal_and_faster(
+    emoji_clip, monkeypatch, difference, slower, passed
+):
+    monkeypatch.setattr(capture, "recorder_for", lambda device: Traced())
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock.now)
+
+    def searches(clip, captured):
+        clock.now += 1 + slower if captured else 2
+        yield SimpleNamespace(scores=torch.full((4,), 0.5 + difference * captured))
+
+    monkeypatch.setattr(doctor, "_searches", searches)
+    found = doctor._captured(emoji_clip)
+    assert found.passed is passed
+    assert capture._trusted() == {capture._place(emoji_clip.device): passed}
+
+
+def test_without_graphs_there_is_nothing_to_compare(tmp_path):
+    found = doctor._captured(load_clip("emoji-clip", device="cpu"))
+    assert found.passed is None and not (tmp_path / "captures.json").exists()
+    examined = doctor.Examination({}, [found])
+    assert examined.healthy and "not needed" in str(examined)
+    failed = doctor.Check("search", False, "")
+    assert not doctor.Examination({}, [found, failed]).healthy
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_card_is_healthy():
+    found = doctor.examine("cuda")
+    assert found.healthy, str(found)
+    assert capture.wanted(torch.device("cuda"))
