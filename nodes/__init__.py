@@ -6,6 +6,7 @@ from server import PromptServer
 from . import models
 from .choose import ChooseByImage
 from .distill import DistillPrompt
+from .doctor import Doctor
 from .emoji_model import EmojiModel
 from .fuse import FusePrompts
 from .image_to_prompt import ImageToPrompt
@@ -29,4 +30,4 @@ class PezExtension(ComfyExtension):
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, ChooseByImage, EmojiModel]
+        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, ChooseByImage, EmojiModel, Doctor]

@@ -34,6 +34,7 @@ TEXTS = ("a red fish", "two green trees under a blue sky", "the number seven", "
 PROBLEMS, PROMPT_LEN, STEPS = 4, 8, 60
 # Cosine similarity with the CPU that each precision has to reach.
 _ALIKE = {torch.float32: 0.999, torch.bfloat16: 0.98, torch.float16: 0.98}
+PARTS = ("rates", "features and gradients", "search", "CUDA graphs")
 _PACKAGES = ("open_clip_torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 _MATRIX, _BYTES, _SECONDS = 1024, 2**28, 0.5
 
@@ -86,7 +87,7 @@ def examine(
 
     Args:
         device: name of the device; None: the one that `load_clip` takes.
-        callback: called with the name of each part before it begins.
+        callback: called with each of `PARTS` before it begins.
 
     Returns:
         An `Examination`. Where captured steps are equal and faster, that is noted for later
@@ -95,17 +96,17 @@ def examine(
     Raises:
         ArgumentError: the device does not exist or cannot be used here.
     """
-    say = callback or (lambda part: None)
+    begin = callback or (lambda part: None)
+    rates, compared, searched, captured = PARTS
     where = pick_device(device)
-    facts = _versions()
-    say("rates")
-    facts |= _rates(where)
-    say("features and gradients")
-    clip, expected = load_clip(CLIP, device=where), load_clip(CLIP, device="cpu")
-    checks = [*_compared(clip, expected)]
-    say("search")
+    begin(rates)
+    facts = _versions() | _rates(where)
+    begin(compared)
+    clip = load_clip(CLIP, device=where)
+    checks = [*_compared(clip, load_clip(CLIP, device="cpu"))]
+    begin(searched)
     checks.append(_searched(clip))
-    say("CUDA graphs")
+    begin(captured)
     checks.append(_captured(clip))
     return Examination(facts, checks)
 

@@ -609,6 +609,12 @@ def test_a_cancelled_search_says_what_it_was_made_from(client: Client):
     assert changed == {"steps"}
 
 
+def test_the_machine_is_tested(client: Client):
+    run = client.run({"pez": {"class_type": "PEZ_Doctor", "inputs": {}}, "shown": shown("pez")})
+    (report,) = texts(run, "shown")
+    assert "device: cpu" in report and "search: ok" in report and "FAILED" not in report
+
+
 def test_the_nodes_look_as_shared_workflows_expect(client: Client):
     """`object_info` of all nodes, as committed; a change here may break workflows of others."""
     path = Path(__file__).parent / "object_info.json"
