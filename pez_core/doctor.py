@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from . import __version__, capture
+from .clip import AnyClip
 from .clip.device import default_dtype, pick_device
 from .clip.load import load_clip
-from .clip.model import Clip
 from .objectives import Similarity
 from .pez import PezSettings, search
 from .space import TokenSpace
@@ -159,25 +159,25 @@ def _per_second(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    module = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(module, "synchronize"):
-        module.synchronize()
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if device.type != "cpu" and wait is not None:
+        wait()
 
 
-def _compared(clip: Clip, expected: Clip) -> Iterator[Check]:
+def _compared(clip: AnyClip, expected: AnyClip) -> Iterator[Check]:
     """Features and gradients of the device against those of the CPU."""
     names = ("texts", "images", "gradients")
     if clip.device.type == "cpu":
         yield Check("features and gradients", None, "the device is the CPU")
         return
-    least = _ALIKE[clip.dtype]
+    least = _ALIKE[default_dtype(clip.device)]
     for name, found, wanted in zip(names, _outputs(clip), _outputs(expected), strict=True):
         near = torch.cosine_similarity(found.flatten(1), wanted.flatten(1)).min().item()
         # of NaN no comparison is true
         yield Check(name, near >= least, f"cosine similarity with the CPU {near:.4f}")
 
 
-def _outputs(clip: Clip) -> list[torch.Tensor]:
+def _outputs(clip: AnyClip) -> list[torch.Tensor]:
     """Features of texts and of images, and gradients of prompts, in float32 on the CPU."""
     space, objective, ids = _problem(clip)
     with torch.enable_grad():
@@ -190,7 +190,7 @@ def _outputs(clip: Clip) -> list[torch.Tensor]:
     return [one.detach().float().cpu() for one in outputs]
 
 
-def _problem(clip: Clip) -> tuple[TokenSpace, Similarity, torch.Tensor]:
+def _problem(clip: AnyClip) -> tuple[TokenSpace, Similarity, torch.Tensor]:
     """A small search for some texts."""
     space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
     goals = clip.encode_texts(TEXTS)[:PROBLEMS]
@@ -199,7 +199,7 @@ def _problem(clip: Clip) -> tuple[TokenSpace, Similarity, torch.Tensor]:
     return space, objective, space.random(PROBLEMS, PROMPT_LEN, generator).to(clip.device)
 
 
-def _searched(clip: Clip) -> Check:
+def _searched(clip: AnyClip) -> Check:
     """A search has to improve the prompts that it starts from."""
     space, objective, ids = _problem(clip)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def _searched(clip: Clip) -> Check:
     return Check("search", gain > 0, f"each similarity rises by {gain:.3f} or more")
 
 
-def _captured(clip: Clip) -> Check:
+def _captured(clip: AnyClip) -> Check:
     """Captured steps have to give what eager ones give, in less time."""
     name = "steps as CUDA graphs"
     if capture.recorder_for(clip.device) is None:
@@ -223,14 +223,14 @@ def _captured(clip: Clip) -> Check:
     pairs = zip(found[True], found[False], strict=True)
     apart = max((a.scores - b.scores).abs().max().item() for a, b in pairs)
     ratio = seconds[False] / seconds[True]
-    passed = apart < 1 - _ALIKE[clip.dtype] and ratio > 1
+    passed = apart < 1 - _ALIKE[default_dtype(clip.device)] and ratio > 1
     detail = f"{ratio:.1f} times as fast, similarities differ by {apart:.4f} at most"
     if not capture.trust(clip.device, passed):
         detail += "; the result could not be stored: set PEZ_CAPTURE=1 to use them"
     return Check(name, passed, detail)
 
 
-def _searches(clip: Clip, captured: bool) -> Iterator[Progress]:
+def _searches(clip: AnyClip, captured: bool) -> Iterator[Progress]:
     space, objective, ids = _problem(clip)
     yield search(space, objective, ids, PezSettings(steps=STEPS, capture=captured))
     settings = SwapSettings(steps=STEPS, trials=1, capture=captured)
