@@ -88,7 +88,11 @@ class Worker:
     ) -> None:
         self.job = job
         self.clip = load_clip(
-            list(job.clip), device=device, download=download, weights=job.clip_weights
+            list(job.clip),
+            device=device,
+            download=download,
+            weights=job.clip_weights,
+            activation=job.activation,
         )
         self._options = job.options
         if job.options.readability:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..clip.models import ACTIVATIONS
 from ..errors import ArgumentError
 from ..options import EFFORTS, FITS, SearchOptions
 from ..vocabulary import Vocabulary
@@ -175,6 +176,12 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
     group.add_argument(
         "--download", action="store_true", help="download weights that are not on this disk"
     )
+    group.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        help="activation of the CLIP in a file, which its weights do not show (default: by its "
+        "name, or else by measurement)",
+    )
     if low_memory:
         group.add_argument(
             "--low-memory",
@@ -289,6 +296,7 @@ def load_clip(arguments: argparse.Namespace) -> AnyClip:
             download=arguments.download,
             weights=arguments.clip_weight,
             low_memory=arguments.low_memory,
+            activation=arguments.activation,
         )
     except ArgumentError as error:
         # a task has `weights`, too, which are others
