@@ -15,7 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -484,6 +484,7 @@ def test_a_folder_without_a_readable_config(tmp_path, weights, text):
         load_clip(str(tmp_path))
 
 
+@cache
 def small_model(quick_gelu=False):
     """The smallest plain CLIP that open_clip knows, with random weights."""
     with torch.random.fork_rng():
