@@ -676,7 +676,7 @@ def trained(quick_gelu):
         rows = map(json.loads, (ROOT / "examples/index.jsonl").open())
         rows = [row for row in rows if row["style"] == "noto"]
         pixels = torch.stack([prepare(load_image(ROOT / "examples" / r["file"])) for r in rows])
-        texts = open_clip.SimpleTokenizer()([row["name"] for row in rows])
+        texts = open_clip.SimpleTokenizer()([f"an emoji of a {row['name']}" for row in rows])
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         labels = torch.arange(len(rows))
         for _ in range(60):
@@ -841,9 +841,18 @@ def _without(*names):
 NO_CLIPS = {
     "image tower": (_only("visual."), "holds an image encoder alone; choose a file with both"),
     "text tower": (
-        _without(*(k for k in ("visual.conv1.weight", "visual.proj"))),
+        lambda t: {k: v for k, v in t.items() if not k.startswith("visual.")},
         "holds a text encoder alone; choose a file with both",
     ),
+    "another kind of image tower": (
+        _without("visual.conv1.weight", "visual.positional_embedding"),
+        "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
+    ),
+    "another kind of text tower": (
+        lambda t: {k if "visual" in k else f"text.{k}": v for k, v in t.items()},
+        "holds a CLIP of an unknown architecture",
+    ),
+    "ResNet": (_without("visual.positional_embedding"), "holds a CLIP of an unknown architecture"),
     "LongCLIP": (_longer, "is a LongCLIP, which reads 248 tokens .*; choose the CLIP that it was"),
     "no projection of texts": (_without("text_projection"), "lacks the projection of its text"),
     "no projection of images": (_without("visual.proj"), "lacks the projection of its image"),
@@ -851,7 +860,7 @@ NO_CLIPS = {
         lambda t: (
             t | {"text_projection": torch.zeros(256, 100), "visual.proj": torch.zeros(9, 100)}
         ),
-        "of an unknown architecture; choose one of",
+        "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
     ),
     "no CLIP": (_only("transformer."), "holds no CLIP"),
     "quantised": (

@@ -59,6 +59,7 @@ def most_agreeing(model: Any, tokenizer: Any, readings: Sequence[Reading]) -> Re
         tokenizer: its tokenizer.
         readings: at least one.
     """
+    model.eval()
     scores = []
     for reading in readings:
         set_reading(model, reading)

@@ -59,6 +59,7 @@ _PARTS = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
 # The first tensors of the towers, in the layouts of open_clip and of transformers.
 _IMAGE_TOWER = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 _TEXT_TOWER = ("token_embedding.weight", "text_model.embeddings.token_embedding.weight")
+_OF_IMAGES = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
 # Scales of weights in 8 bits, as ComfyUI stores them, and its marks of such files.
 _SCALE = re.compile(r"^(.*)\.(?:scale_weight|weight_scale)$")
 _MARK = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|position_ids)$")
@@ -171,7 +172,10 @@ def found_in(path: Path, shapes: Shapes) -> FoundClip:
     inside = {key.removeprefix(prefix): shapes[key] for key in _of_towers(shapes, prefix)}
     transformers = _TEXT_TOWER[1] in inside
     named = {_rename(key): shape for key, shape in inside.items()}
-    name = _plain_clips().get(_dimensions(named)) if _has_projections(named) else None
+    try:
+        name = _plain_clips().get(_dimensions(named))
+    except _MALFORMED:  # it lacks a tensor, or has it in another shape
+        name = None
     if name is None:
         raise _unknown(named)
     return FoundClip(name, _readings(path, name, transformers), prefix)
@@ -226,11 +230,15 @@ def _prefix(path: Path, shapes: Shapes) -> str:
             "is one of several parts of a model", "save the model as one model.safetensors"
         )
     wanted = "choose a file with both encoders of one CLIP"
-    if text:
+    has_text = bool(text) or any(".text." in f".{key}" for key in shapes)
+    has_image = bool(image) or any(_OF_IMAGES.search(key) for key in shapes)
+    if has_text and has_image:
+        raise _unknown({})
+    if has_text:
         raise NoClipError("holds a text encoder alone", wanted)
-    if image or any(".vision_model." in f".{key}" for key in shapes):
+    if has_image:
         raise NoClipError("holds an image encoder alone", wanted)
-    raise NoClipError("holds no CLIP of a kind that can be searched", wanted)
+    raise NoClipError("holds no CLIP", wanted)
 
 
 def _before(shapes: Iterable[str], names: tuple[str, ...]) -> set[str]:
@@ -269,7 +277,7 @@ def _unknown(shapes: Shapes) -> NoClipError:
         )
     return NoClipError(
         "holds a CLIP of an unknown architecture",
-        "choose one of an architecture of open_clip, such as ViT-L-14",
+        "write ARCHITECTURE:FILE if open_clip has its architecture",
     )
 
 
