@@ -193,7 +193,7 @@ def test_the_registry_lacks_only_what_its_publisher_adds():
     for name in ("name", "version", "description", "requires-python", "license", "classifiers"):
         assert project[name]
     assert comfy["DisplayName"] and comfy["requires-comfyui"]
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "docs/contributing.md").read_text()
     for left in ("PublisherId", "Icon", "Repository"):
         assert left not in comfy and left in text
 

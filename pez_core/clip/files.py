@@ -126,9 +126,9 @@ def examine(path: Path) -> FoundClip:
     """The CLIP in a safetensors file, of which only the header is read.
 
     Its activation and the preparation of its images are those of a `config.json` of transformers in
-    the same folder, or of the tag that the name of the file or of its folder contains, or whose
-    first word it contains (such as `openai` or `laion2b`); else they may be those of any tag of the
-    architecture.
+    the same folder, or of the tag that the name of the file or of its folder contains, or of the
+    tags whose first word it contains (such as `openai` or `laion2b`); else they may be those of any
+    tag of the architecture.
 
     Raises:
         NoClipError: it holds none that can be searched.
@@ -286,7 +286,10 @@ def _readings(path: Path, name: str, transformers: bool) -> tuple[Reading, ...]:
     public = _public_readings(name)
     title = f"{path.parent.name}/{path.stem}".lower().replace("_", "-")
     tags = {tag: tag.replace("_", "-") for tag in public}
-    whole = [tag for tag, text in tags.items() if text in title]
+    # a tag of one word may be the beginning of another's name: dfn2b, dfn2b_s39b
+    whole = [
+        tag for tag, text in tags.items() if text in title and ("-" in text or _ends(title, text))
+    ]
     begun = [tag for tag, text in tags.items() if text.split("-")[0] in title]
     named = [max(whole, key=len)] if whole else begun
     if named:
@@ -296,6 +299,11 @@ def _readings(path: Path, name: str, transformers: bool) -> tuple[Reading, ...]:
     if quick is None:
         return readings
     return tuple(one for one in readings if one.quick_gelu == quick) or (Reading(quick),)
+
+
+def _ends(title: str, tag: str) -> bool:
+    """Whether a file has the name that downloads get: ARCHITECTURE.TAG."""
+    return title.endswith(f".{tag}")
 
 
 def _public_readings(name: str) -> dict[str, Reading]:
@@ -334,6 +342,8 @@ def as_open_clip(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> dict[
         scale = scales.get(key.removesuffix(".weight"))
         if scale is not None:
             tensor = _unscaled(tensor, scale)
+        elif tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.half()  # which holds all numbers in 8 bits, and can be joined
         named[_rename(key.removeprefix(prefix))] = tensor
     if _TEXT_TOWER[1] not in {key.removeprefix(prefix) for key in tensors}:
         return named
