@@ -497,12 +497,21 @@ def as_transformers(model) -> dict:
     from transformers import CLIPConfig, CLIPModel
 
     ours = model.state_dict()
-    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
-    image = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12}
+
+    def sizes(tower):
+        blocks = tower.transformer.resblocks
+        return {
+            "hidden_size": blocks[0].attn.embed_dim,
+            "intermediate_size": blocks[0].mlp.c_fc.out_features,
+            "num_hidden_layers": len(blocks),
+            "num_attention_heads": blocks[0].attn.num_heads,
+        }
+
+    patch = {"patch_size": model.visual.patch_size[0], "image_size": model.visual.image_size[0]}
     config = CLIPConfig(
-        text_config=text | {"num_attention_heads": 4, "eos_token_id": 49407},
-        vision_config=image | {"num_attention_heads": 6, "patch_size": 32},
-        projection_dim=256,
+        text_config=sizes(model) | {"eos_token_id": 49407},
+        vision_config=sizes(model.visual) | patch,
+        projection_dim=model.text_projection.shape[1],
     )
     theirs = CLIPModel(config).eval()
     for key, tensor in theirs.state_dict().items():
@@ -798,11 +807,11 @@ FORMS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["open_clip", "transformers"])
 @pytest.mark.parametrize("form", FORMS)
-def test_files_are_loaded_in_any_form_that_people_have(form, layout, tmp_path):
-    model = small_model(quick_gelu=layout == "transformers")
+def test_files_are_loaded_in_any_form_that_people_have(form, layout, tmp_path, architecture):
+    quick = layout == "transformers"  # as their config says by default
+    model = make_model(seed=3, quick_gelu=True) if quick else make_model(seed=3)
     tensors, given = model.state_dict(), FORMS[form]
     if layout == "transformers":
         theirs = as_transformers(model)
@@ -814,22 +823,20 @@ def test_files_are_loaded_in_any_form_that_people_have(form, layout, tmp_path):
         assert files.find_clip(path) is not None
     else:
         torch.save(tensors, path)
-    for name in (str(path), f"ViT-S-32-alt{'-quickgelu' * (layout != 'open_clip')}:{path}"):
-        if name != str(path) and layout != "open_clip":
-            continue
+    ids = open_clip.SimpleTokenizer()(["a red apple", "snow"])
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name in (str(path), f"{architecture}:{path}"):
         clip = load_clip(name, device="cpu")
-        ids = open_clip.SimpleTokenizer()(["a red apple", "snow"])
-        pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        for kind, given_ in (("text", ids), ("image", pixels)):
+        for kind, encoded in (("text", ids), ("image", pixels)):
             ours, theirs = (
-                getattr(one, f"encode_{kind}")(given_, normalize=True)
+                getattr(one, f"encode_{kind}")(encoded, normalize=True)
                 for one in (clip.model, model)
             )
-            assert (ours * theirs).sum(1).min() > (0.995 if "fp8" in form else 0.99999)
+            assert (ours * theirs).sum(1).min() > (0.98 if "fp8" in form else 0.9999)
 
 
 def _longer(tensors):
-    return tensors | {"positional_embedding": torch.zeros(248, 256)}
+    return tensors | {"positional_embedding": torch.zeros(248, 32)}
 
 
 def _only(*prefixes):
@@ -859,9 +866,7 @@ NO_CLIPS = {
     "no projection of texts": (_without("text_projection"), "lacks the projection of its text"),
     "no projection of images": (_without("visual.proj"), "lacks the projection of its image"),
     "other size": (
-        lambda t: (
-            t | {"text_projection": torch.zeros(256, 100), "visual.proj": torch.zeros(9, 100)}
-        ),
+        lambda t: t | {"text_projection": torch.zeros(32, 9), "visual.proj": torch.zeros(32, 9)},
         "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
     ),
     "no CLIP": (_only("transformer."), "holds no CLIP"),
@@ -873,9 +878,11 @@ NO_CLIPS = {
 
 
 @pytest.mark.parametrize("kind", NO_CLIPS)
-def test_files_that_cannot_be_searched_are_named_for_what_they_are(kind, tmp_path, caplog):
+def test_files_that_cannot_be_searched_are_named_for_what_they_are(
+    kind, tmp_path, caplog, architecture
+):
     change, message = NO_CLIPS[kind]
-    tensors = change(small_model().state_dict())
+    tensors = change(dict(make_model().state_dict()))
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
     caplog.clear()
@@ -913,9 +920,10 @@ def test_files_that_hold_no_weights_are_named_for_what_they_are(kind, tmp_path, 
         load_clip(str(path))
 
 
-def test_a_file_that_is_cut_off_is_not_offered(tmp_path):
+def test_a_file_that_is_cut_off_is_not_offered(tmp_path, architecture):
     path = tmp_path / "a.safetensors"
-    save_file(small_model().state_dict(), path)
+    save_file(make_model().state_dict(), path)
+    assert files.find_clip(path).name == architecture
     whole = path.read_bytes()
     for missing in (1, len(whole) // 2):
         path.write_bytes(whole[:-missing])
@@ -927,8 +935,8 @@ def test_a_file_that_is_cut_off_is_not_offered(tmp_path):
 
 
 def test_a_part_of_several_files_is_named(tmp_path):
-    tensors = list(small_model().state_dict().items())
-    for k, part in enumerate((tensors[:150], tensors[150:]), start=1):
+    tensors = list(make_model().state_dict().items())
+    for k, part in enumerate((tensors[:9], tensors[9:]), start=1):
         path = tmp_path / f"model-{k:05}-of-00002.safetensors"
         save_file(dict(part), path)
         with pytest.raises(ArgumentError, match="is one of several parts of a model; save the"):
