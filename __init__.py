@@ -9,7 +9,7 @@ from pathlib import Path
 WEB_DIRECTORY = "./web"
 
 OLDEST_COMFYUI = "0.16.3"
-_PACKAGES = ("open_clip", "huggingface_hub", "safetensors", "filelock", "tqdm")
+_INSTALL = f'"{sys.executable}" "{Path(__file__).resolve().parent / "install.py"}" and restart.'
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +23,12 @@ def _outdated():
     try:
         from comfyui_version import __version__ as version
     except ImportError:
-        return ""
-    if _numbers(version) >= _numbers(OLDEST_COMFYUI):
+        if find_spec("folder_paths") is None:
+            return ""
+        version = "older"  # than this file, which is in ComfyUI since 0.3
+    if version != "older" and _numbers(version) >= _numbers(OLDEST_COMFYUI):
         return ""
     return f"PEZ needs ComfyUI {OLDEST_COMFYUI} or newer, and this is {version}: update ComfyUI."
-
-
-def _missing():
-    """How to install what is missing; "" where all is there."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if not missing:
-        return ""
-    file = Path(__file__).resolve().parent / "requirements.txt"
-    return (
-        f"PEZ needs {' and '.join(missing)}, not installed here: run "
-        f'"{sys.executable}" -m pip install -r "{file}" and restart ComfyUI.'
-    )
 
 
 # here, since a ComfyUI that is too old does not call what is below
@@ -48,12 +38,14 @@ if _problem := _outdated():
 
 async def comfy_entrypoint():
     """What ComfyUI asks for the nodes; nothing of ComfyUI is needed to import this file."""
-    if problem := _missing():
+    from .pez_core import installed
+
+    if problem := installed.problem(_INSTALL):
         raise ImportError(problem)  # ComfyUI prints one line, which is this one
     try:
         from .nodes import PezExtension
     except Exception as error:
-        if problem := _outdated():
+        if problem := _outdated() or installed.torchvision_problem(_INSTALL):
             raise ImportError(problem) from error
         # ComfyUI prints one line of it, which says too little to mend anything
         log.exception("The PEZ nodes cannot be loaded")

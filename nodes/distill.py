@@ -29,6 +29,7 @@ class DistillPrompt(Learner):
             display_name="PEZ Distill Prompt",
             description="Shortens a prompt. Weights, LoRA tags, embeddings and BREAK stay.",
             search_aliases=["shorten prompt", "compress prompt", "77 tokens", "prompt too long"],
+            reads_images=False,
             inputs_=[
                 inputs.text(
                     "text",

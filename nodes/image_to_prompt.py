@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from comfy_api.latest import io
 
 from ..pez_core import Avoid, SearchOptions, invert
+from ..pez_core.clip.images import load_image
 from ..pez_core.errors import ArgumentError
 from . import inputs
 from .found import Found
 from .learning import Learner, all_candidates, all_prompts, learner_schema, search_options
 from .live import Live, countdown
 from .values import Values, lines
+
+log = logging.getLogger(__name__)
 
 
 class ImageToPrompt(Learner):
@@ -46,7 +49,8 @@ class ImageToPrompt(Learner):
             inputs_=[
                 inputs.images(
                     "images",
-                    tooltip="One image or a batch. Sizes may differ.",
+                    tooltip="One image or a batch. Sizes may differ. If one of several cannot be "
+                    "read, its prompt is empty.",
                 ),
                 *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
                 *_target_inputs(),
@@ -58,11 +62,14 @@ class ImageToPrompt(Learner):
     @classmethod
     def learn(cls, live: Live, values: Values) -> list[Found]:
         images, shared = values.pictures("images"), values["shared"]
+        if not images:
+            raise ArgumentError("images", "is empty", "connect an image")
         options = replace(
             search_options(values, live), start_from=values["start_from"].strip() or None
         )
         captions = [caption.strip() for caption in values.every("caption")]
-        groups = _groups(images, captions, shared)
+        refused = {} if shared else _refused(images)
+        groups = _groups(images, captions, shared, refused)
         avoid = [*lines(values["avoid"]), *values.pictures("avoid_images")]
 
         def run(clip: Any, options: SearchOptions) -> list[Found]:
@@ -82,7 +89,11 @@ class ImageToPrompt(Learner):
                 found += live.found(results)
             return found
 
-        return values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
+        found = values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
+        for k, problem in sorted(refused.items()):
+            log.warning("%s", problem)
+            found.insert(k, Found("", 0.0, note=problem))  # the others keep their places
+        return found
 
     @classmethod
     def outputs(cls, found: list[Found], values: Values) -> tuple:
@@ -163,16 +174,35 @@ def _outputs() -> list[io.Output]:
     ]
 
 
+def _refused(images: list[Any]) -> dict[int, str]:
+    """What is wrong with images that cannot be read, by their places.
+
+    Raises:
+        ArgumentError: no image can be read.
+    """
+    errors = {}
+    for k, image in enumerate(images):
+        try:
+            load_image(image)
+        except ArgumentError as error:
+            errors[k] = error
+    if len(errors) == len(images):
+        raise errors[0]
+    of = f"of {len(images)} has no prompt"
+    return {k: f"image {k + 1} {of}: {error}" for k, error in errors.items()}
+
+
 def _groups(
-    images: list[torch.Tensor], captions: Sequence[str], shared: bool
-) -> list[tuple[list[torch.Tensor], str]]:
-    """Images that are searched side by side, with their caption."""
+    images: list[Any], captions: Sequence[str], shared: bool, refused: Container[int]
+) -> list[tuple[list[Any], str]]:
+    """Images that are searched side by side, with their caption, without those that are refused."""
     if len(set(captions)) == 1:
-        return [(images, captions[0])]
+        return [([one for k, one in enumerate(images) if k not in refused], captions[0])]
     if shared or len(captions) != len(images):
         raise ArgumentError(
             "caption",
             f"gives {len(captions)} captions for {len(images)} images",
             "give one caption, or one for each image with one prompt per image",
         )
-    return [([image], caption) for image, caption in zip(images, captions, strict=True)]
+    pairs = enumerate(zip(images, captions, strict=True))
+    return [([image], caption) for k, (image, caption) in pairs if k not in refused]

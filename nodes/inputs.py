@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pez_core.options import EFFORTS, SearchOptions
+from ..pez_core.options import EFFORTS, FITS, SearchOptions
 
 PezClip = io.Custom("PEZ_CLIP")
 PezVocabulary = io.Custom("PEZ_VOCABULARY")
@@ -200,11 +200,23 @@ def keep() -> list[io.Input]:
 
 
 def repeats() -> io.Input:
-    """The last input, so that the values of older workflows keep their places."""
+    """Behind all inputs that are older, so that the values of older workflows keep their places."""
     return io.Boolean.Input(
         "repeats",
         default=_DEFAULTS.repeats,
         optional=True,
         advanced=True,
         tooltip="Allow a word to occur twice. The effort paper always does.",
+    )
+
+
+def fit() -> io.Input:
+    """The last input, as `repeats` was before."""
+    return io.Combo.Input(
+        "fit",
+        options=list(FITS),
+        default=_DEFAULTS.fit,
+        **RARE,
+        tooltip="How an image that is not square is read. crop: as the CLIP was trained, which for "
+        "most is the centre. pad: all of it, with bars. stretch: all of it, distorted.",
     )

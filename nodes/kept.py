@@ -18,6 +18,8 @@ NOT_LEARNED_FROM = frozenset({"keep", "kept", "subject", "style_template"})
 """Inputs that a search does not use."""
 _SAME_ELSEWHERE = frozenset({"keep", "kept", "download", "device"})
 """Inputs of nodes upstream that do not change their outputs."""
+_NEWER = {"fit": "crop"}
+"""Inputs that older kept prompts lack, and their values at that time."""
 _LONGEST = 4_000_000  # characters of a kept text; a batch of hundreds of images stays below
 
 
@@ -95,7 +97,7 @@ def digests(
         return {
             name: _digest(prompt, old_form(name, value)[1], nodes)
             for name, value in inputs.items()
-            if name not in NOT_LEARNED_FROM
+            if name not in NOT_LEARNED_FROM and _NEWER.get(name) != value
         }
     except (AttributeError, TypeError, RecursionError) as error:
         log.warning("The inputs of node %s cannot be followed (%s).", node_id, error)

@@ -103,7 +103,11 @@ def _output(
 
 
 def learner_schema(
-    *, inputs_: list[io.Input], outputs: list[io.Output], **described: Any
+    *,
+    inputs_: list[io.Input],
+    outputs: list[io.Output],
+    reads_images: bool = True,
+    **described: Any,
 ) -> io.Schema:
     """A schema with the sockets and widgets that all learning nodes share around the node's own."""
     return io.Schema(
@@ -117,6 +121,7 @@ def learner_schema(
             *inputs.rarely_used(),
             *inputs.keep(),
             inputs.repeats(),
+            *([inputs.fit()] if reads_images else []),
         ],
         outputs=[*outputs, *_candidates()],
         hidden=_HIDDEN,
@@ -169,6 +174,7 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         repeats=values["repeats"],
         block_unsafe=vocabulary is None,  # a connected vocabulary has its own switch for that
         readability=readability,
+        fit=values.get("fit", SearchOptions.fit),
         steps=values["steps"] if effort == PAPER else None,
         lr=values["lr"],
         weight_decay=values["weight_decay"],

@@ -11,14 +11,16 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..pez_core.clip.device import default_dtype
+from ..pez_core.clip.models import ACTIVATIONS
 from . import models
 from .errors import naming_widgets
 from .inputs import CATEGORY, RARE, PezClip
 from .live import show_text
 from .memory import LoadedClip
 
+AUTOMATIC = "automatic"
 _PRECISIONS = {
-    "automatic": None,
+    AUTOMATIC: None,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -54,7 +56,12 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: str, download: bool, precision: str = "automatic", device: str = "default"
+        cls,
+        model: str,
+        download: bool,
+        precision: str = AUTOMATIC,
+        device: str = "default",
+        activation: str = AUTOMATIC,
     ) -> io.NodeOutput:
         cpu = torch.device("cpu")
         # with --novram the manager leaves weights on the CPU, where half precision is slow
@@ -64,7 +71,12 @@ class LoadCLIP(io.ComfyNode):
         dtype = _PRECISIONS[precision] or default_dtype(load_device)
         with naming_widgets({"name": "`model`", "pretrained": "`model`"}):
             clip = models.load(
-                model, download, _progress(cls.hidden), device=offload_device, dtype=dtype
+                model,
+                download,
+                _progress(cls.hidden),
+                device=offload_device,
+                dtype=dtype,
+                activation=None if activation == AUTOMATIC else activation,
             )
         return io.NodeOutput(LoadedClip(clip, load_device, offload_device))
 
@@ -87,7 +99,7 @@ def _inputs() -> list[io.Input]:
         io.Combo.Input(
             "precision",
             options=list(_PRECISIONS),
-            default="automatic",
+            default=AUTOMATIC,
             **RARE,
             tooltip="automatic: bfloat16 on NVIDIA cards that support it, float16 on older ones, "
             "float32 elsewhere.",
@@ -98,6 +110,14 @@ def _inputs() -> list[io.Input]:
             default="default",
             **RARE,
             tooltip="cpu leaves the graphics card to other models, and is slow.",
+        ),
+        io.Combo.Input(
+            "activation",
+            options=[AUTOMATIC, *ACTIVATIONS],
+            default=AUTOMATIC,
+            **RARE,
+            tooltip="Activation of the CLIP in a file, which its weights hide. automatic: by "
+            "the name of the file, or else the one with which pictures and texts agree most.",
         ),
     ]
 

@@ -56,19 +56,28 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, path)
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        log.warning("models/pez cannot be made (%s); PEZ cannot download models there.", error)
+    except OSError as error:  # which matters to a download alone, and ends it with an error
+        log.debug("models/pez cannot be made: %s", error)
 
 
 def choices() -> list[str]:
     """The entries of the model list: presets, the bundled CLIP, and files with a whole CLIP."""
     found = []
     for folder in FOLDERS:
-        for file in folder_paths.get_filename_list(folder):
+        for file in _files_in(folder):
             path = folder_paths.get_full_path(folder, file)
-            if path and path.endswith(".safetensors") and _holds_clip(path):
+            if path and path.lower().endswith(".safetensors") and _holds_clip(path):
                 found.append(f"{folder}/{file}".replace("\\", "/"))
     return [*PRESETS, BUNDLED, *found]
+
+
+def _files_in(folder: str) -> list[str]:
+    """The files in one of ComfyUI's folders; none where a drive or the folder is gone."""
+    try:
+        return folder_paths.get_filename_list(folder)
+    except (OSError, KeyError) as error:
+        log.debug("models/%s cannot be listed: %s", folder, error)
+        return []
 
 
 def file_of(choice: str) -> Path | None:
@@ -93,7 +102,7 @@ def load(
         download: fetch weights that are missing into `models/pez`, if a person at this machine has
             agreed to it (see `consent`).
         progress: called with bytes that are here and all bytes of the file that is being fetched.
-        options: `device` and `dtype` of `load_clip`.
+        options: `device`, `dtype` and `activation` of `load_clip`.
 
     Raises:
         ValueError: an unknown choice, or weights that are missing; with folder, name and size.
@@ -189,7 +198,10 @@ def _places() -> str:
 
 
 def _holds_clip(path: str) -> bool:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # of a drive that has gone, or a link to nothing
+        return False
     return _header_holds_clip(path, status.st_mtime_ns, status.st_size)
 
 

@@ -108,6 +108,7 @@ def _inputs() -> list[io.Input]:
             tooltip="A held-out CLIP, which the prompts were not learned with. Its scores are "
             "fairer.",
         ),
+        inputs.fit(),
     ]
 
 
@@ -137,8 +138,11 @@ def _score(values: Values) -> list[_Scored]:
     prompts, images = values.texts("text"), values.pictures("images")
     if not prompts:
         raise ArgumentError("text", "is empty", "give a prompt to score")
+    if not images:
+        raise ArgumentError("images", "is empty", "connect an image")
+    fit = values["fit"]
     with values["clip"].in_use() as model, cancellable(model):
-        similarities, feature = _similarities(model, prompts, images)
+        similarities, feature = _similarities(model, prompts, images, fit)
         words, pruned = [], []
         for prompt in prompts:
             words.append(contributions(model, prompt, feature))
@@ -147,16 +151,16 @@ def _score(values: Values) -> list[_Scored]:
     judge: LoadedClip | None = values["judge"]
     if judge is not None:
         with judge.in_use() as model, cancellable(model):
-            judged, _ = _similarities(model, prompts, images)
+            judged, _ = _similarities(model, prompts, images, fit)
     columns = zip(prompts, similarities, words, pruned, judged, strict=True)
     return [_Scored(*row) for row in columns]
 
 
 def _similarities(
-    model: Any, prompts: Sequence[str], images: Sequence[torch.Tensor]
+    model: Any, prompts: Sequence[str], images: Sequence[Any], fit: str
 ) -> tuple[list[float], torch.Tensor]:
     """The similarity of each prompt with the images, and the mean feature of these."""
-    feature = encode_targets("images", model, images).mean(0)
+    feature = encode_targets("images", model, images, fit).mean(0)
     return (encode_targets("text", model, prompts) @ feature).tolist(), feature
 
 

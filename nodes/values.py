@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from ..pez_core.errors import ArgumentError
@@ -34,18 +33,43 @@ class Values:
         value = values[0] if isinstance(values, (list, tuple)) and values else None
         return self._defaults[name] if value is None else value
 
+    def get(self, name: str, otherwise: Any) -> Any:
+        """The first value of an input, or another one where the node lacks the input."""
+        return self[name] if name in self._defaults else otherwise
+
     def every(self, name: str) -> list[Any]:
         """All values of an input, without those that are None."""
         values = [value for value in self._given.get(name) or () if value is not None]
         return values or [value for value in [self._defaults[name]] if value is not None]
 
-    def pictures(self, *names: str) -> list[torch.Tensor]:
-        """The (height, width, channels) images of these inputs, whose batches may vary in size."""
-        return [image for name in names for batch in self.every(name) for image in batch]
+    def pictures(self, *names: str) -> list[Any]:
+        """The images of these inputs, one by one, each as `load_image` takes it."""
+        return [image for name in names for batch in self.every(name) for image in _frames(batch)]
 
     def texts(self, *names: str) -> list[str]:
         """The texts of these inputs that are not empty."""
         return texts([text for name in names for text in self.every(name)])
+
+
+def _frames(batch: Any) -> Iterator[Any]:
+    """The images of a value of a wire, of any node.
+
+    That is a (images, height, width, channels) batch, or a (frames, height, width) mask, which may
+    have three or four frames, or one image alone; or a list of these with gaps.
+    """
+    if isinstance(batch, (list, tuple)):
+        for one in batch:
+            yield from _frames(one)
+        return
+    if batch is None:
+        return
+    shape = tuple(getattr(batch, "shape", ()))
+    is_mask = len(shape) == 3 and shape[2] not in (1, 3, 4)
+    if len(shape) > 3 or is_mask:
+        for one in batch:
+            yield from _frames(one)
+    else:
+        yield batch
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:

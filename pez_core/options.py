@@ -60,6 +60,9 @@ EFFORTS = MappingProxyType(
     }
 )
 
+FITS = ("crop", "pad", "stretch")
+"""How an image becomes a square; see `SearchOptions`."""
+
 # A language model costs time for each trial.
 _READABLE_TRIALS = 4
 
@@ -117,6 +120,10 @@ class SearchOptions:
             may with the effort `"paper"`, as published, and where the vocabulary has phrases of
             several tokens, or fewer than two words for each token of the prompt, or where the
             tokenizer has other tokens for the first word (Gemma's).
+        fit: how images that are not square become squares, for the images that prompts are learned
+            from and those to avoid. `"crop"`: as the CLIP was trained, which for most is the centre
+            of the image. `"pad"`: the whole image, with bars in the mean colour that the CLIP
+            subtracts. `"stretch"`: the whole image, distorted. Texts and features have none.
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest. Other restarts start from random tokens alone. None: all do.
         readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,
@@ -156,6 +163,7 @@ class SearchOptions:
     vocabulary: Vocabulary | None = None
     block_unsafe: bool = True
     repeats: bool = False
+    fit: str = "crop"
     start_from: str | None = None
     readability: float = 0.0
     language_model: LanguageModel | None = None
@@ -193,6 +201,7 @@ class SearchOptions:
         check_bool("block_unsafe", self.block_unsafe)
         check_bool("repeats", self.repeats)
         check_bool("trajectory", self.trajectory)
+        check_choice("fit", self.fit, FITS)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
         if self.vocabulary is not None:

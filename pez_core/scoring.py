@@ -37,6 +37,7 @@ def score(
     prompts: str | Sequence[str],
     images: ImageInput | Sequence[ImageInput] | torch.Tensor,
     judge: AnyClip | None = None,
+    fit: str = "crop",
 ) -> Scores:
     """How similar prompts and images are.
 
@@ -49,6 +50,7 @@ def score(
             and without weights and tags.
         images: one picture or several, as in `invert`, but no features.
         judge: a held-out CLIP: the prompts were not learned on it. None: there is none.
+        fit: how images become squares, as in `SearchOptions`.
 
     Returns:
         `Scores`. `similarity` is a (prompts, images) tensor of cosines, `judge` the same by the
@@ -74,7 +76,7 @@ def score(
     pictures, _ = load_images(images)
 
     def pairs(one: AnyClip) -> tuple[torch.Tensor, torch.Tensor]:
-        return encode_targets("prompts", one, texts), one.encode_images(pictures)
+        return encode_targets("prompts", one, texts), one.encode_images(pictures, fit)
 
     with torch.inference_mode(False):
         a, b = pairs(clip)
@@ -116,7 +118,7 @@ class WordContribution:
 
 
 def explain(
-    clip: AnyClip, prompt: str, target: Target | Sequence[Target]
+    clip: AnyClip, prompt: str, target: Target | Sequence[Target], fit: str = "crop"
 ) -> list[WordContribution]:
     """The contribution of each word of a prompt to its similarity with a target.
 
@@ -129,6 +131,7 @@ def explain(
         target: a text, an image, or a list of these, whose mean similarity counts. A string is
             always a text; an image is a path object such as `Path("cat.png")`, a PIL image, or an
             array or tensor as in `invert`.
+        fit: how images become squares, as in `SearchOptions`.
 
     Returns:
         A list with a `WordContribution` for each word, in the order of the prompt. `contribution`
@@ -142,7 +145,7 @@ def explain(
     check_clip("clip", clip)
     _split(prompt)
     with torch.inference_mode(False):
-        return contributions(clip, prompt, _mean_feature(clip, target))
+        return contributions(clip, prompt, _mean_feature(clip, target, fit))
 
 
 def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[WordContribution]:
@@ -171,7 +174,11 @@ class Pruned:
 
 
 def prune(
-    clip: AnyClip, prompt: str, target: Target | Sequence[Target], max_loss: float = 0.0
+    clip: AnyClip,
+    prompt: str,
+    target: Target | Sequence[Target],
+    max_loss: float = 0.0,
+    fit: str = "crop",
 ) -> Pruned:
     """Drop words of a prompt that contribute little or nothing to its similarity with a target.
 
@@ -187,6 +194,7 @@ def prune(
             array or tensor as in `invert`.
         max_loss: how far the cosine similarity may fall in total, compared with the whole prompt; 0
             or more. At 0 the pruned prompt is at least as similar as the whole.
+        fit: how images become squares, as in `SearchOptions`.
 
     Returns:
         `Pruned`, with the remaining text `prompt`, its `similarity`, the `similarity_before` and
@@ -201,7 +209,7 @@ def prune(
     max_loss = check_number("max_loss", max_loss)
     _split(prompt)
     with torch.inference_mode(False):
-        return prune_towards(clip, prompt, _mean_feature(clip, target), max_loss)
+        return prune_towards(clip, prompt, _mean_feature(clip, target, fit), max_loss)
 
 
 def prune_towards(
@@ -246,11 +254,8 @@ def _one_dropped(words: list[str]) -> list[list[str]]:
     return [words[:k] + words[k + 1 :] for k in range(len(words))]
 
 
-def _mean_feature(clip: AnyClip, target: Target | Sequence[Target]) -> torch.Tensor:
-    targets = as_list(target)
-    if not targets:
-        raise ArgumentError("target", "is empty", "give a text or an image")
-    return encode_targets("target", clip, targets).mean(0)
+def _mean_feature(clip: AnyClip, target: Target | Sequence[Target], fit: str) -> torch.Tensor:
+    return encode_targets("target", clip, as_list(target), fit).mean(0)
 
 
 def _towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> list[float]:

@@ -20,7 +20,7 @@ PERTURBED, DIFFERENT = 0.3, 0.5
 
 
 def style_direction(
-    clip: AnyClip, images: Sequence[Image.Image], features: torch.Tensor
+    clip: AnyClip, images: Sequence[Image.Image], features: torch.Tensor, fit: str = "crop"
 ) -> torch.Tensor:
     """The unit direction in feature space along which images of one style lie.
 
@@ -34,12 +34,13 @@ def style_direction(
         clip: encodes the perturbed images.
         images: RGB, at least two.
         features: (len(images), features) their unit features.
+        fit: with which these were encoded.
 
     Returns:
         (features,) unit vector.
     """
     # in one call, since the image tower may have to be fetched for each
-    perturbed = clip.encode_images(_Perturbed(images))
+    perturbed = clip.encode_images(_Perturbed(images), fit)
     perturbed = perturbed.view(len(images), -1, perturbed.shape[1]).mean(1)
     style = (features - PERTURBED * perturbed).mean(0)
     differences = features - features.mean(0)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 Target: TypeAlias = str | ImageInput
-"""A string is a text; path objects, PIL images, arrays and tensors are images."""
+"""A string is a text; path objects, PIL images, bytes, file objects, arrays and tensors are
+images."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,23 @@ def encode_prompt(clip: AnyClip, prompt: str) -> torch.Tensor | None:
     return clip.encode_chunks(parts) if parts else None
 
 
-def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch.Tensor:
+def encode_targets(
+    name: str, clip: AnyClip, targets: Sequence[Target], fit: str = "crop"
+) -> torch.Tensor:
     """(len(targets), features) unit features of texts, of any length, and images.
 
+    Args:
+        name: of the argument that the targets were given as, for errors.
+        clip: encodes them.
+        targets: at least one.
+        fit: of the images, as in `Clip.encode_images`.
+
     Raises:
-        ArgumentError: a text is empty or names an image file, or an image cannot be read; it is
-            about the argument `name`.
+        ArgumentError: there is no target, a text is empty or names an image file, or an image
+            cannot be read; it is about the argument `name`.
     """
+    if not targets:
+        raise ArgumentError(name, "is empty", "give a text or an image")
     features: dict[int, torch.Tensor] = {}
     pictures = {}
     for k, target in enumerate(targets):
@@ -118,23 +129,24 @@ def encode_targets(name: str, clip: AnyClip, targets: Sequence[Target]) -> torch
             except ArgumentError as error:
                 raise error.about(name) from error
     if pictures:
-        encoded = clip.encode_images(list(pictures.values()))
+        encoded = clip.encode_images(list(pictures.values()), fit)
         features |= dict(zip(pictures, encoded, strict=True))
     return torch.stack([features[k] for k in range(len(targets))])
 
 
-def objective_for(clip: AnyClip, targets: Target | Sequence[Target]) -> Similarity:
+def objective_for(
+    clip: AnyClip, targets: Target | Sequence[Target], fit: str = "crop"
+) -> Similarity:
     """The objective of `pez_core.search` for one prompt: the mean similarity with the targets.
 
     Args:
         clip: from `load_clip`.
         targets: one target or several; a string is a text.
+        fit: of the images, as in `SearchOptions`.
 
     Raises:
         ArgumentError: there is no target, or one cannot be read.
     """
-    given = as_list(targets)
-    if not given:
-        raise ArgumentError("targets", "is empty", "give a text or an image")
     with torch.inference_mode(False):
-        return Similarity(clip.text.encoder(), encode_targets("targets", clip, given)[None])
+        features = encode_targets("targets", clip, as_list(targets), fit)
+        return Similarity(clip.text.encoder(), features[None])

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -416,6 +417,7 @@ def search_job(**options):
 @pytest.mark.slow
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
+    assert not {"fit", "activation"} & {*usual}  # outputs of older versions go on
     assert usual == search_job(prompt_len=16, restarts=1, effort="balanced").settings
     # numbers in place of a name, which may get others
     assert usual == search_job(steps=30, swaps=56).settings and usual["work"]["swaps"] == 56
@@ -438,6 +440,9 @@ def test_settings_are_all_that_a_result_depends_on():
         search_job(block_unsafe=False),
         search_job(repeats=True),
         search_job(vocabulary=Vocabulary(dictionary=False)),
+        search_job(fit="pad"),
+        Job(activation="gelu"),
+        Job(task="score", options=SearchOptions(fit="pad")),
         search_job(lr=0.2),
         search_job(weight_decay=0.2),
         search_job(patience=3),
@@ -1017,6 +1022,7 @@ EFFECTS = {
     "--swaps": (["9", "--effort", "fast"], option("swaps"), 9),
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
+    "--fit": (["pad"], option("fit"), "pad"),
     "--readability": (["0.5", "--effort", "fast"], option("readability"), 0.5),
     "--language-model": (
         ["x", "--readability", "1", "--effort", "fast"],
@@ -1038,6 +1044,7 @@ EFFECTS = {
     "--vocabulary": (["{rules}"], lambda run: words(run) == tokens("fish")(run), True),
     "--clip": (["a", "--clip", "b"], field("clip"), ("a", "b")),
     "--clip-weight": (["2", "--clip-weight", "1"], field("clip_weights"), (2, 1)),
+    "--activation": (["gelu"], field("activation"), "gelu"),
     "--device": (["mps"], setting("device"), "mps"),
     "--download": ([], setting("download"), True),
     "--json": ([], lambda run: run.out.startswith("{"), True),
@@ -1093,6 +1100,21 @@ def test_the_options_of_the_run_reach_the_worker(images, tmp_path, loads, monkey
     assert sizes == [2, 2, 1]
     (load,) = loads
     assert (load.device, load.download, load.weights) == ("cpu", True, None)
+    assert load.activation is None
+
+
+@pytest.mark.parametrize("task", ["invert", "score"])
+def test_images_of_a_batch_are_read_as_fit_says(task, tmp_path, emoji_clip):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    features = {fit: emoji_clip.encode_images([picture], fit) for fit in ("crop", "stretch")}
+    assert (features["crop"] * features["stretch"]).sum() < 0.99
+    for fit, expected in features.items():
+        worker = Worker(Job(task=task, options=SearchOptions(fit=fit)), device="cpu")
+        item = {"problem": None, "offset": None, "path": str(tmp_path / "a.png")}
+        torch.testing.assert_close(worker._read(item), expected)
+    with pytest.raises(ArgumentError, match="`activation` has to be one of"):
+        Job(activation="relu")
 
 
 def test_steering_reaches_the_prompt(images, tmp_path, emoji_clip):

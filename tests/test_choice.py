@@ -3,13 +3,16 @@
 import inspect
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import EXAMPLES, ROOT
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tiny_diffusion import stable_diffusion
 
 from pez_core import ArgumentError, PezPipeline, SearchOptions, invert
 from pez_core.clip.images import load_image
+from pez_core.diffusion import evaluate, make_gallery
 from pez_core.diffusion.choice import choose_by_image
 
 FOUND = SearchOptions(prompt_len=4, effort="paper", steps=4, restarts=4)
@@ -185,3 +188,23 @@ def test_a_choice_that_cannot_be_made_is_refused(pipe, given, message):
 def test_a_prior_has_no_images_to_choose_by(emoji_clip):
     with pytest.raises(ArgumentError, match="needs an image pipeline"):
         PezPipeline.from_pipe(None, emoji_clip)(image=FISH, choose_by="image", options=FOUND)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_images_are_compared_as_the_search_reads_them(fit, emoji_clip, monkeypatch):
+    """By the choice of a candidate, by a page, and by an evaluation."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8))
+    encoded, encode = [], emoji_clip.encode_images
+
+    def watch(images, fit="crop"):
+        encoded.append(fit)
+        return encode(images, fit)
+
+    monkeypatch.setattr(emoji_clip, "encode_images", watch)
+    options = SearchOptions(effort="fast", steps=1, swaps=1, restarts=2, prompt_len=2, fit=fit)
+    (result,) = invert(emoji_clip, picture, options)
+    album = Album({one.prompt: FISH for one in result.candidates})
+    choose_by_image(album, emoji_clip, result, [picture], [0], fit=fit)
+    make_gallery(album, [result.prompt], picture, emoji_clip, fit=fit, num_images_per_prompt=1)
+    evaluate(album, [result.prompt], picture, emoji_clip, 1, None, None, fit=fit)
+    assert len(encoded) == 1 + 3 + 2 + 2 and {*encoded} == {fit}

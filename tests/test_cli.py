@@ -187,7 +187,24 @@ def files(tmp_path_factory):
     (folder / "more").write_text("bird\n")
     (folder / "block").write_text("dog\n")
     Vocabulary(only=["fish"]).save(folder / "rules.json")
+    wide().save(folder / "wide.png")
     return folder
+
+
+def wide():
+    """Three drawings side by side."""
+    row = Image.new("RGB", (90, 30))
+    for k, path in enumerate(IMAGES[:3]):
+        with Image.open(path) as image:
+            row.paste(image.convert("RGB").resize((30, 30)), (30 * k, 0))
+    return row
+
+
+def stretched(run):
+    """The last printed similarity is that with the wide image, stretched."""
+    (feature,) = run.clip.encode_images([wide()], "stretch")
+    similarity = float(run.clip.encode_texts(["a red dog"])[0] @ feature)
+    return abs(float(run.done.out.splitlines()[-1].split()[0]) - similarity) < 1e-4
 
 
 # --- every option has an effect
@@ -222,6 +239,7 @@ SEARCH = {
     "--time-limit": (["50"], lambda run: run.search.options.time_limit is None, False),
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
+    "--fit": (["pad"], option("fit"), "pad"),
     "--readability": (["0.5"], option("readability"), 0.5),
     "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
     "--only": (["{files}/only"], words, {"dog", "cat"}),
@@ -255,6 +273,7 @@ CLIP = {
     "--device": (["mps"], loaded("device"), "mps"),
     "--download": ([], loaded("download"), True),
     "--low-memory": ([], loaded("low_memory"), True),
+    "--activation": (["gelu"], loaded("activation"), "gelu"),
     "--json": ([], lambda run: "prompt" in run.done.out and run.done.out[0] in "[{", True),
 }
 EFFECTS = {
@@ -303,6 +322,7 @@ EFFECTS = {
     | {
         "--image": ([IMAGES[1]], lambda run: len(run.done.out.splitlines()), 3),
         "--judge": (["judge"], lambda run: "judge" in run.done.out, True),
+        "--fit": (["stretch", "--image", "{files}/wide.png"], lambda run: stretched(run), True),
         "--explain": ([], lambda run: len(re.findall("[█░]", run.done.out)) > 20, True),
         "--prune": ([], lambda run: "pruned to" in run.done.out, True),
         "--max-loss": (

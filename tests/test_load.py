@@ -15,7 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pez_core import ArgumentError, SearchOptions, invert, load_clip
-from pez_core.clip import PRESETS, build, files
+from pez_core.clip import PRESETS, activation, build, files
 from pez_core.clip.images import load_image
 from pez_core.clip.models import BUNDLED
 from pez_core.clip.weights import download_size, fetch_weights, find_on_disk, weights_of_tag
@@ -484,6 +484,7 @@ def test_a_folder_without_a_readable_config(tmp_path, weights, text):
         load_clip(str(tmp_path))
 
 
+@cache
 def small_model(quick_gelu=False):
     """The smallest plain CLIP that open_clip knows, with random weights."""
     with torch.random.fork_rng():
@@ -496,12 +497,21 @@ def as_transformers(model) -> dict:
     from transformers import CLIPConfig, CLIPModel
 
     ours = model.state_dict()
-    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
-    image = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12}
+
+    def sizes(tower):
+        blocks = tower.transformer.resblocks
+        return {
+            "hidden_size": blocks[0].attn.embed_dim,
+            "intermediate_size": blocks[0].mlp.c_fc.out_features,
+            "num_hidden_layers": len(blocks),
+            "num_attention_heads": blocks[0].attn.num_heads,
+        }
+
+    patch = {"patch_size": model.visual.patch_size[0], "image_size": model.visual.image_size[0]}
     config = CLIPConfig(
-        text_config=text | {"num_attention_heads": 4, "eos_token_id": 49407},
-        vision_config=image | {"num_attention_heads": 6, "patch_size": 32},
-        projection_dim=256,
+        text_config=sizes(model) | {"eos_token_id": 49407},
+        vision_config=sizes(model.visual) | patch,
+        projection_dim=model.text_projection.shape[1],
     )
     theirs = CLIPModel(config).eval()
     for key, tensor in theirs.state_dict().items():
@@ -538,7 +548,7 @@ def test_the_tensors_of_a_file_show_which_clip_it_holds(layout, tmp_path):
 
     transformers = layout == "transformers"
     found = files.find_clip(path)
-    assert found == files.FoundClip("ViT-S-32-alt", None, transformers, transformers)
+    assert found == files.FoundClip("ViT-S-32-alt", (files.Reading(transformers),))
     clip = load_clip(str(path), device="cpu")
     assert clip.name == "some-clip"
     with torch.no_grad():
@@ -573,11 +583,10 @@ def test_one_file_is_loaded_alike_however_it_is_named(tmp_path, monkeypatch, cap
 def test_a_file_that_names_its_tag_is_loaded_as_the_tag(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr("pez_core.clip.load.create_model", lambda *_, **o: made.append(o) or 1 / 0)
-    monkeypatch.setattr(files, "_dimensions", lambda shapes: ())
-    monkeypatch.setattr(files, "_plain_clips", lambda: {(): "ViT-L-14"})
+    pretend_to_be(monkeypatch, "ViT-L-14")
     for name in ("ViT-L-14.openai", "clip-laion2b-fine"):
         path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(struct.pack("<Q", 2) + b"{}")
+        save_file(make_model().state_dict(), path)
         for given in ((str(path),), ("ViT-L-14", path), (f"ViT-L-14:{path}",)):
             with pytest.raises(ZeroDivisionError):
                 load_clip(*given, device="cpu")
@@ -601,7 +610,7 @@ def test_a_file_that_names_its_tag_is_loaded_as_the_tag(monkeypatch, tmp_path):
         ),
         ("old", ("config.json", "pytorch_model.bin"), "whose weights are in PyTorch's format"),
         ("empty", ("config.json",), "which holds neither open_clip_config.json nor"),
-        ("weights.bin", None, "a PyTorch file, which does not show the CLIP that it holds"),
+        ("weights.bin", None, "weights.bin', which is damaged or not a weights file"),
     ],
 )
 def test_other_layouts_and_names_are_refused_for_what_they_are(name, content, message, tmp_path):
@@ -618,32 +627,347 @@ def test_other_layouts_and_names_are_refused_for_what_they_are(name, content, me
         load_clip(name)
 
 
-def test_the_activation_follows_from_the_name_of_the_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(files, "_dimensions", lambda shapes: ())
-    monkeypatch.setattr(files, "_plain_clips", lambda: {(): "ViT-L-14"})
-    for name, tag, quick in (
-        ("clip-vit-large-patch14-openai", "openai", True),
-        ("ViT-L-14.laion2b_s32b_b82k", "laion2b_s32b_b82k", False),
-        ("DFN2B-CLIP-ViT-L-14", "dfn2b", True),
-        ("model", None, True),
-    ):
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(struct.pack("<Q", 2) + b"{}")
-        found = files.find_clip(path)
-        assert (found.tag, found.quick_gelu) == (tag, quick), name
+@pytest.mark.parametrize(
+    "name, architecture, quick",
+    [
+        ("clip-vit-large-patch14-openai", "ViT-L-14", {True}),
+        ("ViT-L-14.laion2b_s32b_b82k", "ViT-L-14", {False}),
+        ("laion400m", "ViT-L-14", {False}),
+        ("laion400m", "ViT-B-32", {True}),
+        ("DFN2B-CLIP-ViT-L-14", "ViT-L-14", {True, False}),  # two weights have such names
+        ("ViT-L-14.dfn2b", "ViT-L-14", {True}),
+        ("DFN2B-CLIP-ViT-B-16", "ViT-B-16", {True}),
+        ("ViT-L-14.dfn2b_s39b", "ViT-L-14", {False}),
+        ("model", "ViT-L-14", {True, False}),
+        ("model", "ViT-H-14", {True, False}),
+        ("model", "ViT-H-14-378", {True}),  # all public weights have it
+        ("model", "ViT-L-14-336", {True}),
+        ("model", "ViT-g-14", {False}),
+        ("model", "ViT-S-32-alt", {False}),  # there are no public weights
+    ],
+)
+def test_the_name_of_a_file_and_public_weights_tell_the_activation(
+    monkeypatch, tmp_path, name, architecture, quick
+):
+    pretend_to_be(monkeypatch, architecture)
+    path = tmp_path / f"{name}.safetensors"
+    save_file(make_model().state_dict(), path)
+    found = files.find_clip(path)
+    assert {one.quick_gelu for one in found.readings} == quick
+    with_laions_mean = files.reading_of_tag("ViT-L-14", "laion2b_s32b_b82k")
+    assert (with_laions_mean in found.readings) == (
+        architecture == "ViT-L-14" and ("laion2b" in name or name == "model")
+    )
 
 
-def test_files_that_hold_no_whole_clip_are_refused(tmp_path):
-    text = {k: t for k, t in small_model().state_dict().items() if not k.startswith("visual.")}
-    save_file(text, tmp_path / "text.safetensors")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
-    for path in tmp_path.iterdir():
+def pretend_to_be(monkeypatch, architecture):
+    """Every whole CLIP is found to be of this architecture."""
+
+    class Same(dict):
+        def get(self, key):
+            return architecture
+
+    monkeypatch.setattr(files, "_plain_clips", Same)
+
+
+def of_both_kinds(seed):
+    """A tiny ViT with random weights, with GELU and with QuickGELU: by whether it is QuickGELU."""
+    models = {}
+    for quick in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            models[quick] = open_clip.model.CLIP(
+                embed_dim=32,
+                vision_cfg=VISION | {"image_size": 32, "width": 64, "layers": 2},
+                text_cfg=TEXT | {"width": 48, "layers": 2},
+                quick_gelu=quick,
+            ).eval()
+    for name, weight in models[False].named_parameters():
+        if "mlp.c_fc" in name:  # so that it matters
+            weight.data *= 20
+    models[True].load_state_dict(models[False].state_dict())
+    return models
+
+
+def agreement(model):
+    """How likely the names of ten drawings are, by open_clip alone."""
+    prepare = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=32), is_train=False
+    )
+    pixels = torch.stack([prepare(picture) for picture in activation._pictures()])
+    texts = open_clip.SimpleTokenizer()([f"an emoji of a {name}" for name in activation._NAMES])
+    with torch.no_grad():
+        images, words, scale = model(pixels, texts)
+    logits = scale * images @ words.T
+    return sum(float(x.log_softmax(1).diagonal().mean()) for x in (logits, logits.T))
+
+
+@pytest.fixture
+def two_kinds(tmp_path, monkeypatch):
+    """An architecture whose public weights have GELU or QuickGELU."""
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": VISION | {"image_size": 32, "width": 64, "layers": 2},
+        "text_cfg": TEXT | {"width": 48, "layers": 2},
+    }
+    (tmp_path / "pez-two-kinds.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "pez-two-kinds.json")
+    tags = {k: open_clip.pretrained._pcfg(quick_gelu=k == "quick") for k in ("quick", "plain")}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "pez-two-kinds", tags)
+    return "pez-two-kinds"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_an_activation_that_nothing_tells_is_measured(two_kinds, tmp_path, caplog, quick, ending):
+    """The one with which drawings and their names agree more is taken, and the log names it."""
+    pairs = map(of_both_kinds, range(20))
+    models = next(m for m in pairs if agreement(m[quick]) > agreement(m[not quick]))
+    model, path = models[quick], tmp_path / f"model.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(model.state_dict(), path)
+    kinds = ("quick_gelu", "gelu") if quick else ("gelu", "quick_gelu")
+    for name in (path, f"{two_kinds}:{path}"):
+        caplog.clear()
+        clip = load_clip(name, device="cpu")
+        assert same_text(clip, model) and not same_text(clip, models[not quick])
+        (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+        assert f"{kinds[0]} was taken" in record.getMessage()
+        assert f"activation='{kinds[1]}'" in record.getMessage()
+        assert clip.config["model_cfg"].get("quick_gelu", False) is quick
+    saved, _ = build.from_config(clip.config, clip.model.visual.preprocess_cfg)
+    saved.load_state_dict(clip.model.state_dict())
+    pixels = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(saved.encode_image(pixels), model.encode_image(pixels))
+
+
+@pytest.mark.parametrize("name", ["emoji-clip", str(ROOT / "benchmarks/models/emoji-clip-judge")])
+def test_the_measured_activation_is_that_of_the_training(name):
+    """With trained weights of two CLIPs, whichever activation comes first."""
+    if not os.path.isdir(name) and name != "emoji-clip":
+        pytest.skip("the judge is not part of the package")
+    clip = load_clip(name, device="cpu")
+    readings = [files.Reading(True), files.Reading(False)]
+    for order in (readings, readings[::-1]):
+        best = activation.most_agreeing(clip.model, clip.tokenizer, order)
+        assert best == files.Reading(False)
+
+
+def test_the_activation_may_be_given(two_kinds, tmp_path, caplog):
+    model, path = of_both_kinds(0)[True], tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    caplog.clear()
+    for name in (path, f"{two_kinds}:{path}"):
+        assert same_text(load_clip(name, device="cpu", activation="quick_gelu"), model)
+        assert not same_text(load_clip(name, device="cpu", activation="gelu"), model)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    named = tmp_path / "plain.safetensors"
+    save_file(model.state_dict(), named)
+    assert not same_text(load_clip(named, device="cpu"), model)
+    assert same_text(load_clip(named, device="cpu", activation="quick_gelu"), model)
+    for wrong in ("relu", True):
+        with pytest.raises(ArgumentError, match="`activation` has to be one of"):
+            load_clip(path, activation=wrong)
+    with pytest.raises(ArgumentError, match="`activation` is 'gelu', but emoji-clip comes with"):
+        load_clip("emoji-clip", activation="gelu")
+
+
+def test_every_public_clip_has_one_of_the_readings_of_its_architecture():
+    for name in files._plain_clips().values():
+        public = files._public_readings(name)
+        for one in (name, f"{name}-quickgelu"):
+            for tag in open_clip.pretrained.list_pretrained_tags_by_model(one):
+                config = open_clip.get_pretrained_cfg(one, tag)
+                assert dict(public[tag].preprocess)["mean"] == config["mean"]
+                assert public[tag].quick_gelu or not config["quick_gelu"]
+
+
+def scaled(tensors, name="scale_weight", rows=False):
+    """Matrices in fp8, each with a scale, or with one for each of its rows."""
+    found = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, tensor in tensors.items():
+        if not key.endswith(".weight") or tensor.ndim != 2 or "embedding" in key:
+            found[key] = tensor
+            continue
+        largest = tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().max()
+        scale = largest / 400
+        found[key] = (tensor / scale).to(torch.float8_e4m3fn)
+        found[key.removesuffix("weight") + name] = scale.squeeze()
+        found[key.removesuffix("weight") + "scale_input"] = torch.ones(())
+    return found
+
+
+def with_prefix(prefix):
+    return lambda tensors: {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+FORMS = {
+    "upper-case ending": ("clip.SAFETENSORS", dict),
+    "prefix clip.": ("a.safetensors", with_prefix("clip.")),
+    "prefix module.": ("a.safetensors", with_prefix("module.")),
+    "prefix of prefixes": ("a.safetensors", with_prefix("module.model.")),
+    "beside another model": (
+        "a.safetensors",
+        lambda t: with_prefix("clip.")(t) | {"vae.conv.weight": torch.zeros(3)},
+    ),
+    "fp8": ("a.safetensors", scaled),
+    "fp8, other names": ("a.safetensors", partial(scaled, name="weight_scale")),
+    "fp8 by rows": ("a.safetensors", partial(scaled, rows=True)),
+    "fp8 with a prefix": ("a.safetensors", lambda t: with_prefix("clip.")(scaled(t))),
+    "without the scale of similarities": (
+        "a.safetensors",
+        lambda t: {key: tensor for key, tensor in t.items() if key != "logit_scale"},
+    ),
+    "bin": ("a.bin", dict),
+    "pt": ("a.PT", lambda t: {"state_dict": t, "epoch": 3}),
+    "pth": ("a.pth", with_prefix("module.")),
+    "ckpt": ("a.ckpt", lambda t: {"state_dict": with_prefix("clip.")(t), "step": 1}),
+}
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+@pytest.mark.parametrize("form", FORMS)
+def test_files_are_loaded_in_any_form_that_people_have(form, layout, tmp_path, architecture):
+    quick = layout == "transformers"  # as their config says by default
+    model = make_model(seed=3, quick_gelu=True) if quick else make_model(seed=3)
+    tensors, given = model.state_dict(), FORMS[form]
+    if layout == "transformers":
+        theirs = as_transformers(model)
+        theirs.config.save_pretrained(tmp_path)
+        tensors = theirs.state_dict()
+    tensors, path = given[1](dict(tensors)), tmp_path / given[0]
+    if path.suffix.lower() == ".safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        assert files.find_clip(path) is not None
+    else:
+        torch.save(tensors, path)
+    ids = open_clip.SimpleTokenizer()(["a red apple", "snow"])
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name in (str(path), f"{architecture}:{path}"):
+        clip = load_clip(name, device="cpu")
+        for kind, encoded in (("text", ids), ("image", pixels)):
+            ours, theirs = (
+                getattr(one, f"encode_{kind}")(encoded, normalize=True)
+                for one in (clip.model, model)
+            )
+            assert (ours * theirs).sum(1).min() > (0.98 if "fp8" in form else 0.9999)
+
+
+def _longer(tensors):
+    return tensors | {"positional_embedding": torch.zeros(248, 32)}
+
+
+def _only(*prefixes):
+    return lambda tensors: {k: t for k, t in tensors.items() if k.startswith(prefixes)}
+
+
+def _without(*names):
+    return lambda tensors: {k: t for k, t in tensors.items() if k not in names}
+
+
+NO_CLIPS = {
+    "image tower": (_only("visual."), "holds an image encoder alone; choose a file with both"),
+    "text tower": (
+        lambda t: {k: v for k, v in t.items() if not k.startswith("visual.")},
+        "holds a text encoder alone; choose a file with both",
+    ),
+    "another kind of image tower": (
+        _without("visual.conv1.weight", "visual.positional_embedding"),
+        "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
+    ),
+    "another kind of text tower": (
+        lambda t: {k if "visual" in k else f"text.{k}": v for k, v in t.items()},
+        "holds a CLIP of an unknown architecture",
+    ),
+    "ResNet": (_without("visual.positional_embedding"), "holds a CLIP of an unknown architecture"),
+    "LongCLIP": (_longer, "is a LongCLIP, which reads 248 tokens .*; choose the CLIP that it was"),
+    "no projection of texts": (_without("text_projection"), "lacks the projection of its text"),
+    "no projection of images": (_without("visual.proj"), "lacks the projection of its image"),
+    "other size": (
+        lambda t: t | {"text_projection": torch.zeros(32, 9), "visual.proj": torch.zeros(32, 9)},
+        "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
+    ),
+    "no CLIP": (_only("transformer."), "holds no CLIP"),
+    "quantised": (
+        lambda t: {k: v.to(torch.int8) if k.endswith("c_fc.weight") else v for k, v in t.items()},
+        r"is quantised \(I8\); take the file in float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CLIPS)
+def test_files_that_cannot_be_searched_are_named_for_what_they_are(
+    kind, tmp_path, caplog, architecture
+):
+    change, message = NO_CLIPS[kind]
+    tensors = change(dict(make_model().state_dict()))
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    caplog.clear()
+    assert files.find_clip(path) is None
+    assert not caplog.records  # such files are common
+    with pytest.raises(ArgumentError, match=f"`name` is the file '{path}', which {message}"):
+        load_clip(str(path))
+    if kind != "quantised":  # safetensors alone have no other kinds of numbers
+        torch.save(tensors, tmp_path / "a.pt")
+        with pytest.raises(ArgumentError, match=f"a.pt', which {message}"):
+            load_clip(str(tmp_path / "a.pt"))
+
+
+DAMAGED = {
+    "empty": (b"", "is empty; fetch it again"),
+    "junk": (os.urandom(100), "cannot be read as safetensors"),
+    "LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+        "is a pointer of Git LFS, .*; run `git lfs pull`",
+    ),
+    "web page": (b"\n<!DOCTYPE html><html>", "is a web page, .*; download the file itself"),
+    "PyTorch": (b"PK\x03\x04 and so on", "is a PyTorch file; give it the ending .bin"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_files_that_hold_no_weights_are_named_for_what_they_are(kind, tmp_path, caplog):
+    content, message = DAMAGED[kind]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    assert files.find_clip(path) is None
+    (record,) = caplog.records  # one line says which file it is
+    assert str(path) in record.getMessage()
+    with pytest.raises(ArgumentError, match=f"a.safetensors', which {message}"):
+        load_clip(str(path))
+
+
+def test_a_file_that_is_cut_off_is_not_offered(tmp_path, architecture):
+    path = tmp_path / "a.safetensors"
+    save_file(make_model().state_dict(), path)
+    assert files.find_clip(path).name == architecture
+    whole = path.read_bytes()
+    for missing in (1, len(whole) // 2):
+        path.write_bytes(whole[:-missing])
         assert files.find_clip(path) is None
-        with pytest.raises(ValueError, match=r"does not hold both towers"):
+        with pytest.raises(ArgumentError, match=f"is cut off: {missing:,} bytes are missing"):
             load_clip(str(path))
     with pytest.raises(ValueError, match=r"missing.safetensors', which does not exist"):
         load_clip(str(tmp_path / "missing.safetensors"))
+
+
+def test_a_part_of_several_files_is_named(tmp_path):
+    tensors = list(make_model().state_dict().items())
+    for k, part in enumerate((tensors[:9], tensors[9:]), start=1):
+        path = tmp_path / f"model-{k:05}-of-00002.safetensors"
+        save_file(dict(part), path)
+        with pytest.raises(ArgumentError, match="is one of several parts of a model; save the"):
+            load_clip(str(path))
+
+
+def test_a_torch_file_by_its_path_runs_no_code(tmp_path):
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps({"a": Evil(str(tmp_path / "was-here"))}))
+    torch.save({"a": Evil(str(tmp_path / "was-here"))}, tmp_path / "zip.bin")
+    for one in (path, tmp_path / "zip.bin"):
+        with pytest.raises(ArgumentError, match=f"{one.name}', which is damaged"):
+            load_clip(str(one))
+    assert not (tmp_path / "was-here").exists()
 
 
 @pytest.mark.parametrize(
@@ -672,7 +996,7 @@ def test_a_file_with_a_crafted_header_holds_no_clip(header, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
     assert files.find_clip(tmp_path / "a.safetensors") is None
     (tmp_path / "config.json").write_text("[" * 200_000)
-    assert files._configured_activation(tmp_path / "config.json", True)
+    assert files._configured_activation(tmp_path / "config.json") is None
 
 
 class Ended(BaseException):

@@ -46,6 +46,7 @@ OUT_OF_RANGE = {
     "lr": [0, -1, math.nan, math.inf],
     "weight_decay": [-1, math.nan, math.inf],
     "patience": [0],
+    "fit": ["squash", "", "Crop"],
 }
 WRONG_TYPE = {
     "prompt_len": [2.5, True, "8"],
@@ -56,6 +57,7 @@ WRONG_TYPE = {
     "vocabulary": ["words.txt", ["cat"]],
     "block_unsafe": [None, 1, "yes"],
     "repeats": [None, 1, "no"],
+    "fit": [None, 1, ["crop"]],
     "start_from": [3, ["a"], Path("a")],
     "readability": ["0.5", None, True],
     "language_model": ["smollm2", 3],
@@ -287,6 +289,7 @@ FIELD_CASES = {
     "block_unsafe": (FIRST | {"vocabulary": Vocabulary(only=["nude", "cat"])}, True),
     "repeats": (FIRST | {"start_from": "cat cat cat"}, False),
     "start_from": (FIRST, "cat dog fish"),
+    "fit": ({}, "pad"),
     "readability": ({"language_model": Letters("e")}, 1.0),
     "language_model": ({"readability": 1.0, "language_model": Letters("e")}, Letters("o")),
     "batch_size": ({"restarts": 2}, 1),
@@ -318,7 +321,8 @@ def test_every_field_changes_the_result(name, clip, pictures, clock):
     def found(**fields):
         reports = []
         options = SearchOptions(**(SMALL | beside | fields))
-        results = invert(clip, pictures[0], options, callback=reports.append)
+        picture = pictures[0] if name != "fit" else torch.cat(pictures, 1)  # a wide one
+        results = invert(clip, picture, options, callback=reports.append)
         return plain(results), [(report.step, report.steps) for report in reports]
 
     before = found()

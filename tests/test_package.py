@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES, ROOT
 
 import pez_core
+from pez_core import installed
 from pez_core.version import read_version
 
 if sys.version_info >= (3, 11):
@@ -51,12 +54,148 @@ def test_the_core_needs_neither_comfyui_nor_diffusers_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_requirements_pin_neither_torch_nor_numpy_and_match_the_package():
-    """ComfyUI has a torch and a numpy of its own, which `pip install -r` must not replace."""
-    requirements = (ROOT / "requirements.txt").read_text().split()
-    assert {"torch", "numpy"} <= set(requirements)
-    needed = PYPROJECT["project"]["dependencies"]
-    assert [re.sub("^(torch|numpy)>=.*", r"\1", one) for one in needed] == requirements
+def _requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _asked_for(requirement: str, extras: str = "") -> set[str]:
+    """What an installer looks at for a requirement: itself, and all that it asks for here."""
+    seen, todo = set(), [requirement]
+    while todo:
+        name = re.split(r"[^\w.-]", todo.pop())[0].lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            todo += [one for one in requires(name) or [] if "extra ==" not in one]
+        except PackageNotFoundError:
+            continue  # for another system
+    return seen
+
+
+def test_requirements_never_lead_to_torch_torchvision_or_numpy():
+    """ComfyUI has them of its own, of builds that fit each other."""
+    assert {"torch", "torchvision", "numpy"} < _asked_for("open_clip_torch")  # the test finds them
+    for requirement in _requirements():
+        assert not {"torch", "torchvision", "numpy"} & _asked_for(requirement), requirement
+
+
+def test_requirements_and_the_installer_give_all_that_the_package_needs():
+    ours = {"torch", "numpy"}  # of ComfyUI
+    given = {*_requirements(), installed.OPEN_CLIP} - {"ftfy", "regex"}
+    needed = {one for one in PYPROJECT["project"]["dependencies"]}
+    assert {one for one in needed if not one.startswith(tuple(ours))} == given
+    # of what open_clip asks for, timm alone is left out: it has towers that plain CLIPs lack
+    asked = {one for one in requires("open_clip_torch") if "extra ==" not in one}
+    names = {re.split(r"[^\w-]", one)[0].lower().replace("-", "_") for one in asked}
+    found = {re.split(r"[^\w-]", one)[0].lower().replace("-", "_") for one in _requirements()}
+    assert names - found == {"torch", "torchvision", "timm"}
+
+
+@pytest.mark.slow
+def test_plain_clips_need_no_timm():
+    """An older one may be there for another pack, and stays."""
+    code = (
+        "import sys; sys.modules['timm'] = None; import pez_core; "
+        "assert pez_core.load_clip('emoji-clip').encode_texts(['a']).isfinite().all()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "torch, arguments",
+    [
+        ("2.11.0", ["torchvision==0.26.*"]),
+        (
+            "2.6.0+cu124",
+            ["torchvision==0.21.*", "--index-url", "https://download.pytorch.org/whl/cu124"],
+        ),
+        (
+            "2.13.0+cpu",
+            ["torchvision==0.28.*", "--index-url", "https://download.pytorch.org/whl/cpu"],
+        ),
+        ("3.0.1", ["torchvision"]),
+    ],
+)
+def test_the_torchvision_is_that_of_the_torch(monkeypatch, torch, arguments):
+    versions = {"torch": torch, "open_clip_torch": "3.3.0"}
+    monkeypatch.setattr(installed, "_version", versions.get)
+    assert installed.torchvision_for(torch) == ["--no-deps", *arguments]
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    wanted = [["-r", "requirements.txt"], ["--no-deps", *arguments]]
+    assert installed.commands(Path("requirements.txt")) == wanted
+    versions["torchvision"] = "0.1"  # of another build
+    assert installed.torchvision_for(torch)[:2] == ["--no-deps", "--force-reinstall"]
+    monkeypatch.undo()
+    monkeypatch.setattr(installed, "_version", {"torch": torch, "open_clip_torch": "2.24"}.get)
+    assert installed.commands(Path("a")) == [["-r", "a"], ["--no-deps", installed.OPEN_CLIP]]
+    monkeypatch.setattr(installed, "_version", lambda package: None)
+    with pytest.raises(RuntimeError, match="torch is not installed"):
+        installed.commands(Path("requirements.txt"))
+
+
+def test_what_is_missing_is_said_with_the_command(monkeypatch):
+    assert installed.problem("THIS") == installed.torchvision_problem("THIS") == ""
+    found = installed.find_spec
+    monkeypatch.setattr(
+        installed, "find_spec", lambda m: None if m in ("ftfy", "PIL") else found(m)
+    )
+    assert installed.problem("THIS") == "PEZ needs ftfy and PIL, not installed here: run THIS"
+    monkeypatch.undo()
+    monkeypatch.setattr(installed, "_version", lambda package: "2.24.0")
+    assert installed.problem("THIS") == (
+        "PEZ needs open_clip_torch>=3.3,<4, and 2.24.0 is installed here: run THIS"
+    )
+
+
+def test_a_torchvision_of_another_build_is_named(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist\\n')")
+    code = "from pez_core import installed; print(installed.torchvision_problem('THIS'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(
+        r"torchvision \S+ does not fit torch \S+ \(operator nms does not exist\): run THIS\n",
+        done.stdout,
+    )
+
+
+def test_the_installer_runs_pip_or_uv_of_this_python(tmp_path):
+    assert installed.installer() == [sys.executable, "-m", "pip", "install"]
+    without = tmp_path / "python"
+    without.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    without.chmod(0o755)
+    assert installed.installer(str(without)) == [
+        "uv", "pip", "install", "--python", str(without)
+    ]  # fmt: skip
+
+
+def test_the_templates_name_the_pack_that_they_need():
+    paths = [*(ROOT / "example_workflows").glob("*.json")]
+    assert paths
+    for path in paths:
+        for node in json.loads(path.read_text())["nodes"]:
+            ours = node["type"].startswith("PEZ_")
+            properties = node["properties"]
+            assert properties["cnr_id"] == (
+                PYPROJECT["project"]["name"] if ours else "comfy-core"
+            ), path
+            assert not ours or properties["ver"] == PYPROJECT["project"]["version"]
+
+
+def test_the_registry_lacks_only_what_its_publisher_adds():
+    project, comfy = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
+    for name in ("name", "version", "description", "requires-python", "license", "classifiers"):
+        assert project[name]
+    assert comfy["DisplayName"] and comfy["requires-comfyui"]
+    text = (ROOT / "docs/contributing.md").read_text()
+    for left in ("PublisherId", "Icon", "Repository"):
+        assert left not in comfy and left in text
 
 
 @pytest.mark.slow

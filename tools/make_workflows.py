@@ -17,6 +17,8 @@ from typing import Any
 
 import requests
 
+from pez_core.version import read_version
+
 FOLDER = Path(__file__).parent.parent / "example_workflows"
 COLUMN, GAP = 420, 40
 BUNDLED = "bundled emoji CLIP (no download)"
@@ -87,7 +89,7 @@ class Graph:
                 {"name": name, "type": kind, "links": []}
                 for name, kind in zip(info["output_name"], info["output"], strict=True)
             ],
-            "properties": {"Node name for S&R": node.type},
+            "properties": {"Node name for S&R": node.type, **_origin(node.type)},
             "widgets_values": [],
         }
         if node.title:
@@ -411,6 +413,13 @@ def sharpen_a_caption(graph: Graph) -> None:
         )
     )
     _paint(graph, learned, 2)
+
+
+def _origin(kind: str) -> dict[str, str]:
+    """The registry's name of the pack that has a node, and its version, as the page saves them."""
+    if kind.startswith("PEZ_"):
+        return {"cnr_id": "pez-core", "ver": read_version()}
+    return {"cnr_id": "comfy-core"}
 
 
 WORKFLOWS = {

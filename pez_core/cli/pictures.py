@@ -145,6 +145,7 @@ class Pictures:
                     num_inference_steps=arguments.num_inference_steps,
                     guidance_scale=arguments.guidance_scale,
                     seed=arguments.seed,
+                    fit=arguments.fit,
                     callback=lambda done, count: show(done, count) or interrupted(),
                 )
             except diffusion.GalleryError as error:

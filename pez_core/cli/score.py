@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..names import as_utf8
-from .arguments import add_clip, add_judge, check_texts, load_clip, load_judge
+from .arguments import add_clip, add_fit, add_judge, check_texts, load_clip, load_judge
 from .show import print_json, rounded
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
         "--image", action="append", required=True, metavar="FILE", help="image; may be repeated"
     )
     add_judge(command)
+    add_fit(command)
     command.add_argument(
         "--explain", action="store_true", help="print what each word contributes to the similarity"
     )
@@ -54,7 +55,7 @@ def _score(arguments: argparse.Namespace) -> int:
     check_texts("prompts", arguments.prompts, "--image")
     images, _ = load_images(arguments.image)
     clip = load_clip(arguments)
-    scores = score(clip, arguments.prompts, images, judge=load_judge(arguments))
+    scores = score(clip, arguments.prompts, images, load_judge(arguments), arguments.fit)
     rows = []
     for k, prompt in enumerate(arguments.prompts):
         row: dict[str, Any] = {"prompt": prompt, "similarities": _values(scores.similarity[k])}
@@ -85,10 +86,10 @@ def _words(
     if arguments.explain:
         row["words"] = [
             {"word": found.word, "contribution": rounded(found.contribution)}
-            for found in explain(clip, prompt, images)
+            for found in explain(clip, prompt, images, arguments.fit)
         ]
     if arguments.prune:
-        pruned = prune(clip, prompt, images, arguments.max_loss)
+        pruned = prune(clip, prompt, images, arguments.max_loss, arguments.fit)
         row["pruned"] = {
             "prompt": pruned.prompt,
             "similarity": rounded(pruned.similarity),

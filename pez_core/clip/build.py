@@ -52,27 +52,44 @@ def create_model(
     Args:
         name: an architecture, or `local-dir:` and a folder.
         path: the file or folder of the weights.
-        read: reads tensors from a file that open_clip itself cannot read.
+        read: gives the tensors of the file under open_clip's names, where open_clip itself does not
+            read them.
         options: of `open_clip.create_model`.
 
     Raises:
         ArgumentError: the weights are damaged or belong to another architecture.
     """
-    try:
+    with naming_weights(path, name):
         if path.is_file():
             check_header(path)
-        _check_torch(path)
+        check_torch(path)
         with _only_real_warnings():
             if read is None:
                 model = open_clip.create_model(
                     name, require_pretrained=True, weights_only=True, **options
                 )
             else:
+                tensors = read(path)
                 model = open_clip.create_model(name, **options)
-                model.load_state_dict(read(path))
+                _put_in(model, tensors)
         return _with_one_precision(model)
-    except torch.cuda.OutOfMemoryError:
-        raise  # a RuntimeError like those below, but the file is good
+
+
+@contextmanager
+def naming_weights(path: Path, name: str = "a CLIP") -> Iterator[None]:
+    """Turn errors about weights into errors that name their file.
+
+    Args:
+        path: of the file.
+        name: of the architecture.
+
+    Raises:
+        ArgumentError: the weights are damaged or belong to another architecture.
+    """
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, ArgumentError):
+        raise  # kinds of the errors below, but the file is good
     except _DAMAGED as error:
         raise ArgumentError(
             "pretrained",
@@ -87,13 +104,27 @@ def create_model(
         ) from error
 
 
-def _check_torch(path: Path) -> None:
+def _put_in(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Load tensors into a model; only the scale of similarities may be missing, or too much."""
+    own = model.state_dict()
+    given = dict(tensors)
+    for key in [key for key in given if key.startswith("logit_") and key not in own]:
+        del given[key]
+    for key in own:
+        if key.startswith("logit_"):
+            given[key] = given.get(key, own[key]).reshape(own[key].shape)
+    model.load_state_dict(given)
+
+
+def check_torch(path: Path) -> None:
     """Raise where this torch may run code that a PyTorch file holds.
 
     Before 2.6 `weights_only` can be bypassed (CVE-2025-32434). open_clip also loads a file without
     it after a TypeError, which a file can provoke.
     """
-    is_safe = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors"))
+    is_safe = (
+        path.suffix.lower() == ".safetensors" if path.is_file() else any(path.glob("*.safetensors"))
+    )
     if not is_safe and torch.__version__ < _SAFE_TORCH:
         raise ArgumentError(
             "pretrained",

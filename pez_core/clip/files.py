@@ -1,4 +1,4 @@
-"""Weights files: the CLIP that a file holds, by its header, and files that transformers wrote."""
+"""Weights files: the CLIP that a file holds, and its tensors under open_clip's names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,31 @@ _RENAMED = (
     (r"\.self_attn\.", ".attn."),
 )
 _PARTS = re.compile(r"\.attn\.q_proj\.(weight|bias)$")
+# The first tensors of the towers, in the layouts of open_clip and of transformers.
+_IMAGE_TOWER = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+_TEXT_TOWER = ("token_embedding.weight", "text_model.embeddings.token_embedding.weight")
+_OF_IMAGES = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
+# Scales of weights in 8 bits, as ComfyUI stores them, and its marks of such files.
+_SCALE = re.compile(r"^(.*)\.(?:scale_weight|weight_scale)$")
+_MARK = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|position_ids)$")
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}$")
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the weights of a CLIP do not show about it.
+
+    Attributes:
+        quick_gelu: its activation is QuickGELU, else GELU.
+        preprocess: how images are prepared, as in open_clip's tags; None: by its default.
+    """
+
+    quick_gelu: bool
+    preprocess: tuple[tuple[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,66 +89,298 @@ class FoundClip:
 
     Attributes:
         name: open_clip's name of the architecture.
-        tag: the tag of its weights where the name of the file contains it, else None.
-        quick_gelu: its activation, which the tensors do not show.
-        transformers: the tensors have the names that the package transformers gives them.
+        readings: what its activation and preparation of images may be; one where they are known.
+        prefix: of the names of all its tensors, such as `"module."`.
     """
 
     name: str
-    tag: str | None
-    quick_gelu: bool
-    transformers: bool
+    readings: tuple[Reading, ...]
+    prefix: str = ""
+
+
+class NoClipError(Exception):
+    """A file holds no CLIP that can be searched.
+
+    Args:
+        problem: to be read behind the name of the file.
+        remedy: what to do.
+        readable: the file is sound, and holds something else.
+    """
+
+    def __init__(self, problem: str, remedy: str, readable: bool = True) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy, self.readable = problem, remedy, readable
 
 
 def find_clip(path: Path) -> FoundClip | None:
-    """The CLIP in a safetensors file; None unless the file holds both towers of a known one.
+    """The CLIP in a safetensors file, by its header; None unless `examine` finds one."""
+    try:
+        return examine(path)
+    except NoClipError as error:
+        if not error.readable:
+            log.warning("%s is passed over: it %s.", path, error.problem)
+        return None
 
-    Only the header is read. The activation is that of a `config.json` of transformers in the same
-    folder, or that of the tag whose first word is in the name of the file or of its folder (such as
-    `openai` or `laion2b`); else OpenAI's for an architecture of theirs.
+
+def examine(path: Path) -> FoundClip:
+    """The CLIP in a safetensors file, of which only the header is read.
+
+    Its activation and the preparation of its images are those of a `config.json` of transformers in
+    the same folder, or of the tag that the name of the file or of its folder contains, or of the
+    tags whose first word it contains (such as `openai` or `laion2b`); else they may be those of any
+    tag of the architecture.
+
+    Raises:
+        NoClipError: it holds none that can be searched.
     """
     try:
-        shapes = _shapes(path)
+        header, missing = _header(path)
     except _MALFORMED as error:
-        log.warning("%s is passed over: it cannot be read (%s).", path, first_line(error))
-        return None
+        raise _unreadable(path, error) from error
+    if missing:
+        raise NoClipError(
+            f"is cut off: {missing:,} bytes are missing at its end", "fetch it again", False
+        )
     try:
-        transformers = "text_model.embeddings.token_embedding.weight" in shapes
-        if transformers:
-            shapes = {_rename(key): shape for key, shape in shapes.items()}
-        name = _plain_clips().get(_dimensions(shapes))
-    except _MALFORMED:
-        return None
+        shapes = {key: tuple(header[key]["shape"]) for key in header}
+        types = {key: header[key]["dtype"] for key in header}
+        found = found_in(path, shapes)
+    except _MALFORMED as error:
+        raise NoClipError(f"cannot be read ({first_line(error)})", "fetch it again", False) from (
+            error
+        )
+    quantised = {types[key] for key in _of_towers(shapes, found.prefix)} - _FLOATS
+    if quantised:
+        raise NoClipError(
+            f"is quantised ({', '.join(sorted(quantised))})",
+            "take the file in float16, or in fp8",
+        )
+    return found
+
+
+def found_in(path: Path, shapes: Shapes) -> FoundClip:
+    """The CLIP that has tensors of these shapes.
+
+    Args:
+        path: of the file, whose name may show which weights they are.
+        shapes: by the names of the tensors.
+
+    Raises:
+        NoClipError: there is none that can be searched.
+    """
+    prefix = _prefix(path, shapes)
+    inside = {key.removeprefix(prefix): shapes[key] for key in _of_towers(shapes, prefix)}
+    transformers = _TEXT_TOWER[1] in inside
+    named = {_rename(key): shape for key, shape in inside.items()}
+    try:
+        name = _plain_clips().get(_dimensions(named))
+    except _MALFORMED:  # it lacks a tensor, or has it in another shape
+        name = None
     if name is None:
-        return None
-    tags = list_pretrained_tags_by_model(name)
-    title = f"{path.parent.name}/{path.stem}".lower()
-    tag = next((tag for tag in tags if re.split(r"[_-]", tag)[0] in title), None)
-    supposed = tag or ("openai" if "openai" in tags else None)
-    quick = bool(supposed and get_pretrained_cfg(name, supposed).get("quick_gelu"))
-    if transformers:
-        quick = _configured_activation(path.parent / "config.json", quick)
-    return FoundClip(name, tag, quick, transformers)
+        raise _unknown(named)
+    return FoundClip(name, _readings(path, name, transformers), prefix)
 
 
-def read_transformers(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of transformers' CLIPModel under open_clip's names."""
-    tensors = {_rename(key): tensor for key, tensor in load_file(path).items()}
-    for key in [key for key in tensors if _PARTS.search(key)]:
-        parts = [tensors.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
-        tensors[_PARTS.sub(r".attn.in_proj_\1", key)] = torch.cat(parts)
-    for key in ("visual.proj", "text_projection"):
-        tensors[key] = tensors[key].T.contiguous()
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors in the header of a safetensors file, and the bytes that are missing behind."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _LONGEST_HEADER:
             raise ValueError("not a safetensors file")
         header = json.loads(file.read(length))
-    return {key: tuple(header[key]["shape"]) for key in header if key != "__metadata__"}
+        here = file.seek(0, 2)
+    tensors = {key: header[key] for key in header if key != "__metadata__"}
+    ends = [one["data_offsets"][1] for one in tensors.values() if "data_offsets" in one]
+    return tensors, max(0, 8 + length + max(ends, default=0) - here)
+
+
+def _unreadable(path: Path, error: Exception) -> NoClipError:
+    """What a file is that has no header of safetensors."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return NoClipError(f"cannot be read ({first_line(error)})", "check it", False)
+    if start.startswith(b"version https://git-lfs"):
+        problem = "is a pointer of Git LFS, which stands for the weights"
+        return NoClipError(problem, "run `git lfs pull` in its folder, or download the file", False)
+    if start.lstrip()[:1] == b"<":
+        problem = "is a web page, such as that of an error"
+        return NoClipError(problem, "download the file itself", False)
+    if start[:2] in (b"PK", b"\x80\x02"):
+        return NoClipError("is a PyTorch file", "give it the ending .bin", False)
+    if not start:
+        return NoClipError("is empty", "fetch it again", False)
+    return NoClipError(
+        f"cannot be read as safetensors ({first_line(error)})", "fetch it again", False
+    )
+
+
+def _prefix(path: Path, shapes: Shapes) -> str:
+    """What stands before the names of all tensors of both towers.
+
+    Raises:
+        NoClipError: there is but one tower, or none.
+    """
+    text, image = (_before(shapes, tower) for tower in (_TEXT_TOWER, _IMAGE_TOWER))
+    if both := text & image:
+        return min(both, key=len)
+    if _PART_OF_SEVERAL.search(path.stem):
+        raise NoClipError(
+            "is one of several parts of a model", "save the model as one model.safetensors"
+        )
+    wanted = "choose a file with both encoders of one CLIP"
+    has_text = bool(text) or any(".text." in f".{key}" for key in shapes)
+    has_image = bool(image) or any(_OF_IMAGES.search(key) for key in shapes)
+    if has_text and has_image:
+        raise _unknown({})
+    if has_text:
+        raise NoClipError("holds a text encoder alone", wanted)
+    if has_image:
+        raise NoClipError("holds an image encoder alone", wanted)
+    raise NoClipError("holds no CLIP", wanted)
+
+
+def _before(shapes: Iterable[str], names: tuple[str, ...]) -> set[str]:
+    found = {key[: -len(name)] for key in shapes for name in names if key.endswith(name)}
+    return {prefix for prefix in found if not prefix or prefix.endswith(".")}
+
+
+def _of_towers(shapes: Iterable[str], prefix: str) -> list[str]:
+    """The tensors with this prefix, without scales and marks."""
+    return [
+        key
+        for key in shapes
+        if key.startswith(prefix) and not _SCALE.match(key) and not _MARK.search(key)
+    ]
+
+
+def _has_projections(shapes: Shapes) -> bool:
+    return "visual.proj" in shapes and "text_projection" in shapes
+
+
+def _unknown(shapes: Shapes) -> NoClipError:
+    """Why a file with both towers holds no architecture of open_clip."""
+    if not _has_projections(shapes) and "visual.class_embedding" in shapes:
+        which = "text" if "visual.proj" in shapes else "image"
+        return NoClipError(
+            f"lacks the projection of its {which} encoder, so that texts and images cannot be "
+            "compared",
+            "choose a whole CLIP, such as models for image search are",
+        )
+    context = shapes.get("positional_embedding", (77,))[0]
+    if context > 77:
+        return NoClipError(
+            f"is a LongCLIP, which reads {context} tokens at a time; prompts of image models are "
+            "read 77 at a time",
+            "choose the CLIP that it was made from",
+        )
+    return NoClipError(
+        "holds a CLIP of an unknown architecture",
+        "write ARCHITECTURE:FILE if open_clip has its architecture",
+    )
+
+
+def _readings(path: Path, name: str, transformers: bool) -> tuple[Reading, ...]:
+    """What is not in the weights, as far as the file shows it."""
+    public = _public_readings(name)
+    title = f"{path.parent.name}/{path.stem}".lower().replace("_", "-")
+    tags = {tag: tag.replace("_", "-") for tag in public}
+    # a tag of one word may be the beginning of another's name: dfn2b, dfn2b_s39b
+    whole = [
+        tag for tag, text in tags.items() if text in title and ("-" in text or _ends(title, text))
+    ]
+    begun = [tag for tag, text in tags.items() if text.split("-")[0] in title]
+    named = [max(whole, key=len)] if whole else begun
+    if named:
+        return _distinct(public[tag] for tag in named)
+    readings = _distinct(public.values()) or (Reading(False),)
+    quick = _configured_activation(path.parent / "config.json") if transformers else None
+    if quick is None:
+        return readings
+    return tuple(one for one in readings if one.quick_gelu == quick) or (Reading(quick),)
+
+
+def _ends(title: str, tag: str) -> bool:
+    """Whether a file has the name that downloads get: ARCHITECTURE.TAG."""
+    return title.endswith(f".{tag}")
+
+
+def _public_readings(name: str) -> dict[str, Reading]:
+    """How open_clip's weights of an architecture are to be read, by their tags."""
+    found = {}
+    for one in (name, f"{name}-quickgelu"):
+        for tag in list_pretrained_tags_by_model(one):
+            found.setdefault(tag, reading_of_tag(name, tag) or reading_of_tag(one, tag))
+    return found
+
+
+def reading_of_tag(name: str, tag: str) -> Reading | None:
+    """How the weights of a tag are to be read; None where there is no such tag."""
+    config = get_pretrained_cfg(name, tag)
+    if not config:
+        return None
+    quick = bool(config.get("quick_gelu")) or name.endswith("-quickgelu")
+    return Reading(quick, tuple((key, config[key]) for key in _PREPROCESS))
+
+
+def _distinct(readings: Iterable[Reading]) -> tuple[Reading, ...]:
+    return tuple(dict.fromkeys(readings))
+
+
+def as_open_clip(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a CLIP under open_clip's names, of its layout or that of transformers.
+
+    Args:
+        tensors: of a file.
+        prefix: of the names of those of the CLIP.
+    """
+    scales = {match[1]: tensors[key] for key in tensors if (match := _SCALE.match(key))}
+    named = {}
+    for key in _of_towers(tensors, prefix):
+        tensor = tensors[key]
+        scale = scales.get(key.removesuffix(".weight"))
+        if scale is not None:
+            tensor = _unscaled(tensor, scale)
+        elif tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.half()  # which holds all numbers in 8 bits, and can be joined
+        named[_rename(key.removeprefix(prefix))] = tensor
+    if _TEXT_TOWER[1] not in {key.removeprefix(prefix) for key in tensors}:
+        return named
+    for key in [key for key in named if _PARTS.search(key)]:
+        parts = [named.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.float() for part in parts]
+        named[_PARTS.sub(r".attn.in_proj_\1", key)] = torch.cat(parts)
+    for key in ("visual.proj", "text_projection"):
+        named[key] = named[key].T.contiguous()
+    return named
+
+
+def _unscaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A weight in 8 bits with its scale, which may be one number, or one for each row."""
+    scale = scale.float()
+    return weight.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, whatever its ending."""
+    return load_file(path)
+
+
+def read_torch(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a PyTorch file, which may hold other things beside them, but no code."""
+    check_header(path)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise pickle.UnpicklingError("it holds no tensors by their names")
+    return {
+        key: tensor
+        for key, tensor in content.items()
+        if isinstance(key, str) and isinstance(tensor, torch.Tensor)
+    }
 
 
 def _rename(key: str) -> str:
@@ -186,12 +444,13 @@ def config_of(name: str) -> dict[str, Any]:
     return config
 
 
-def _configured_activation(path: Path, otherwise: bool) -> bool:
+def _configured_activation(path: Path) -> bool | None:
+    """Whether a config of transformers names QuickGELU; None where there is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return config["text_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
     except _MALFORMED:
-        return otherwise
+        return None
 
 
 def check_header(path: Path) -> None:
@@ -205,7 +464,7 @@ def check_header(path: Path) -> None:
         start = file.read(2)
     if not start:
         raise EOFError("the file is empty")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return
     if start not in (b"PK", b"\x80\x02"):
         raise pickle.UnpicklingError("not a PyTorch file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
@@ -9,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from threading import Lock
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +19,13 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import ArgumentError, ArgumentTypeError, first_line
 
-ImageInput: TypeAlias = Image.Image | str | os.PathLike | torch.Tensor | np.ndarray
-"""One image: PIL image, path, or (H, W, C) / (C, H, W) array with C = 1, 3 or 4, of 8-bit integers
-or of values in [0, 1]."""
+ImageInput: TypeAlias = (
+    Image.Image | str | os.PathLike | bytes | BinaryIO | torch.Tensor | np.ndarray
+)
+"""One image: PIL image, path, content of a file or a file that is open for reading bytes, or an
+array: (H, W, C) or (C, H, W) with C = 1, 3 or 4, or (H, W) in grey, of 8-bit integers or of values
+in [0, 1]."""
+
 
 # Pillow reads more, some of it by starting other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -29,8 +35,12 @@ _LARGEST = 2048
 _STRIP = 1 << 20
 # Pixels of a very long image that lie outside the centre crop are cut off before resizing.
 _LONGEST_ASPECT = 8
-# Bicubic upscaling leaves values this far outside of [0, 1].
-_LOWEST, _HIGHEST = -0.4, 1.4
+# Bicubic upscaling by the kernel of PyTorch leaves values from -0.45 to 1.45.
+_LOWEST, _HIGHEST = -0.5, 1.5
+# Pixels of the largest image; decoding it takes 2 GB.
+_MOST_PIXELS = 1 << 29
+_PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
+_limit_lock = Lock()
 
 _ORIENTATION = 0x0112  # of Exif
 _TRANSPOSED = {
@@ -44,16 +54,22 @@ _TRANSPOSED = {
 }
 
 
+_SINGLE = (str, os.PathLike, bytes, bytearray, Image.Image, torch.Tensor, np.ndarray)
+
+
 def load_image(image: ImageInput) -> Image.Image:
     """One image -> upright RGB picture on white.
 
-    Exif rotation is applied, transparency is laid on white, an animation gives its first frame,
-    16-bit and floating-point greys are scaled to 8 bits. An image whose shorter side is longer than
-    2048 pixels is scaled down to that.
+    A path may begin with `~`. A file object is read from its position on. Values of an array that
+    leave [0, 1] by at most 0.5, as after bicubic upscaling, are clamped. Exif rotation is applied,
+    transparency is laid on white, an animation gives its first frame, 16-bit and floating-point
+    greys are scaled to 8 bits. An image whose shorter side is longer than 2048 pixels is scaled
+    down to that.
 
     Raises:
-        ArgumentError: the image cannot be read, is empty, or has values that are not finite in
-            [0, 1]; a file is named. For another type it is an ArgumentTypeError.
+        ArgumentError: the image cannot be read, is empty, has more than 2**29 pixels, or has values
+            that are not finite or no image; a file is named. For another type it is an
+            ArgumentTypeError.
     """
     if isinstance(image, (str, os.PathLike)):
         if str(image).startswith(("http://", "https://")):
@@ -61,6 +77,8 @@ def load_image(image: ImageInput) -> Image.Image:
                 "images", f"holds the address {str(image)!r}", "download it, give the file"
             )
         return _from_path(Path(image))
+    if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):
+        return _from_content(image)
     if isinstance(image, Image.Image):
         with _naming("a PIL image"):
             return _to_rgb(_first_frame(image))
@@ -69,7 +87,8 @@ def load_image(image: ImageInput) -> Image.Image:
             return _from_array(image)
     raise ArgumentTypeError(
         "images",
-        f"has to hold PIL images, paths or tensors but holds a {type(image).__name__}",
+        "has to hold PIL images, paths, contents of files or tensors but holds a "
+        f"{type(image).__name__}",
         "convert it to one of these",
     )
 
@@ -86,12 +105,13 @@ def load_images(
     """
     if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
         images = list(images)
-    elif isinstance(images, (str, os.PathLike, Image.Image, torch.Tensor, np.ndarray)):
-        return [load_image(images)], True
+    elif isinstance(images, _SINGLE) or hasattr(images, "read"):
+        return [load_image(images)], True  # type: ignore[arg-type]
     elif not isinstance(images, Sequence):
         raise ArgumentTypeError(
             "images",
-            "has to be a PIL image, a path, a tensor or a list of these but is a "
+            "has to be a PIL image, a path, the content of a file, a tensor or a list of these "
+            "but is a "
             f"{type(images).__name__}",
         )
     if not len(images):
@@ -123,6 +143,8 @@ def load_image_at(path: str | os.PathLike, offset: int, size: int) -> Image.Imag
 
 def _from_path(path: Path) -> Image.Image:
     with _naming(repr(str(path))):
+        if not path.exists():
+            path = Path(os.path.expanduser(path))
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise ArgumentError(
@@ -135,6 +157,21 @@ def _from_path(path: Path) -> Image.Image:
     return _read(lambda: path, repr(str(path)), found.st_size)
 
 
+def _from_content(source: bytes | bytearray | BinaryIO) -> Image.Image:
+    """The picture in the content of a file."""
+    what = "the content of a file"
+    if not isinstance(source, (bytes, bytearray)):
+        name = getattr(source, "name", None)
+        what = repr(name) if isinstance(name, str) else "a file object"
+        with _naming(what):
+            source = source.read()
+        if not isinstance(source, (bytes, bytearray)):
+            raise ArgumentTypeError(
+                "images", f"holds {what}, which is opened as text", "open it with mode 'rb'"
+            )
+    return _read(lambda: BytesIO(source), what, len(source))
+
+
 def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.Image:
     """The picture in a file or in bytes, of which there are `size`."""
     if size == 0:
@@ -144,11 +181,27 @@ def _read(source: Callable[[], Path | BytesIO], what: str, size: int) -> Image.I
     Image.init()
     with _naming(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about large images and damage that does not matter
-        with Image.open(source(), formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+        with _opened(source()) as image:
             _decode_smaller(image)
             with _naming(what, "is damaged", "save the image again"):
                 image.load()
             return _to_rgb(image)
+
+
+def _opened(source: Path | BytesIO) -> Image.Image:
+    """Pillow's image of a file, of up to `_MOST_PIXELS`.
+
+    Pillow's own limit, a third of that, is another one meanwhile, unless somebody has set it.
+    """
+    formats = [f for f in _FORMATS if f in Image.OPEN]
+    with _limit_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit == _PILLOWS_LIMIT:
+            Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # twice the limit raises an error
+        try:
+            return Image.open(source, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 @contextmanager
@@ -202,23 +255,39 @@ def _first_frame(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image -> upright RGB, on white, scaled down where it is large."""
     convert = _conversion(image)
-    width, height = image.size
-    factor = max(1, min(width, height) // _LARGEST)
-    rows = max(1, _STRIP // (width * factor)) * factor
-    if rows >= height and factor == 1:
-        rgb = convert(image)
-    else:
-        rgb = Image.new("RGB", (-(-width // factor), -(-height // factor)))
-        for top in range(0, height, rows):
-            strip = image.crop((0, top, width, min(top + rows, height)))
-            rgb.paste(convert(strip).reduce(factor), (0, top // factor))
-    short = min(rgb.size)
-    if short > _LARGEST:
-        size = (round(rgb.width * _LARGEST / short), round(rgb.height * _LARGEST / short))
-        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+
+    def strip(top: int, bottom: int) -> Image.Image:
+        whole = (top, bottom) == (0, image.height)
+        return convert(image if whole else image.crop((0, top, image.width, bottom)))
+
+    rgb = _scaled_down(image.size, strip)
     if (method := _TRANSPOSED.get(_orientation(image))) is not None:
         rgb = rgb.transpose(method)
     rgb.info = {}  # has the orientation that is applied now, and may have a transparent colour
+    return rgb
+
+
+def _scaled_down(size: tuple[int, int], strip: Callable[[int, int], Image.Image]) -> Image.Image:
+    """An image of this width and height, whose shorter side has at most `_LARGEST` pixels.
+
+    Args:
+        size: width and height.
+        strip: gives the RGB picture of the rows from one number to another.
+    """
+    width, height = size
+    factor = max(1, min(width, height) // _LARGEST)
+    rows = max(1, _STRIP // (width * factor)) * factor
+    if rows >= height and factor == 1:
+        rgb = strip(0, height)
+    else:
+        rgb = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+        for top in range(0, height, rows):
+            part = strip(top, min(top + rows, height))
+            rgb.paste(part.reduce(factor), (0, top // factor))
+    short = min(rgb.size)
+    if short > _LARGEST:
+        smaller = (round(rgb.width * _LARGEST / short), round(rgb.height * _LARGEST / short))
+        rgb = rgb.resize(smaller, Image.Resampling.BICUBIC)
     return rgb
 
 
@@ -273,30 +342,42 @@ def _from_array(array: torch.Tensor | np.ndarray) -> Image.Image:
         array = np.require(array, requirements=["C", "W"])
     tensor = torch.as_tensor(array).detach().cpu()
     shape = tuple(tensor.shape)
-    if tensor.ndim != 3 or not ({shape[0], shape[2]} & {1, 3, 4}):
+    if tensor.ndim == 2:
+        tensor = tensor[..., None]
+    elif tensor.ndim != 3 or not ({shape[0], shape[2]} & {1, 3, 4}):
         raise ArgumentError(
             "images",
-            "has to be a tensor (H, W, 3) or (3, H, W), or a batch of these with one more "
-            f"dimension in front, but an image has shape {shape}",
+            "has to be a tensor (H, W, 3), (3, H, W) or (H, W), or a batch of these of four "
+            f"dimensions, but an image has shape {shape}",
+            "write images[..., None] for a batch (N, H, W) of grey images"
+            if tensor.ndim == 3
+            else "",
         )
+    elif shape[2] not in (1, 3, 4):
+        tensor = tensor.permute(1, 2, 0)
     if 0 in shape:
         raise ArgumentError("images", f"holds a tensor of shape {shape}, which is empty")
-    if shape[2] not in (1, 3, 4):
-        tensor = tensor.permute(1, 2, 0)
+    height, width, _ = tensor.shape
+    return _scaled_down((width, height), lambda top, bottom: _array_strip(tensor[top:bottom]))
+
+
+def _array_strip(tensor: torch.Tensor) -> Image.Image:
+    """(rows, W, C) values -> RGB picture of these rows."""
     pixels = (tensor if tensor.dtype == torch.uint8 else _to_bytes(tensor)).numpy()
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return _conversion(image)(image)
 
 
 def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Values in [0, 1] -> 8-bit integers."""
     tensor = tensor.float()
-    if not tensor.isfinite().all():
+    low, high = (float(value) for value in tensor.aminmax())  # both NaN where one value is
+    if not math.isfinite(low) or not math.isfinite(high):
         raise ArgumentError(
             "images", "holds a tensor with NaN or infinite values", "check its source"
         )
-    low, high = tensor.min().item(), tensor.max().item()
     if low < _LOWEST or high > _HIGHEST:
         raise ArgumentError(
             "images",
@@ -307,10 +388,15 @@ def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.clamp(0, 1) * 255).round().byte()
 
 
-def trim_to_centre(image: Image.Image) -> Image.Image:
-    """Cut off the far ends of a very long image, which the resize before the crop would enlarge."""
+def trim_to_centre(image: Image.Image, aspect: int = _LONGEST_ASPECT) -> Image.Image:
+    """Cut off the far ends of a very long image, which the resize before the crop would enlarge.
+
+    Args:
+        image: of any size.
+        aspect: how many times the shorter side the longer one may be.
+    """
     width, height = image.size
-    longest = _LONGEST_ASPECT * min(width, height)
+    longest = aspect * min(width, height)
     if max(width, height) <= longest:
         return image
     left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)

@@ -160,9 +160,9 @@ class JointClip:
         self.cache.clear()
         return self
 
-    def encode_images(self, images: Iterable[Image.Image]) -> torch.Tensor:
+    def encode_images(self, images: Iterable[Image.Image], fit: str = "crop") -> torch.Tensor:
         """As `Clip.encode_images`; joint features. Each CLIP iterates over `images` anew."""
-        return self.text.join([clip.encode_images(images) for clip in self.clips])
+        return self.text.join([clip.encode_images(images, fit) for clip in self.clips])
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """As `Clip.encode_texts`; joint features."""

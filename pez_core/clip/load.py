@@ -9,15 +9,26 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from PIL import Image
 
-from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_weights, first_line
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_bool,
+    check_choice,
+    check_weights,
+    first_line,
+)
+from .activation import most_agreeing
 from .build import (
+    check_torch,
     create_model,
+    naming_weights,
     preprocessing,
     problem_of_config,
     saved_config,
@@ -25,11 +36,23 @@ from .build import (
     tokenizer_of_name,
 )
 from .device import keep_image_tower_in_main_memory, pick_device, pick_precision
-from .files import config_of, find_clip, read_transformers
+from .files import (
+    FoundClip,
+    NoClipError,
+    Reading,
+    Shapes,
+    as_open_clip,
+    config_of,
+    examine,
+    find_clip,
+    found_in,
+    read_safetensors,
+    read_torch,
+)
 from .joint import JointClip
 from .model import Clip
-from .models import BUNDLED, TRANSFORMERS_NAMES
-from .weights import SUFFIXES, WEIGHTS, weights_of_tag
+from .models import ACTIVATIONS, BUNDLED, TRANSFORMERS_NAMES
+from .weights import SUFFIXES, TORCH_SUFFIXES, WEIGHTS, weights_of_tag
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +67,23 @@ def load_clip(
     download: bool = False,
     weights: Sequence[float] | None = None,
     low_memory: bool = False,
+    activation: str | None = None,
 ) -> Clip | JointClip:
     """Load a CLIP to search prompts on, or several to search as one.
 
     Args:
         name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
             `"ViT-H-14"`, a folder with `open_clip_config.json` and weights, a folder that
-            transformers wrote (`config.json` and `model.safetensors`), or a safetensors file that
-            holds both towers of a CLIP, as open_clip or transformers write it (see `find_clip`).
+            transformers wrote (`config.json` and `model.safetensors`), or a file, safetensors or a
+            PyTorch file as below, that holds both towers of a CLIP, as open_clip or transformers
+            write it, with any prefix of its names and also in fp8 with scales (see `examine`).
             `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
             several CLIPs as one, for models that read a prompt with more than one: for SDXL
             `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
         pretrained: weights of an architecture: an open_clip tag such as `"laion2b_s32b_b79k"`, or
             the path of a file, safetensors or a PyTorch file that
             `torch.load(..., weights_only=True)` accepts. A safetensors file whose path contains a
-            tag gets the activation and the normalisation of images of this tag. If the path has no
-            tag, OpenAI's weights need the architecture with `-quickgelu` in its name.
+            tag gets the activation and the normalisation of images of this tag.
         device: such as `"cuda"`. None: the first available of CUDA, MPS and the CPU.
         dtype: of the weights: `torch.float32`, `torch.float16` or `torch.bfloat16`. None: on CUDA
             bfloat16 (float16 on cards without it), float32 elsewhere. The continuous prompts of a
@@ -70,6 +94,10 @@ def load_clip(
             matters. None: all count the same.
         low_memory: keep the image tower, the larger one, in main memory, and move it to the device
             only while it encodes images.
+        activation: of the CLIP in a file, `"gelu"` or `"quick_gelu"`, which weights do not show.
+            None: as the name of the file, a config beside it, or the architecture says. Where none
+            of these does, some texts and pictures are encoded with each, and the one with which
+            they agree most is taken and logged.
 
     Returns:
         A `Clip`; for a list of several a `JointClip`. All tasks take both as `clip`.
@@ -83,6 +111,8 @@ def load_clip(
     names = _check_names(name, pretrained)
     check_bool("download", download)
     check_bool("low_memory", low_memory)
+    if activation is not None:
+        check_choice("activation", activation, ACTIVATIONS)
     if weights is not None:
         if isinstance(name, (str, os.PathLike)):
             raise ArgumentError("weights", f"is {weights!r}, but there is one CLIP", "leave it out")
@@ -94,7 +124,7 @@ def load_clip(
         clips: list[Clip] = []
         for one in names:
             place = torch.device("cpu") if low_memory else target
-            clip = _load_one(one, pretrained, precision, place, download)
+            clip = _load_one(one, pretrained, activation, precision, place, download)
             clips.append(keep_image_tower_in_main_memory(clip, target) if low_memory else clip)
         return JointClip(clips, weights) if len(clips) > 1 else clips[0]
 
@@ -127,6 +157,7 @@ def _check_names(name: object, pretrained: object) -> list[str]:
 def _load_one(
     name: str,
     pretrained: str | os.PathLike | None,
+    activation: str | None,
     precision: str,
     device: torch.device,
     download: bool,
@@ -141,18 +172,19 @@ def _load_one(
                 f"is {str(pretrained)!r}, but {name} comes with its weights",
                 "leave it out",
             )
+        if activation is not None:
+            raise ArgumentError(
+                "activation",
+                f"is {activation!r}, but {name} comes with its own",
+                "leave it out",
+            )
         return _load_folder(path, name, precision, device)
     if name and path.is_dir() and pretrained is None:
         path = _file_of_transformers(path)
-    if path.suffix.lower() == ".safetensors" and pretrained is None:
-        return _load_file(path, precision, device)
-    if path.suffix.lower() in SUFFIXES and pretrained is None and path.is_file():
-        raise ArgumentError(
-            "name",
-            f"is {path}, a PyTorch file, which does not show the CLIP that it holds",
-            "write ARCHITECTURE:FILE, or convert it to safetensors",
-        )
-    return _load_architecture(name, pretrained, precision, device, download)
+    is_file = path.suffix.lower() in TORCH_SUFFIXES and path.is_file()
+    if pretrained is None and (is_file or path.suffix.lower() == ".safetensors"):
+        return _load_file(path, activation, precision, device)
+    return _load_architecture(name, pretrained, activation, precision, device, download)
 
 
 def _file_of_transformers(folder: Path) -> Path:
@@ -236,38 +268,87 @@ def _trained_tokens(folder: Path) -> list[int] | None:
         ) from error
 
 
-def _load_file(path: Path, precision: str, device: torch.device) -> Clip:
-    """The CLIP in a file, whose architecture is found by its tensors."""
+def _load_file(
+    path: Path, activation: str | None, precision: str, device: torch.device, name: str = ""
+) -> Clip:
+    """The CLIP in a file, whose architecture is found by its tensors.
+
+    Args:
+        path, activation, precision, device: as in `load_clip`.
+        name: of the result, where it is not that of the file.
+    """
     if not path.is_file():
         raise ArgumentError(
             "name", f"is the file {str(path)!r}, which does not exist", "check the path"
         )
-    found = find_clip(path)
-    if found is None:
-        raise ArgumentError(
-            "name",
-            f"is the file {str(path)!r}, which does not hold both towers of a CLIP of open_clip",
-            "choose another; an image tower or a text encoder alone cannot be searched",
-        )
-    log.info("%s holds %s%s", path, found.name, ", QuickGELU" * found.quick_gelu)
-    tag = get_pretrained_cfg(found.name, found.tag) if found.tag else {}
+    if path.suffix.lower() == ".safetensors":
+        tensors, found = read_safetensors, _examined(path)
+    else:
+        check_torch(path)
+        content = _read_torch(path)
+        shapes = {key: tuple(tensor.shape) for key, tensor in content.items()}
+        tensors, found = lambda _: content, _examined(path, shapes)
+    readings = _with_activation(found.readings, activation)
+    quick = readings[0].quick_gelu
     model = create_model(
         found.name,
         path,
-        pretrained=None if found.transformers else str(path),
-        read=read_transformers if found.transformers else None,
+        read=lambda file: as_open_clip(tensors(file), found.prefix),
         precision=precision,
         device=device,
-        force_quick_gelu=found.quick_gelu,
-        force_preprocess_cfg=preprocessing(found.name, tag),
+        force_quick_gelu=quick,
+        force_preprocess_cfg=dict(readings[0].preprocess or ()) or None,
     )
-    config = saved_config(config_of(found.name), found.quick_gelu, found.name)
-    return Clip(model, tokenizer_of_name(found.name), path.stem, config=config)
+    tokenizer = tokenizer_of_name(found.name)
+    if len(readings) > 1:
+        quick = _measured(model, tokenizer, readings, path)
+    log.info("%s holds %s%s", path, found.name, ", QuickGELU" * quick)
+    config = saved_config(config_of(found.name), quick, found.name)
+    return Clip(model, tokenizer, name or path.stem, config=config)
+
+
+def _examined(path: Path, shapes: Shapes | None = None) -> FoundClip:
+    """The CLIP in a file; raise where there is none that can be searched."""
+    try:
+        return examine(path) if shapes is None else found_in(path, shapes)
+    except NoClipError as error:
+        problem = f"is the file {str(path)!r}, which {error.problem}"
+        raise ArgumentError("name", problem, error.remedy) from error
+
+
+def _read_torch(path: Path) -> dict[str, torch.Tensor]:
+    with naming_weights(path):
+        return read_torch(path)
+
+
+def _with_activation(readings: tuple[Reading, ...], activation: str | None) -> tuple[Reading, ...]:
+    """The readings that have the given activation; all where none is given."""
+    if activation is None:
+        return readings
+    quick = activation == "quick_gelu"
+    having = tuple(one for one in readings if one.quick_gelu == quick)
+    return having or (Reading(quick, readings[0].preprocess),)
+
+
+def _measured(model: Any, tokenizer: Any, readings: Sequence[Reading], path: Path) -> bool:
+    """Whether a model has QuickGELU, by which reading agrees most with pictures."""
+    best = most_agreeing(model, tokenizer, readings)
+    if len({one.quick_gelu for one in readings}) > 1:
+        taken, other = ("quick_gelu", "gelu") if best.quick_gelu else ("gelu", "quick_gelu")
+        log.warning(
+            "%s does not show its activation: %s was taken, with which ten pictures and their "
+            "names agree most (activation=%r takes the other).",
+            path,
+            taken,
+            other,
+        )
+    return best.quick_gelu
 
 
 def _load_architecture(
     name: str,
     pretrained: str | os.PathLike | None,
+    activation: str | None,
     precision: str,
     device: torch.device,
     download: bool,
@@ -292,12 +373,12 @@ def _load_architecture(
                 f"is {str(pretrained)!r}, which is neither a file nor a tag of {name}",
                 f"its tags are {', '.join(tags) or 'none'}",
             )
-        found = find_clip(path) if path.suffix.lower() == ".safetensors" else None
-        if found is not None and found.name == name and found.transformers:
-            return _load_file(path, precision, device)
-        if found is not None and found.name == name and found.tag:
-            tag = get_pretrained_cfg(name, found.tag)
-    quick_gelu = tag.get("quick_gelu", False)
+        plain = name.removesuffix("-quickgelu")
+        if (found := _found_as(path)) is not None and found.name == plain:
+            if plain != name:
+                activation = activation or "quick_gelu"
+            return _load_file(path, activation, precision, device, f"{name}:{pretrained}")
+    quick_gelu = tag.get("quick_gelu", False) if activation is None else activation == "quick_gelu"
     tokenizer = tokenizer_of_name(name, download)
     model = create_model(
         name,
@@ -310,6 +391,17 @@ def _load_architecture(
     )
     built = saved_config(config, quick_gelu, name)
     return Clip(model, tokenizer, f"{name}:{pretrained}", config=built)
+
+
+def _found_as(path: Path) -> FoundClip | None:
+    """The CLIP that is found in a file by itself; None: open_clip has to read it."""
+    if path.suffix.lower() == ".safetensors":
+        return find_clip(path)
+    try:
+        check_torch(path)
+        return found_in(path, {k: tuple(t.shape) for k, t in read_torch(path).items()})
+    except Exception:  # of any type; open_clip then reads it, with errors that name the file
+        return None
 
 
 def _architecture(name: str) -> dict:

@@ -14,7 +14,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import LayerNormFp32
 from PIL import Image
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, check_choice
+from ..options import FITS
 from .device import pick_device, pick_precision
 from .images import trim_to_centre
 from .text import TextTower
@@ -60,10 +61,7 @@ class Clip:
         self.tokenizer = tokenizer
         self.name = name
         self.text = TextTower(model, tokenizer)
-        prepare: Any = image_transform_v2(
-            PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
-        )
-        self._prepare: Callable[[Image.Image], torch.Tensor] = prepare
+        self._prepare = self._preparation()
         self._centre_crops = model.visual.preprocess_cfg.get("resize_mode") == "shortest"
         self.trained_tokens = None if vocabulary is None else frozenset(vocabulary)
         self.image_tower: Callable[[], AbstractContextManager] = nullcontext
@@ -130,13 +128,22 @@ class Clip:
         return self
 
     @torch.no_grad()
-    def encode_images(self, images: Iterable[Image.Image]) -> torch.Tensor:
+    def encode_images(self, images: Iterable[Image.Image], fit: str = "crop") -> torch.Tensor:
         """RGB pictures -> (number of images, features) unit features in float32.
 
         Each is prepared as soon as `images` gives it, so that large ones need not exist together.
+
+        Args:
+            images: of any size.
+            fit: how each becomes a square. `"crop"`: as the CLIP was trained, which for most is the
+                centre of the image. `"pad"`: the whole image, with bars in the mean colour that the
+                CLIP subtracts. `"stretch"`: the whole image, distorted.
+
+        Raises:
+            ArgumentError: there is no such `fit`.
         """
-        trim = trim_to_centre if self._centre_crops else lambda image: image
-        prepared = (self._prepare(trim(image)) for image in images)
+        prepare = self._prepare_for(fit)
+        prepared = (prepare(image) for image in images)
         features = []
         with self.image_tower():
             device = next(self.model.visual.parameters()).device
@@ -144,6 +151,26 @@ class Clip:
                 batch = torch.stack(few).to(device, self.dtype)
                 features.append(self.model.encode_image(batch).float())
         return F.normalize(torch.cat(features), dim=-1).to(self.device)
+
+    def _preparation(self, **changes: Any) -> Callable[[Image.Image], torch.Tensor]:
+        """open_clip's preparation of images, with changes of its `PreprocessCfg`."""
+        prepare: Any = image_transform_v2(
+            PreprocessCfg(**{**self.model.visual.preprocess_cfg, **changes}), is_train=False
+        )
+        return prepare
+
+    def _prepare_for(self, fit: str) -> Callable[[Image.Image], torch.Tensor]:
+        check_choice("fit", fit, FITS)
+        if fit == "stretch":
+            return self._preparation(resize_mode="squash")
+        if fit == "pad":
+            mean = tuple(round(255 * value) for value in self.model.visual.preprocess_cfg["mean"])
+            prepare = self._preparation(resize_mode="longest", fill_color=mean)
+            size = min(_pair(self.model.visual.preprocess_cfg["size"]))
+            return lambda image: prepare(trim_to_centre(image, size))  # one pixel at least
+        if self._centre_crops:
+            return lambda image: self._prepare(trim_to_centre(image))
+        return lambda image: self._prepare(image)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -173,3 +200,7 @@ class Clip:
     def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features by the name of their encoder, of which there is one."""
         return {self.name: features}
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -8,6 +8,9 @@ from pathlib import Path
 BUNDLED = {"emoji-clip": Path(__file__).parent.parent / "models" / "emoji-clip"}
 """The CLIPs that come with this package, and their folders."""
 
+ACTIVATIONS = ("gelu", "quick_gelu")
+"""Activations that the CLIP in a file may have."""
+
 
 @dataclass(frozen=True)
 class Preset:

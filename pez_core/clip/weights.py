@@ -23,6 +23,9 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt")
 """Endings of files that may hold weights."""
 
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of PyTorch files."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes on disk and with all bytes; an exception ends the download."""
 

@@ -27,6 +27,7 @@ def choose_by_image(
     seeds: Sequence[int],
     settings: Mapping[str, Any] = {},
     ended: Callable[[], bool] = lambda: False,
+    fit: str = "crop",
 ) -> Result:
     """The result with the candidate whose images are most similar to the targets.
 
@@ -42,19 +43,20 @@ def choose_by_image(
         settings: further arguments of the pipeline.
         ended: asked before the images of each candidate; once it is true, the candidates that are
             left are not considered.
+        fit: how images become squares, as in `SearchOptions`.
 
     Returns:
         The result with its `candidates` in the order of their images, best first; those without
         images come last.
     """
-    goals = use(clip, lambda one: one.encode_images(targets)).cpu()
+    goals = use(clip, lambda one: one.encode_images(targets, fit)).cpu()
     given = default_settings(pipeline) | dict(settings)
     scored: list[tuple[float, Candidate]] = []
     for candidate in result.candidates:
         if ended():
             break
         images = draw(pipeline, candidate.prompt, seeds, given)
-        features = use(clip, lambda one, made=images: one.encode_images(made)).cpu()
+        features = use(clip, lambda one, made=images: one.encode_images(made, fit)).cpu()
         scored.append((float((features @ goals.T).mean()), candidate))
     scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: those of equal score stay
     order = [one for _, one in scored] + result.candidates[len(scored) :]

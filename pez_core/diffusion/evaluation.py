@@ -100,6 +100,7 @@ def evaluate(
     generator: torch.Generator | list[torch.Generator] | None = None,
     searched: PezClipModel | AnyClip | None = None,
     callback: Callable[[int, int, Evaluation], Any] | None = None,
+    fit: str = "crop",
     **kwargs: Any,
 ) -> Evaluation:
     """Make images from prompts and compare them with targets by a held-out CLIP (section 4.1).
@@ -127,6 +128,7 @@ def evaluate(
             None: they are not.
         callback: called as `callback(i, n, evaluation)` after i of n prompts, with the evaluation
             so far. A true return value ends the evaluation, which is then returned.
+        fit: how targets and images become squares, as in `SearchOptions`.
         kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`.
 
     Returns:
@@ -155,7 +157,7 @@ def evaluate(
         pipeline, [*kwargs, *(["generator"] if generator is not None else [])]
     )
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
-    scored = _Scored(texts, _targets(images, len(texts)), judge, searched)
+    scored = _Scored(texts, _targets(images, len(texts)), judge, searched, fit)
     make: Any = pipeline  # the base class has no `__call__`
     for k, text in enumerate(texts):
         # a pipeline without several images per prompt gets the prompt several times
@@ -183,10 +185,11 @@ class _Scored:
         targets: list[list[Image.Image]],
         judge: PezClipModel | AnyClip,
         searched: PezClipModel | AnyClip | None,
+        fit: str,
     ) -> None:
         self._texts, self._images = texts, []
-        self._judge = _TargetScores(judge, targets)
-        self._searched = None if searched is None else _TargetScores(searched, targets)
+        self._judge = _TargetScores(judge, targets, fit)
+        self._searched = None if searched is None else _TargetScores(searched, targets, fit)
         features = use(judge, lambda clip: encode_targets("prompts", clip, texts).cpu())
         self._prompt_similarities = check_finite(
             (features * self._judge.targets).sum(1), clip_of(judge)
@@ -224,20 +227,20 @@ class _TargetScores:
     """
 
     def __init__(
-        self, model: PezClipModel | AnyClip, targets: Sequence[Sequence[Image.Image]]
+        self, model: PezClipModel | AnyClip, targets: Sequence[Sequence[Image.Image]], fit: str
     ) -> None:
         def encode(clip: AnyClip) -> torch.Tensor:
-            features = clip.encode_images([image for several in targets for image in several])
+            features = clip.encode_images([one for several in targets for one in several], fit)
             return torch.stack([few.mean(0) for few in features.split(list(map(len, targets)))])
 
         self.name = clip_of(model).name
         self.targets = check_finite(use(model, encode).cpu(), clip_of(model))
         self.rows: list[torch.Tensor] = []
-        self._model = model
+        self._model, self._fit = model, fit
 
     def of(self, k: int, images: Sequence[Image.Image]) -> torch.Tensor:
         """(len(images),) similarities of images made from prompt k."""
-        features = use(self._model, lambda clip: clip.encode_images(images)).cpu()
+        features = use(self._model, lambda clip: clip.encode_images(images, self._fit)).cpu()
         return check_finite(features @ self.targets[k], clip_of(self._model))
 
     def similarities(self, each: int) -> torch.Tensor:

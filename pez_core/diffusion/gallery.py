@@ -55,6 +55,7 @@ def make_gallery(
     guidance_scale: float | None = None,
     seed: int = 0,
     callback: Callable[[float, int], Any] | None = None,
+    fit: str = "crop",
     **kwargs: Any,
 ) -> Gallery:
     """Make images of prompts and measure how similar they are to the targets of the prompts.
@@ -82,6 +83,7 @@ def make_gallery(
         callback: called as `callback(done, n)` at the start and after each denoising step, with
             `done` of n prompts finished, a fraction within a prompt. A true return value ends the
             work; the prompts that are left have no images.
+        fit: how images become squares where similarities are measured, as in `SearchOptions`.
         kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`.
 
     Raises:
@@ -102,7 +104,7 @@ def make_gallery(
     clips = [clip] if judge is None else [clip, judge]
     if judge is not None:
         check_held_out(judge, clip)
-    entries = _Entries(texts, _listed(targets, len(texts)), clips, weights, titles)
+    entries = _Entries(texts, _listed(targets, len(texts)), clips, weights, titles, fit)
     seeds = [(seed + k) % _SEEDS for k in range(num_images_per_prompt)]
     facts = _facts(pipeline, clips, settings)
 
@@ -141,7 +143,7 @@ class _Entries:
         texts: the prompts.
         targets: of each.
         clips: that measure similarities.
-        weights, titles: as in `make_gallery`.
+        weights, titles, fit: as in `make_gallery`.
     """
 
     def __init__(
@@ -151,8 +153,9 @@ class _Entries:
         clips: Sequence[PezClipModel | AnyClip],
         weights: Sequence[float] | None,
         titles: Sequence[str],
+        fit: str,
     ) -> None:
-        self._texts, self._clips = texts, clips
+        self._texts, self._clips, self._fit = texts, clips, fit
         self._shown = [[_shown(one) for one in few] for few in targets]
         self._titles = [*titles, *[""] * (len(texts) - len(titles))]
         self._images: list[list[Image.Image]] = [[] for _ in texts]
@@ -160,7 +163,7 @@ class _Entries:
         self._targets: list[list[torch.Tensor]] = []  # by CLIP, then by prompt
         self._done = 0
         for model in clips:
-            self._targets.append([_mean(model, few, weights) for few in self._shown])
+            self._targets.append([_mean(model, few, weights, fit) for few in self._shown])
             prompts = use(
                 model, lambda one: encode_targets("prompts", one, list(map(_read, texts)))
             )
@@ -173,7 +176,7 @@ class _Entries:
         k = self._done
         self._images[k] = images
         for c, model in enumerate(self._clips):
-            features = use(model, lambda one: one.encode_images(images)).cpu()
+            features = use(model, lambda one: one.encode_images(images, self._fit)).cpu()
             found = (features @ self._targets[c][k]).tolist()
             before = self._scores[k][c]
             self._scores[k][c] = Similarities(before.clip, before.prompt, found)
@@ -217,11 +220,15 @@ def _shown(target: kinds.Target) -> Target:
 
 
 def _mean(
-    model: PezClipModel | AnyClip, targets: Sequence[Target], weights: Sequence[float] | None
+    model: PezClipModel | AnyClip,
+    targets: Sequence[Target],
+    weights: Sequence[float] | None,
+    fit: str,
 ) -> torch.Tensor:
     """(features,) weighted mean of the features of the targets of a prompt."""
     given: list[Any] = [read(o.shown) if isinstance(o.shown, str) else o.shown for o in targets]
-    features = use(model, lambda clip: encode_targets("targets", clip, given)).float().cpu()
+    encoded = use(model, lambda clip: encode_targets("targets", clip, given, fit))
+    features = encoded.float().cpu()
     shares = [1.0] * len(given)
     if weights is not None:
         shares = check_weights("weights", weights, len(given))

@@ -598,6 +598,7 @@ class PezPipeline(DiffusionPipeline):
         self,
         images: Sequence[Image.Image],
         shared: bool,
+        options: SearchOptions,
         seeds: Sequence[int],
         image_kwargs: Mapping[str, Any],
     ) -> None:
@@ -606,7 +607,7 @@ class PezPipeline(DiffusionPipeline):
         Args:
             images: the targets.
             shared: all of them are the targets of one prompt.
-            seeds: of the search. The noise has the first of them and the numbers behind it.
+            options, seeds: of the search. The noise has the first seed and the numbers behind it.
             image_kwargs: arguments of the image pipeline.
         """
         settings = {k: v for k, v in image_kwargs.items() if k not in _OF_THE_OUTPUT}
@@ -622,6 +623,7 @@ class PezPipeline(DiffusionPipeline):
                 noise,
                 of_prompt(settings, k),
                 lambda: self._interrupt,
+                options.fit,
             )
             for k, result in enumerate(self._results)
         ]
@@ -809,7 +811,7 @@ class PezPipeline(DiffusionPipeline):
 
         # 4. Make images
         if choose_by == "image":
-            self.choose_candidates(images, shared, seeds, image_kwargs)
+            self.choose_candidates(images, shared, options, seeds, image_kwargs)
         output = self.make_output(image_kwargs)
         return output if return_dict else output.to_tuple()
 

@@ -150,9 +150,8 @@ def _fuse(
     shares = [share / sum(shares) for share in shares]
     texts = [check_text("sources", s.strip()) for s in given if isinstance(s, str)]
     with torch.inference_mode(False):
-        features = encode_targets(
-            "sources", clip, [read(s) if isinstance(s, str) else s for s in given]
-        )
+        read_ones = [read(s) if isinstance(s, str) else s for s in given]
+        features = encode_targets("sources", clip, read_ones, options.fit)
         ids = clip.text.words.encode(" ".join(map(read, texts)))
         could_join = not always_learn and len(texts) == len(given)
         if could_join and len(ids) <= longest:

@@ -46,9 +46,10 @@ def invert(
 
     Args:
         clip: from `load_clip`.
-        images: a path, a PIL image, or a (H, W, 3) or (3, H, W) array or tensor, of uint8 or of
-            floats in [0, 1]; a list of these; a (N, H, W, 3) or (N, 3, H, W) batch; or a
-            (N, features) tensor of unit vectors, as `clip.encode_images` returns them.
+        images: a path, a PIL image, the content of an image file or a file object, or a (H, W, 3),
+            (3, H, W) or (H, W) array or tensor, of uint8 or of floats in [0, 1]; a list of these; a
+            (N, H, W, 3) or (N, 3, H, W) batch; or a (N, features) tensor of unit vectors, as
+            `clip.encode_images` returns them.
         options: see `SearchOptions`. By default 16 tokens are learned, or fewer where the caption
             leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
@@ -95,9 +96,13 @@ def invert(
     fixed = check_caption(caption)
     options, spoken = _as_read(options, fixed)
     with torch.inference_mode(False):
-        features = clip.encode_images(pictures) if encoded is None else _features(clip, encoded)
+        features = (
+            clip.encode_images(pictures, options.fit)
+            if encoded is None
+            else _features(clip, encoded)
+        )
         targets = as_list(away.targets)
-        others = encode_targets("avoid", clip, targets) if targets else features[:0]
+        others = encode_targets("avoid", clip, targets, options.fit) if targets else features[:0]
         groups = [features] if shared else features.split(1)
         return learn(
             clip,

@@ -118,7 +118,7 @@ def style(
     if blocked:
         options = replace(options, vocabulary=options.vocabulary_without(blocked))
     with torch.inference_mode(False):
-        target = style_target(clip, pictures, keep_content, images_per_step)
+        target = style_target(clip, pictures, keep_content, images_per_step, options.fit)
         length = options.prompt_len or default_len(clip, PROMPT_LEN)
         (result,) = learn(clip, [target], options, length, callback)
     return StyleResult(**vars(result))
@@ -129,11 +129,12 @@ def style_target(
     pictures: Sequence[Image.Image],
     keep_content: bool = False,
     images_per_step: int | None = None,
+    fit: str = "crop",
 ) -> PromptTarget:
     """The target of `style`; several styles can be learned in one batch."""
-    features = clip.encode_images(pictures)
+    features = clip.encode_images(pictures, fit)
     weights = features.new_full((len(features),), 1 / len(features))
-    direction = None if keep_content else style_direction(clip, pictures, features)
+    direction = None if keep_content else style_direction(clip, pictures, features, fit)
     return PromptTarget(features, weights, weights < 0, direction, images_per_step)
 
 

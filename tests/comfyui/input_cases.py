@@ -40,6 +40,7 @@ def picture(name: str) -> torch.Tensor:
 
 
 FISH, PARROT, DOG = map(picture, ("noto-fish", "noto-parrot", "fxemoji-dog"))
+WIDE = torch.cat([PARROT, FISH, DOG], 2)
 COLOURS = Vocabulary(only=["red", "blue", "green"])
 # two for each word of a prompt of five: no fewer, or words repeat anyway
 FEW = Vocabulary(only=["red", "blue", "fish", "bird", "dog", "cat", "sea", "sun", "tree", "green"])
@@ -143,6 +144,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "avoid_weight": Case(3.0, {"avoid": "a red fish"}),
             "negative_prompt": Case(True),
             "start_from": Case("red blue green", {"steps": 1}),
+            "fit": Case("pad", {"images": WIDE}),
         },
     ),
     nodes.ExtractStyle: (
@@ -154,6 +156,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "style_template": Case("{style}: {subject}"),
             "keep_content": Case(True),
             "content": Case(_first_word, {"vocabulary": COLOURS}),
+            "fit": Case("stretch", {"images": torch.cat([WIDE, WIDE.flip(2)])}),
         },
     ),
     nodes.DistillPrompt: (
@@ -173,6 +176,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "always_learn": Case(True, JOIN),
             "weights": Case("1, 1, 9"),
             "max_tokens": Case(2, JOIN | {"prompt_len": 2}),
+            "fit": Case("pad", {"images_1": WIDE}),
         },
     ),
     nodes.ScorePrompt: (
@@ -183,6 +187,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "text": Case("a dog"),
             "max_loss": Case(1.0, {"text": "fish swimming in water"}),  # two of its words help
             "judge": Case(loaded(OTHER_CLIP)),
+            "fit": Case("stretch", {"images": WIDE}),
         },
     ),
     nodes.ChooseByImage: (
@@ -237,6 +242,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "download": Case(True, {"model": "SD 2.x (ViT-H/14)"}),
             "precision": Case("float16"),
             "device": Case("cpu"),
+            "activation": Case("quick_gelu"),
         },
     ),
 }

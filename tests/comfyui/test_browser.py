@@ -20,7 +20,7 @@ from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
-KEPT = -3  # place among the values of a saved node: before `repeats` and the live view
+KEPT = -4  # place among the values of a saved node: before `repeats`, `fit` and the live view
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
@@ -506,7 +506,7 @@ def test_widgets_of_another_pack_and_the_kept_prompt_stay_apart(
     editor.page.evaluate("() => { window.anotherPack = true; }")
     ours = saving_candidates(steps=5)
     values = ours["nodes"][2]["widgets_values"]
-    values[:] = ["theirs, before", *values, False, "", "theirs, behind"]  # with `repeats`
+    values[:] = ["theirs, before", *values, False, "crop", "", "theirs, behind"]
     editor.load(ours)
     run = queue_and_wait(editor, client)
     state(editor, "done")

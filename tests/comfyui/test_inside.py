@@ -9,7 +9,7 @@ import pytest
 from pez_core import load_clip
 from pez_core.prompt_text import chunks, pieces
 
-from .inside import inside
+from .inside import ROOT, inside
 
 LOADED = """
 from pez_pack.nodes.memory import LoadedClip
@@ -468,8 +468,9 @@ def test_a_missing_package_is_one_line_with_the_command(module: str):
     message = inside(
         f"""
 import asyncio
-found = pack.find_spec
-pack.find_spec = lambda name: None if name == {module!r} else found(name)
+from pez_pack.pez_core import installed
+found = installed.find_spec
+installed.find_spec = lambda name: None if name == {module!r} else found(name)
 try:
     asyncio.run(pack.comfy_entrypoint())
 except ImportError as error:
@@ -477,7 +478,29 @@ except ImportError as error:
 """
     )
     assert f"PEZ needs {module}" in message and "\n" not in message
-    assert f'"{sys.executable}" -m pip install -r' in message and "requirements.txt" in message
+    assert f'run "{sys.executable}" "{ROOT / "install.py"}"' in message
+
+
+def test_a_torchvision_of_another_build_is_one_line_with_the_command():
+    message = inside(
+        """
+import asyncio
+for name in [one for one in sys.modules if one.split(".")[0] in ("torchvision", "open_clip")]:
+    del sys.modules[name]
+sys.modules["torchvision"] = None
+try:
+    asyncio.run(pack.comfy_entrypoint())
+except ImportError as error:
+    answer(str(error))
+"""
+    )
+    assert "torchvision" in message and "does not fit torch" in message and "\n" not in message
+    assert f'run "{sys.executable}" "{ROOT / "install.py"}"' in message
+
+
+def test_a_comfyui_without_a_version_is_too_old():
+    message = inside("sys.modules['comfyui_version'] = None; answer(pack._outdated())")
+    assert "0.16.3 or newer, and this is older: update ComfyUI" in message
 
 
 @pytest.mark.parametrize("version, old", [("0.16.2", True), ("0.3.76", True), ("0.16.3", False)])
@@ -494,3 +517,112 @@ answer([pack._outdated(), lines])
     )
     assert bool(message) == old and warned == [message] * old
     assert not old or (f"0.16.3 or newer, and this is {version}" in message)
+
+
+FROM_NODES = {
+    "torch.rand(2, 8, 6, 3)": [[6, 8]] * 2,
+    "torch.rand(2, 8, 6, 4)": [[6, 8]] * 2,
+    "torch.rand(2, 8, 6, 1)": [[6, 8]] * 2,
+    "torch.rand(1, 8, 6)": [[6, 8]],
+    "torch.rand(3, 8, 6)": [[6, 8]] * 3,  # a mask of three frames is no picture
+    "torch.rand(4, 8, 6)": [[6, 8]] * 4,
+    "torch.rand(8, 6)": [[6, 8]],
+    "torch.rand(8, 6, 3)": [[6, 8]],
+    "torch.rand(1, 2, 8, 6, 3)": [[6, 8]] * 2,
+    "(torch.rand(2, 8, 6, 3) * 255).byte()": [[6, 8]] * 2,
+    "torch.rand(2, 8, 6, 3).numpy()": [[6, 8]] * 2,
+    "[torch.rand(1, 8, 6, 3), None, torch.rand(1, 5, 4, 3)]": [[6, 8], [4, 5]],
+    "Image.new('RGB', (6, 8))": [[6, 8]],
+    "torch.rand(120, 8, 6, 3)": [[6, 8]] * 120,
+    "torch.rand(1, 1, 1, 3)": [[1, 1]],
+    "None": [],
+}
+
+
+def test_images_arrive_as_nodes_make_them():
+    found = inside(
+        f"""
+from PIL import Image
+from pez_pack.nodes import ImageToPrompt
+from pez_pack.nodes.values import Values
+from pez_pack.pez_core.clip.images import load_image
+schema = ImageToPrompt.define_schema()
+def sizes(value):
+    values = Values(schema, {{"images": [value]}})
+    return [load_image(one).size for one in values.pictures("images")]
+answer([sizes(eval(value)) for value in {list(FROM_NODES)!r}])
+"""
+    )
+    assert dict(zip(FROM_NODES, found, strict=True)) == FROM_NODES
+
+
+def test_one_image_that_cannot_be_read_does_not_cost_the_others():
+    """NaN in one of three: its prompt is empty, and the others have their own, in their places."""
+    found, alone, message, together = inside(
+        """
+from pez_pack.nodes import ImageToPrompt, models
+from pez_pack.nodes.kept import Kept
+from pez_pack.nodes.memory import LoadedClip
+cpu = torch.device("cpu")
+clip = LoadedClip(models.load(models.BUNDLED, False, device=cpu), cpu, cpu)
+images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+def run(images, **others):
+    given = {"clip": clip, "images": images, "effort": "paper", "steps": 3, "prompt_len": 2}
+    node = ImageToPrompt.PREPARE_CLASS_CLONE(None)
+    return node.execute(**{name: [value] for name, value in (given | others).items()})
+alone = [run(images[[k]]).args[0][0] for k in (0, 2)]
+images[1, 3, 3] = float("nan")
+done = run(images)
+(event,) = done.ui["pez"]
+found = [[one.prompt, one.note] for one in Kept.from_text(event["kept"]).found]
+assert done.args[0] == [prompt for prompt, _ in found]
+captions = ImageToPrompt.PREPARE_CLASS_CLONE(None).execute(
+    clip=[clip], images=[images], effort=["paper"], steps=[3], prompt_len=[2],
+    caption=["one", "two", "three"],
+).args[0]
+assert captions[1] == "" and captions[0].startswith("one ") and captions[2].startswith("three ")
+messages = []
+for given, others in ((images[[1]], {}), (images, {"shared": True})):
+    try:
+        run(given, **others)
+    except ValueError as error:
+        messages.append(str(error))
+answer([found, alone, *messages])
+"""
+    )
+    assert [prompt for prompt, _ in found] == [alone[0], "", alone[1]]
+    assert "image 2 of 3 has no prompt" in found[1][1] and "NaN" in found[1][1]
+    assert "NaN" in message and "NaN" in together
+
+
+@pytest.mark.parametrize("node", ["ImageToPrompt", "ScorePrompt"])
+def test_a_bypassed_node_in_front_is_named(node: str):
+    message = inside(
+        f"""
+from pez_pack import nodes
+from pez_pack.nodes import models
+from pez_pack.nodes.memory import LoadedClip
+cpu = torch.device("cpu")
+clip = LoadedClip(models.load(models.BUNDLED, False, device=cpu), cpu, cpu)
+given = {{"clip": [clip], "images": [None], "text": ["a fish"]}}
+try:
+    nodes.{node}.PREPARE_CLASS_CLONE(None).execute(**given)
+except ValueError as error:
+    answer(str(error))
+"""
+    )
+    assert "`images` is" in message and "connect" in message
+
+
+def test_an_older_prompt_has_not_changed_by_a_newer_input():
+    """`fit` at its default is what older versions did."""
+    found = inside(
+        """
+from pez_pack.nodes.kept import Kept, digests
+def prompt(**inputs):
+    return {"1": {"class_type": "PEZ_ImageToPrompt", "inputs": {"seed": 3} | inputs}}
+kept = Kept([], digests(prompt(), "1"))
+answer([kept.changed(digests(prompt(fit=fit), "1")) for fit in ("crop", "pad")])
+"""
+    )
+    assert found == [[], ["fit"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,7 +65,7 @@ def test_a_file_with_both_towers_is_offered_and_works(client: Client, files: Pat
 
     clip["model"] = "clip_vision/image-tower.safetensors"
     run = client.run(NODES | {"clip": {"class_type": "PEZ_LoadCLIP", "inputs": clip}})
-    assert "does not hold both towers" in run.error["exception_message"]
+    assert "holds an image encoder alone" in run.error["exception_message"]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -171,3 +173,65 @@ except ValueError as error:
 """
     )
     assert str(tmp_path / "models/pez") in message and "may not write" in message
+
+
+def test_three_hundred_files_are_listed_at_once(small: dict[str, torch.Tensor], tmp_path: Path):
+    """Of a drive with large models, which are not read; a second time no header is read again."""
+    folder = tmp_path / "text_encoders"
+    folder.mkdir()
+    save_file(small, folder / "clip.SAFETENSORS")
+    whole = (folder / "clip.SAFETENSORS").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-1])
+    layers = {f"model.layers.{k}.mlp.weight": {} for k in range(1000)}
+    for one in layers.values():
+        one |= {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [0, 5_000_000_000]}
+    header = json.dumps(layers).encode()
+    for k in range(300):
+        with (folder / f"model-{k}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + 5_000_000_000)  # sparse
+    os.symlink(tmp_path / "gone.safetensors", folder / "link.safetensors")
+    first, second, offered = inside(
+        f"""
+import time
+import folder_paths
+from pez_pack.nodes import models
+folder_paths.folder_names_and_paths["text_encoders"] = ([{str(folder)!r}], {{".safetensors"}})
+times = []
+for _ in range(2):
+    began = time.process_time()
+    choices = models.choices()
+    times.append(time.process_time() - began)
+answer([*times, [one for one in choices if one.startswith("text_encoders")]])
+"""
+    )
+    assert offered == ["text_encoders/clip.SAFETENSORS"]
+    assert first < 5 and second < first / 5
+
+
+def test_folders_that_are_gone_do_not_matter(tmp_path: Path):
+    """Missing, read-only, or on a drive that does not answer: the schema is there all the same."""
+    (tmp_path / "models").write_text("a file where a folder has to be")
+    listed, warned = inside(
+        f"""
+import logging
+import folder_paths
+lines = []
+logging.getLogger().addFilter(lambda record: lines.append(record.getMessage()) or True)
+folder_paths.models_dir = {str(tmp_path / "models")!r}
+from pez_pack.nodes import LoadCLIP, models
+models.register_folder()
+folder_paths.folder_names_and_paths.pop("clip_vision")
+def dead(folder):
+    raise OSError(116, "Stale file handle")
+real, folder_paths.get_filename_list = folder_paths.get_filename_list, dead
+models.os.stat, stat = lambda path: dead(path), models.os.stat
+assert not models._holds_clip("/net/a.safetensors")
+models.os.stat = stat
+choices = models.choices()
+folder_paths.get_filename_list = real
+assert models.choices() == choices
+answer([LoadCLIP.define_schema().inputs[0].options == choices, lines])
+"""
+    )
+    assert listed and not [line for line in warned if "pez" in line]
