@@ -6,6 +6,7 @@ from server import PromptServer
 from . import models
 from .distill import DistillPrompt
 from .emoji_model import EmojiModel
+from .from_model import ClipFromModel
 from .fuse import FusePrompts
 from .image_to_prompt import ImageToPrompt
 from .loading import LoadCLIP
@@ -28,4 +29,4 @@ class PezExtension(ComfyExtension):
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, EmojiModel]
+        return [LoadCLIP, ClipFromModel, *LEARNING, MakeVocabulary, ScorePrompt, EmojiModel]
