@@ -119,9 +119,12 @@ def has_bypassed_lora(clip: Any) -> bool:
 def feature_length(clip_vision: Any) -> int | None:
     """The length of a CLIP_VISION's image features; None: they cannot be compared with texts.
 
-    SigLIP and DINO have no projection. That of LLaVA's image tower is not initialised.
+    SigLIP and DINO have no projection. LLaVA's image tower came without its own.
     """
-    projection = getattr(getattr(clip_vision, "model", None), "visual_projection", None)
+    model = getattr(clip_vision, "model", None)
+    if getattr(model, "multi_modal_projector", None) is not None:
+        return None
+    projection = getattr(model, "visual_projection", None)
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, torch.Tensor) or not is_trained(weight):
         return None

@@ -38,9 +38,10 @@ _VISION = {
     1024: "clip_vision_h (1.3 GB)",
     1280: "clip_vision_g (3.7 GB)",
 }
-_PROJECTION = (
-    "it came without its text projection: put a whole ViT-L/14 such as clip-vit-large-patch14 "
-    "(1.71 GB) into models/clip_vision, or download SD 1.5 in PEZ Load CLIP, the same size"
+_NO_PROJECTION = "no file here has its text projection"
+_REMEDY = (
+    ": put a whole ViT-L/14 such as clip-vit-large-patch14 (1.71 GB) into models/clip_vision, or "
+    "download SD 1.5 in PEZ Load CLIP, the same size"
 )
 
 
@@ -217,7 +218,7 @@ def _part(
         return Part(encoder, projection, trained), ""
     found = own if projection is None else projection
     if found is None:
-        return None, _PROJECTION if encoder.width == 768 else "it came without its text projection"
+        return None, _NO_PROJECTION + _REMEDY * (encoder.width == 768)
     for vision, length in zip(visions, lengths, strict=True):
         if length == len(found):
             return Part(encoder, projection, trained, vision), ""

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..pez_core import Avoid, SearchOptions, invert
 from ..pez_core.errors import ArgumentError
+from ..pez_core.targets import encode_targets
 from . import inputs
 from .found import Found
 from .learning import Learner, all_candidates, all_prompts, learner_schema, search_options
@@ -46,7 +47,7 @@ class ImageToPrompt(Learner):
             inputs_=[
                 inputs.images(
                     "images",
-                    tooltip="One image or a batch. Sizes may differ.",
+                    tooltip="One image or a batch, also from CLIP Vision Encode. Sizes may differ.",
                 ),
                 *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
                 *_target_inputs(),
@@ -71,7 +72,7 @@ class ImageToPrompt(Learner):
             for turns, (group, caption) in countdown(groups):
                 results = invert(
                     clip,
-                    group,
+                    _encoded(clip, group),
                     replace(options, time_limit=live.time_left(turns)),
                     caption=caption,
                     avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
@@ -161,6 +162,13 @@ def _outputs() -> list[io.Output]:
             "prompt: of the prompt and the things to avoid.",
         ),
     ]
+
+
+def _encoded(clip: Any, images: list[torch.Tensor]) -> list[torch.Tensor] | torch.Tensor:
+    """The images; their features, if some of them come encoded."""
+    if all(image.ndim == 3 for image in images):
+        return images
+    return encode_targets("images", clip, images)
 
 
 def _groups(

@@ -40,12 +40,34 @@ class Values:
         return values or [value for value in [self._defaults[name]] if value is not None]
 
     def pictures(self, *names: str) -> list[torch.Tensor]:
-        """The (height, width, channels) images of these inputs, whose batches may vary in size."""
-        return [image for name in names for batch in self.every(name) for image in batch]
+        """The (height, width, channels) images of these inputs, whose batches may vary in size.
+
+        An image that comes encoded, as CLIP_VISION_OUTPUT, is its (features,) vector.
+
+        Raises:
+            ArgumentError: an encoded image is not by a CLIP.
+        """
+        return [
+            image for name in names for given in self.every(name) for image in _each(name, given)
+        ]
 
     def texts(self, *names: str) -> list[str]:
         """The texts of these inputs that are not empty."""
         return texts([text for name in names for text in self.every(name)])
+
+
+def _each(name: str, given: Any) -> list[torch.Tensor]:
+    """The images of a batch, or of a CLIP_VISION_OUTPUT."""
+    if isinstance(given, torch.Tensor):
+        return list(given)
+    features = getattr(given, "image_embeds", None)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise ArgumentError(
+            name,
+            "has a CLIP_VISION_OUTPUT that is not by a CLIP",
+            "encode the image with the image encoder of the model's own CLIP, or connect the image",
+        )
+    return list(features)
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:
