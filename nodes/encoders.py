@@ -8,10 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import comfy.float
 import comfy.lora
 import comfy.model_management as mm
-import comfy.utils
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -144,6 +144,10 @@ class ClipFromModel(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: object) -> str:
+        return "\n".join(str(path) for path in _files())  # a new one may have a projection
+
+    @classmethod
     def execute(
         cls, clip: Any, clip_vision: Any = None, clip_vision_2: Any = None
     ) -> io.NodeOutput:
@@ -213,7 +217,9 @@ def _part(
 ) -> tuple[Part | None, str]:
     """An encoder that can be searched; or None, and the reason."""
     own = encoder.projection()
-    projection, trained = (None, None) if own is not None else _from_files(encoder)
+    projection, trained = None, None
+    if own is None:
+        projection, trained = find_missing(encoder.table, files=_files())
     if not visions:
         return Part(encoder, projection, trained), ""
     found = own if projection is None else projection
@@ -225,15 +231,15 @@ def _part(
     return None, f"its CLIP_VISION is not connected: {_vision(encoder)}"
 
 
-def _from_files(encoder: TextEncoder) -> tuple[torch.Tensor | None, list[int] | None]:
-    files = [
+def _files() -> list[Path]:
+    """Files that may hold the projection of a text encoder."""
+    return [
         Path(path)
         for folder in models.FOLDERS
         for file in folder_paths.get_filename_list(folder)
         if (path := folder_paths.get_full_path(folder, file))
         and path.lower().endswith(".safetensors")
     ]
-    return find_missing(encoder.table, files=files)
 
 
 def _unused(

@@ -278,3 +278,40 @@ answer([lines, depths])
     assert flux == [["clip_l"], [768], ["t5xxl"]]
     assert sd3 == [["clip_l", "clip_g"], [768, 1280], ["t5xxl"]] and depths == [12, 32]
     assert "t5xxl (no CLIP)" in nothing and "plain sentences" in nothing
+
+
+def test_encoded_images_and_texts_stand_where_images_do():
+    fused, scored, texts, wrong = run(
+        """
+clip = load_clip("emoji-clip", device="cpu")
+vision, image = ImageTower(clip), picture("noto-fish")
+value = execute(emoji_clip(), vision)[0]
+alone = execute(emoji_clip())[0]
+output = vision.encode_image(image)
+def call(node, **given):
+    here = node.PREPARE_CLASS_CLONE(None)
+    return here.execute(**{name: [one] for name, one in given.items()}).args
+short = dict(effort="paper", steps=3, prompt_len=3, always_learn=True, prompt_1="a red car")
+fused = [call(nodes.FusePrompts, clip=value, images_1=one, **short)[0] for one in (image, output)]
+given = dict(clip=value, text="red fish")
+scored = [call(nodes.ScorePrompt, images=one, **given)[1] for one in (image, output)]
+texts = call(nodes.ScorePrompt, clip=alone, text="red fish", target="a fish\\na red bird")[1]
+expected = clip.encode_texts(["red fish", "a fish", "a red bird"])
+texts = [texts[0], float((expected[:1] @ expected[1:].T).mean())]
+tokens = vision.encode_image(image)
+tokens["image_embeds"] = tokens["image_embeds"][None]
+other = vision.encode_image(image)
+other["image_embeds"] = torch.ones(1, 7)
+wrong = [
+    refused(lambda: call(nodes.ScorePrompt, images=tokens, **given)),
+    refused(lambda: call(nodes.ScorePrompt, images=other, **given)),
+    refused(lambda: call(nodes.ScorePrompt, **given)),
+]
+answer([fused, scored, texts, wrong])
+"""
+    )
+    assert fused[0] == fused[1] and scored[0] == pytest.approx(scored[1], abs=1e-6)
+    assert texts[0] == pytest.approx(texts[1], abs=1e-6)
+    assert "`images` has a CLIP_VISION_OUTPUT that is not by a CLIP" in wrong[0]
+    assert "`images` holds an encoded image of 7 numbers" in wrong[1]
+    assert wrong[2] == "`images` is not connected; connect one, or write a `target`."
