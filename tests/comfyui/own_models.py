@@ -61,8 +61,8 @@ def sdxl() -> Any:
     return comfy_clip(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
 
 
-def vision(projection: int, **config: Any) -> Any:
-    """A small CLIP_VISION with features of this length and random weights."""
+def vision(projection: int) -> Any:
+    """A small CLIP_VISION with features of this length and random weights; 0: not projected."""
     small = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -72,10 +72,11 @@ def vision(projection: int, **config: Any) -> Any:
         "patch_size": 14,
         "hidden_act": "gelu",
         "num_channels": 3,
-        "projection_dim": projection,
         "model_type": "clip_vision_model",
     }
-    made = comfy.clip_vision.ClipVisionModel(small | config)
+    if projection:
+        small["projection_dim"] = projection
+    made = comfy.clip_vision.ClipVisionModel(small)
     randomised(made.model)
     return made
 
