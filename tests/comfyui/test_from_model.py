@@ -119,8 +119,8 @@ gone = models_seen[0]() is None
 texts, both = execute(clip)
 result_of_texts = texts.search(lambda model, options: distill(model, LONG, options), STEPS)
 raw = clip.cond_stage_model.clip_l
-raw.return_projected_pooled = False
 def of_l(text):
+    raw.return_projected_pooled = False
     tokens = clip.tokenize(text)["l"]
     return unit(raw.encode_token_weights(tokens)[1][0])
 short = result_of_texts.prompt
@@ -175,7 +175,7 @@ plain = [(feature(clip) - none).abs().max().item(), (feature(weak) - weakly).abs
 answer([[float(first @ none), float(weakly @ none)], errors, same, plain, backup])
 """
     )
-    assert moved[0] < 0.99 < moved[1] < 0.99999
+    assert moved[0] < 0.998 < moved[1] < 0.99999
     assert max(errors) < 1e-5 and max(plain) < 1e-6
     assert same and backup == 1
 
