@@ -8,6 +8,7 @@ from .choose import ChooseByImage
 from .distill import DistillPrompt
 from .doctor import Doctor
 from .emoji_model import EmojiModel
+from .from_model import ClipFromModel
 from .fuse import FusePrompts
 from .image_to_prompt import ImageToPrompt
 from .loading import LoadCLIP
@@ -30,4 +31,13 @@ class PezExtension(ComfyExtension):
         PromptServer.instance.add_on_prompt_handler(lambda request: prepare(request, needed))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadCLIP, *LEARNING, MakeVocabulary, ScorePrompt, ChooseByImage, EmojiModel, Doctor]
+        return [
+            LoadCLIP,
+            ClipFromModel,
+            *LEARNING,
+            MakeVocabulary,
+            ScorePrompt,
+            ChooseByImage,
+            EmojiModel,
+            Doctor,
+        ]

@@ -67,7 +67,9 @@ class ChooseByImage(io.ComfyNode):
 def _compared() -> list[io.Input]:
     return [
         inputs.clip(),
-        io.Image.Input("images", tooltip="The images that the prompts were learned from."),
+        io.MultiType.Input(
+            "images", inputs.IMAGES, tooltip="The images that the prompts were learned from."
+        ),
         io.String.Input(
             "prompts",
             force_input=True,
@@ -117,6 +119,7 @@ def _sampling() -> list[io.Input]:
             placeholder="negative prompt (optional)",
             tooltip="What the images must not show.",
         ),
+        inputs.fit(),
     ]
 
 
@@ -158,7 +161,7 @@ def _images_of(prompt: str, values: Values) -> torch.Tensor:
 def _similarities(values: Values, made: Sequence[torch.Tensor]) -> list[float]:
     """The mean similarity of each prompt's images with the targets."""
     with values["clip"].in_use() as model, cancellable(model):
-        goals = encode_targets("images", model, values.pictures("images"))
+        goals = encode_targets("images", model, values.pictures("images"), values["fit"])
         features = [encode_targets("images", model, list(images)) for images in made]
     return [float((one @ goals.T).mean()) for one in features]
 

@@ -93,7 +93,8 @@ def _source_inputs() -> list[io.Input]:
     images = [
         inputs.images(
             name,
-            tooltip="Images to fuse. Each image of a batch is a source of its own.",
+            tooltip="Images to fuse, also from CLIP Vision Encode. Each image of a batch is a "
+            "source of its own.",
         )
         for name in _IMAGES
     ]

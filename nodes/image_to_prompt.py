@@ -7,11 +7,13 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from comfy_api.latest import io
 
 from ..pez_core import Avoid, SearchOptions, invert
 from ..pez_core.clip.images import load_image
 from ..pez_core.errors import ArgumentError
+from ..pez_core.targets import encode_targets, is_encoded
 from . import inputs
 from .found import Found
 from .learning import Learner, all_candidates, all_prompts, learner_schema, search_options
@@ -49,8 +51,8 @@ class ImageToPrompt(Learner):
             inputs_=[
                 inputs.images(
                     "images",
-                    tooltip="One image or a batch. Sizes may differ. If one of several cannot be "
-                    "read, its prompt is empty.",
+                    tooltip="One image or a batch, also from CLIP Vision Encode. Sizes may differ. "
+                    "If one of several cannot be read, its prompt is empty.",
                 ),
                 *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
                 *_target_inputs(),
@@ -78,7 +80,7 @@ class ImageToPrompt(Learner):
             for turns, (group, caption) in countdown(groups):
                 results = invert(
                     clip,
-                    group,
+                    _encoded(clip, group, options.fit),
                     replace(options, time_limit=live.time_left(turns)),
                     caption=caption,
                     avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
@@ -182,6 +184,8 @@ def _refused(images: list[Any]) -> dict[int, str]:
     """
     errors = {}
     for k, image in enumerate(images):
+        if is_encoded(image):
+            continue
         try:
             load_image(image)
         except ArgumentError as error:
@@ -190,6 +194,13 @@ def _refused(images: list[Any]) -> dict[int, str]:
         raise errors[0]
     of = f"of {len(images)} has no prompt"
     return {k: f"image {k + 1} {of}: {error}" for k, error in errors.items()}
+
+
+def _encoded(clip: Any, images: list[Any], fit: str) -> list[Any] | torch.Tensor:
+    """The images; their features, if some of them come encoded."""
+    if not any(map(is_encoded, images)):
+        return images
+    return encode_targets("images", clip, images, fit)
 
 
 def _groups(

@@ -11,6 +11,9 @@ from ..pez_core.options import EFFORTS, FITS, SearchOptions
 PezClip = io.Custom("PEZ_CLIP")
 PezVocabulary = io.Custom("PEZ_VOCABULARY")
 
+IMAGES = [io.Image, io.ClipVisionOutput]
+"""Types of a socket for images: pictures, or those that CLIP Vision Encode has encoded."""
+
 CATEGORY = "PEZ"
 PAPER = "paper"
 """The `effort` that is the published algorithm alone, and the only one that reads `steps`."""
@@ -27,14 +30,15 @@ def text(name: str, tooltip: str, **options: Any) -> io.Input:
 
 
 def images(name: str, tooltip: str) -> io.Input:
-    """A socket for images that only a search uses; a kept prompt needs none."""
-    return io.Image.Input(name, lazy=True, optional=True, tooltip=tooltip)
+    """A socket for images, encoded ones too, that only a search uses; a kept prompt needs none."""
+    return io.MultiType.Input(name, IMAGES, lazy=True, optional=True, tooltip=tooltip)
 
 
 def clip(**options: Any) -> io.Input:
     return PezClip.Input(
         "clip",
-        tooltip="From PEZ Load CLIP. Choose the CLIP of the image model that will get the prompt.",
+        tooltip="From PEZ Load CLIP, or from PEZ CLIP from Model. Choose the CLIP of the image "
+        "model that will get the prompt.",
         **options,
     )
 

@@ -16,7 +16,7 @@ from . import models
 from .errors import naming_widgets
 from .inputs import CATEGORY, RARE, PezClip
 from .live import show_text
-from .memory import LoadedClip
+from .memory import LoadedClip, places
 
 AUTOMATIC = "automatic"
 _PRECISIONS = {
@@ -63,11 +63,7 @@ class LoadCLIP(io.ComfyNode):
         device: str = "default",
         activation: str = AUTOMATIC,
     ) -> io.NodeOutput:
-        cpu = torch.device("cpu")
-        # with --novram the manager leaves weights on the CPU, where half precision is slow
-        stays = device == "cpu" or mm.vram_state == mm.VRAMState.NO_VRAM
-        load_device = cpu if stays else mm.get_torch_device()
-        offload_device = cpu if stays else mm.text_encoder_offload_device()
+        load_device, offload_device = places(device == "cpu")
         dtype = _PRECISIONS[precision] or default_dtype(load_device)
         with naming_widgets({"name": "`model`", "pretrained": "`model`"}):
             clip = models.load(

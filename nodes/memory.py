@@ -28,6 +28,19 @@ _SWAPS_AT_ONCE = 2048
 _READING = 400_000_000
 
 
+def places(on_cpu: bool = False) -> tuple[torch.device, torch.device]:
+    """Where a CLIP works, and where it waits.
+
+    Args:
+        on_cpu: it has to stay on the CPU.
+    """
+    cpu = torch.device("cpu")
+    # with --novram the manager leaves weights on the CPU, where half precision is slow
+    if on_cpu or mm.vram_state == mm.VRAMState.NO_VRAM:
+        return cpu, cpu
+    return mm.get_torch_device(), mm.text_encoder_offload_device()
+
+
 class PezTextEncoder(nn.Module):
     """All of an open_clip model but its image tower, to be moved by itself."""
 
@@ -78,9 +91,12 @@ class LoadedClip:
         ]
         self._together = list(self._texts)
         for part in parts:
-            images = ModelPatcher(part.model.visual, load_device, offload_device)
-            # a partial, not a bound method: avoids a reference cycle
-            part.image_tower = partial(_lend, images, self._together)
+            # partials, not bound methods: avoids a reference cycle
+            if next(part.model.visual.parameters(), None) is None:
+                part.image_tower = partial(_lend_others, self._together)
+            else:
+                images = ModelPatcher(part.model.visual, load_device, offload_device)
+                part.image_tower = partial(_lend, images, self._together)
             part.model.requires_grad_(False)  # or activations are kept for gradients of weights
         self.patcher = self._texts[0]  # ComfyUI's cache finds the size of a model by it
 
@@ -99,6 +115,11 @@ class LoadedClip:
             reading = _READING * (len(self._together) > len(self._texts))
             _load(self._together, _needed(self.clip, searches, prompt_len, effort) + reading)
             yield self.clip
+
+    def unload(self) -> None:
+        """Take the text towers out of the manager, before they are dropped."""
+        for patcher in self._texts:
+            _unload(patcher)
 
     def search(
         self,
@@ -181,6 +202,14 @@ def _lend(images: ModelPatcher, texts: list[ModelPatcher]) -> Iterator[None]:
     finally:
         _unload(images)
     # loading the image tower may have evicted the text towers
+    _load(texts, 0)
+
+
+@contextmanager
+def _lend_others(texts: list[ModelPatcher]) -> Iterator[None]:
+    """While another node's model, under the manager, too, encodes images."""
+    yield
+    # loading that model may have evicted the text towers
     _load(texts, 0)
 
 

@@ -17,7 +17,7 @@ from .errors import naming_widgets
 from .inputs import CATEGORY, PezClip
 from .live import show_text, showing_errors
 from .memory import LoadedClip, cancellable
-from .values import Values
+from .values import Values, lines
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ScorePrompt(io.ComfyNode):
             node_id="PEZ_ScorePrompt",
             display_name="PEZ Score Prompt",
             category=CATEGORY,
-            description="Scores the similarity of prompts and images, shows the contribution of "
-            "each word, and drops words that do not help.",
+            description="Scores the similarity of prompts with images or texts, shows the "
+            "contribution of each word, and drops words that do not help.",
             search_aliases=["clip score", "compare prompts", "prompt quality", "prune prompt"],
             is_input_list=True,
             is_output_node=True,
@@ -65,7 +65,7 @@ class ScorePrompt(io.ComfyNode):
     @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         values = Values(cls.define_schema(), given)
-        names = {"prompts": "`text`", "prompt": "`text`", "target": "`images`"}
+        names = {"prompts": "`text`", "prompt": "`text`"}
         with showing_errors(cls.hidden), naming_widgets(names):
             scored = _score(values)
         report = "\n".join(line for one in scored for line in _lines(one))
@@ -84,8 +84,12 @@ class ScorePrompt(io.ComfyNode):
 def _inputs() -> list[io.Input]:
     return [
         inputs.clip(),
-        io.Image.Input(
-            "images", tooltip="One image or several. The mean of their similarities counts."
+        io.MultiType.Input(
+            "images",
+            inputs.IMAGES,
+            optional=True,
+            tooltip="One image or several, also from CLIP Vision Encode. The mean of their "
+            "similarities counts.",
         ),
         inputs.text(
             "text",
@@ -101,6 +105,14 @@ def _inputs() -> list[io.Input]:
             step=0.005,
             **inputs.RARE,
             tooltip="Largest loss of similarity when words are dropped.",
+        ),
+        inputs.text(
+            "target",
+            multiline=True,
+            optional=True,
+            placeholder="or texts to compare with, one per line",
+            tooltip="Texts that the prompts are compared with, one per line, beside the images or "
+            "instead of them.",
         ),
         PezClip.Input(
             "judge",
@@ -135,11 +147,12 @@ def _outputs() -> list[io.Output]:
 
 
 def _score(values: Values) -> list[_Scored]:
-    prompts, images = values.texts("text"), values.pictures("images")
+    prompts = values.texts("text")
     if not prompts:
         raise ArgumentError("text", "is empty", "give a prompt to score")
+    images = [*values.pictures("images"), *lines(values["target"])]
     if not images:
-        raise ArgumentError("images", "is empty", "connect an image")
+        raise ArgumentError("images", "is not connected", "connect one, or write a `target`")
     fit = values["fit"]
     with values["clip"].in_use() as model, cancellable(model):
         similarities, feature = _similarities(model, prompts, images, fit)
@@ -159,7 +172,7 @@ def _score(values: Values) -> list[_Scored]:
 def _similarities(
     model: Any, prompts: Sequence[str], images: Sequence[Any], fit: str
 ) -> tuple[list[float], torch.Tensor]:
-    """The similarity of each prompt with the images, and the mean feature of these."""
+    """The similarity of each prompt with images and texts, and the mean feature of these."""
     feature = encode_targets("images", model, images, fit).mean(0)
     return (encode_targets("text", model, prompts) @ feature).tolist(), feature
 

@@ -32,8 +32,10 @@ class ExtractStyle(Learner):
             "new subjects.",
             search_aliases=["style transfer", "style prompt", "art style", "reverse style"],
             inputs_=[
-                inputs.images(
+                io.Image.Input(  # no encoded ones: the images are perturbed
                     "images",
+                    lazy=True,
+                    optional=True,
                     tooltip="Two or more images of different things in one style; six do well.",
                 ),
                 io.String.Input(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..pez_core.errors import ArgumentError
@@ -43,33 +44,56 @@ class Values:
         return values or [value for value in [self._defaults[name]] if value is not None]
 
     def pictures(self, *names: str) -> list[Any]:
-        """The images of these inputs, one by one, each as `load_image` takes it."""
-        return [image for name in names for batch in self.every(name) for image in _frames(batch)]
+        """The images of these inputs, one by one, each as `load_image` takes it.
+
+        An image that comes encoded, as CLIP_VISION_OUTPUT, is its (features,) vector.
+
+        Raises:
+            ArgumentError: an encoded image is not by a CLIP.
+        """
+        return [
+            image for name in names for batch in self.every(name) for image in _frames(name, batch)
+        ]
 
     def texts(self, *names: str) -> list[str]:
         """The texts of these inputs that are not empty."""
         return texts([text for name in names for text in self.every(name)])
 
 
-def _frames(batch: Any) -> Iterator[Any]:
+def _frames(name: str, batch: Any) -> Iterator[Any]:
     """The images of a value of a wire, of any node.
 
     That is a (images, height, width, channels) batch, or a (frames, height, width) mask, which may
-    have three or four frames, or one image alone; or a list of these with gaps.
+    have three or four frames, or one image alone; or a CLIP_VISION_OUTPUT; or a list of these with
+    gaps.
     """
+    if batch is None:
+        return
     if isinstance(batch, (list, tuple)):
         for one in batch:
-            yield from _frames(one)
+            yield from _frames(name, one)
         return
-    if batch is None:
+    if hasattr(batch, "image_embeds"):
+        yield from _encoded(name, batch.image_embeds)
         return
     shape = tuple(getattr(batch, "shape", ()))
     is_mask = len(shape) == 3 and shape[2] not in (1, 3, 4)
     if len(shape) > 3 or is_mask:
         for one in batch:
-            yield from _frames(one)
+            yield from _frames(name, one)
     else:
         yield batch
+
+
+def _encoded(name: str, features: Any) -> torch.Tensor:
+    """The features of a CLIP_VISION_OUTPUT, one row for each image."""
+    if isinstance(features, torch.Tensor) and features.ndim == 2:
+        return features
+    raise ArgumentError(
+        name,
+        "has a CLIP_VISION_OUTPUT that is not by a CLIP",
+        "encode the image with the image encoder of the model's own CLIP, or connect the image",
+    )
 
 
 def defaults(schema: io.Schema) -> dict[str, Any]:

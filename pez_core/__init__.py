@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clip import PRESETS, AnyClip, Clip, JointClip, load_clip
+    from .clip import PRESETS, AnyClip, Clip, JointClip, clip_from_encoders, load_clip
     from .diffusion import PezPipeline as PezPipeline
     from .errors import ArgumentError, ArgumentTypeError
     from .options import SearchOptions
@@ -55,6 +55,7 @@ __all__ = [
     "Trajectory",
     "Vocabulary",
     "WordContribution",
+    "clip_from_encoders",
     "distill",
     "explain",
     "fuse",
@@ -71,7 +72,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "load_clip"),
+    "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "clip_from_encoders", "load_clip"),
     "diffusion": ("PezPipeline",),
     "errors": ("ArgumentError", "ArgumentTypeError"),
     "options": ("SearchOptions",),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
 from .clip.images import ImageInput, load_image
 from .errors import ArgumentError, ArgumentTypeError, check_number, check_weights
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 Target: TypeAlias = str | ImageInput
-"""A string is a text; path objects, PIL images, bytes, file objects, arrays and tensors are
-images."""
+"""A string is a text; path objects, PIL images, bytes, file objects, arrays and tensors are images.
+A tensor with one dimension is the feature of an image, of any length, by the very CLIP."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def encode_targets(
         fit: of the images, as in `Clip.encode_images`.
 
     Raises:
-        ArgumentError: there is no target, a text is empty or names an image file, or an image
-            cannot be read; it is about the argument `name`.
+        ArgumentError: there is no target, a text is empty or names an image file, an image cannot
+            be read, or an encoded image is not of this CLIP; it is about the argument `name`.
     """
     if not targets:
         raise ArgumentError(name, "is empty", "give a text or an image")
@@ -123,6 +124,8 @@ def encode_targets(
                 problem = "holds only tags, no words" if target.strip() else "holds an empty text"
                 raise ArgumentError(name, problem, "leave it out")
             features[k] = feature
+        elif isinstance(target, torch.Tensor) and is_encoded(target):
+            features[k] = _given_feature(name, clip, target)
         else:
             try:
                 pictures[k] = load_image(target)
@@ -132,6 +135,27 @@ def encode_targets(
         encoded = clip.encode_images(list(pictures.values()), fit)
         features |= dict(zip(pictures, encoded, strict=True))
     return torch.stack([features[k] for k in range(len(targets))])
+
+
+def is_encoded(target: object) -> bool:
+    """Whether a target is the feature of an image."""
+    return isinstance(target, torch.Tensor) and target.ndim == 1
+
+
+def _given_feature(name: str, clip: AnyClip, feature: torch.Tensor) -> torch.Tensor:
+    """The unit feature of an image that was encoded before."""
+    length = clip.encode_texts([""]).shape[1]
+    if len(feature) != length:
+        raise ArgumentError(
+            name,
+            f"holds an encoded image of {len(feature)} numbers, but features of {clip.name} have "
+            f"{length}",
+            "give the image itself, or encode it with the image encoder of this CLIP",
+        )
+    values = feature.detach().to(clip.device, torch.float32, copy=True)
+    if not values.isfinite().all() or not values.norm() > 0:
+        raise ArgumentError(name, "holds an encoded image without a direction", "encode it again")
+    return F.normalize(values, dim=-1)
 
 
 def objective_for(

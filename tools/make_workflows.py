@@ -3,7 +3,8 @@
 They are graphs as the page saves them, laid out in columns, each with a note. The server lists the
 sockets and widgets of the nodes, so that the workflows fit them. Each learns with the bundled CLIP
 from drawings in web/examples, which the page puts into the input folder. What makes images needs a
-checkpoint, and is muted until a person has one.
+checkpoint, and is muted until a person has one. Two are for people who have files of their own, and
+do not run without.
 """
 
 from __future__ import annotations
@@ -29,18 +30,25 @@ CHECKPOINT_URL = (
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/" + CHECKPOINT
 )
 BUNDLED = "bundled emoji CLIP (no download)"
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+SDXL = "sd_xl_base_1.0.safetensors"
+SDXL_URL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + SDXL
+VISION = "clip_vision_g.safetensors"
+VISION_URL = "https://huggingface.co/comfyanonymous/clip_vision_g/resolve/main/" + VISION
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # those that the page gives them at least, in the taller one of its two renderers
 HEIGHTS = {
     "MarkdownNote": 540,
     "LoadImage": 340,
     "CLIPTextEncode": 160,
     "CheckpointLoaderSimple": 160,
+    "CLIPLoader": 150,
+    "TextGenerate": 340,
     "EmptyLatentImage": 170,
     "KSampler": 330,
     "SaveImage": 400,
     "PreviewAny": 200,
     "PEZ_LoadCLIP": 150,
+    "PEZ_CLIPFromModel": 150,
     "PEZ_EmojiModel": 120,
     "PEZ_ImageToPrompt": 730,
     "PEZ_ExtractStyle": 730,
@@ -209,6 +217,7 @@ def _paint_with(
     negative_prompt: str,
     size: dict[str, int],
     sampling: dict[str, Any],
+    muted: bool = True,
 ) -> None:
     """What makes an image of a prompt.
 
@@ -219,6 +228,7 @@ def _paint_with(
         column: of the first nodes.
         negative_prompt: text.
         size, sampling: inputs of the empty latent and of the sampler.
+        muted: mute it, in a frame.
     """
     clip = (checkpoint, "CLIP")
     positive = graph.add(
@@ -245,7 +255,8 @@ def _paint_with(
         Node("VAEDecode", column + 1, {"samples": (sampler, "LATENT"), "vae": (checkpoint, "VAE")})
     )
     graph.add(Node("SaveImage", column + 1, {"images": (image, "IMAGE"), "filename_prefix": "PEZ"}))
-    graph.mute(PAINT, column)
+    if muted:
+        graph.mute(PAINT, column)
 
 
 FIRST = f"""\
@@ -422,6 +433,100 @@ def _origin(kind: str) -> dict[str, str]:
     return {"cnr_id": "comfy-core"}
 
 
+def _own_files(graph: Graph, title: str, text: str) -> tuple[Node, Node]:
+    """The note, and the files of a person with SDXL: the checkpoint and its CLIP Vision."""
+    note = re.sub(r"(?<!\n)\n(?![\n\d])", " ", f"# {title}\n\n{text}\n\n{ALWAYS}").strip()
+    graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
+    checkpoint = graph.add(
+        Node(
+            "CheckpointLoaderSimple",
+            0,
+            {"ckpt_name": SDXL},
+            models=[{"name": SDXL, "url": SDXL_URL, "directory": "checkpoints"}],
+        )
+    )
+    vision = graph.add(
+        Node(
+            "CLIPVisionLoader",
+            0,
+            {"clip_name": VISION},
+            models=[{"name": VISION, "url": VISION_URL, "directory": "clip_vision"}],
+        )
+    )
+    return checkpoint, vision
+
+
+def _own_clip(graph: Graph, checkpoint: Node, vision: Node, column: int) -> Node:
+    wires = {"clip": (checkpoint, "CLIP"), "clip_vision": (vision, "CLIP_VISION")}
+    return graph.add(Node("PEZ_CLIPFromModel", column, wires))
+
+
+FILES = """\
+**You need:** a checkpoint of the SDXL family (Pony, Illustrious, NoobAI, ...) and clip_vision_g
+(3.7 GB, which IPAdapter uses, too). Choose yours in **Load Checkpoint** and **Load CLIP Vision**.
+Nothing else is downloaded: **PEZ CLIP from Model** searches on the text encoder inside of your
+checkpoint. LoRAs belong between the checkpoint and **PEZ CLIP from Model**.
+"""
+
+
+def sdxl_with_your_own_files(graph: Graph) -> None:
+    checkpoint, vision = _own_files(
+        graph,
+        "An image becomes a prompt, with your own SDXL files",
+        f"{FILES}\n1. Choose your image.\n2. Run. Watch the prompt emerge; **Finish now** ends the "
+        "search with the best so far.\n3. Click words that you do not want, and run again.\n\n"
+        "For Stable Diffusion 1.5 take a whole ViT-L/14 as CLIP Vision (1.71 GB).",
+    )
+    image = _image(graph, "dog")
+    clip = _own_clip(graph, checkpoint, vision, 1)
+    learned = graph.add(
+        Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
+    )
+    size = {"width": 1024, "height": 1024}
+    _paint_with(graph, checkpoint, learned, 2, "text, watermark", size, {"cfg": 6.0}, muted=False)
+
+
+def sharpen_a_generated_caption(graph: Graph) -> None:
+    checkpoint, vision = _own_files(
+        graph,
+        "A caption by a language model, sharpened",
+        f"{FILES}\n**Generate Text** describes the image with a language model that reads images, "
+        "such as Gemma or Qwen-VL: choose one in **Load CLIP**. Its sentence stays, and PEZ adds a "
+        "few words for what it left out.\n\nAny other captioner will do: connect its text to "
+        "**caption**.",
+    )
+    image = _image(graph, "wine-glass")
+    writer = graph.add(Node("CLIPLoader", 0, {"clip_name": ""}, title="Load the language model"))
+    caption = graph.add(
+        Node(
+            "TextGenerate",
+            1,
+            {
+                "clip": (writer, "CLIP"),
+                "prompt": "Describe this image in one short sentence.",
+                "image": (image, "IMAGE"),
+                "max_length": 60,
+                "sampling_mode": "off",
+            },
+        )
+    )
+    clip = _own_clip(graph, checkpoint, vision, 1)
+    learned = graph.add(
+        Node(
+            "PEZ_ImageToPrompt",
+            2,
+            {
+                "clip": (clip, "clip"),
+                "images": (image, "IMAGE"),
+                "caption": (caption, "generated_text"),
+                "prompt_len": 6,
+            },
+        )
+    )
+    size = {"width": 1024, "height": 1024}
+    _paint_with(graph, checkpoint, learned, 3, "text, watermark", size, {"cfg": 6.0}, muted=False)
+
+
 WORKFLOWS = {
     "A first look": first_look,
     "Image to image via a prompt": image_to_image_via_prompt,
@@ -429,6 +534,8 @@ WORKFLOWS = {
     "Fuse two pictures": fuse_two_pictures,
     "Shorten a long prompt": shorten_a_long_prompt,
     "Sharpen a caption": sharpen_a_caption,
+    "SDXL with your own files": sdxl_with_your_own_files,
+    "Sharpen a generated caption": sharpen_a_generated_caption,
 }
 
 

@@ -111,6 +111,7 @@ const CHINESE_WIDGETS = {
   "contents of the images": "图像的内容",
   "long prompt": "长提示词",
   "a prompt": "提示词",
+  "or texts to compare with, one per line": "或要比较的文本，每行一个",
   "all words": "所有词",
   "blocked words": "屏蔽词",
 };

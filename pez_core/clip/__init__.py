@@ -12,6 +12,7 @@ from .models import PRESETS, Preset
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from .encoders import clip_from_encoders
     from .joint import JointClip
     from .load import load_clip
     from .model import Clip
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     AnyClip: TypeAlias = Clip | JointClip
     """One CLIP, or several as one."""
 
-__all__ = ["PRESETS", "AnyClip", "Clip", "JointClip", "Preset", "load_clip"]
+__all__ = ["PRESETS", "AnyClip", "Clip", "JointClip", "Preset", "clip_from_encoders", "load_clip"]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from .load import load_clip
 
         return load_clip
+    if name == "clip_from_encoders":
+        from .encoders import clip_from_encoders
+
+        return clip_from_encoders
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

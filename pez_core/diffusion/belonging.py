@@ -28,7 +28,7 @@ def warn_where_foreign(clip: AnyClip, pipeline: DiffusionPipeline) -> None:
     Prompts of such a search mean something else to the pipeline. Nothing is compared where the
     pipeline has no text encoder of CLIP.
     """
-    encoders = _text_encoders(pipeline)
+    encoders = text_encoders(pipeline)
     for one in clip.clips if isinstance(clip, JointClip) else [clip]:
         found = [(_difference(one.text, *pair), name) for name, pair in encoders.items()]
         if found and all(problem for problem, _ in found):
@@ -41,7 +41,7 @@ def warn_where_foreign(clip: AnyClip, pipeline: DiffusionPipeline) -> None:
             )
 
 
-def _text_encoders(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
     """The text encoders of CLIP that a pipeline has, each with its tokenizer, by their names."""
     found = {}
     for name, part in pipeline.components.items():

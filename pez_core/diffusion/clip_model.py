@@ -19,6 +19,7 @@ from torch import nn
 
 from ..clip import AnyClip, Clip, JointClip, load_clip
 from ..clip.build import from_config
+from ..clip.encoders import ClipOfEncoders
 from ..errors import ArgumentError, ArgumentTypeError
 
 T = TypeVar("T")
@@ -75,6 +76,8 @@ class PezClipModel(ModelMixin, ConfigMixin):
                 "clip", f"has to be a CLIP from `load_clip` but is {type(clip).__name__}"
             )
         parts = clip.clips if isinstance(clip, JointClip) else [clip]
+        if all(isinstance(part, ClipOfEncoders) for part in parts):
+            return cls._of_encoders(clip, parts)
         for part in parts:
             if part.config is None:
                 raise ArgumentError(
@@ -101,6 +104,28 @@ class PezClipModel(ModelMixin, ConfigMixin):
         # open_clip's half precision leaves some layers in float32; a component has one dtype
         nn.Module.to(model.requires_grad_(False), clip.device, parts[0].dtype)
         return model
+
+    @classmethod
+    def _of_encoders(cls, clip: AnyClip, parts: Sequence[Clip]) -> PezClipModel:
+        """The component of encoders that belong to an image pipeline; it cannot be saved."""
+        model = cls([])
+        model.models = nn.ModuleList(part.model for part in parts)
+        model.__dict__["clip"] = clip  # the value of the cached property
+        return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `ModelMixin.save_pretrained`.
+
+        Raises:
+            ArgumentError: the CLIP is of the encoders of an image pipeline.
+        """
+        if not self.config["towers"]:
+            raise ArgumentError(
+                "clip",
+                "is of the encoders of an image pipeline, which that pipeline saves",
+                "save `.pipeline`, and make this one again by `from_pipe`",
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(

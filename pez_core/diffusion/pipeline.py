@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from ..caption import Caption, check_caption
-from ..clip import AnyClip
+from ..clip import AnyClip, clip_from_encoders
 from ..clip.images import ImageInput
 from ..errors import ArgumentError, ArgumentTypeError, check_choice, check_integer, check_number
 from ..options import SearchOptions
@@ -32,7 +32,7 @@ from ..priors import needed_language_model
 from ..results import Report, Result
 from ..runner import with_share_of_time
 from ..tasks.style import STYLE_TEMPLATE, StyleResult
-from .belonging import warn_where_foreign
+from .belonging import text_encoders, warn_where_foreign
 from .choice import choose_by_image
 from .clip_model import PezClipModel
 from .denoising import DenoisingLoss
@@ -63,6 +63,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PezCallback = Callable[["PezPipeline", int, Report], Any]
 
+OWN = "own"
+"""Instead of a CLIP: the one of the pipeline's text encoders."""
 CHOICES = ("prompt", "image")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # arguments of `from_pretrained` that `load_config` takes too
@@ -287,6 +289,7 @@ class PezPipeline(DiffusionPipeline):
         clip: PezClipModel | AnyClip | str | Sequence[str] | None = None,
         clip_pretrained: str | None = None,
         download: bool = False,
+        image_encoder: Any = None,
     ) -> PezPipeline:
         r"""
         Add a CLIP to a loaded pipeline, which stays unchanged.
@@ -295,20 +298,32 @@ class PezPipeline(DiffusionPipeline):
             pipeline ([`DiffusionPipeline`]):
                 A text-to-image pipeline, or a `PezPipeline`, whose CLIP is used by default.
             clip, clip_pretrained:
-                As in `from_pretrained`. A CLIP given by name gets the device and dtype of the
+                As in `from_pretrained`, or `"own"` for the text encoders of the pipeline itself,
+                which need no download and may be fine-tuned: their weights are copied, and the
+                result cannot be saved. A CLIP given by name gets the device and dtype of the
                 pipeline, and is offloaded where the models of the pipeline are; a loaded one stays
                 where it is.
             download (`bool`, *optional*, defaults to `False`):
                 Whether to download a CLIP that is not on this disk.
+            image_encoder (`CLIPVisionModelWithProjection` or `CLIPModel` or a list, *optional*):
+                With `clip="own"` the image encoders that belong to the text encoders, which are
+                shared and move with the pipeline; see `pez_core.clip_from_encoders`. Without one
+                prompts are learned from texts alone.
         """
         if isinstance(pipeline, PezPipeline):
             clip, pipeline = clip or pipeline.clip, pipeline.pipeline
+        if image_encoder is not None and clip != OWN:
+            raise ArgumentError("image_encoder", "is for `clip` 'own'", "leave it out")
         if clip is None:
             raise ArgumentError("clip", "has to be given, such as 'ViT-L-14:openai'")
         if pipeline is not None:
             check_pipeline(pipeline)
         by_name = isinstance(clip, (str, list, tuple))
-        pez = cls(_component(clip, clip_pretrained, download))
+        if by_name and clip == OWN:
+            component = _own_component(pipeline, image_encoder)
+        else:
+            component = _component(clip, clip_pretrained, download)
+        pez = cls(component)
         if by_name and pipeline is not None:
             _place(pez.clip, pipeline)
             if getattr(pipeline, "_all_hooks", None):
@@ -890,6 +905,21 @@ def _component(clip: Any, pretrained: str | None = None, download: bool = False)
         return PezClipModel.from_clip(clip)
     with named(name="clip", pretrained="clip_pretrained"):
         return PezClipModel.load(clip, pretrained, download=download)
+
+
+def _own_component(pipeline: DiffusionPipeline | None, image_encoder: Any) -> PezClipModel:
+    """The CLIP of a pipeline's text encoders as a component."""
+    encoders = {} if pipeline is None else text_encoders(pipeline)
+    if not encoders:
+        raise ArgumentError(
+            "clip",
+            f"is {OWN!r}, but {type(pipeline).__name__} has no text encoder of CLIP",
+            "name a CLIP",
+        )
+    texts = [encoder for encoder, _ in encoders.values()]
+    # in one precision, which `_place` sets; open_clip's half precision keeps norms in float32
+    clip = clip_from_encoders(texts, image_encoder, "cpu", torch.float32)
+    return PezClipModel.from_clip(clip)
 
 
 def _read_index(index: Any, path: str | os.PathLike | None) -> tuple[str, bool]:

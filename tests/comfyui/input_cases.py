@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import folder_paths
 import torch
+from own_models import ImageTower, emoji_clip
 from pez_pack import nodes
 from pez_pack.nodes import emoji_diffusion, learning, live, loading, memory, models
 from pez_pack.pez_core import Vocabulary, load_clip, options, runner, tracker
@@ -25,8 +26,10 @@ from tiny_diffusion import export_emoji_diffusion
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
 
+JUDGE = ROOT / "benchmarks/models/emoji-clip-judge"
+
 CLIP = load_clip("emoji-clip", device="cpu")
-OTHER_CLIP = load_clip(str(ROOT / "benchmarks/models/emoji-clip-judge"), device="cpu")
+OTHER_CLIP = load_clip(str(JUDGE), device="cpu")
 
 
 def loaded(clip) -> memory.LoadedClip:
@@ -188,6 +191,7 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "max_loss": Case(1.0, {"text": "fish swimming in water"}),  # two of its words help
             "judge": Case(loaded(OTHER_CLIP)),
             "fit": Case("stretch", {"images": WIDE}),
+            "target": Case("a dog\na house"),
         },
     ),
     nodes.ChooseByImage: (
@@ -219,6 +223,15 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "sampler_name": Case("heun"),
             "scheduler": Case("karras"),
             "negative_prompt": Case("a dog"),
+            "fit": Case("stretch", {"images": WIDE}),
+        },
+    ),
+    nodes.ClipFromModel: (
+        {"clip": emoji_clip()},
+        {
+            "clip": Case(emoji_clip(JUDGE)),
+            "clip_vision": Case(ImageTower(CLIP)),
+            "clip_vision_2": Case(ImageTower(CLIP)),
         },
     ),
     nodes.MakeVocabulary: (
@@ -291,6 +304,10 @@ def _run(node: type, given: dict[str, Any]) -> list:
     given = {name: value for name, value in given.items() if value is not None}
     if node is nodes.LoadCLIP:
         return _loading(given)
+    if node is nodes.ClipFromModel:
+        output = node.PREPARE_CLASS_CLONE(None).execute(**given)
+        with output.args[0].in_use() as clip:
+            return [output.ui, clip.encode_texts(["a red fish"]).tolist()]
     if node is nodes.MakeVocabulary:
         (vocabulary,) = node.execute(**given).args
         return sorted(vocabulary.lexicon(CLIP).phrases)
