@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EXAMPLES, ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import flux, stable_diffusion, stable_diffusion_xl, text_config, tokenizer
 from transformers import (
@@ -141,6 +142,27 @@ def test_an_image_encoder_may_be_a_function(pictures):
     wrong = clip_from_encoders(text_encoder(), lambda few: torch.ones(len(few), 5))
     with pytest.raises(ArgumentError, match=r"shape \(5,\), but .* have 16 numbers"):
         wrong.encode_images(pictures)
+
+
+@pytest.mark.parametrize(
+    "fit, size", [("crop", (80, 40)), ("pad", (80, 80)), ("stretch", (80, 80))]
+)
+def test_a_function_gets_pictures_that_fit(fit, size):
+    seen = []
+
+    def encode(few):
+        seen.extend(few)
+        return torch.ones(len(few), 16)
+
+    wide = Image.new("RGB", (80, 40), "red")
+    clip = clip_from_encoders(text_encoder(), encode)
+    clip.encode_images([wide], fit)
+    (picture,) = seen
+    assert picture.size == size
+    assert picture.getpixel((40, picture.height // 2)) == (255, 0, 0)
+    assert (picture.getpixel((40, 1)) == (255, 0, 0)) == (fit != "pad")
+    with pytest.raises(ValueError, match="fit"):
+        clip.encode_images([wide], "squash")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -39,7 +39,7 @@ def set_reading(model: Any, reading: Reading) -> None:
     """Give a plain CLIP of open_clip an activation, and the preparation of images, in place."""
     for module in model.modules():
         mlp = getattr(module, "mlp", None)
-        if hasattr(mlp, "gelu"):
+        if mlp is not None and hasattr(mlp, "gelu"):
             mlp.gelu = QuickGELU() if reading.quick_gelu else torch.nn.GELU()
     if reading.preprocess is not None:
         size = model.visual.preprocess_cfg["size"]

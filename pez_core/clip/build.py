@@ -112,7 +112,8 @@ def _put_in(model: Any, tensors: dict[str, torch.Tensor]) -> None:
         del given[key]
     for key in own:
         if key.startswith("logit_"):
-            given[key] = given.get(key, own[key]).reshape(own[key].shape)
+            value = given[key] if key in given else own[key]
+            given[key] = value.reshape(own[key].shape)
     model.load_state_dict(given)
 
 

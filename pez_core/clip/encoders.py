@@ -15,10 +15,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, TextTransformer
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
-from ..errors import ArgumentError, ArgumentTypeError, check_weights
+from ..errors import ArgumentError, ArgumentTypeError, check_choice, check_weights
+from ..options import FITS
 from .device import default_dtype, pick_device, pick_precision
 from .joint import JointClip
 from .model import _IMAGE_BATCH, Clip
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 Pictures = Callable[[Sequence[Image.Image]], torch.Tensor]
 """RGB pictures -> (number of pictures, features), of any length."""
 
+_MEAN_COLOUR = (123, 117, 104)  # the mean that CLIPs subtract, 0.481, 0.458 and 0.408
 _KINDS = {768: "CLIP-L", 1024: "CLIP-H", 1280: "CLIP-bigG"}
 _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 # Names of transformers within a block, and those of open_clip.
@@ -112,12 +114,14 @@ class ClipOfEncoders(Clip):
         self._shows = images is not None
         self._remedy = remedy
 
-    def encode_images(self, images: Iterable[Image.Image]) -> torch.Tensor:
-        """As `Clip.encode_images`.
+    def encode_images(self, images: Iterable[Image.Image], fit: str = "crop") -> torch.Tensor:
+        """As `Clip.encode_images`. Functions get pictures that are square unless `fit` is "crop".
 
         Raises:
-            ArgumentError: there is no image encoder, or it gives features of another length.
+            ArgumentError: there is no image encoder, or it gives features of another length, or
+                there is no such `fit`.
         """
+        check_choice("fit", fit, FITS)
         if not self._shows:
             raise ArgumentError(
                 "clip",
@@ -125,8 +129,8 @@ class ClipOfEncoders(Clip):
                 self._remedy,
             )
         if self._pictures is None:
-            return super().encode_images(images)
-        pictures, features = iter(images), []
+            return super().encode_images(images, fit)
+        pictures, features = (_as_square(image, fit) for image in images), []
         with self.image_tower():
             while few := list(islice(pictures, _IMAGE_BATCH)):
                 features.append(self._pictures(few).detach().float().clone())
@@ -139,6 +143,16 @@ class ClipOfEncoders(Clip):
                 "take the image encoder that was trained with it",
             )
         return F.normalize(found, dim=-1)
+
+
+def _as_square(picture: Image.Image, fit: str) -> Image.Image:
+    """A picture that looks the same after a crop of the centre; with "crop" as it is."""
+    if fit == "crop":
+        return picture
+    side = max(picture.size)
+    if fit == "pad":
+        return ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, color=_MEAN_COLOUR)
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 class _Model(nn.Module):
@@ -222,7 +236,7 @@ def _text_tower(text: TextWeights, device: torch.device, dtype: torch.dtype) -> 
         raise ArgumentError(
             "text_encoder", f"is {text.name}, whose weights do not fit together ({error})"
         ) from error
-    tower.attn_mask = tower.build_causal_mask().to(device)
+    tower.register_buffer("attn_mask", tower.build_causal_mask().to(device), persistent=False)
     return tower.requires_grad_(False)
 
 
@@ -434,7 +448,7 @@ def _mate(text: TextWeights, images: Sequence[Any]) -> Any:
     for one in images:
         if not isinstance(one, nn.Module):
             return one
-        if one.visual_projection.weight.shape[0] == len(text.projection):
+        if len(one.get_parameter("visual_projection.weight")) == len(text.projection):
             return one
     return None
 

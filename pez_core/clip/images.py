@@ -77,14 +77,14 @@ def load_image(image: ImageInput) -> Image.Image:
                 "images", f"holds the address {str(image)!r}", "download it, give the file"
             )
         return _from_path(Path(image))
-    if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):
-        return _from_content(image)
     if isinstance(image, Image.Image):
         with _naming("a PIL image"):
             return _to_rgb(_first_frame(image))
     if isinstance(image, (torch.Tensor, np.ndarray)):
         with _naming("an array"):
             return _from_array(image)
+    if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):
+        return _from_content(image)
     raise ArgumentTypeError(
         "images",
         "has to hold PIL images, paths, contents of files or tensors but holds a "
