@@ -359,8 +359,14 @@ def small(**fields):
 TEXT = "a cat and a dog in a red car near the old house"
 BEGUN = small(vocabulary=PETS, start_from="cat dog fish", **FIRST)
 
+
 # Task -> argument -> arguments beside it and its changed value. A function is called with a second
 # CLIP and the pictures.
+def wide(other, pictures):
+    """A picture that is not square."""
+    return torch.cat(pictures, 1)
+
+
 CASES = {
     invert: {
         "clip": ({}, lambda other, pictures: other),
@@ -402,17 +408,20 @@ CASES = {
         "prompts": ({}, ["a cat", "a fish"]),
         "images": ({}, lambda other, pictures: pictures[1:]),
         "judge": ({}, lambda other, pictures: other),
+        "fit": ({"images": wide}, "pad"),
     },
     explain: {
         "clip": ({}, lambda other, pictures: other),
         "prompt": ({}, "a cat in a red bus"),
         "target": ({}, lambda other, pictures: pictures[1]),
+        "fit": ({"target": wide}, "pad"),
     },
     prune: {
         "clip": ({}, lambda other, pictures: other),
         "prompt": ({}, "a cat in a red bus"),
         "target": ({}, lambda other, pictures: pictures[1]),
         "max_loss": ({"target": "a cat in a red car"}, 2.0),
+        "fit": ({"target": wide}, "pad"),
     },
 }
 
