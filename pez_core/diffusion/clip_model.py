@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -113,6 +113,8 @@ class PezClipModel(ModelMixin, ConfigMixin):
         model.__dict__["clip"] = clip  # the value of the cached property
         return model
 
+    # pipelines look at the signature to find out whether a component has variants
+    @wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`.
 
