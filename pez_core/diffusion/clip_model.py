@@ -115,7 +115,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
 
     # pipelines look at the signature to find out whether a component has variants
     @wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As `ModelMixin.save_pretrained`.
 
         Raises:
