@@ -481,13 +481,16 @@ except ImportError as error:
     assert f'run "{sys.executable}" "{ROOT / "install.py"}"' in message
 
 
-def test_a_torchvision_of_another_build_is_one_line_with_the_command():
+def test_a_torchvision_of_another_build_is_one_line_with_the_command(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist\\nand more')"
+    (tmp_path / "torchvision/__init__.py").write_text(broken)
     message = inside(
-        """
+        f"""
 import asyncio
 for name in [one for one in sys.modules if one.split(".")[0] in ("torchvision", "open_clip")]:
     del sys.modules[name]
-sys.modules["torchvision"] = None
+sys.path.insert(0, {str(tmp_path)!r})
 try:
     asyncio.run(pack.comfy_entrypoint())
 except ImportError as error:
@@ -495,6 +498,7 @@ except ImportError as error:
 """
     )
     assert "torchvision" in message and "does not fit torch" in message and "\n" not in message
+    assert "operator torchvision::nms does not exist" in message
     assert f'run "{sys.executable}" "{ROOT / "install.py"}"' in message
 
 
