@@ -18,8 +18,8 @@ NOT_LEARNED_FROM = frozenset({"keep", "kept", "subject", "style_template"})
 """Inputs that a search does not use."""
 _SAME_ELSEWHERE = frozenset({"keep", "kept", "download", "device"})
 """Inputs of nodes upstream that do not change their outputs."""
-_NEWER = {"fit": "crop"}
-"""Inputs that older kept prompts lack, and their values at that time."""
+_NEWER = {"fit": "crop", "activation": "automatic"}
+"""Inputs that older kept prompts lack, and the values that change nothing."""
 _LONGEST = 4_000_000  # characters of a kept text; a batch of hundreds of images stays below
 
 
@@ -173,7 +173,11 @@ def _inputs_that_count(node: dict[str, Any]) -> dict[str, Any]:
     if not is_ours(node):
         return inputs
     inputs = dict(old_form(name, value) for name, value in inputs.items())
-    return {name: inputs[name] for name in inputs.keys() - _SAME_ELSEWHERE}
+    return {
+        name: inputs[name]
+        for name in inputs.keys() - _SAME_ELSEWHERE
+        if _NEWER.get(name) != inputs[name]
+    }
 
 
 def _short(text: str) -> str:
