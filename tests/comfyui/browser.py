@@ -51,6 +51,8 @@ class Editor:
     def __init__(self, browser: Browser, url: str) -> None:
         self._context = browser.new_context(viewport={"width": 1500, "height": 1000})
         self._context.grant_permissions(["clipboard-read", "clipboard-write"])
+        # a search keeps the processor busy meanwhile
+        self._context.set_default_navigation_timeout(240_000)
         self.page: Page = self._context.new_page()
         self._url = url
         self.complaints: list[str] = []
@@ -69,7 +71,7 @@ class Editor:
         self.page.wait_for_function(
             "() => window.app?.extensionManager && window.app.isGraphReady"
             " && LiteGraph.registered_node_types.PEZ_ImageToPrompt",
-            timeout=60_000,
+            timeout=120_000,
         )
 
     def reload(self) -> None:
