@@ -20,8 +20,7 @@ def main() -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    for arguments in commands:
-        command = [*installed.installer(), *arguments]
+    for command in commands:
         print("+", " ".join(command), flush=True)
         try:
             status = subprocess.run(command).returncode

@@ -68,18 +68,15 @@ def torchvision_problem(remedy: str) -> str:
 def installer(python: str = sys.executable) -> list[str]:
     """The command that installs packages for a Python: its pip, or uv where it has none."""
     has_pip = subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0
-    return (
-        [python, "-m", "pip", "install"]
-        if has_pip
-        else ["uv", "pip", "install", "--python", python]
-    )
+    return [python, "-m", "pip", "install"] if has_pip else _uv(python)
 
 
-def commands(requirements: Path) -> list[list[str]]:
-    """Arguments of the installer, in their order, that add what is missing and move nothing else.
+def commands(requirements: Path, python: str = sys.executable) -> list[list[str]]:
+    """The commands, in their order, that add what is missing and move nothing else.
 
     Args:
         requirements: requirements.txt.
+        python: the Python to install for.
 
     Raises:
         RuntimeError: torch is missing, of which each computer needs another build.
@@ -87,23 +84,34 @@ def commands(requirements: Path) -> list[list[str]]:
     torch = _version("torch")
     if torch is None:
         raise RuntimeError("torch is not installed: install it as https://pytorch.org tells you")
-    found = [["-r", str(requirements)]]
+    install = installer(python)
+    found = [[*install, "-r", str(requirements)]]
     open_clip = _version("open_clip_torch")
     if open_clip is None or not _OLDEST_OPEN_CLIP <= _numbers(open_clip) < _NEXT_OPEN_CLIP:
-        found.append(["--no-deps", OPEN_CLIP])
+        found.append([*install, "--no-deps", OPEN_CLIP])
     if torchvision_problem(""):
-        found.append(torchvision_for(torch))
+        found += torchvision_commands(torch, python)
     return found
 
 
-def torchvision_for(torch: str) -> list[str]:
-    """Arguments of the installer for the torchvision of a version of torch, and of its build."""
+def torchvision_commands(torch: str, python: str = sys.executable) -> list[list[str]]:
+    """The commands that install the torchvision of a version of torch, and of its build."""
     release, _, build = torch.partition("+")
     major, minor = _numbers(release)[:2]
     wanted = f"torchvision==0.{minor + 15}.*" if major == 2 else "torchvision"
-    index = ["--index-url", f"https://download.pytorch.org/whl/{build}"] if build else []
     forced = ["--force-reinstall"] if _version("torchvision") else []
-    return ["--no-deps", *forced, wanted, *index]
+    arguments, install = ["--no-deps", *forced, wanted], installer(python)
+    if not build:
+        return [[*install, *arguments]]
+    # uv alone finds the packages of a build by its name
+    arguments = ["--torch-backend", build, *arguments]
+    if install == _uv(python):
+        return [[*install, *arguments]]
+    return [[*install, "uv"], [python, "-m", *_uv(python), *arguments]]
+
+
+def _uv(python: str) -> list[str]:
+    return ["uv", "pip", "install", "--python", python]
 
 
 def _version(package: str) -> str | None:

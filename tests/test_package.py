@@ -103,36 +103,48 @@ def test_plain_clips_need_no_timm():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+PIP = [sys.executable, "-m", "pip", "install"]
+UV = ["uv", "pip", "install", "--python"]
+
+
 @pytest.mark.parametrize(
-    "torch, arguments",
+    "torch, wanted, build",
     [
-        ("2.11.0", ["torchvision==0.26.*"]),
-        (
-            "2.6.0+cu124",
-            ["torchvision==0.21.*", "--index-url", "https://download.pytorch.org/whl/cu124"],
-        ),
-        (
-            "2.13.0+cpu",
-            ["torchvision==0.28.*", "--index-url", "https://download.pytorch.org/whl/cpu"],
-        ),
-        ("3.0.1", ["torchvision"]),
+        ("2.11.0", "torchvision==0.26.*", ""),
+        ("2.6.0+cu124", "torchvision==0.21.*", "cu124"),
+        ("2.13.0+cpu", "torchvision==0.28.*", "cpu"),
+        ("3.0.1", "torchvision", ""),
     ],
 )
-def test_the_torchvision_is_that_of_the_torch(monkeypatch, torch, arguments):
+def test_the_torchvision_is_that_of_the_torch(monkeypatch, torch, wanted, build):
     versions = {"torch": torch, "open_clip_torch": "3.3.0"}
     monkeypatch.setattr(installed, "_version", versions.get)
-    assert installed.torchvision_for(torch) == ["--no-deps", *arguments]
+    by_uv = [sys.executable, "-m", *UV, sys.executable, "--torch-backend", build]
+    expected = [[*PIP, "uv"], [*by_uv, "--no-deps", wanted]]
+    if not build:
+        expected = [[*PIP, "--no-deps", wanted]]
+    assert installed.torchvision_commands(torch) == expected
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    wanted = [["-r", "requirements.txt"], ["--no-deps", *arguments]]
-    assert installed.commands(Path("requirements.txt")) == wanted
+    requirements = Path("requirements.txt")
+    assert installed.commands(requirements) == [[*PIP, "-r", str(requirements)], *expected]
     versions["torchvision"] = "0.1"  # of another build
-    assert installed.torchvision_for(torch)[:2] == ["--no-deps", "--force-reinstall"]
-    monkeypatch.undo()
-    monkeypatch.setattr(installed, "_version", {"torch": torch, "open_clip_torch": "2.24"}.get)
-    assert installed.commands(Path("a")) == [["-r", "a"], ["--no-deps", installed.OPEN_CLIP]]
+    *_, last = installed.torchvision_commands(torch)
+    assert last[-3:] == ["--no-deps", "--force-reinstall", wanted]
+    del versions["torchvision"]
+    monkeypatch.setattr(installed, "installer", lambda python: [*UV, python])
+    (command,) = installed.torchvision_commands(torch, "python")
+    backend = ["--torch-backend", build] if build else []
+    assert command == [*UV, "python", *backend, "--no-deps", wanted]
+
+
+def test_another_open_clip_is_replaced_and_torch_is_not_installed(monkeypatch):
+    found = {"torch": "2.11.0", "open_clip_torch": "2.24"}
+    monkeypatch.setattr(installed, "_version", found.get)
+    wanted = [[*PIP, "-r", "a"], [*PIP, "--no-deps", installed.OPEN_CLIP]]
+    assert installed.commands(Path("a")) == wanted
     monkeypatch.setattr(installed, "_version", lambda package: None)
     with pytest.raises(RuntimeError, match="torch is not installed"):
-        installed.commands(Path("requirements.txt"))
+        installed.commands(Path("a"))
 
 
 def test_what_is_missing_is_said_with_the_command(monkeypatch):
@@ -166,13 +178,11 @@ def test_a_torchvision_of_another_build_is_named(tmp_path):
 
 
 def test_the_installer_runs_pip_or_uv_of_this_python(tmp_path):
-    assert installed.installer() == [sys.executable, "-m", "pip", "install"]
+    assert installed.installer() == PIP
     without = tmp_path / "python"
     without.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     without.chmod(0o755)
-    assert installed.installer(str(without)) == [
-        "uv", "pip", "install", "--python", str(without)
-    ]  # fmt: skip
+    assert installed.installer(str(without)) == [*UV, str(without)]
 
 
 def test_the_templates_name_the_pack_that_they_need():
