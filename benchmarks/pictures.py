@@ -132,6 +132,11 @@ def by_finder(setup: Setup, places: list[int], seed: int, name: str, length: int
     return made
 
 
+def own_options(place: int, seed: int, **given: Any) -> SearchOptions:
+    """The options of ours for a drawing."""
+    return SearchOptions(seed=seed * 100_003 + place, block_unsafe=False, **given)
+
+
 def by_name(setup: Setup, places: list[int], seed: int) -> list[Made]:
     return [Made(setup.bench.images[place].name) for place in places]
 
@@ -144,7 +149,7 @@ def by_caption_and_words(setup: Setup, places: list[int], seed: int) -> list[Mad
     made = []
     for place in places:
         one = setup.bench.images[place]
-        options = SearchOptions(prompt_len=LEARNED, seed=seed * 100_003 + place, block_unsafe=False)
+        options = own_options(place, seed, prompt_len=LEARNED)
         (found,) = invert(setup.bench.clip, one.image, options, caption=f"{one.caption} {{}}")
         made.append(Made(found.prompt))
     return made
@@ -155,12 +160,7 @@ def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> 
     bench, made = setup.bench, []
     for place in places:
         image = bench.images[place].image
-        options = SearchOptions(
-            prompt_len=bench.lengths[0],
-            restarts=restarts,
-            seed=seed * 100_003 + place,
-            block_unsafe=False,
-        )
+        options = own_options(place, seed, prompt_len=bench.lengths[0], restarts=restarts)
         (found,) = invert(bench.clip, image, options)
         noise = [OTHER_NOISE + k for k in setup.noise(place, seed)]
         settings = default_settings(setup.pipeline)
@@ -174,14 +174,9 @@ def by_denoising(setup: Setup, places: list[int], seed: int, weight: float) -> l
     bench, made = setup.bench, []
     for place in places:
         image = bench.images[place].image
-        options = SearchOptions(
-            prompt_len=bench.lengths[0],
-            steps=setup.steps // 10,
-            swaps=0,
-            seed=seed * 100_003 + place,
-            block_unsafe=False,
-            extra_loss=DenoisingLoss(setup.pipeline, image, bench.clip, weight) if weight else None,
-        )
+        loss = DenoisingLoss(setup.pipeline, image, bench.clip, weight) if weight else None
+        length, steps = bench.lengths[0], setup.steps // 10
+        options = own_options(place, seed, prompt_len=length, steps=steps, swaps=0, extra_loss=loss)
         (found,) = invert(bench.clip, image, options)
         made.append(Made(found.prompt))
     return made
@@ -390,13 +385,18 @@ def measure_all(setup: Setup, names: Sequence[str]) -> None:
                 print(f"{name}, seed {seed}: {start + len(part)}/{len(places)}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The options that name models and drawings."""
     parser.add_argument("--pipeline", default="emoji-diffusion", help="see `load_pipeline`")
     parser.add_argument("--clip", default="emoji-clip", help="name or path for `load_clip`")
     parser.add_argument("--judge", default=str(HERE / "models/emoji-clip-judge"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/emoji")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_models(parser)
     parser.add_argument("--drawings", type=int, default=102)
     parser.add_argument("--images", type=int, default=4, help="made of each prompt")
     parser.add_argument("--seeds", type=int, default=3)

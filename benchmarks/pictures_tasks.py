@@ -26,17 +26,15 @@ from pathlib import Path
 
 import torch
 from bench import HERE, Bench, append
-from pictures import Made, Setup, Subject, images_of, subjects
+from pictures import Made, Setup, Subject, add_models, images_of, own_options, subjects
 from step_time import machine
 from style import Drawings, in_style
-from unseen import ROOT
 
-from pez_core import SearchOptions, distill, fuse, invert, load_clip, style
+from pez_core import distill, fuse, invert, load_clip, style
 from pez_core.diffusion import load_pipeline
 
 RATIOS = (0.7, 0.5, 0.3, 0.1)  # the paper's
 STYLES = ("noto", "twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat")  # in colour
-OPTIONS = SearchOptions(block_unsafe=False)
 EXPLANATIONS = {
     "distill": "*Images* is the similarity of the images of the short prompt with those of the "
     "long one, by the judge. The last two lines are the long prompt with other noise, and another "
@@ -58,16 +56,12 @@ def features(setup: Setup, prompt: str, noise: Sequence[int]) -> torch.Tensor:
     return setup.judge.encode_images(images_of(setup, Made(prompt), noise))
 
 
-def options(case: int, seed: int, **more: int) -> SearchOptions:
-    return replace(OPTIONS, seed=seed * 100_003 + case, **more)
-
-
 def distilled(setup: Setup, case: int, seed: int) -> list[dict]:
     clip, noise = setup.bench.clip, setup.noise(case, seed)
     texts = [long_prompt(one) for one in setup.bench.images]
     text, other = texts[case], texts[(case + len(texts) // 2) % len(texts)]
     prompts = {
-        f"ratio {ratio}": distill(clip, text, options(case, seed), ratio=ratio).prompt
+        f"ratio {ratio}": distill(clip, text, own_options(case, seed), ratio=ratio).prompt
         for ratio in RATIOS
     }
     goal, rows = features(setup, text, noise), []
@@ -94,7 +88,7 @@ def fused(setup: Setup, case: int, seed: int) -> list[dict]:
     count = len(bench.images)
     pair = [bench.images[k].image for k in (case, (case + count // 2) % count)]
     length = bench.lengths[0]
-    own = options(case, seed, prompt_len=length)
+    own = own_options(case, seed, prompt_len=length)
     first, second = (one.prompt for one in invert(bench.clip, pair, own))
     half = replace(own, prompt_len=length // 2)
     prompts = {
@@ -120,7 +114,7 @@ def styled(drawings: Drawings, trials: Sequence[dict], setup: Setup, case: int, 
     trial, noise = trials[case], setup.noise(case, seed)
     pictures = [drawings.picture(i) for i in trial["images"]]
     name = drawings.rows[drawings.places[trial["style"]][trial["subject"]]].name
-    learned = style(setup.bench.clip, pictures, options(case, seed))
+    learned = style(setup.bench.clip, pictures, own_options(case, seed))
     prompts = {
         "learned words": learned.apply(name),
         "the style's own words": in_style(name, trial["style"]),
@@ -186,11 +180,7 @@ def with_error(rows: Sequence[dict], column: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pipeline", default="emoji-diffusion", help="see `load_pipeline`")
-    parser.add_argument("--clip", default="emoji-clip", help="name or path for `load_clip`")
-    parser.add_argument("--judge", default=str(HERE / "models/emoji-clip-judge"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/emoji")
+    add_models(parser)
     parser.add_argument("--parts", nargs="+", choices=EXPLANATIONS, default=list(EXPLANATIONS))
     parser.add_argument("--cases", type=int, default=60)
     parser.add_argument("--images", type=int, default=4, help="made of each prompt")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 from server import PromptServer
@@ -233,13 +232,7 @@ def _part(
 
 def _files() -> list[Path]:
     """Files that may hold the projection of a text encoder."""
-    return [
-        Path(path)
-        for folder in models.FOLDERS
-        for file in folder_paths.get_filename_list(folder)
-        if (path := folder_paths.get_full_path(folder, file))
-        and path.lower().endswith(".safetensors")
-    ]
+    return [Path(path) for _, path in models.weights_files()]
 
 
 def _unused(

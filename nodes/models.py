@@ -62,13 +62,17 @@ def register_folder() -> None:
 
 def choices() -> list[str]:
     """The entries of the model list: presets, the bundled CLIP, and files with a whole CLIP."""
-    found = []
+    found = [choice for choice, path in weights_files() if _holds_clip(path)]
+    return [*PRESETS, BUNDLED, *found]
+
+
+def weights_files() -> Iterator[tuple[str, str]]:
+    """The safetensors files in ComfyUI's folders: how the model list has them, and their paths."""
     for folder in FOLDERS:
         for file in _files_in(folder):
             path = folder_paths.get_full_path(folder, file)
-            if path and path.lower().endswith(".safetensors") and _holds_clip(path):
-                found.append(f"{folder}/{file}".replace("\\", "/"))
-    return [*PRESETS, BUNDLED, *found]
+            if path and path.lower().endswith(".safetensors"):
+                yield f"{folder}/{file}".replace("\\", "/"), path
 
 
 def _files_in(folder: str) -> list[str]:

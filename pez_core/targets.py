@@ -144,7 +144,7 @@ def is_encoded(target: object) -> bool:
 
 def _given_feature(name: str, clip: AnyClip, feature: torch.Tensor) -> torch.Tensor:
     """The unit feature of an image that was encoded before."""
-    length = clip.encode_texts([""]).shape[1]
+    length = clip.feature_size
     if len(feature) != length:
         raise ArgumentError(
             name,

@@ -405,12 +405,16 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert Image.open(tmp_path / "pictures.png").width > 100
 
 
+def quick_options(place, seed, **given):
+    return SearchOptions(seed=place, effort="paper", steps=5, **given)
+
+
 def test_other_tasks_are_judged_by_their_images(
     images, image_model, emoji_clip, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pictures, "default_settings", lambda pipe: {"num_inference_steps": 2})
     monkeypatch.setattr(pictures_tasks, "load_clip", partial(load_tiny, pictures_tasks.load_clip))
-    monkeypatch.setattr(pictures_tasks, "OPTIONS", SearchOptions(effort="paper", steps=5))
+    monkeypatch.setattr(pictures_tasks, "own_options", quick_options)
 
     def rows(*parts, seeds=1):
         pictures_tasks.main(
@@ -461,7 +465,7 @@ def test_other_tasks_are_judged_by_their_images(
 
 def test_styles_are_judged_by_the_images_of_new_subjects(image_model, emoji_clip, monkeypatch):
     monkeypatch.setattr(pictures, "default_settings", lambda pipe: {"num_inference_steps": 2})
-    monkeypatch.setattr(pictures_tasks, "OPTIONS", SearchOptions(effort="paper", steps=5))
+    monkeypatch.setattr(pictures_tasks, "own_options", quick_options)
     styles, pictured = pictures_tasks.STYLES, {}
     for k in range(7 * len(styles)):
         colour = tuple(random.Random(k).choices(range(256), k=3))

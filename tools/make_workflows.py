@@ -394,6 +394,14 @@ def shorten_a_long_prompt(graph: Graph) -> None:
     _paint(graph, short, 2)
 
 
+def _sharpened(
+    graph: Graph, clip: Node, image: Node, caption: tuple[Node, str], column: int
+) -> Node:
+    """What adds a few learned words to a caption."""
+    inputs = {"clip": (clip, "clip"), "images": (image, "IMAGE"), "caption": caption}
+    return graph.add(Node("PEZ_ImageToPrompt", column, inputs | {"prompt_len": 6}))
+
+
 def sharpen_a_caption(graph: Graph) -> None:
     clip = _start(
         graph,
@@ -411,18 +419,7 @@ def sharpen_a_caption(graph: Graph) -> None:
             title="Caption (your captioner goes here)",
         )
     )
-    learned = graph.add(
-        Node(
-            "PEZ_ImageToPrompt",
-            1,
-            {
-                "clip": (clip, "clip"),
-                "images": (image, "IMAGE"),
-                "caption": (caption, "STRING"),
-                "prompt_len": 6,
-            },
-        )
-    )
+    learned = _sharpened(graph, clip, image, (caption, "STRING"), 1)
     _paint(graph, learned, 2)
 
 
@@ -511,18 +508,7 @@ def sharpen_a_generated_caption(graph: Graph) -> None:
         )
     )
     clip = _own_clip(graph, checkpoint, vision, 1)
-    learned = graph.add(
-        Node(
-            "PEZ_ImageToPrompt",
-            2,
-            {
-                "clip": (clip, "clip"),
-                "images": (image, "IMAGE"),
-                "caption": (caption, "generated_text"),
-                "prompt_len": 6,
-            },
-        )
-    )
+    learned = _sharpened(graph, clip, image, (caption, "generated_text"), 2)
     size = {"width": 1024, "height": 1024}
     _paint_with(graph, checkpoint, learned, 3, "text, watermark", size, {"cfg": 6.0}, muted=False)
 

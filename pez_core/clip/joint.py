@@ -131,6 +131,11 @@ class JointClip:
         self.trained_tokens = frozenset.intersection(*trained) if trained else None
         self.cache: dict[str, Any] = {}
 
+    @property
+    def feature_size(self) -> int:
+        """Length of a feature vector."""
+        return sum(clip.feature_size for clip in self.clips)
+
     def __repr__(self) -> str:
         return f"JointClip({self.name!r}, device={str(self.device)!r})"
 
