@@ -48,6 +48,7 @@ from pez_core.diffusion import DenoisingLoss, load_pipeline
 from pez_core.diffusion.choice import choose_by_image
 from pez_core.diffusion.image_models import default_settings, draw
 from pez_core.objectives import Similarity
+from pez_core.tower_work import counted
 
 CAPTIONS = HERE / "data/unseen_captions.jsonl"
 ANOTHER = "ours (balanced)"  # whose prompts of other drawings are the lower bound
@@ -322,7 +323,8 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
     """The rows of a method for some drawings."""
     bench = setup.bench
     began = time.perf_counter()
-    made = METHODS[name](setup, places, seed)
+    with counted() as work:
+        made = METHODS[name](setup, places, seed)
     searched = (time.perf_counter() - began) / len(places)
     rows = []
     for place, one in zip(places, made, strict=True):
@@ -331,6 +333,7 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
         target = bench.images[place]
         row = {"method": name, "seed": seed, "place": place, "set": target.set, "name": target.name}
         row |= {"prompt": one.prompt, "tokens": len(bench.clip.text.words.encode(one.prompt))}
+        row |= {"gflop": round(work.flops / 1e9 / len(places), 3)}
         row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
         for key, clip in (("own", bench.clip), ("judge", setup.judge)):
             (goal,) = clip.encode_images([target.image])

@@ -17,8 +17,9 @@ not searched; *own* is the same by the CLIP of the search; *prompt* is the simil
 itself, by the judge. Behind ± is one standard error over the drawings, of the mean over images and
 seeds. Differences are with PEZ as published, paired by drawing, on all drawings and on each half:
 defaults are chosen on the first half (drawings of even place) and reported on the second. *Alike*
-is the similarity of the images of one prompt with one another, by the judge. Seconds are those of
-the search for one drawing, with others searched side by side."""
+is the similarity of the images of one prompt with one another, by the judge. *GFLOP* is the
+work of the text tower (`pez_core.tower_work`) and *seconds* the time of the search for one drawing,
+with others searched side by side."""
 
 
 def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Sequence[str]) -> None:
@@ -57,7 +58,7 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
 def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
     """A line for each method."""
     head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
-    head = (*head, "own", "prompt", "alike", "seconds")
+    head = (*head, "own", "prompt", "alike", "GFLOP", "seconds")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
@@ -71,6 +72,7 @@ def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
                 with_error([row for row in rows if row[measure] is not None], measure)
                 for measure in ("judge_text", "alike")
             ),
+            f"{statistics.mean(row['gflop'] for row in rows):,.1f}",
             f"{statistics.mean(row['seconds'] for row in rows):.2f}",
         ]
         lines.append(f"| {name} | {' | '.join(texts)} |")

@@ -9,7 +9,8 @@
     python benchmarks/quality.py --report
 
 A budget is the time for one image alone on the machine, including the set-up of the search.
-`--calibrate` measures the number of steps of each method within it (PATH is a checkout of the
+`--calibrate` measures the number of steps of each method within it, and the work of the text
+tower in these (PATH is a checkout of the
 authors' repository, whose loop is timed as well; see step_time.py). The result of a search does not
 depend on the searches beside it, so `--search` runs these steps for many images at once. It takes
 hours instead of days, and the table does not depend on other load of the machine.
@@ -38,7 +39,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -60,6 +61,7 @@ from pez_core import (
     search,
 )
 from pez_core import baselines as rivals
+from pez_core.tower_work import counted
 
 CALIBRATION_IMAGES, TUNING_IMAGES = 3, 12
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -183,7 +185,7 @@ METHODS = {
 def calibrate(bench: Bench, reference: Path | None) -> None:
     """Measure the steps of each method within each budget, alone, or the time that it takes."""
     here = {"machine": machine(), "clip": bench.clip.name}
-    calibration = {**here, "steps": {}, "seconds": {}, "speed": {}, "rates": {}}
+    calibration = {**here, "steps": {}, "seconds": {}, "work": {}, "speed": {}, "rates": {}}
     before = bench.calibration()
     if here.items() <= before.items():  # of other methods
         calibration = before
@@ -197,14 +199,17 @@ def calibrate(bench: Bench, reference: Path | None) -> None:
         runs = [time_alone(method, one, bench.budgets) for one in alone]
         if method.budgeted:
             medians = {
-                f"{budget:g}": statistics.median_low(steps[budget] for steps, _ in runs)
+                f"{budget:g}": statistics.median_low(run.steps[budget] for run in runs)
                 for budget in bench.budgets
             }
+            work = {f"{b:g}": statistics.median(run.work[b] for run in runs) for b in bench.budgets}
         else:
-            medians = statistics.median(seconds for _, seconds in runs)
+            medians = statistics.median(run.seconds for run in runs)
+            work = {"": statistics.median(run.all_work for run in runs)}
         kind = "steps" if method.budgeted else "seconds"
         calibration[kind].setdefault(name, {})[str(prompt_len)] = medians
-        print(f"{name}, prompt_len {prompt_len}: {medians}", file=sys.stderr)
+        calibration.setdefault("work", {}).setdefault(name, {})[str(prompt_len)] = work
+        print(f"{name}, prompt_len {prompt_len}: {medians}, {work} FLOP", file=sys.stderr)
         bench.save(calibration)
     for prompt_len in bench.lengths:
         what, times = f"PEZ as published, {SPEED_STEPS:,} steps, ", {}
@@ -217,20 +222,38 @@ def calibrate(bench: Bench, reference: Path | None) -> None:
     bench.save(calibration)
 
 
-def time_alone(
-    method: Method, problems: Problems, budgets: Sequence[float]
-) -> tuple[dict[float, int], float]:
-    """Steps done within each budget, and the seconds of the whole run."""
+@dataclass
+class Alone:
+    """A run of a method for one image alone.
+
+    Attributes:
+        steps: done within each budget.
+        work: FLOPs of the text tower until then.
+        seconds, all_work: of the whole run.
+    """
+
+    steps: dict[float, int]
+    work: dict[float, float]
+    seconds: float = 0.0
+    all_work: float = 0.0
+
+
+def time_alone(method: Method, problems: Problems, budgets: Sequence[float]) -> Alone:
+    """Run a method, for the largest budget where it has one."""
     began = time.perf_counter()
-    done = dict.fromkeys(budgets, 0)
+    alone = Alone(dict.fromkeys(budgets, 0), dict.fromkeys(budgets, 0.0))
 
     def note(step: int, read: Callable) -> bool:
         elapsed = time.perf_counter() - began
-        done.update({budget: step for budget in budgets if elapsed <= budget})
+        for budget in budgets:
+            if elapsed <= budget:
+                alone.steps[budget], alone.work[budget] = step, work.flops
         return method.budgeted and elapsed >= max(budgets)
 
-    method.run(problems, note)
-    return done, time.perf_counter() - began
+    with counted() as work:
+        method.run(problems, note)
+    alone.seconds, alone.all_work = time.perf_counter() - began, work.flops
+    return alone
 
 
 def tune(bench: Bench, images: list[Unseen]) -> None:

@@ -26,10 +26,12 @@ EXPLANATION = """\
 *Own* is the similarity of the printed prompt with the image by the CLIP of the search; *in the
 loop* is that of the search itself. *Neutral* is the similarity by a held-out CLIP. *True keyword*
 is the share of prompts with a word of the image's own name or keywords and, in brackets, of the
-other images'. *Lost per word* is the similarity lost when a word is dropped, the mean over the
-words. *Perplexity* is that by a small language model, a geometric mean. Behind ± is one standard
-error: over the images, of the mean over the seeds. Differences are with PEZ as published in the
-same seconds (in the most seconds, for methods without a budget), paired by image."""
+other images'. *GFLOP* is the work of the text tower (`pez_core.tower_work`) for one image alone,
+without what a CLIP keeps after its first image. *Lost per word* is the similarity lost when a word
+is dropped, the mean over the words. *Perplexity* is that by a small language model, a geometric
+mean. Behind ± is one standard error: over the images, of the mean over the seeds. Differences are
+with PEZ as published in the same seconds (in the most seconds, for methods without a budget),
+paired by image."""
 
 # (method, prompt_len, budget) -> its rows
 Cells = dict[tuple[str, int, float | None], list[dict]]
@@ -185,6 +187,7 @@ def table(cells: Cells, bench: Bench, prompt_len: int) -> list[str]:
         "perplexity",
         "images, neutral",
         "steps",
+        "GFLOP",
     ]
     lines = [f"| seconds | method | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, budget, rows in cases(cells, bench, prompt_len):
@@ -202,6 +205,7 @@ def table(cells: Cells, bench: Bench, prompt_len: int) -> list[str]:
             perplexity(rows) if measured_for(rows, "nats") else "-",
             with_error(rows, "images") if measured_for(rows, "images") else "-",
             f"{rows[0]['steps']:,}" if budget else "-",
+            work(bench, rows[0]),
         ]
         lines.append(f"| {seconds(bench, rows[0])} | {name} | {' | '.join(texts)} |")
     return lines
@@ -215,6 +219,14 @@ def seconds(bench: Bench, row: dict) -> str:
     if row["budget"]:
         return f"{row['budget']:g}"
     return f"{bench.calibration('seconds', row['method'], str(row['prompt_len'])):.1f}"
+
+
+def work(bench: Bench, row: dict) -> str:
+    """The work of the text tower for one image alone."""
+    measured = bench.calibration().get("work", {}).get(row["method"], {})
+    found = measured.get(str(row["prompt_len"]), {})
+    budget = f"{row['budget']:g}" if row["budget"] else ""
+    return f"{found[budget] / 1e9:,.1f}" if budget in found else "-"
 
 
 def duels(cells: Cells, bench: Bench) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import tower_work
 from .folders import models_folder
 from .version import __version__
 
@@ -267,7 +268,8 @@ class Replay:
         changed = self._changed()
         before = _copies(changed)
         try:
-            replayed = recorder.record(self._step)
+            with tower_work.counted() as work:
+                replayed = recorder.record(self._step)
         except RuntimeError as error:
             _give_up(recorder, str(error).partition("\n")[0])
             replayed = None
@@ -279,10 +281,15 @@ class Replay:
         put(changed, before)
         replayed()
         if all(map(_alike, changed, expected, before)):
-            self._step = replayed
+            self._step = partial(_replay, replayed, work.flops)
         else:
             _give_up(recorder, "the graph of a step gave another result than the step")
         put(changed, expected)
+
+
+def _replay(replayed: Step, flops: float) -> None:
+    replayed()
+    tower_work.count(flops)
 
 
 def _give_up(recorder: Recorder, why: str) -> None:

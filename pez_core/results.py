@@ -75,12 +75,15 @@ class Result(Candidate):
             1 - w of that, less w times the loss. Where a prior (single words, readability) counts
             in the choice, it may fall a little.
         seconds: of the whole search, shared by all results of one call.
+        tower_flops: the work of the text tower in it, shared as well; see
+            `pez_core.tower_work.TowerWork`. It compares methods independently of the machine.
         note: a remark for the user, "" most of the time.
     """
 
     candidates: list[Candidate] = field(repr=False)
     history: list[tuple[int, float]] = field(repr=False)
     seconds: float
+    tower_flops: float = 0.0
     note: str = ""
 
 

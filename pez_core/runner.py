@@ -23,6 +23,7 @@ from .scoring import contributions
 from .seeds import child_seed, restart_seed
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
+from .tower_work import counted
 from .tracker import Progress
 from .vocabulary import Blocklist, Lexicon, Vocabulary
 
@@ -168,16 +169,18 @@ def learn(
     """
     written = options.readability > 0
     frame = Caption(clip, caption, encoded, inserts, as_written=written)
-    problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
-    best = BestSoFar(problem)
-    for turn, span in enumerate(best.spans):
-        turns_left = len(best.spans) - turn
-        found = descend(problem, best, span, turns_left, callback)
-        if not found.stopped and problem.work.swaps:
-            found = refine_span(problem, best, span, turns_left, found, callback)
-        if found.stopped:
-            break
-    return verify(problem, best)
+    with counted() as work:
+        problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
+        best = BestSoFar(problem)
+        for turn, span in enumerate(best.spans):
+            turns_left = len(best.spans) - turn
+            found = descend(problem, best, span, turns_left, callback)
+            if not found.stopped and problem.work.swaps:
+                found = refine_span(problem, best, span, turns_left, found, callback)
+            if found.stopped:
+                break
+        results = verify(problem, best)
+    return [replace(result, tower_flops=work.flops) for result in results]
 
 
 def default_len(clip: AnyClip, wanted: int, caption: str = "{}") -> int:

@@ -45,6 +45,7 @@ import readability
 import remedies
 import step_time
 import style
+import text_to_image
 from unseen import from_folder, unseen
 
 import examples
@@ -95,6 +96,7 @@ def calibrated(tmp_path):
         "clip": "emoji-clip",
         "steps": {name: {"4": STEPS, "75": STEPS} for name in quality.METHODS},
         "seconds": {name: {"0": 0.0, "4": 0.16} for name in [*quality.METHODS, "ours (test)"]},
+        "work": {"PEZ": {"4": {"0.2": 3e9}}},
         "speed": {"4": {"authors": 4.0, "our loop": 2.0}},
         "rates": {},
     }
@@ -177,7 +179,7 @@ def test_the_table_has_the_right_numbers(run, calibrated, images, emoji_clip):
     assert cells[4] == f"{statistics.mean(per_image('PEZ', lambda row, *_: row['score'])):.3f}"
     assert cells[5].startswith(f"{statistics.mean(per_image('PEZ', hit)):.0%} ± ")
     assert cells[6:8] == [cell(per_image("PEZ", lost))] * 2
-    assert cells[-1] == "5"  # steps
+    assert cells[-2:] == ["5", "3.0"]  # steps, GFLOP
     assert "| 0.0 | true name | " in text
     assert "| our loop | 4 | 2.0x | 2.00 |" in text
     assert "a machine" in text
@@ -231,7 +233,7 @@ def test_other_images_need_another_file(run, calibrated, images):
         extra.unlink()
 
 
-def test_calibration_counts_steps_and_seconds(run, monkeypatch):
+def test_calibration_counts_steps_seconds_and_work(run, monkeypatch, emoji_clip):
     """With a clock that advances by 0.03 s at each call."""
     ticks = count()
     clock = SimpleNamespace(perf_counter=lambda: 0.03 * next(ticks))
@@ -243,7 +245,12 @@ def test_calibration_counts_steps_and_seconds(run, monkeypatch):
     for name in ("PEZ", "PEZ as published"):
         steps = measured["steps"][name]["4"]
         assert steps == {"0.1": 3, "0.2": 6}
+        # the start token, and steps forward and backward with the end token
+        token = emoji_clip.text.flops_per_token
+        work = {budget: (1 + n * 2 * (4 + 1)) * token for budget, n in steps.items()}
+        assert measured["work"][name]["4"] == work
     assert measured["seconds"]["true name"]["0"] > 0
+    assert measured["work"]["true name"]["0"] == {"": emoji_clip.text.context_length * token}
     assert measured["speed"]["4"]["PEZ as published, 2 steps, our loop"] > 0
 
 
@@ -496,6 +503,40 @@ def test_styles_are_judged_by_the_images_of_new_subjects(image_model, emoji_clip
     assert learned["right"] == (max(near) == near[1])
 
 
+def test_an_image_model_is_judged_by_names_and_captions(tiny_clip):
+    colours = ("red", "green", "blue", "white")
+    items = [
+        text_to_image.Item(name, f"a {name} thing", Image.new("RGB", (32, 32), name))
+        for name in colours
+    ]
+
+    def pipeline(prompts, generator, **settings):
+        seeds.extend(one.initial_seed() for one in generator)
+        words = [next(c for c in colours if c in prompt) for prompt in prompts]
+        # names give the same image, captions that of their drawing
+        found = ["red" if p == w else w for p, w in zip(prompts, words, strict=True)]
+        return SimpleNamespace(images=[Image.new("RGB", (32, 32), word) for word in found])
+
+    seeds: list[int] = []
+    names = sorted(colours)
+    row = text_to_image.measure(pipeline, tiny_clip, items, names)
+    assert seeds == [0, 1, 2, 3] * 2  # the same noise for captions and names
+    drawn = tiny_clip.encode_images([item.image for item in items])
+    assert row["true"] == pytest.approx([1.0] * 4, abs=1e-5)
+    assert row["other"] == pytest.approx(
+        [float(drawn[k] @ drawn[(k + 2) % 4]) for k in range(4)], abs=1e-5
+    )
+    texts = [template.format(name) for name in names for template in text_to_image.TEMPLATES]
+    features = tiny_clip.encode_texts(texts).view(4, 3, -1).mean(1)
+    best = [names[k] for k in (drawn @ features.T).argmax(1)]
+    assert row["drawings"] == sum(a == b for a, b in zip(best, colours, strict=True)) / 4
+    assert row["images"] == sum(best[0] == one for one in colours) / 4
+
+    row |= {"drawings": 0.5, "images": 0.25}
+    table = text_to_image.report({"trained on": row}, 4, "judge", "model")
+    assert "| trained on | 4 | 25% | 50% | 50% | 1.000 | " in table
+
+
 def test_pictures_resume(draws, tmp_path):
     draws("true name", "ours (fast)", seeds=1)
     whole = draws("true name", "ours (fast)", seeds=2)
@@ -505,7 +546,8 @@ def test_pictures_resume(draws, tmp_path):
     path = tmp_path / "pictures.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in whole[:7]))
     again = draws("true name", "ours (fast)", seeds=2)
-    times = ("seconds", "drawn")
+    assert all((row["gflop"] > 0) == (row["method"] != "true name") for row in whole)
+    times = ("seconds", "drawn", "gflop")  # work that is shared counts for fewer drawings
 
     def comparable(rows):
         rows = [{k: v for k, v in row.items() if k not in times} for row in rows]

@@ -18,7 +18,7 @@ from pez_core import (
     refine,
     search,
 )
-from pez_core.capture import NoWaiting, Replay, recorder_for, trust
+from pez_core.capture import NoWaiting, Replay, _place, recorder_for, trust
 from pez_core.objectives import SampledSimilarity, Similarity
 from pez_core.priors import SingleWordPrior, SumOfPriors
 
@@ -247,11 +247,11 @@ def test_the_environment_decides_before_the_self_test(card, monkeypatch, value, 
     assert PezSettings(capture=not captures).captures_on(card) is not captures
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"A card": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"CARD": 1}', "\xff"])
 def test_a_damaged_record_holds_no_result(card, tmp_path, text):
     path = tmp_path / "models/captures.json"
     path.parent.mkdir()
-    path.write_bytes(text.encode("latin1"))
+    path.write_bytes(text.replace("CARD", _place(card)).encode("latin1"))
     assert not PezSettings().captures_on(card)
     assert trust(card, True) and PezSettings().captures_on(card)
 

@@ -17,6 +17,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
+from .. import tower_work
 from ..errors import ArgumentError
 
 # A word that others are read behind.
@@ -208,6 +209,7 @@ class TextTower:
         causal: no position can change the features of an earlier one.
         example_token: id of an ordinary word, for where some token is needed.
         ids_before, ids_behind: ids that the tokenizer puts around a text of one token.
+        flops_per_token: operations of a pass through the blocks; see `pez_core.tower_work`.
 
     Raises:
         ArgumentError: the text tower is a Hugging Face model, or the tokenizer pads at the left.
@@ -241,6 +243,8 @@ class TextTower:
         # lists, since tensors would stay behind when the model moves to another device
         self.ids_before, self.ids_behind = row[:start], row[start + len(word) :]
         self.max_prompt_len = self.context_length - start - 1  # one place is the end token's
+        blocks = [p for p in tower.transformer.parameters() if p.ndim > 1]  # matrices
+        self.flops_per_token = 2.0 * sum(p.numel() for p in blocks)
 
     @staticmethod
     def _check_padding(tokenizer: Any, row: list[int], start: int, word: list[int]) -> None:
@@ -332,6 +336,10 @@ class TextTower:
         positions = prompt_len + 1 if self._plain_blocks else self.context_length
         width, size = self.token_embedding.shape[1], self.token_embedding.element_size()
         return _KEPT * blocks * positions * width * size
+
+    def count(self, rows: int, positions: int, backward: bool = False) -> None:
+        """Count a pass through the blocks, and the backward pass that follows it."""
+        tower_work.count(self.flops_per_token * rows * positions * (2 if backward else 1))
 
     def _mask(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         """The additive attention mask that the tower's own forward would use for these ids."""
@@ -454,6 +462,7 @@ class _CausalEncoder:
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         tower, after = self.text.tower, self.after.expand(len(embeddings), -1, -1)
         x = torch.cat([embeddings.to(after.dtype), after], dim=1)
+        self.text.count(*x.shape[:2], backward=x.requires_grad)
         x = x + self.text._positions(self.start, x.shape[1])
         mask = self._mask(x)
         *blocks, last = zip(tower.transformer.resblocks, self.past, strict=True)
@@ -472,6 +481,7 @@ class _CausalEncoder:
         past, length = [], embeddings.shape[1]
         if length == 0:
             return self
+        self.text.count(len(embeddings), length)
         x = embeddings.to(self.after.dtype) + self.text._positions(self.start, length)
         mask = self._mask(x)
         for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
@@ -501,6 +511,7 @@ class _FullEncoder:
         x = x.index_put((every[:, None], places), embeddings.to(x.dtype))
         if text._cls is not None:
             x = torch.cat([x, text._cls.detach().to(x.dtype).expand(rows, 1, -1)], dim=1)
+        text.count(*x.shape[:2], backward=x.requires_grad)
         x = x + text._positions(0, x.shape[1])
         x = tower.ln_final(tower.transformer(x, attn_mask=text._mask(x, ids)))
         if text._cls is not None or text._pool == "last":

@@ -280,6 +280,7 @@ def _distilled(
         candidates=only.candidates if only else [],
         history=only.history if only else [],
         seconds=sum(result.seconds for result in results.values()),
+        tower_flops=sum(result.tower_flops for result in results.values()),
         note=" ".join(filter(None, notes)),
         perplexity=only.perplexity if only else None,
         tokens_before=before,
