@@ -44,14 +44,14 @@ def data():
 def test_latents_are_normalised_and_decode_to_the_same_pixels(runs, data):
     plain = train.load_autoencoder(runs)
     latents = train.encode_all(data, runs)
-    assert latents.shape == (2, 6, 4, 16, 16)
-    assert latents.float().mean((0, 1, 3, 4)).abs().max() < 1e-2
-    torch.testing.assert_close(latents.float().std((0, 1, 3, 4)), torch.ones(4), atol=1e-2, rtol=0)
+    assert latents.shape == (6, 4, 16, 16)
+    assert latents.float().mean((0, 2, 3)).abs().max() < 1e-2
+    torch.testing.assert_close(latents.float().std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
 
     folded = train.load_autoencoder(runs)
-    x = data.on([4], ["white"], [True])
+    x = data.on([4], ["white"])
     found, expected = folded.encode(x).latent_dist, plain.encode(x).latent_dist
-    torch.testing.assert_close(found.mode(), latents[1, 4:5].float(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(found.mode(), latents[4:5].float(), atol=5e-3, rtol=0)
     state = torch.load(runs / "latents.pt", weights_only=True)
     torch.testing.assert_close(found.std, expected.std / state["std"][:, None, None])
     decoded, wanted = folded.decode(found.mode()).sample, plain.decode(expected.mode()).sample
@@ -82,3 +82,33 @@ def test_styles_without_colours_are_left_out(monkeypatch):
     pixels = np.zeros((5, 64, 64, 4), np.uint8)
     monkeypatch.setattr(train, "prepare", lambda folder: (drawings, pixels))
     assert train.load_data(Path("x")).index == [0, 2]
+
+
+def test_the_unet_sees_two_styles(runs, data, monkeypatch):
+    for k in (1, 4):
+        data.drawings[k] = Drawing("openmoji", "x", "", "a green bar", [], 3, "train")
+    seen = []
+
+    def latents(data, runs):
+        return torch.arange(6.0)[:, None, None, None].expand(6, 4, 16, 16)
+
+    def loss(model, scheduler, z, states, generator):
+        seen.extend(z[:, 0, 0, 0].tolist())
+        return model.conv_in.weight.sum()
+
+    monkeypatch.setattr(train, "encode_all", latents)
+    monkeypatch.setattr(train, "_diffusion_loss", loss)
+    monkeypatch.setattr(train, "WHITE", 1.0)
+    with torch.random.fork_rng():
+        train.train_unet(data, runs, 4, 2, 0, CLIP)
+    assert sorted(seen) == [0, 0, 2, 2, 3, 3, 5, 5]
+
+
+def test_timesteps_are_those_that_leave_something_to_the_text():
+    scheduler = train.DDIMScheduler.from_config(train.SCHEDULER)
+    steps = train._timesteps(scheduler, 20_000, torch.Generator().manual_seed(0))
+    signal = scheduler.alphas_cumprod[steps]
+    logs = (signal / (1 - signal)).log()
+    mean, deviation = train.LOG_SNR
+    assert abs(logs.mean() - mean) < 0.05 and abs(logs.std() - deviation) < 0.1
+    assert 0 <= steps.min() and steps.max() <= 999
