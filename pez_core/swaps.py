@@ -117,7 +117,6 @@ class _Task:
         pairs = zip(best, generators, strict=True)
         changed = torch.cat([self.space.changed(row, trials, one) for row, one in pairs])
         unchanged = best.repeat_interleave(trials, dim=0)
-        changed = torch.where(self.space.repeated(changed)[:, None], unchanged, changed)
         if self.valid is None:
             return changed
         return torch.where(self.valid(changed)[:, None], changed, unchanged)
