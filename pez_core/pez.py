@@ -76,7 +76,7 @@ class PezSettings(Budget):
 
 
 class SearchMethod(Protocol):
-    """A rival of `search` with its signature, such as `pez_core.baselines.gcg`."""
+    """A search method with the signature of `search`, such as `pez_core.baselines.gcg`."""
 
     def __call__(
         self,

@@ -41,7 +41,7 @@ _TEXTS_AT_ONCE = 64
 _PROBES, _ROUNDING = 4, 1e-3
 # Steps of a refinement that only a time limit ends.
 _ENDLESS = 10**9
-# The stream of a seed that rivals draw from, beside that of the initial prompt.
+# The random stream of a seed that baselines draw from, beside that of the initial prompt.
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
@@ -421,7 +421,7 @@ def descend(
         )
         best.trajectories += steps.of_searches() if steps else []
     else:
-        # rivals swap tokens of a space of phrases one by one
+        # baselines swap tokens of a space of phrases one by one
         good = problem.space.only_allowed(problem.acceptable)
         draws = [
             torch.Generator().manual_seed(child_seed(seed, *_DRAWS))

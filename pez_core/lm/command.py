@@ -67,7 +67,7 @@ def _add_search(part: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, metavar="N", help="examples per step (32)")
     add("--accumulate", type=int, default=1, metavar="N", help="process each batch in N parts")
     add("--optimizer", choices=OPTIMIZERS, default="adafactor")
-    add("--method", choices=METHOD_NAMES, default="pez", help="pez, or a rival")
+    add("--method", choices=METHOD_NAMES, default="pez", help="pez, or a baseline (default: pez)")
     add("--seed", type=int, default=0, metavar="N")
     add("--restarts", type=int, default=1, metavar="N", help="searches (1)")
     add("--start-from", metavar="TEXT", help="text to start from (default: random tokens)")
