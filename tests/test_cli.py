@@ -883,7 +883,7 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
         (["--judge", "judge"], "--judge requires --images; add it"),
         (["--images", "1", "--page", "."], "--page is '.', which has index.html already"),
         (["--images", "1", "--page", "index.html"], "--page is 'index.html', which is a file"),
-        (["--images", "1", "--negative-prompt"], "--negative-prompt gives no prompt"),
+        (["--images", "1", "--negative-prompt"], "--negative-prompt is not a prompt"),
         (["--images", "1", "--clip", "ViT-L-14:openai"], "--pipeline is missing: emoji-diffusion"),
     ],
 )
