@@ -141,8 +141,9 @@ def search(
         checkpoint: a `Checkpoint`, such as `pez_core.lm.checkpoint.FileCheckpoint`, that stores the
             state every `checkpoint.every` steps. If it holds a state, the search resumes from it.
             None: nothing is stored.
-        on_step: called after each step with (ids, losses, continuous prompt), see `pez_core.pez.StepCallback`.
-            Steps are then never captured, which is slower on CUDA. None: not called.
+        on_step: called after each step with (ids, losses, continuous prompt), see
+            `pez_core.pez.StepCallback`. Steps are then never captured, which is slower on CUDA.
+            None: not called.
 
     Returns:
         A `Progress`. Its `ids` (problems, prompt_len) are the best prompts of all steps, not the
