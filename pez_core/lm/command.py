@@ -49,6 +49,7 @@ def _add_tune(parts: Any) -> None:
     _add_model(part)
     _add_data(part)
     _add_search(part)
+    _add_examples_of_search(part)
     part.add_argument("--json", action="store_true", help="print JSON, the input of `transfer`")
     part.set_defaults(run=_run("tune"))
 
@@ -89,6 +90,11 @@ def _add_search(part: argparse.ArgumentParser) -> None:
         help="independent searches, of which the best counts (default: 1)",
     )
     add("--start-from", metavar="TEXT", help="text to start from (default: random tokens)")
+    add("--checkpoint", metavar="FILE", help="save the search to this file, or resume it from it")
+
+
+def _add_examples_of_search(part: argparse.ArgumentParser) -> None:
+    add = part.add_argument
     add(
         "--other-template",
         action="append",
@@ -115,7 +121,6 @@ def _add_search(part: argparse.ArgumentParser) -> None:
         metavar="K",
         help="learn from K examples of each label, and hold out K others (default: all)",
     )
-    add("--checkpoint", metavar="FILE", help="save the search to this file, or resume it from it")
 
 
 def _add_eval(parts: Any) -> None:
