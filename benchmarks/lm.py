@@ -14,9 +14,9 @@ shots and the seeds of --few-shot are the paper's by default; on a processor tak
     --rates --steps 40 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16
     --tune --steps 80 --check-every 10 --batch-size 16 --holdout 200 --dtype bfloat16 --seeds 3
 
-PEZ has the paper's learning rate. For its rivals --rates tries each of RATES with a separate seed;
-the rate with the best prompt on the holdout is used for all tasks, and the paper's where none was
-tried. All searches start from the words of the labels, as in the authors' code.
+PEZ has the paper's learning rate. For the baselines --rates tries each of RATES with a separate
+seed; the rate with the best prompt on the holdout is used for all tasks, and the paper's where none
+was tried. All searches start from the words of the labels, as in the authors' code.
 
 Prompts are learned with ENDINGS beside the end of the template, and measured with that of the task.
 

@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         "# The paper's findings, on the bundled CLIPs",
         "",
-        f"{arguments.images} drawings never trained on, one seed; PEZ and its rivals with "
+        f"{arguments.images} drawings never trained on, one seed; PEZ and the baselines with "
         f"{arguments.steps:,} steps. ± is one standard error over images. {machine()}.",
     ]
     for name in PARTS:

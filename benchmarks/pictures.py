@@ -41,8 +41,7 @@ from quality import METHODS as FINDERS
 from quality import default_words, ours
 from unseen import ROOT, Unseen, from_folder, prepare, unseen, words_of
 
-from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, invert, load_clip
-from pez_core import baselines as rivals
+from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, baselines, invert, load_clip
 from pez_core.clip.images import load_image
 from pez_core.diffusion import DenoisingLoss, load_pipeline
 from pez_core.diffusion.choice import choose_by_image
@@ -191,7 +190,7 @@ def by_soft_prompt(setup: Setup, places: list[int], seed: int) -> list[Made]:
     ids = torch.cat([space.random(1, length, one) for one in generators])
     objective = Similarity(clip.text.encoder(), setup.bench.features[places][:, None])
     settings = PezSettings(setup.steps, report_every=setup.steps, lr=SOFT_RATE)
-    progress = rivals.soft_prompt(space, objective, ids, settings)
+    progress = baselines.soft_prompt(space, objective, ids, settings)
     shown = [clip.text.words.decode(row) for row in progress.ids.tolist()]
     return [Made(text, one) for text, one in zip(shown, progress.embeddings, strict=True)]
 

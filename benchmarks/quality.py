@@ -56,11 +56,11 @@ from pez_core import (
     Report,
     SearchOptions,
     Vocabulary,
+    baselines,
     invert,
     load_clip,
     search,
 )
-from pez_core import baselines as rivals
 from pez_core.tower_work import counted
 
 CALIBRATION_IMAGES, TUNING_IMAGES = 3, 12
@@ -92,7 +92,7 @@ def ours(problems: Problems, note: Note, **options) -> list[Found]:
     return [one for r in results for one in problems.found(r.prompt, r.history[-1][1])]
 
 
-def rival(
+def baseline(
     problems: Problems, note: Note, method: Callable, report_every: int | None = None, **options
 ) -> list[Found]:
     settings = PezSettings(problems.steps, report_every=report_every, lr=problems.lr or 0.1)
@@ -108,7 +108,7 @@ def interrogate(problems: Problems, note: Note) -> list[Found]:
     )
     quick = max((ask(mode=mode) for mode in ("fast", "classic")), key=lambda one: one.score)
 
-    def best(chain: rivals.Interrogation) -> list[Found]:
+    def best(chain: baselines.Interrogation) -> list[Found]:
         one = max(quick, chain, key=lambda one: one.score)
         return problems.found(one.prompt, one.score)
 
@@ -138,7 +138,7 @@ def default_words(clip: Clip) -> torch.Tensor:
 @cache
 def bank_words(clip: Clip) -> torch.Tensor:
     """The words of one token in CLIP Interrogator's phrases."""
-    bank = rivals.load_bank()
+    bank = baselines.load_bank()
     phrases = [phrase for kind in bank.keys() - {"negative"} for phrase in bank[kind]]
     words = {word for phrase in phrases for word in re.findall(r"\w+", phrase.lower())}
     lexicon = Vocabulary(only=sorted(words)).lexicon(clip)
@@ -146,9 +146,9 @@ def bank_words(clip: Clip) -> torch.Tensor:
 
 
 @cache
-def interrogator(clip: Clip) -> rivals.Interrogator:
+def interrogator(clip: Clip) -> baselines.Interrogator:
     """Kept, since the tool itself stores the features of its phrases on disk."""
-    return rivals.Interrogator(clip, rivals.load_bank())
+    return baselines.Interrogator(clip, baselines.load_bank())
 
 
 METHODS = {
@@ -160,13 +160,17 @@ METHODS = {
     "PEZ as published": Method(partial(pez, words=every_token)),
     "PEZ": Method(partial(pez, words=default_words)),
     "PEZ + bank": Method(partial(pez, words=bank_words)),
-    "AutoPrompt k=1": Method(partial(rival, method=rivals.autoprompt, candidates=1)),
-    "AutoPrompt k=10": Method(partial(rival, method=rivals.autoprompt, candidates=10)),
-    "AutoPrompt SGD": Method(partial(rival, method=rivals.autoprompt_sgd), tuned=True),
-    "FluentPrompt": Method(partial(rival, method=rivals.fluent_prompt), tuned=True, anytime=False),
+    "AutoPrompt k=1": Method(partial(baseline, method=baselines.autoprompt, candidates=1)),
+    "AutoPrompt k=10": Method(partial(baseline, method=baselines.autoprompt, candidates=10)),
+    "AutoPrompt SGD": Method(partial(baseline, method=baselines.autoprompt_sgd), tuned=True),
+    "FluentPrompt": Method(
+        partial(baseline, method=baselines.fluent_prompt), tuned=True, anytime=False
+    ),
     # each of its reports costs a projection
-    "soft prompt": Method(partial(rival, method=rivals.soft_prompt, report_every=25), tuned=True),
-    "GCG": Method(partial(rival, method=rivals.gcg)),
+    "soft prompt": Method(
+        partial(baseline, method=baselines.soft_prompt, report_every=25), tuned=True
+    ),
+    "GCG": Method(partial(baseline, method=baselines.gcg)),
     "Interrogator": Method(interrogate, seeded=False, at_once=1),
     "Interrogator, 75 tokens": Method(interrogate, seeded=False, at_once=1, prompt_len=75),
     "true name": Method(

@@ -117,7 +117,7 @@ def _sampling() -> list[io.Input]:
             optional=True,
             multiline=True,
             placeholder="negative prompt (optional)",
-            tooltip="What the images must not show.",
+            tooltip="Things that the images must not show.",
         ),
         inputs.fit(),
     ]

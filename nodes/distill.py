@@ -43,7 +43,7 @@ class DistillPrompt(Learner):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Length of the new prompt as a part of the old one. 0.3 is about a "
+                    tooltip="Tokens to learn for each token of the long prompt. 0.3 is about a "
                     "third.",
                 ),
                 *inputs.search(
@@ -94,6 +94,6 @@ def _outputs() -> list[io.Output]:
             tooltip="Cosine similarity with the long prompt by the CLIP, at most 1.",
         ),
         io.Int.Output(
-            "tokens_saved", is_output_list=True, tooltip="Number of tokens that it is shorter by."
+            "tokens_saved", is_output_list=True, tooltip="Tokens of the long prompt minus its own."
         ),
     ]

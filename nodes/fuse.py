@@ -47,7 +47,8 @@ class FusePrompts(Learner):
                     optional=True,
                     label_on="always learn",
                     label_off="join if it fits",
-                    tooltip="On: learn one prompt even if the prompts fit side by side.",
+                    tooltip="On: learn one prompt even if the joined prompts fit into "
+                    "`max_tokens`.",
                 ),
                 *inputs.search(
                     16, "Length of a learned prompt in tokens. Most words are one token."
@@ -126,7 +127,7 @@ def _join_inputs() -> list[io.Input]:
             min=1,
             max=75,
             **inputs.RARE,
-            tooltip="Longest join in tokens. Longer prompts are learned instead.",
+            tooltip="Most tokens of joined prompts. If they have more, one prompt is learned.",
         ),
     ]
 

@@ -118,7 +118,7 @@ def _target_inputs() -> list[io.Input]:
             optional=True,
             placeholder="your caption (optional)",
             tooltip="Text that stays in the prompt, for example from a captioner node. The learned "
-            "words add what it misses. They follow it, or stand where it has {}.",
+            "words go where it has {}, otherwise behind it.",
         ),
     ]
 

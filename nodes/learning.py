@@ -78,7 +78,7 @@ class Learner(io.ComfyNode):
     def _check_wires(cls, values: Values) -> None:
         for name in cls.REQUIRED:
             if values[name] is None:
-                raise ValueError(f"`{name}` is not connected, and there is no kept prompt to give.")
+                raise ValueError(f"`{name}` is not connected, and no prompt is stored.")
 
 
 def _kept(values: Values) -> Kept | None:
@@ -160,7 +160,7 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     if effort == PAPER and readability:
         raise ArgumentError(
             "readability",
-            f"is {readability}, but the `effort` paper has no step in which it counts",
+            f"is {readability}, but the `effort` paper has no swaps, which it needs",
             "choose another `effort`, such as balanced, or set `readability` to 0",
         )
     vocabulary = values["vocabulary"]

@@ -105,15 +105,16 @@ def _inputs() -> list[io.Input]:
             options=["default", "cpu"],
             default="default",
             **RARE,
-            tooltip="cpu leaves the graphics card to other models, and is slow.",
+            tooltip="cpu: search on the processor, which is slow and leaves the graphics card to "
+            "other models.",
         ),
         io.Combo.Input(
             "activation",
             options=[AUTOMATIC, *ACTIVATIONS],
             default=AUTOMATIC,
             **RARE,
-            tooltip="Activation of the CLIP in a file, which its weights hide. automatic: by "
-            "the name of the file, or else the one with which pictures and texts agree most.",
+            tooltip="Activation function of a CLIP file, which its weights do not show. automatic: "
+            "by the name of the file, or else the one with which pictures and texts agree most.",
         ),
     ]
 

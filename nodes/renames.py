@@ -59,5 +59,5 @@ def old_form(name: str, value: Any) -> tuple[str, Any]:
     taken for out of date.
     """
     values = {new: old for old, new in _NEW_VALUES.get(name, {}).items()}
-    known = isinstance(value, (str, bool)) and value in values
-    return _OLD_NAMES.get(name, name), values[value] if known else value
+    renamed = isinstance(value, (str, bool)) and value in values
+    return _OLD_NAMES.get(name, name), values[value] if renamed else value

@@ -37,10 +37,10 @@ def register_routes() -> None:
     @routes.post("/pez/finish")
     async def finish(request: web.Request) -> web.Response:
         """End the search of a node with the best so far."""
-        asked = await _json(request)
-        live = running.get(str(asked.get("node")))
+        body = await _json(request)
+        live = running.get(str(body.get("node")))
         # a late click must not end another run of the same node
-        found = live is not None and asked.get("prompt_id") in (None, live.event["prompt_id"])
+        found = live is not None and body.get("prompt_id") in (None, live.event["prompt_id"])
         if found:
             live.finish()
         return web.json_response({"finishing": found})
@@ -84,9 +84,9 @@ def _changed(prompt: dict[str, Any]) -> dict[str, list[str]]:
 
 async def _json(request: web.Request) -> dict[str, Any]:
     try:
-        asked = await request.json()
+        body = await request.json()
     except (ValueError, RecursionError) as error:
         raise web.HTTPBadRequest(text="the body is not JSON, or too deep") from error
-    if not isinstance(asked, dict):
+    if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="the body is not a JSON object")
-    return asked
+    return body

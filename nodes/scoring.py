@@ -104,7 +104,7 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=0.005,
             **inputs.RARE,
-            tooltip="Largest loss of similarity when words are dropped.",
+            tooltip="Similarity that a prompt may lose when words are dropped.",
         ),
         inputs.text(
             "target",

@@ -90,7 +90,7 @@ def _style_inputs() -> list[io.Input]:
             "style_template",
             default=STYLE_TEMPLATE,
             **inputs.RARE,
-            tooltip="How subject and style become a prompt.",
+            tooltip="The form of the prompt, with {subject} and {style}.",
         ),
         io.Boolean.Input(
             "keep_content",

@@ -91,7 +91,7 @@ def _encoded(name: str, features: Any) -> torch.Tensor:
         return features
     raise ArgumentError(
         name,
-        "has a CLIP_VISION_OUTPUT that is not by a CLIP",
+        "has a CLIP_VISION_OUTPUT that was not made by a CLIP",
         "encode the image with the image encoder of the model's own CLIP, or connect the image",
     )
 

@@ -24,8 +24,8 @@ class ArgumentError(ValueError):
 
     Args:
         argument: its name in `pez_core`.
-        problem: what is wrong with it, to be read behind the name: "has to be above 0 but is -1".
-        remedy: what to do, "" where `problem` says it.
+        problem: the rest of a sentence that begins with the name: "has to be above 0 but is -1".
+        remedy: an imperative without a full stop, "add it"; "" where `problem` implies it.
     """
 
     def __init__(self, argument: str, problem: str, remedy: str = "") -> None:
@@ -61,7 +61,7 @@ class ArgumentError(ValueError):
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """An argument has a value of the wrong type."""
+    """An argument has a value of the wrong type: an `ArgumentError` that is a TypeError, too."""
 
 
 def _replaced(text: str, name_of: Callable[[str], str]) -> str:

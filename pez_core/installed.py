@@ -83,7 +83,7 @@ def commands(requirements: Path, python: str = sys.executable) -> list[list[str]
     """
     torch = _version("torch")
     if torch is None:
-        raise RuntimeError("torch is not installed: install it as https://pytorch.org tells you")
+        raise RuntimeError("torch is not installed; see https://pytorch.org")
     install = installer(python)
     found = [[*install, "-r", str(requirements)]]
     open_clip = _version("open_clip_torch")

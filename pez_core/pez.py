@@ -50,11 +50,22 @@ class PezSettings(Budget):
     """Settings of Algorithm 1.
 
     Attributes:
-        steps, patience, report_every, time_limit, capture: see `Budget`.
+        steps: optimisation steps, at least 1.
+        patience: a problem ends after this many steps without improvement, at least 1; None: never.
+        report_every: steps between two calls of the callback, at least 1. None: 1 on the CPU, 25
+            elsewhere, where each report waits for the device.
+        time_limit: seconds, above 0; the step during which they run out is the last. None: no
+            limit.
+        capture: on CUDA, replay steps as a CUDA graph where the space and the objective allow it.
+            None: where `pez doctor` found that faster on this device, unless the environment
+            variable `PEZ_CAPTURE` is 0 (never) or 1 (always).
         lr: learning rate (gamma in the paper), above 0.
         weight_decay: of AdamW, 0 or more.
-        optimizer: a list of parameters -> their optimiser, with a learning rate of its own; None:
-            AdamW with `lr` and `weight_decay`.
+        optimizer: a function from a list of parameters to their optimiser, with a learning rate of
+            its own. None: AdamW with `lr` and `weight_decay`.
+
+    Raises:
+        ArgumentError: a value is out of range.
     """
 
     lr: float = 0.1
@@ -76,7 +87,7 @@ class PezSettings(Budget):
 
 
 class SearchMethod(Protocol):
-    """A rival of `search` with its signature, such as `pez_core.baselines.gcg`."""
+    """A search method with the signature of `search`, such as `pez_core.baselines.gcg`."""
 
     def __call__(
         self,
@@ -117,8 +128,8 @@ def search(
             followed, and (problems,) scores; the prompt with the highest score is the best. Each
             row of the output may depend on its own row alone. A function of your own runs in each
             step and may use `step`, random numbers and `item()`. `pez_core.objective_for` makes one
-            for one problem of a CLIP and targets. It is captured as a CUDA graph, as are others
-            whose attribute `capturable` is true (see `Objective`).
+            for one problem of a CLIP and targets. Its result is captured as a CUDA graph, as are
+            objectives whose attribute `capturable` is true (see `pez_core.pez.Objective`).
         ids: (problems, prompt_len) int64 ids to start from; `space.random` draws some. Their
             embeddings are the first continuous prompt.
         settings: steps, learning rate, patience and more, see `PezSettings`.
@@ -130,8 +141,9 @@ def search(
         checkpoint: a `Checkpoint`, such as `pez_core.lm.checkpoint.FileCheckpoint`, that stores the
             state every `checkpoint.every` steps. If it holds a state, the search resumes from it.
             None: nothing is stored.
-        on_step: called after each step with (ids, losses, continuous prompt), see `StepCallback`.
-            Steps are then never captured, which is slower on CUDA. None: not called.
+        on_step: called after each step with (ids, losses, continuous prompt), see
+            `pez_core.pez.StepCallback`. Steps are then never captured, which is slower on CUDA.
+            None: not called.
 
     Returns:
         A `Progress`. Its `ids` (problems, prompt_len) are the best prompts of all steps, not the

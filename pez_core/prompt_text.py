@@ -278,7 +278,7 @@ class _Level:
     colons: list[int] = field(default_factory=list)
 
 
-class _Reader:
+class _ReadText:
     """What was read so far: texts, and how many up to each have letters or digits."""
 
     def __init__(self) -> None:
@@ -339,7 +339,7 @@ class _Reader:
 
 def _read(text: str) -> str:
     """What is read of a text with brackets."""
-    reader, at, marks = _Reader(), 0, _marks(text)
+    reader, at, marks = _ReadText(), 0, _marks(text)
     for mark in marks:
         reader.add(text[at : mark.start])
         at = mark.end

@@ -42,7 +42,7 @@ _TEXTS_AT_ONCE = 64
 _PROBES, _ROUNDING = 4, 1e-3
 # Steps of a refinement that only a time limit ends.
 _ENDLESS = 10**9
-# The stream of a seed that rivals draw from, beside that of the initial prompt.
+# The random stream of a seed that baselines draw from, beside that of the initial prompt.
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
@@ -303,9 +303,9 @@ def _space(
 
 def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The phrases in the tokens that they have at the beginning of a text."""
-    known, starts = clip.trained_tokens, []
+    trained, starts = clip.trained_tokens, []
     for start in clip.text.words.openings(phrases):
-        if start is not None and (known is None or known.issuperset(start)):
+        if start is not None and (trained is None or trained.issuperset(start)):
             starts.append(start)
     if not starts:
         raise ArgumentError(
@@ -317,9 +317,9 @@ def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple
 
 def _round_trip_tokens(clip: AnyClip, lexicon: Lexicon) -> list[int]:
     """Sorted single tokens of the lexicon that round-trip through the tokenizer."""
-    known, round_trips = set(clip.vocabulary.tolist()), clip.text.words.round_trips_inside
+    usual, round_trips = set(clip.vocabulary.tolist()), clip.text.words.round_trips_inside
     single = sorted(phrase[0] for phrase in lexicon.phrases if len(phrase) == 1)
-    return [token for token in single if token in known or round_trips([token])]
+    return [token for token in single if token in usual or round_trips([token])]
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ class _Start:
                 "start_from",
                 f"is {self.options.start_from!r}, which leads to no prompt that round-trips and "
                 "holds no blocked word",
-                "write whole words that the CLIP knows",
+                "write whole words of the CLIP's vocabulary",
             )
         raise ArgumentError(
             "vocabulary",
@@ -424,7 +424,7 @@ def descend(
         )
         best.trajectories += steps.of_searches() if steps else []
     else:
-        # rivals swap tokens of a space of phrases one by one
+        # baselines swap tokens of a space of phrases one by one
         good = problem.space.only_allowed(problem.acceptable)
         draws = [
             torch.Generator().manual_seed(child_seed(seed, *_DRAWS))

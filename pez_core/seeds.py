@@ -34,11 +34,11 @@ def restart_seed(seed: int, restart: int) -> int:
 
 @dataclass(frozen=True)
 class SeedStatistics:
-    """A search with several seeds.
+    """The values of a search with several seeds, with their `mean` and `standard_error`.
 
     Attributes:
-        values: one number per seed, in the order of the seeds.
-        results: what the search returned for each.
+        values: one number per seed, in the order of the seeds; by default the similarity.
+        results: the return value of the search for each seed.
     """
 
     values: list[float]

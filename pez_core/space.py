@@ -426,8 +426,8 @@ class PhraseSpace(TokenSpace):
         spans: dict[int, list[tuple[int, int]]] = {0: []}
         for end in range(1, len(ids) + 1):
             for n in self._lengths:
-                known = self._phrases_at(end - n).known if end - n in spans else ()
-                if tuple(ids[end - n : end]) in known:
+                phrases = self._phrases_at(end - n).ids if end - n in spans else ()
+                if tuple(ids[end - n : end]) in phrases:
                     spans[end] = [*spans[end - n], (end - n, n)]
                     break
         return spans.get(len(ids), [])
@@ -438,7 +438,7 @@ class _Phrases:
 
     Attributes:
         by_length: (count, length) positions of their tokens in `allowed`, by length.
-        known: their ids.
+        ids: their tokens.
         widest: the largest of the tensors has this number of elements.
     """
 
@@ -452,7 +452,7 @@ class _Phrases:
             )
             for length in sorted({len(phrase) for phrase in phrases})
         }
-        self.known = {tuple(phrase) for phrase in phrases}
+        self.ids = {tuple(phrase) for phrase in phrases}
         self.widest = max(map(len, self.by_length.values()), default=0)
         # flat, for drawing at random: all phrases one after the other
         self._flat = [i for p in self.by_length.values() for i in p.flatten().tolist()]

@@ -71,12 +71,14 @@ class SwapSettings(Budget):
     """Settings of the refinement.
 
     Attributes:
-        steps, patience, report_every, time_limit, capture: see `Budget`. A step tries swaps at one
-            position; a round has as many steps as the prompt has tokens.
-        trials: variants of each prompt that are refined side by side. After each round all become
-            the best prompt with one token changed at random.
-        screened: tokens that a step compares in the best trial: those with the best mean gradient.
-        candidates: the best of these, which the step compares in each trial.
+        steps: number of steps, at least 1. A step tries swaps at one position; a round has as many
+            steps as the prompt has tokens.
+        patience, report_every, time_limit, capture: as in `PezSettings`.
+        trials: variants of each prompt that are refined side by side, at least 1. After each round
+            all become the best prompt with one token changed at random.
+        screened: number of tokens that a step compares in the best trial, at least 1: those with
+            the best mean gradient.
+        candidates: number of the best of these that the step compares in each trial, at least 1.
 
     Raises:
         ArgumentError: a value is out of range.

@@ -22,17 +22,21 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".t
 
 Target: TypeAlias = str | ImageInput
 """A string is a text; path objects, PIL images, bytes, file objects, arrays and tensors are images.
-A tensor with one dimension is the feature of an image, of any length, by the very CLIP."""
+A tensor with one dimension is the feature of an image by the same CLIP, of any length."""
 
 
 @dataclass(frozen=True)
 class Avoid:
-    """Texts and images that a prompt has to stay away from.
+    """Texts and images that a prompt must not be similar to, an argument of `invert`.
 
     Attributes:
-        targets: one target or several.
-        weight: their weight against the images, which have 1: one number for all of them together,
-            or one for each.
+        targets: one target or a list. A string is a text; path objects, PIL images, bytes, file
+            objects, arrays and tensors are images, as in `invert`; a tensor with one dimension is
+            the feature of an image by the CLIP of the search.
+        weight: their weight in the score, where the images have 1. One number, 0 or more, is for
+            all targets together; a list has one number above 0 per target.
+
+    A wrong weight is an `ArgumentError` of `invert`.
     """
 
     targets: Target | Sequence[Target] = ()

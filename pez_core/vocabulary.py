@@ -106,10 +106,10 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class _Rules:
-    """A vocabulary for one CLIP, before it is combined: offered phrases and filters for others.
+    """A vocabulary for one CLIP, before it is combined: phrases, and filters for all phrases.
 
     Attributes:
-        offers: phrases that pass if the filters admit them.
+        given: phrases that pass if the filters admit them.
         admits: the filter for all phrases.
         blocked: words that must not appear.
         bank: the phrases of `only` as written; None: no such list.
@@ -117,7 +117,7 @@ class _Rules:
         dictionary: the filter for all phrases but these; None: there is none.
     """
 
-    offers: set[tuple[int, ...]]
+    given: set[tuple[int, ...]]
     admits: Callable[[tuple[int, ...]], bool]
     blocked: frozenset[str]
     bank: frozenset[str] | None
@@ -126,13 +126,13 @@ class _Rules:
 
     def passes(self, phrase: tuple[int, ...]) -> bool:
         """Whether a phrase passes both filters."""
-        known = self.dictionary is None or phrase in self.listed or self.dictionary(phrase)
-        return known and self.admits(phrase)
+        listed = self.dictionary is None or phrase in self.listed or self.dictionary(phrase)
+        return listed and self.admits(phrase)
 
     @cached_property
     def phrases(self) -> set[tuple[int, ...]]:
-        """The offered phrases that pass its own filters."""
-        return set(filter(self.passes, self.offers))
+        """The given phrases that pass the filters."""
+        return set(filter(self.passes, self.given))
 
 
 @dataclass(frozen=True)
@@ -252,16 +252,16 @@ class Vocabulary:
             parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
             strong = [(part.std(dim=1) >= self.min_embedding_std).tolist() for part in parts]
             trained = [all(flags) for flags in zip(*strong, strict=True)]
-        known = None
+        only = None
         if self._only is not None:
             encoded = {tuple(words.encode_behind(f" {text}")) for text in self._only or ()}
-            known = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
+            only = {phrase for phrase in encoded if phrase and _is_usable(clip, phrase)}
 
         def admits(phrase: tuple[int, ...]) -> bool:
-            if known is not None and phrase not in known:
+            if only is not None and phrase not in only:
                 return False
             # a usable single token of another rule's `only` is in the default, too
-            single = len(phrase) == 1 and known is None
+            single = len(phrase) == 1 and only is None
             if single and self.whole_words and phrase[0] not in default:
                 return False
             if trained is not None and not all(trained[i] for i in phrase):
@@ -273,19 +273,19 @@ class Vocabulary:
                 return False
             return not (blocked.find(text) or blocked.find_mark(text))
 
-        if known is not None:
-            offers = known
+        if only is not None:
+            phrases = only
         elif self.whole_words:
-            offers = {(i,) for i in default}
+            phrases = {(i,) for i in default}
         else:
             size = min(words.size, len(table))
-            offers = {(i,) for i in range(size) if i not in words.special_ids}
+            phrases = {(i,) for i in range(size) if i not in words.special_ids}
         bank = frozenset(self._only) if self._only is not None else None
         dictionary = None
-        if known is None and self.whole_words and self.dictionary:
+        if only is None and self.whole_words and self.dictionary:
             dictionary = _dictionary(clip, default)
-        listed = frozenset(known or ())
-        return _Rules(offers, admits, frozenset(self._blocked), bank, listed, dictionary)
+        listed = frozenset(only or ())
+        return _Rules(phrases, admits, frozenset(self._blocked), bank, listed, dictionary)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rules, banks and blocked words included, as a JSON file."""
@@ -334,7 +334,7 @@ class _Combination(Vocabulary):
         if self.operation == "&":
             bank = a.bank if b.bank is None else b.bank if a.bank is None else a.bank | b.bank
             return _Rules(
-                a.offers | b.offers,
+                a.given | b.given,
                 lambda p: a.admits(p) and b.admits(p),
                 a.blocked | b.blocked,
                 bank,
@@ -411,17 +411,17 @@ def _phrases(name: str, source: object) -> tuple[str, ...]:
 
 
 def _is_usable(clip: AnyClip, phrase: Sequence[int]) -> bool:
-    known = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
+    trained = clip.trained_tokens is None or clip.trained_tokens.issuperset(phrase)
     fits = len(phrase) <= clip.text.max_prompt_len
-    return known and fits and clip.text.words.round_trips_inside(phrase)
+    return trained and fits and clip.text.words.round_trips_inside(phrase)
 
 
 def _dictionary(clip: AnyClip, default: Iterable[int]) -> Callable[[tuple[int, ...]], bool] | None:
     """The filter for words of the dictionary; None where a CLIP has none of them."""
-    name, known = "words of the dictionary", english_words()
+    name, dictionary = "words of the dictionary", english_words()
     if name not in clip.cache:
         printed = ((i, clip.text.words.decode([i])) for i in default)
-        clip.cache[name] = {i for i, word in printed if word == "," or word.lower() in known}
+        clip.cache[name] = {i for i, word in printed if word == "," or word.lower() in dictionary}
     words = clip.cache[name]
     return (lambda phrase: len(phrase) == 1 and phrase[0] in words) if words else None
 

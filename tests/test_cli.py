@@ -3,6 +3,8 @@
 Most tests call `main` in this process, with a tiny CLIP in place of a real one.
 """
 
+import argparse
+import inspect
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +28,7 @@ from pez_core import Clip, SearchOptions, Vocabulary
 from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
 from pez_core.clip import images
+from pez_core.diffusion import make_gallery
 from pez_core.readability import as_written
 from pez_core.results import Report, Result
 from pez_core.tasks import DistillResult, FuseResult, StyleResult
@@ -392,6 +396,47 @@ def test_the_commands_are_those_of_this_table():
     assert set(EFFECTS) == set(POSITIONAL)
 
 
+def commands_below(parser, name="pez"):
+    """Each parser with the words of its command."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items():
+                yield from commands_below(one, f"{name} {word}")
+
+
+@pytest.mark.parametrize("name, parser", list(commands_below(build_parser())))
+def test_every_command_and_option_is_explained_with_its_default(name, parser):
+    assert parser.description, name
+    for action in parser._actions:
+        if isinstance(action, (argparse._SubParsersAction, argparse._HelpAction)):
+            continue
+        assert action.help, action.dest
+        if action.default not in (None, False, [], "", argparse.SUPPRESS):
+            number = isinstance(action.default, float)
+            shown = f"{action.default:g}" if number else str(action.default)
+            assert f"(default: {shown}" in action.help.replace("'", ""), (action.dest, action.help)
+
+
+def test_options_have_the_names_of_python_apart_from_the_table_of_the_page():
+    names = {field.name for kind in (SearchOptions, Vocabulary) for field in fields(kind)}
+    functions = [getattr(pez_core, name) for name in pez_core.__all__]
+    for function in (*filter(inspect.isfunction, functions), StyleResult.apply, make_gallery):
+        names |= {function.__name__, *inspect.signature(function).parameters}
+    page = (ROOT / "docs/cli.md").read_text()
+    table = re.search(r"^\| option \| in Python \|$.*?\n\n", page, re.M | re.S)[0]
+    listed = set(re.findall("--[a-z][a-z-]*", table))
+    options = {
+        option
+        for command in EFFECTS
+        for action in parsers()[command]._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help", "--json")
+    }
+    other = {option for option in options if option[2:].replace("-", "_") not in names}
+    assert other <= listed and listed <= options, (other - listed, listed - options)
+
+
 def test_defaults_are_those_of_python(run):
     for command in ("invert", "style", "distill", "fuse"):
         assert run(command).search.options == SearchOptions()
@@ -705,9 +750,9 @@ def test_pictures_as_json(as_json, searches, drawn, tiny):
     assert [row["page"] for row in rows] == [os.path.join("here", "index.html")] * 2
     (made,) = rows[0]["pictures"]
     assert made["prompt"] == "red dog" and len(made["images"]) == 2
-    for fields, clip in zip((made, made["judge"]), tiny, strict=True):
+    for shown, clip in zip((made, made["judge"]), tiny, strict=True):
         scores = pez_core.score(clip, "red dog", IMAGES[0]).similarity.item()
-        assert fields["similarity"] == pytest.approx(scores, abs=1e-5)
+        assert shown["similarity"] == pytest.approx(scores, abs=1e-5)
 
 
 def test_what_is_drawn_for_each_command(as_json, searches, drawn):
@@ -838,7 +883,7 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
         (["--judge", "judge"], "--judge requires --images; add it"),
         (["--images", "1", "--page", "."], "--page is '.', which has index.html already"),
         (["--images", "1", "--page", "index.html"], "--page is 'index.html', which is a file"),
-        (["--images", "1", "--negative-prompt"], "--negative-prompt gives no prompt"),
+        (["--images", "1", "--negative-prompt"], "--negative-prompt is not a prompt"),
         (["--images", "1", "--clip", "ViT-L-14:openai"], "--pipeline is missing: emoji-diffusion"),
     ],
 )

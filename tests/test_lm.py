@@ -518,11 +518,11 @@ def test_a_file_of_another_search_is_refused(learned, tmp_path):
     with pytest.raises(ValueError, match=r"`checkpoint`.*with another `model`; remove"):
         tune_prompt(retrained, tokenizer, SORTED, TEMPLATE, WORDS, **options)
     for name in ("", tmp_path):
-        with pytest.raises(ValueError, match="is a folder, or lies in none"):
+        with pytest.raises(ValueError, match="is a folder, or whose folder does not exist"):
             tune_prompt(
                 model, tokenizer, SORTED, TEMPLATE, WORDS, **(options | {"checkpoint": name})
             )
-    with pytest.raises(ValueError, match="is a folder, or lies in none"):
+    with pytest.raises(ValueError, match="is a folder, or whose folder does not exist"):
         options["checkpoint"] = tmp_path / "c" / "d"
         tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
 

@@ -295,6 +295,18 @@ def test_each_drawing_and_each_model_has_a_source():
         assert (ROOT / folder / "SOURCES.md").exists() and folder in notice
 
 
+def test_the_licence_names_those_of_all_parts_in_the_package():
+    notice, names = (ROOT / "NOTICE").read_text(), set()
+    table = notice[notice.index("Part  ") : notice.index("examples/ATTRIBUTION.md")]
+    for row in re.findall(r"^pez_core/\S+ +(.+(?:\n {37}\S.*)*)", table, re.M):
+        names |= set(re.findall(r"Apache-2\.0|CC BY 4\.0|SCOWL(?=,)|WordNet 3\.0|MIT|GPL", row))
+    assert len(names) == 4
+    parts = PYPROJECT["project"]["license"].split(" AND ")
+    assert {part.removeprefix("LicenseRef-") for part in parts} == {
+        name.replace(" ", "-") for name in names
+    }
+
+
 def test_the_bundled_model_is_small_and_says_what_it_reached():
     folder = ROOT / "pez_core/models/emoji-clip"
     assert (folder / "open_clip_model.safetensors").stat().st_size <= 25e6

@@ -1,4 +1,4 @@
-"""What researchers need: the published search, rivals in the same call, steps, seeds and errors."""
+"""For research: the published search, baselines in the same call, steps, seeds and errors."""
 
 import statistics
 from dataclasses import replace
@@ -29,7 +29,7 @@ from pez_core.objectives import Similarity
 from pez_core.runner import PromptTarget, prepare
 from pez_core.seeds import child_seed, restart_seed
 
-RIVALS = {
+BASELINES = {
     "autoprompt": baselines.autoprompt,
     "autoprompt_sgd": baselines.autoprompt_sgd,
     "fluent_prompt": baselines.fluent_prompt,
@@ -129,38 +129,38 @@ def test_unsafe_words_stay_blocked_unless_they_are_allowed(clip, monkeypatch):
     assert not any(unsafe(replace(options, block_unsafe=True)))
 
 
-# ------------------------------------------------------------------------- rivals
+# ------------------------------------------------------------------------- baselines
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_a_rival_in_the_same_call_is_the_rival_itself(name, clip):
-    options = all_words(prompt_len=4, swaps=0, steps=6, method=RIVALS[name], restarts=2)
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_in_the_same_call_is_the_baseline_itself(name, clip):
+    options = all_words(prompt_len=4, swaps=0, steps=6, method=BASELINES[name], restarts=2)
     (result,) = invert(clip, picture(), options)
     target = PromptTarget(target_of(clip)[None], torch.ones(1), torch.zeros(1).bool())
     problem = prepare(clip, [target], options, 4, Caption(clip), 0.0)
     objective = Similarity(clip.text.encoder(), target.features[None].repeat(2, 1, 1))
     draws = [torch.Generator().manual_seed(child_seed(seed, 0, 0)) for seed in problem.search_seeds]
     settings, ids = PezSettings(steps=6), problem.ids.flatten(0, 1)
-    found = RIVALS[name](problem.space, objective, ids, settings, generator=draws)
+    found = BASELINES[name](problem.space, objective, ids, settings, generator=draws)
     rows = [one.token_ids for one in result.candidates]
     assert sorted(rows) == sorted(found.ids.tolist())
     plain = invert(clip, picture(), replace(options, method=None))[0]
     assert [c.token_ids for c in plain.candidates] != rows
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_a_rivals_result_does_not_depend_on_its_neighbours(name, clip):
-    options = all_words(prompt_len=3, swaps=0, steps=5, method=RIVALS[name])
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_result_of_a_baseline_does_not_depend_on_its_neighbours(name, clip):
+    options = all_words(prompt_len=3, swaps=0, steps=5, method=BASELINES[name])
     pictures = [*picture(), 1 - picture()[0]]
     together = invert(clip, pictures, options)
     alone = [invert(clip, one, options)[0] for one in pictures]
     assert [one.prompt for one in together] == [one.prompt for one in alone]
 
 
-def test_a_rival_keeps_the_rules_of_the_call(clip):
+def test_a_baseline_keeps_the_rules_of_the_call(clip):
     words = Vocabulary(only=["red car", "blue house", "old dog"])
     options = SearchOptions(
-        prompt_len=4, swaps=0, steps=6, method=RIVALS["gcg"], vocabulary=words, effort="fast"
+        prompt_len=4, swaps=0, steps=6, method=BASELINES["gcg"], vocabulary=words, effort="fast"
     )
     (result,) = invert(clip, picture(), options, caption="a photo of")
     parts = result.learned.split()
@@ -185,7 +185,7 @@ def test_generators_of_problems():
         ({"method": baselines.gcg, "swaps": 0, "trajectory": True}, "trajectory"),
     ],
 )
-def test_a_rival_is_measured_alone(fields, argument):
+def test_a_baseline_is_measured_alone(fields, argument):
     with pytest.raises(ArgumentError) as caught:
         SearchOptions(**fields)
     assert caught.value.argument == argument

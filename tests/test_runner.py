@@ -498,7 +498,7 @@ def test_an_extra_loss_for_another_number_of_prompts(tiny_clip, picture):
     with pytest.raises(ArgumentError, match="made for 3 prompts, but 1 are learned") as caught:
         invert(tiny_clip, picture, options)
     assert caught.value.argument == "extra_loss"
-    with pytest.raises(ArgumentError, match="draws prompts towards the images") as caught:
+    with pytest.raises(ArgumentError, match="moves prompts towards the images") as caught:
         invert(tiny_clip, picture, options, negative_prompt=True)
     assert caught.value.argument == "extra_loss"
 

@@ -280,7 +280,7 @@ def test_the_last_token_that_fits_the_context_is_learned(clip):
     assert default_len(clip, 16, text + " {}") == 1
 
 
-def test_rivals_get_the_settings_and_draws_of_each_search(clip):
+def test_baselines_get_the_settings_and_draws_of_each_search(clip):
     calls = []
 
     def method(space, objective, ids, settings, callback, acceptable, *, generator):

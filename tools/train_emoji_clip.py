@@ -103,7 +103,7 @@ DEV = 60  # drawings for the figures during training, never trained on
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How to train.
 
     Attributes:
@@ -485,15 +485,15 @@ class Training:
     Args:
         folder: of the drawings.
         model: what to train.
-        plan: how.
+        schedule: of the training.
         checkpoint: file that the state is kept in.
     """
 
-    def __init__(self, folder: Path, model: Model, plan: Plan, checkpoint: Path) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan, self.config, self.checkpoint = plan, model.config, checkpoint
-        self.rng = random.Random(plan.seed)
-        self.generator = torch.Generator().manual_seed(plan.seed)
+    def __init__(self, folder: Path, model: Model, schedule: Schedule, checkpoint: Path) -> None:
+        torch.manual_seed(schedule.seed)
+        self.schedule, self.config, self.checkpoint = schedule, model.config, checkpoint
+        self.rng = random.Random(schedule.seed)
+        self.generator = torch.Generator().manual_seed(schedule.seed)
         self.drawings, pixels = prepare(folder)
         self.lexicon = Lexicon()
         self.captions = Captions(self.drawings, pixels, self.lexicon, self.rng)
@@ -501,10 +501,10 @@ class Training:
         names: dict[str, int] = {}
         self.name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in self.drawings])
         self.style_id = torch.tensor([list(STYLES).index(d.style) for d in self.drawings])
-        self.model, self.full_table = make_model(model.config, self.lexicon, plan.init)
+        self.model, self.full_table = make_model(model.config, self.lexicon, schedule.init)
         self.images = Images(pixels, self.generator)
         visual = self.model.visual
-        self.trunk = None if plan.init is None else frozen_trunk(visual)
+        self.trunk = None if schedule.init is None else frozen_trunk(visual)
         self.pictures = Pictures(
             self.drawings,
             self.images,
@@ -535,7 +535,7 @@ class Training:
             {"params": decayed, "weight_decay": 0.2},
             {"params": others, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), fused=True)
+        return torch.optim.AdamW(groups, lr=self.schedule.lr, betas=(0.9, 0.98), fused=True)
 
     def save(self) -> None:
         state = {
@@ -634,7 +634,7 @@ class Training:
         return zero | figures
 
     def _chosen(self) -> list[int]:
-        count = self.plan.batch // EACH
+        count = self.schedule.batch // EACH
         if len(self.left) < count:
             self.left = self.index.copy()
             self.rng.shuffle(self.left)
@@ -700,7 +700,7 @@ class Training:
     def _tempting(self, cosines: torch.Tensor, false: torch.Tensor) -> torch.Tensor:
         """(N, words) cosines and which are false -> (N, ADVERSARIAL_LEN) similar false words."""
         best = (cosines + false).topk(TEMPTING)
-        weights = (self.plan.hottest * best.values).softmax(-1)
+        weights = (self.schedule.hottest * best.values).softmax(-1)
         picks = weights.multinomial(ADVERSARIAL_LEN, replacement=True, generator=self.generator)
         return best.indices.gather(1, picks) + 3
 
@@ -710,7 +710,7 @@ class Training:
 
         A search finds much the same and takes far longer. There are none at the beginning.
         """
-        if self.step < self.plan.adversarial_from * self.plan.steps:
+        if self.step < self.schedule.adversarial_from * self.schedule.steps:
             return []
         if self.alone is None or self.step % READ_EVERY == 0:
             words = range(3, len(self.lexicon.tokens))
@@ -722,9 +722,9 @@ class Training:
 
     def train_step(self) -> dict[str, float]:
         """One step; returns what it is logged by."""
-        plan, ids = self.plan, self.lexicon.ids
-        share = self.step / plan.steps
-        rate = plan.lr * min(1, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
+        schedule, ids = self.schedule, self.lexicon.ids
+        share = self.step / schedule.steps
+        rate = schedule.lr * min(1, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         chosen = self._chosen()
@@ -759,7 +759,7 @@ class Training:
             found = (hunted * attacked).sum(1)
             limit = self.hunt.free * sentences.mean().detach()
             apart = apart + (found - limit).relu().mean()
-        self._update(loss + plan.alignment * apart)
+        self._update(loss + schedule.alignment * apart)
         levels = {
             "loss": loss,
             "true": true.mean(),
@@ -784,12 +784,12 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(max=math.log(self.plan.hottest))
+            self.model.logit_scale.clamp_(max=math.log(self.schedule.hottest))
 
     def run(self, out: Path) -> None:
         """All steps that are left."""
         began, last, sums = time.monotonic(), self.step, {}
-        while self.step < self.plan.steps:
+        while self.step < self.schedule.steps:
             for name, value in self.train_step().items():
                 sums.setdefault(name, []).append(value)
             if self.step % LOG_EVERY == 0:
@@ -797,13 +797,13 @@ class Training:
                 means = {k: round(sum(v) / len(v), 3) for k, v in sums.items()}
                 log.info("step %d, %.2f s each: %s", self.step, seconds, means)
                 sums = {}
-            done = self.step == self.plan.steps
+            done = self.step == self.schedule.steps
             if done or self.step % SAVE_EVERY == 0:
                 self.save()
-            if done or self.step % self.plan.evaluate_every == 0:
+            if done or self.step % self.schedule.evaluate_every == 0:
                 metrics = self.measure()
                 log.info("step %d: %s", self.step, metrics)
-                metrics |= {"steps": self.step, "seed": self.plan.seed}
+                metrics |= {"steps": self.step, "seed": self.schedule.seed}
                 export(self.model, self.config, self.full_table, self.lexicon, metrics, out)
 
 
@@ -846,8 +846,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, help="default: that of the model")
-    parser.add_argument("--hottest", type=float, default=Plan.hottest)
-    parser.add_argument("--alignment", type=float, default=Plan.alignment)
+    parser.add_argument("--hottest", type=float, default=Schedule.hottest)
+    parser.add_argument("--alignment", type=float, default=Schedule.alignment)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, help="default: build/MODEL/checkpoint.pt")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
@@ -861,9 +861,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(a.threads)
     seed = model.seed if a.seed is None else a.seed
-    plan = Plan(a.steps, a.batch, a.lr, seed, a.init, hottest=a.hottest, alignment=a.alignment)
+    schedule = Schedule(
+        a.steps, a.batch, a.lr, seed, a.init, hottest=a.hottest, alignment=a.alignment
+    )
     checkpoint = a.checkpoint or Path("build") / a.model / "checkpoint.pt"
-    training = Training(a.folder, model, plan, checkpoint)
+    training = Training(a.folder, model, schedule, checkpoint)
     if a.resume:
         training.resume()
     training.run(out)

@@ -34,7 +34,7 @@ _REFUSED = {
     "batch_size": "it belongs to the run, which has `batch_size` itself",
     "language_model": "each worker loads its own; give its path to the job",
     "extra_loss": "it is made of images, and a batch has many",
-    "method": "a batch has one row per item, and rivals are for comparisons",
+    "method": "baselines are for comparisons of single results",
     "trajectory": "a batch has one row per item",
 }
 # Options that `Job.settings` has in another form, or that change no result.

@@ -94,11 +94,11 @@ class Output:
                     "give a new folder",
                 )
             return
-        known = _read_settings(path)
+        stored = _read_settings(path)
         changed = [
-            f"{name}: {known.get(name)!r} there, {settings.get(name)!r} now"
-            for name in [*settings, *(known.keys() - settings.keys())]
-            if known.get(name) != settings.get(name)
+            f"{name}: {stored.get(name)!r} there, {settings.get(name)!r} now"
+            for name in [*settings, *(stored.keys() - settings.keys())]
+            if stored.get(name) != settings.get(name)
         ]
         if changed:
             raise ArgumentError(
@@ -142,8 +142,8 @@ class Output:
         """Remove the rows of these ids that have errors; their items are then searched again."""
         for path in self._files(_FAILED):
             table = _read(path)
-            known = pc.is_in(table["id"].cast(pa.large_string()), ids)
-            self._replace(path, table.filter(pc.invert(known)))
+            again = pc.is_in(table["id"].cast(pa.large_string()), ids)
+            self._replace(path, table.filter(pc.invert(again)))
 
     def tidy(self) -> None:
         """Remove unfinished files, and all but one of the rows with one id.
@@ -202,14 +202,14 @@ class Output:
 
 def _read_settings(path: Path) -> dict:
     try:
-        known = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(
             "out", f"holds {str(path)!r}, which cannot be read ({error})"
         ) from error
-    if not isinstance(known, dict):
+    if not isinstance(settings, dict):
         raise ArgumentError("out", f"holds {str(path)!r}, which holds no settings")
-    return known
+    return settings
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -73,8 +73,8 @@ def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = 
             "--time-limit",
             type=float,
             metavar="SECONDS",
-            help="for the whole command, without loading models; swaps go on until the limit, "
-            "unless --swaps is given",
+            help="for the whole command, not counting the loading of models; swaps continue until "
+            "the limit, unless --swaps is given (default: no limit)",
         )
     group.add_argument(
         "--restarts",
@@ -106,8 +106,8 @@ def add_fit(command: Any) -> None:
         "--fit",
         choices=FITS,
         default="crop",
-        help="how an image that is not square is read: its centre, all of it with bars, or all of "
-        "it distorted (default: crop)",
+        help="how an image becomes square for the CLIP: by its centre, with bars, or distorted "
+        "(default: crop)",
     )
 
 
@@ -151,7 +151,7 @@ def add_vocabulary(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ascii", action="store_true", help="only ASCII: no emoji, no other script")
     group.add_argument(
-        "--vocabulary", metavar="FILE", help="rules that Vocabulary.save has written in Python"
+        "--vocabulary", metavar="FILE", help="rules that Vocabulary.save wrote to a file, in Python"
     )
 
 
@@ -162,8 +162,8 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
         "--clip",
         action="append",
         metavar="NAME[:PRETRAINED_OR_FILE]",
-        help="CLIP to use, see `pez models` (default: emoji-clip, bundled); if repeated, the mean "
-        "of several CLIPs counts",
+        help="CLIP to search on, see `pez models` (default: emoji-clip, bundled); if repeated, "
+        "several CLIPs are searched as one, by the mean of their similarities",
     )
     group.add_argument(
         "--clip-weight",
@@ -172,21 +172,21 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
         metavar="X",
         help="weight of a CLIP in this mean, one for each --clip (default: all the same)",
     )
-    group.add_argument("--device", help="cuda, mps or cpu (default: the first of these there is)")
     group.add_argument(
-        "--download", action="store_true", help="download weights that are not on this disk"
+        "--device", help="cuda, mps or cpu (default: the first of these that is available)"
     )
+    group.add_argument("--download", action="store_true", help="download weights not on this disk")
     group.add_argument(
         "--activation",
         choices=ACTIVATIONS,
-        help="activation of the CLIP in a file, which its weights do not show (default: by its "
-        "name, or else by measurement)",
+        help="activation function of a CLIP file, which its weights do not show (default: by the "
+        "name of the file, or else by measurement)",
     )
     if low_memory:
         group.add_argument(
             "--low-memory",
             action="store_true",
-            help="keep the image tower in main memory except while it encodes images",
+            help="keep the image tower in main memory, except while images are encoded",
         )
     command.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
@@ -310,7 +310,7 @@ def add_judge(command: Any) -> None:
     command.add_argument(
         "--judge",
         metavar="NAME[:PRETRAINED_OR_FILE]",
-        help="second CLIP, on which the prompts were not searched",
+        help="held-out CLIP, whose similarities are added",
     )
 
 

@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument("out", metavar="OUT", help="folder for the results, a Parquet dataset")
     command.add_argument(
-        "--task", choices=TASKS, default="invert", help="what to do with each item (invert)"
+        "--task", choices=TASKS, default="invert", help="task for each item (default: invert)"
     )
     _add_items(command)
     _add_workers(command)
@@ -61,25 +61,35 @@ def add_commands(commands: Any) -> None:
 
 def _add_items(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("items")
-    group.add_argument("--image-column", metavar="NAME", help="column of a table with image paths")
-    group.add_argument("--prompt-column", metavar="NAME", help="column of a table with texts")
+    group.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="column of a table with image paths (default: image, path, file_name or file)",
+    )
+    group.add_argument(
+        "--prompt-column",
+        metavar="NAME",
+        help="column of a table with texts (default: prompt, caption or text)",
+    )
     group.add_argument(
         "--id-column",
         metavar="NAME",
-        help="column of a table with an id for each row (default: path or prompt)",
+        help="column of a table with an id for each row (default: the path or the prompt)",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="take only the first N items")
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="take only the first N items (default: all)"
+    )
     group.add_argument(
         "--shuffle", action="store_true", help="take the items in a random order, by --seed"
     )
     group.add_argument(
-        "--retry-failed", action="store_true", help="search items that had an error again"
+        "--retry-failed", action="store_true", help="search items with an error again"
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="search a few items, write nothing, and print how much there is to do and how long "
-        "it takes",
+        help="search a few items, write nothing, and print the number of items left and the time "
+        "for them",
     )
 
 

@@ -13,9 +13,11 @@ def add_commands(commands: Any) -> None:
         "doctor",
         help="test this machine, and print what a bug report needs",
         description="Test this machine for about ten seconds, and print what a bug report needs: "
-        "versions, rates, and whether the device computes what the CPU computes.",
+        "versions, rates, and whether the results of the device agree with those of the CPU.",
     )
-    command.add_argument("--device", metavar="NAME", help="such as cuda, mps or cpu")
+    command.add_argument(
+        "--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)"
+    )
     command.set_defaults(run=_doctor)
 
 

@@ -97,7 +97,7 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text that the prompt stays away from; may be repeated",
+        help="text that the prompt must not be similar to; may be repeated",
     )
     if not batch:
         group.add_argument(
@@ -105,20 +105,20 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
             action="append",
             default=[],
             metavar="FILE",
-            help="image that the prompt stays away from; may be repeated",
+            help="image that the prompt must not be similar to; may be repeated",
         )
     group.add_argument(
         "--avoid-weight",
         type=float,
         default=0.5,
         metavar="X",
-        help="weight of all that is avoided; an image has 1 (default: 0.5)",
+        help="weight of all that is avoided, together; the image has weight 1 (default: 0.5)",
     )
     if not batch:
         group.add_argument(
             "--negative-prompt",
             action="store_true",
-            help="find a negative prompt: words far from the images",
+            help="find a negative prompt: words similar to --avoid and far from the images",
         )
 
 
@@ -348,19 +348,20 @@ def _add_style(commands: Any) -> None:
         "--style-template",
         default="{subject}, {style}",
         metavar="TEXT",
-        help="how a subject and the style are joined (default: '{subject}, {style}')",
+        help="form of a prompt with a subject and the style (default: '{subject}, {style}')",
     )
     group.add_argument(
         "--content",
         action="append",
         default=[],
         metavar="TEXT",
-        help="what the images depict; these words will not be in the prompt; may be repeated",
+        help="words for the content of the images, which the style prompt must not use; may be "
+        "repeated",
     )
     group.add_argument(
         "--keep-content",
         action="store_true",
-        help="leave the content of the images in the target, as in the paper",
+        help="learn the content that the images share, too, as in the paper",
     )
     group.add_argument(
         "--images-per-step",
@@ -417,7 +418,7 @@ def _add_distill(commands: Any) -> None:
     command = commands.add_parser(
         "distill",
         help="shorten a prompt",
-        description="Find a shorter prompt that CLIP finds similar. Weights and tags stay.",
+        description="Find a shorter prompt with similar CLIP features. Weights and tags stay.",
     )
     command.add_argument("prompt", metavar="PROMPT", help="text to shorten; - reads it from stdin")
     add_search(command, prompt_len="by --ratio")
@@ -479,9 +480,9 @@ def _add_fuse(commands: Any) -> None:
     command = commands.add_parser(
         "fuse",
         help="join prompts and images into one prompt",
-        description="Join prompts, or learn one prompt that is similar to all of them and images.",
+        description="Join prompts, or learn one prompt that is similar to all prompts and images.",
     )
-    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to join")
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to join")
     command.add_argument(
         "--image",
         action="append",
@@ -501,10 +502,13 @@ def _add_fuse(commands: Any) -> None:
         "--max-tokens",
         type=int,
         metavar="N",
-        help="a longer join is replaced by one learned prompt (default: what the CLIP reads, 75)",
+        help="most tokens of joined prompts; if they have more, one prompt is learned (default: "
+        "the context of the CLIP, 75)",
     )
     command.add_argument(
-        "--always-learn", action="store_true", help="learn a prompt even where the join fits"
+        "--always-learn",
+        action="store_true",
+        help="learn one prompt even if the joined prompts fit",
     )
     add_search(command, prompt_len="16")
     add_vocabulary(command)

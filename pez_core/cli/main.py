@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="pez",
-        description="Turn images and long prompts into short text prompts that CLIP finds similar.",
+        description="Turn images and long prompts into short text prompts with similar features by "
+        "CLIP.",
     )
     parser.add_argument("--version", action="version", version=f"pez {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -9,7 +9,9 @@ from typing import Any
 def add_commands(commands: Any) -> None:
     """Add `models` to the subparsers of `pez`."""
     command = commands.add_parser(
-        "models", help="list the CLIPs on this disk and those that can be downloaded"
+        "models",
+        help="list the CLIPs on this disk and those that can be downloaded",
+        description="List the CLIPs on this disk and those that can be downloaded.",
     )
     command.set_defaults(run=_models)
 

@@ -77,8 +77,8 @@ class Pictures:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments, self.status = arguments, 0
         self.page: Path | None = None
-        self.asked = _is_asked(arguments)
-        if not self.asked:
+        self.makes_images = _makes_images(arguments)
+        if not self.makes_images:
             return
         _check(arguments)
         diffusion = _diffusion()
@@ -108,7 +108,7 @@ class Pictures:
             ArgumentError: the judge is the same.
         """
         self._clip = clip
-        if self.asked and self._judge is not None:
+        if self.makes_images and self._judge is not None:
             _diffusion().evaluation.check_held_out(self._judge, clip)
 
     def make(
@@ -126,9 +126,9 @@ class Pictures:
             interrupted: whether Ctrl-C was pressed. The page then has the images so far.
 
         Returns:
-            What `--json` prints about each prompt; nothing where no images were asked for.
+            What `--json` prints about each prompt; nothing where no images are made.
         """
-        if not self.asked or not prompts:
+        if not self.makes_images or not prompts:
             return []
         diffusion, arguments = _diffusion(), self._arguments
         with _images_bar() as show:
@@ -169,7 +169,7 @@ class Pictures:
         self.status = 1
 
 
-def _is_asked(arguments: argparse.Namespace) -> bool:
+def _makes_images(arguments: argparse.Namespace) -> bool:
     """Whether images are to be made; raise where an option needs them and they are not."""
     if arguments.num_images_per_prompt is not None or arguments.pipeline is not None:
         return True
@@ -188,7 +188,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_number("guidance_scale", arguments.guidance_scale)
     if getattr(arguments, "negative_prompt", False):
         raise ArgumentError(
-            "negative_prompt", "gives no prompt to make images of", "leave one of the two out"
+            "negative_prompt", "is not a prompt to make images of", "leave one of the two out"
         )
     if arguments.pipeline is None and (arguments.clip or [ITS_CLIP]) != [ITS_CLIP]:
         raise ArgumentError(

@@ -22,17 +22,18 @@ def add_commands(commands: Any) -> None:
     """Add `score` to the subparsers of `pez`."""
     command = commands.add_parser(
         "score",
-        help="measure how similar prompts and images are",
-        description="Measure how similar prompts and images are, and what each word contributes.",
+        help="measure the similarity of prompts and images",
+        description="Measure the similarity of prompts and images, and the contribution of each "
+        "word.",
     )
-    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="texts")
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompt to score")
     command.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="image; may be repeated"
     )
     add_judge(command)
     add_fit(command)
     command.add_argument(
-        "--explain", action="store_true", help="print what each word contributes to the similarity"
+        "--explain", action="store_true", help="print the similarity that each word contributes"
     )
     command.add_argument(
         "--prune", action="store_true", help="drop the words that contribute nothing"
@@ -42,7 +43,7 @@ def add_commands(commands: Any) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="similarity that --prune may give up (default: 0)",
+        help="similarity that a prompt may lose by --prune (default: 0)",
     )
     add_clip(command)
     command.set_defaults(run=_score, names={"images": "--image"})

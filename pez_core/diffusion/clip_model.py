@@ -124,7 +124,7 @@ class PezClipModel(ModelMixin, ConfigMixin):
         if not self.config["towers"]:
             raise ArgumentError(
                 "clip",
-                "is of the encoders of an image pipeline, which that pipeline saves",
+                "was made of the encoders of an image pipeline, which are saved with that pipeline",
                 "save `.pipeline`, and make this one again by `from_pipe`",
             )
         super().save_pretrained(*args, **kwargs)

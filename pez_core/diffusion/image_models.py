@@ -111,6 +111,9 @@ def load_pipeline(
         download: fetch a repository that is not on this disk.
         low_memory: keep the models in main memory, except for the one that is computing.
 
+    Returns:
+        The pipeline, on the device, or with offload to it where `low_memory` is set.
+
     Raises:
         ArgumentError: there is no such pipeline, it is not on this disk, or it makes no images from
             prompts alone.
@@ -151,12 +154,12 @@ def without_foreign_code() -> Iterator[None]:
 
     diffusers loads processors by transformers without the argument that would refuse it.
     """
-    asked = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds for an answer; 0: never asked
+    usual = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds for an answer; 0: no question
     try:
         yield
     finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asked
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = usual
 
 
 @contextmanager
@@ -214,8 +217,8 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         raise ArgumentError(
             "pipeline",
             f"has to be a text-to-image pipeline but is {kind}",
-            "give a pipeline that needs an image of its own the prompts of a prior: "
-            "t2i(**PezPipeline(clip=clip)(image=target), image=start)",
+            "for a pipeline that needs an image, learn the prompts first: "
+            "pipeline(**PezPipeline(clip=clip)(image=target), image=start)",
         )
 
 

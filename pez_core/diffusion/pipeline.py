@@ -504,18 +504,18 @@ class PezPipeline(DiffusionPipeline):
                 )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
         passed = sorted(set(image_kwargs) - {"num_images_per_prompt", "generator", "output_type"})
-        _check_known(self if self.pipeline is None else self.pipeline, passed)
+        _check_accepted(self if self.pipeline is None else self.pipeline, passed)
         check = getattr(self.pipeline, "check_inputs", None)
         if check is None:
             return
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
-        known = {name: parameter.default for name, parameter in accepted.items()}
+        values = {name: parameter.default for name, parameter in accepted.items()}
         # a size that every pipeline takes: some choose theirs only after the check
-        known |= {"height": 1024, "width": 1024, "callback_steps": 1}
-        known |= one_per_prompt(image_kwargs, prompts) | {"prompt": ["a"] * prompts}
+        values |= {"height": 1024, "width": 1024, "callback_steps": 1}
+        values |= one_per_prompt(image_kwargs, prompts) | {"prompt": ["a"] * prompts}
         needed = inspect.signature(check).parameters
-        if set(needed) <= set(known):
-            check(**{name: known[name] for name in needed})
+        if set(needed) <= set(values):
+            check(**{name: values[name] for name in needed})
 
     def with_denoising_loss(
         self,
@@ -954,14 +954,14 @@ def _place(clip: PezClipModel, pipeline: DiffusionPipeline) -> None:
     nn.Module.to(clip, "cpu" if waits else pipeline._execution_device, dtype)
 
 
-def _check_known(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
+def _check_accepted(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
     """Raise where a pipeline does not take an argument; some would ignore it."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
     for name in names:
         if name in accepted:
             continue
-        known = [*inspect.signature(PezPipeline.__call__).parameters, *accepted]
-        close = next(iter(get_close_matches(name, known, 1)), None)
+        every = [*inspect.signature(PezPipeline.__call__).parameters, *accepted]
+        close = next(iter(get_close_matches(name, every, 1)), None)
         remedy = f"perhaps `{close}` is meant" if close else "leave it out"
         if name in SearchOptions.__dataclass_fields__:
             remedy = f"write options=SearchOptions({name}=...)"

@@ -52,7 +52,7 @@ class FileCheckpoint:
         self.search = json.loads(json.dumps(search, default=lambda value: value.item()))
         if not self.path.name or self.path.is_dir() or not self.path.parent.is_dir():
             raise ArgumentError(
-                "checkpoint", f"is {str(path)!r}, which is a folder, or lies in none"
+                "checkpoint", f"is {str(path)!r}, which is a folder, or whose folder does not exist"
             )
         if self.path.exists():
             self._check_search(self._read()[0])

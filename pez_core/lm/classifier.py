@@ -247,7 +247,7 @@ def _check_embeddings(model: Any, ids: list[int], device: torch.device) -> None:
     """
     tokens = torch.tensor([ids], device=device)
     begun = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
-    remedy = "take another model, such as those that the documents name"
+    remedy = "take another model, such as SmolLM2 or GPT-2"
     try:
         embeddings = model.get_input_embeddings()(tokens)
         ours = model(inputs_embeds=embeddings, **begun).logits.float()
@@ -259,8 +259,8 @@ def _check_embeddings(model: Any, ids: list[int], device: torch.device) -> None:
     if float((ours - theirs).norm()) > _SAME * float(theirs.norm()):
         raise ArgumentError(
             "model",
-            "reads the embeddings of tokens in another way than the tokens, which it scales, so "
-            "that prompts learned on them would be wrong",
+            "scales the embeddings of tokens, but not embeddings given in their place, so that "
+            "prompts learned with it would be wrong",
             remedy,
         )
 

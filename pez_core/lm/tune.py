@@ -163,7 +163,7 @@ def tune_prompt(
         optimizer: "adafactor" as in the paper, or "adamw"; gradients are clipped to a norm of 1.
         holdout: examples by which the best prompt is chosen. None: half of `dataset`, at most 500,
             the same for every seed; nothing is learned from them.
-        method: "pez", or a rival of it: "autoprompt-sgd", "fluentprompt", "soft-prompt",
+        method: "pez", or a baseline: "autoprompt-sgd", "fluentprompt", "soft-prompt",
             "pez-as-released" (see `pez_core.lm.methods`), "empty" (the template alone).
         weight_decay: of the optimiser, 0 or more.
         seed: of the initial prompt and of the batches; restarts beyond the first have independent

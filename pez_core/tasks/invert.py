@@ -90,7 +90,9 @@ def invert(
     weights = _weights(shared, count)
     if negative_prompt and options.extra_loss is not None:
         raise ArgumentError(
-            "extra_loss", "draws prompts towards the images", "leave `negative_prompt` out"
+            "extra_loss",
+            "moves prompts towards the images, a negative prompt away from them",
+            "leave `negative_prompt` out",
         )
     signed, avoided = _signed_weights(weights, away, negative_prompt)
     fixed = check_caption(caption)

@@ -311,6 +311,6 @@ answer([fused, scored, texts, wrong])
     )
     assert fused[0] == fused[1] and scored[0] == pytest.approx(scored[1], abs=1e-6)
     assert texts[0] == pytest.approx(texts[1], abs=1e-6)
-    assert "`images` has a CLIP_VISION_OUTPUT that is not by a CLIP" in wrong[0]
+    assert "`images` has a CLIP_VISION_OUTPUT that was not made by a CLIP" in wrong[0]
     assert "`images` holds an encoded image of 7 numbers" in wrong[1]
     assert wrong[2] == "`images` is not connected; connect one, or write a `target`."
