@@ -111,4 +111,4 @@ def test_timesteps_are_those_that_leave_something_to_the_text():
     logs = (signal / (1 - signal)).log()
     mean, deviation = train.LOG_SNR
     assert abs(logs.mean() - mean) < 0.05 and abs(logs.std() - deviation) < 0.1
-    assert 0 <= steps.min() and steps.max() <= 999
+    assert steps.min() >= 0 and steps.max() <= 999
