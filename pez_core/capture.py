@@ -267,9 +267,11 @@ class Replay:
         """Run the step eagerly and from a graph; keep the graph if both give the same result."""
         changed = self._changed()
         before = _copies(changed)
+        flops = 0.0
         try:
             with tower_work.counted() as work:
                 replayed = recorder.record(self._step)
+                flops = work.flops
         except RuntimeError as error:
             _give_up(recorder, str(error).partition("\n")[0])
             replayed = None
@@ -281,7 +283,7 @@ class Replay:
         put(changed, before)
         replayed()
         if all(map(_alike, changed, expected, before)):
-            self._step = partial(_replay, replayed, work.flops)
+            self._step = partial(_replay, replayed, flops)
         else:
             _give_up(recorder, "the graph of a step gave another result than the step")
         put(changed, expected)

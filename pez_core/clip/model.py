@@ -180,7 +180,7 @@ class Clip:
         use. The tokenizer cuts texts that are longer than the context.
         """
         ids = self.tokenizer(list(texts)).to(self.device)
-        self.text.count(*ids.shape)
+        self.text.count(len(ids), ids.shape[1])
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class Clip:
         rows = [[*text.ids_before, *chunk, *text.ids_behind] for chunk in chunks]
         # with one token the row is as long as the context, so no row is too short
         ids = torch.tensor([row[:length] for row in rows], device=self.device)
-        self.text.count(*ids.shape)
+        self.text.count(len(ids), ids.shape[1])
         each = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         counts = torch.tensor([float(len(chunk)) for chunk in chunks], device=self.device)
         return F.normalize((each * counts[:, None]).sum(0), dim=-1)
