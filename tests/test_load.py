@@ -995,7 +995,7 @@ def test_a_part_of_several_files_is_named(tmp_path, layout):
     tensors = make_model().state_dict()
     if layout == "transformers":
         tensors = as_transformers(make_model()).state_dict()
-    # the last cut leaves the beginnings of both towers in the first part
+    # the last cut leaves nearly all of both towers in the first part
     for first in (1, 9, len(tensors) - 1):
         in_parts(tmp_path, tensors, first)
         for part in tmp_path.glob("*.safetensors"):

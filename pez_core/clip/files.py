@@ -64,7 +64,7 @@ _OF_IMAGES = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
 _SCALE = re.compile(r"^(.*)\.(?:scale_weight|weight_scale)$")
 _MARK = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|position_ids)$")
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}$")
+_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001$)\d{5}$")
 _SAFETENSORS = (".safetensors", ".sft")
 INDEX = ".safetensors.index.json"
 """Ending of the file that says in which of several files each tensor lies."""
@@ -175,21 +175,12 @@ def found_in(path: Path, shapes: Shapes) -> FoundClip:
         NoClipError: there is none that can be searched.
     """
     if _PART_OF_SEVERAL.search(path.stem):
-        try:
-            return _found_in(path, shapes)
-        except NoClipError as error:
-            raise NoClipError("is one of several parts of a model", _of_all_parts(path)) from error
-    return _found_in(path, shapes)
-
-
-def _of_all_parts(part: Path) -> str:
-    if is_safetensors(part):
-        return f"give the file that ends in {INDEX}, with all parts beside it"
-    return "save the model as one model.safetensors"
-
-
-def _found_in(path: Path, shapes: Shapes) -> FoundClip:
-    """As `found_in`, for a file that is whole."""
+        raise NoClipError(
+            "is one of several parts of a model",
+            f"give the file that ends in {INDEX}, with all parts beside it"
+            if is_safetensors(path)
+            else "save the model as one model.safetensors",
+        )
     prefix = _prefix(shapes)
     inside = {key.removeprefix(prefix): shapes[key] for key in _of_towers(shapes, prefix)}
     transformers = _TEXT_TOWER[1] in inside
