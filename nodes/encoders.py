@@ -17,7 +17,7 @@ from comfy.clip_model import CLIPTextModel
 from PIL import Image
 
 from ..pez_core.clip.encoders import Pictures, TextWeights
-from ..pez_core.clip.projection import is_trained, projections_in
+from ..pez_core.clip.projection import depths_in, is_trained, projections_in
 
 # Pictures of one size that ComfyUI encodes at a time.
 _AT_ONCE = 8
@@ -51,6 +51,23 @@ class TextEncoder:
     def width(self) -> int:
         return self.model.text_model.final_layer_norm.weight.shape[0]
 
+    @property
+    def layers(self) -> int:
+        return len(self.model.text_model.encoder.layers)
+
+    @torch.inference_mode()
+    def lacks_last_layer(self) -> bool:
+        """Whether its last layer came without weights, as in some files of SD 2.x, which skip it.
+
+        ComfyUI sets them to memory that is not initialised, as it does with projections.
+        """
+        last = self.patches(f"text_model.encoder.layers.{self.layers - 1}.mlp.fc1.")
+        if not is_trained(_plain(last["weight"][0])):
+            return True
+        files = _files(self.clip) or []
+        depths = [one for path in files for one in depths_in(path, self.table.shape)]
+        return max(depths, default=0) in range(1, self.layers)
+
     def patches(self, name: str) -> dict[str, list]:
         """Each tensor whose name begins with `name`, with the patches on it, by the rest of it."""
         prefix = f"{self.path}.{name}"
@@ -67,7 +84,7 @@ class TextEncoder:
         return TextWeights(
             name=self.name,
             tensors=_Patched(self),
-            layers=len(layers),
+            layers=self.layers,
             heads=layers[0].self_attn.heads,
             activation=_activation(layers[0].mlp.activation),
             projection=projection,

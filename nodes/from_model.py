@@ -37,6 +37,7 @@ _VISION = {
     1024: "clip_vision_h (1.3 GB)",
     1280: "clip_vision_g (3.7 GB)",
 }
+_NO_LAST_LAYER = "its file lacks its last layer; use PEZ Load CLIP"
 _NO_PROJECTION = "no file here has its text projection"
 _REMEDY = (
     ": put a whole ViT-L/14 such as clip-vit-large-patch14 (1.71 GB) into models/clip_vision, or "
@@ -215,10 +216,12 @@ def _part(
     encoder: TextEncoder, visions: Sequence[Any], lengths: Sequence[int | None]
 ) -> tuple[Part | None, str]:
     """An encoder that can be searched; or None, and the reason."""
+    if encoder.lacks_last_layer():
+        return None, _NO_LAST_LAYER
     own = encoder.projection()
     projection, trained = None, None
     if own is None:
-        projection, trained = find_missing(encoder.table, files=_files())
+        projection, trained = find_missing(encoder.table, files=_files(), layers=encoder.layers)
     if not visions:
         return Part(encoder, projection, trained), ""
     found = own if projection is None else projection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from tempfile import TemporaryFile
 import folder_paths
 
 from ..pez_core import AnyClip, JointClip, load_clip
-from ..pez_core.clip.files import find_clip
+from ..pez_core.clip.files import INDEX, find_clip, is_index, is_safetensors
 from ..pez_core.clip.weights import download_size, fetch_weights
 from . import consent
 from .consent import FOLDER
 
 log = logging.getLogger(__name__)
+
+_FIRST_PART = re.compile(r"-00001-of-\d{5}\.safetensors$")
 
 FOLDERS = (FOLDER, "clip_vision", "text_encoders")
 """Folders of ComfyUI that may hold files with both towers of a CLIP."""
@@ -67,11 +70,16 @@ def choices() -> list[str]:
 
 
 def weights_files() -> Iterator[tuple[str, str]]:
-    """The safetensors files in ComfyUI's folders: how the model list has them, and their paths."""
+    """The safetensors files in ComfyUI's folders: how the model list has them, and their paths.
+
+    With the index of several parts, which ComfyUI itself does not list.
+    """
     for folder in FOLDERS:
-        for file in _files_in(folder):
+        listed = _files_in(folder)
+        indices = {_FIRST_PART.sub(INDEX, one) for one in listed if _FIRST_PART.search(one)}
+        for file in [*listed, *sorted(indices.difference(listed))]:
             path = folder_paths.get_full_path(folder, file)
-            if path and path.lower().endswith(".safetensors"):
+            if path and is_safetensors(Path(path)):
                 yield f"{folder}/{file}".replace("\\", "/"), path
 
 
@@ -203,12 +211,13 @@ def _places() -> str:
 
 def _holds_clip(path: str) -> bool:
     try:
-        status = os.stat(path)
+        parts = sorted(Path(path).parent.glob("*-of-*")) if is_index(Path(path)) else []
+        found = [os.stat(one) for one in (path, *parts)]
     except OSError:  # of a drive that has gone, or a link to nothing
         return False
-    return _header_holds_clip(path, status.st_mtime_ns, status.st_size)
+    return _header_holds_clip(path, tuple((one.st_mtime_ns, one.st_size) for one in found))
 
 
 @lru_cache(maxsize=1024)
-def _header_holds_clip(path: str, modified: int, size: int) -> bool:
+def _header_holds_clip(path: str, states: tuple[tuple[int, int], ...]) -> bool:
     return find_clip(Path(path)) is not None

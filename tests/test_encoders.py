@@ -42,7 +42,7 @@ from pez_core import (
 from pez_core.clip import encoders as encoders_module
 from pez_core.clip.encoders import ClipOfEncoders, TextWeights
 from pez_core.clip.images import load_image
-from pez_core.clip.projection import find_projection, is_trained
+from pez_core.clip.projection import depths_in, find_projection, is_trained
 from pez_core.targets import encode_targets
 
 TEXTS = ["a red cat", "blue fish at night, in deep water"]
@@ -249,9 +249,43 @@ def test_a_projection_is_found_in_files_of_both_layouts(tmp_path, layout):
     assert find_projection(tuned, [good]) is None
 
 
+@pytest.mark.parametrize("layout", ["transformers", "open_clip"])
+def test_the_projection_of_an_encoder_of_another_depth_is_not_taken(tmp_path, layout, caplog):
+    """As of SD 2.x in diffusers, whose text encoder came without its last layer."""
+    model = whole(16, 24)
+    inner = model.text_model.state_dict()
+    depth = model.config.text_config.num_hidden_layers
+    tensors = {f"text_model.{name}": tensor for name, tensor in inner.items()}
+    if layout == "open_clip":
+        tensors = {"token_embedding.weight": inner["embeddings.token_embedding.weight"]} | {
+            f"{tower}transformer.resblocks.{k}.ln_1.bias": torch.zeros(2)
+            for tower, layers in (("", depth), ("visual.", depth - 1))
+            for k in range(layers)
+        }
+        tensors["text_projection"] = torch.randn(16, 24)
+    else:
+        tensors["text_projection.weight"] = torch.randn(24, 16)
+    path = tmp_path / "whole.safetensors"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    table = inner["embeddings.token_embedding.weight"]
+    assert find_projection(table, [path]) and find_projection(table, [path], depth)
+    assert find_projection(table, [path], depth - 1) is None
+    assert depths_in(path, table.shape) == [depth]
+    config = model.config.text_config
+    config = CLIPTextConfig(**config.to_dict() | {"num_hidden_layers": depth - 1})
+    cut = CLIPTextModel(config).eval()
+    cut.get_input_embeddings().weight.data.copy_(table)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArgumentError, match="belongs to none"):
+        clip_from_encoders(cut, model)
+    assert "without its text projection" in caplog.text
+    assert clip_from_encoders(cut).encode_texts(TEXTS).shape == (len(TEXTS), 16)
+
+
 def test_memory_that_was_never_set_is_no_trained_matrix():
     real = load_file(ROOT / "pez_core/models/emoji-clip/open_clip_model.safetensors")
     assert is_trained(real["text_projection"]) and is_trained(torch.randn(8, 8) * 0.02)
+    # as in checkpoints that were cast to 8 bits: many entries become zero
+    assert is_trained((torch.randn(64, 64) * 0.01).to(torch.float8_e4m3fn))
     broken = real["text_projection"].float().clone()
     broken[3, 4] = float("nan")
     unset = (torch.zeros(8, 8), torch.full((8, 8), 1e-40), torch.full((8, 8), 0.5), broken)

@@ -283,6 +283,36 @@ def test_arrays_of_8_bit_integers_are_pixels(shape):
         assert load_image(given).tobytes() == same.tobytes()
 
 
+@pytest.mark.parametrize("kind", [np.int16, np.uint16, np.int32, np.int64])
+def test_integers_of_other_types_are_pixels_of_8_or_16_bits(kind):
+    array = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+    array[0, 0] = 255
+    deep = array.astype(np.uint16) * 257  # the same picture in 16 bits
+    expected = load_image(array).tobytes()
+    if kind is not np.uint16:  # whose values have 16 bits always
+        for given in (array.astype(kind), torch.from_numpy(array.astype(kind))):
+            assert load_image(given).tobytes() == expected
+    if kind is not np.int16:
+        assert load_image(deep.astype(kind)).tobytes() == expected
+    mask = (array > 127).astype(kind)
+    if kind is not np.uint16:
+        assert load_image(mask).tobytes() == load_image(array > 127).tobytes()
+    if kind is np.int64:
+        with pytest.raises(ValueError, match=r"spans 0 to 2e\+05"):
+            load_image(mask * 200_000)
+
+
+def test_a_tensor_of_two_dimensions_is_a_grey_picture_or_features(tiny_clip):
+    options = SearchOptions(prompt_len=2, effort="fast", steps=1, swaps=1)
+    mask = torch.zeros(20, 30)
+    mask[:, :9] = 1
+    expected = invert(tiny_clip, mask[..., None], options)[0]
+    for given in (mask, mask.bool(), mask.byte() * 255, mask.numpy()):
+        assert [one.prompt for one in invert(tiny_clip, given, options)] == [expected.prompt]
+    with pytest.raises(ArgumentError, match=r"features of .* numbers; .*\[\.\.\., None\]"):
+        invert(tiny_clip, mask - 0.1, options)
+
+
 def test_values_beyond_the_range_by_bicubic_upscaling_are_clamped():
     # the pattern of the kernel's own signs, whose extremes are those of all images
     hard = torch.zeros(1, 3, 8, 8)
@@ -366,7 +396,7 @@ def test_the_content_of_a_file_is_an_image(save, tiny_clip):
     expected = load_image(path).tobytes()
     content = path.read_bytes()
     with path.open("rb") as file:
-        for given in (content, bytearray(content), io.BytesIO(content), file):
+        for given in (content, bytearray(content), memoryview(content), io.BytesIO(content), file):
             (image,), single = load_images(given)
             assert single and image.tobytes() == expected
     pictures, single = load_images([content, path, io.BytesIO(content)])

@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, ROOT, TEXT, VISION, make_model
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pez_core import ArgumentError, SearchOptions, invert, load_clip
 from pez_core.clip import PRESETS, activation, build, files
@@ -341,6 +341,12 @@ def test_bad_arguments(architecture, name, options, message):
         load_clip(name, **options)
 
 
+def test_encoders_in_memory_have_their_own_function():
+    for given in (torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)]):
+        with pytest.raises(TypeError, match="holds a Linear; use `clip_from_encoders`"):
+            load_clip(given)
+
+
 def test_wrong_types():
     with pytest.raises(TypeError, match="`name`"):
         load_clip(3)
@@ -604,11 +610,10 @@ def test_a_file_that_names_its_tag_is_loaded_as_the_tag(monkeypatch, tmp_path):
         ("ViT-B/32", (), "write 'ViT-B-32:openai' for it"),
         ("ViT-L/14", (), "write 'ViT-L-14:openai' for it"),
         (
-            "shards",
-            ("config.json", "model.safetensors.index.json", "model-1-of-2.safetensors"),
-            "whose weights are split into several files; save the model as one model.safetensors",
+            "old",
+            ("config.json", "pytorch_model-00001-of-00002.bin"),
+            "whose weights are in parts in PyTorch's format; save the model as one",
         ),
-        ("old", ("config.json", "pytorch_model.bin"), "whose weights are in PyTorch's format"),
         ("empty", ("config.json",), "which holds neither open_clip_config.json nor"),
         ("weights.bin", None, "weights.bin', which is damaged or not a weights file"),
     ],
@@ -802,6 +807,7 @@ def with_prefix(prefix):
 
 FORMS = {
     "upper-case ending": ("clip.SAFETENSORS", dict),
+    "short ending": ("clip.sft", dict),
     "prefix clip.": ("a.safetensors", with_prefix("clip.")),
     "prefix module.": ("a.safetensors", with_prefix("module.")),
     "prefix of prefixes": ("a.safetensors", with_prefix("module.model.")),
@@ -835,7 +841,7 @@ def test_files_are_loaded_in_any_form_that_people_have(form, layout, tmp_path, a
         theirs.config.save_pretrained(tmp_path)
         tensors = theirs.state_dict()
     tensors, path = given[1](dict(tensors)), tmp_path / given[0]
-    if path.suffix.lower() == ".safetensors":
+    if files.is_safetensors(path):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         assert files.find_clip(path) is not None
     else:
@@ -951,13 +957,94 @@ def test_a_file_that_is_cut_off_is_not_offered(tmp_path, architecture):
         load_clip(str(tmp_path / "missing.safetensors"))
 
 
-def test_a_part_of_several_files_is_named(tmp_path):
-    tensors = list(make_model().state_dict().items())
-    for k, part in enumerate((tensors[:9], tensors[9:]), start=1):
-        path = tmp_path / f"model-{k:05}-of-00002.safetensors"
-        save_file(dict(part), path)
-        with pytest.raises(ArgumentError, match="is one of several parts of a model; save the"):
-            load_clip(str(path))
+def in_parts(folder, tensors, first):
+    """Save tensors in two files with an index; the first file holds the first ones."""
+    names = list(tensors)
+    places = {}
+    for k, part in enumerate((names[:first], names[first:]), start=1):
+        file = f"model-{k:05}-of-00002.safetensors"
+        save_file({name: tensors[name].contiguous() for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_the_parts_of_a_clip_are_loaded_by_their_folder_or_their_index(
+    tmp_path, architecture, layout
+):
+    quick = layout == "transformers"
+    model = make_model(seed=3, quick_gelu=True) if quick else make_model(seed=3)
+    tensors = model.state_dict()
+    if layout == "transformers":
+        theirs = as_transformers(model)
+        theirs.config.save_pretrained(tmp_path)
+        tensors = theirs.state_dict()
+    index = in_parts(tmp_path, tensors, len(tensors) // 2)
+    assert files.find_clip(index).name == architecture
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name in (str(tmp_path), str(index), f"{architecture}:{index}"):
+        clip = load_clip(name, device="cpu")
+        assert torch.allclose(clip.model.encode_image(pixels), model.encode_image(pixels))
+    assert load_clip(index, device="cpu").name == "model"
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_a_part_of_several_files_is_named(tmp_path, layout):
+    tensors = make_model().state_dict()
+    if layout == "transformers":
+        tensors = as_transformers(make_model()).state_dict()
+    # the last cut leaves nearly all of both towers in the first part
+    for first in (1, 9, len(tensors) - 1):
+        in_parts(tmp_path, tensors, first)
+        for part in tmp_path.glob("*.safetensors"):
+            with pytest.raises(ArgumentError, match=r"is one of several parts of a model; give"):
+                load_clip(str(part))
+            torch.save(load_file(part), part.with_suffix(".bin"))
+            with pytest.raises(ArgumentError, match=r"parts of a model; save the model as one"):
+                load_clip(str(part.with_suffix(".bin")))
+
+
+def test_an_index_whose_parts_are_not_there_or_not_beside_it_is_named(tmp_path):
+    index = in_parts(tmp_path, make_model().state_dict(), 9)
+    whole = index.read_text()
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    content = second.read_bytes()
+
+    def refused(message):
+        assert files.find_clip(index) is None
+        with pytest.raises(ArgumentError, match=message):
+            load_clip(str(index))
+
+    second.unlink()
+    refused("names model-00002-of-00002.safetensors, which is not there; put all parts beside it")
+    second.write_bytes(content[:-1])
+    refused("names model-00002-of-00002.safetensors, which is cut off: 1 bytes")
+    save_file({"other": torch.zeros(2)}, second)
+    refused("which lacks [0-9]+ of its tensors")
+    for text in (
+        "{}",
+        "[" * 100_000,
+        whole.replace(second.name, f"../{second.name}"),
+        whole.replace(second.name, str(second)),
+        whole.replace(second.name, "code.bin"),
+        '{"weight_map": {"a": 3}}',
+    ):
+        index.write_text(text)
+        refused("is no index of safetensors files")
+    index.write_text('{"weight_map": {}}')
+    refused("holds no CLIP")
+
+
+def test_a_folder_of_transformers_may_hold_a_torch_file(tmp_path):
+    model = make_model(seed=3, quick_gelu=True)
+    theirs = as_transformers(model)
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clip = load_clip(tmp_path, device="cpu")
+    assert torch.allclose(clip.model.encode_image(pixels), model.encode_image(pixels))
 
 
 def test_a_torch_file_by_its_path_runs_no_code(tmp_path):

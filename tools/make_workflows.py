@@ -439,6 +439,7 @@ def _own_files(graph: Graph, title: str, text: str) -> tuple[Node, Node]:
             "CheckpointLoaderSimple",
             0,
             {"ckpt_name": SDXL},
+            title="1. Your checkpoint",
             models=[{"name": SDXL, "url": SDXL_URL, "directory": "checkpoints"}],
         )
     )
@@ -447,6 +448,7 @@ def _own_files(graph: Graph, title: str, text: str) -> tuple[Node, Node]:
             "CLIPVisionLoader",
             0,
             {"clip_name": VISION},
+            title="2. Its CLIP Vision",
             models=[{"name": VISION, "url": VISION_URL, "directory": "clip_vision"}],
         )
     )
@@ -460,9 +462,12 @@ def _own_clip(graph: Graph, checkpoint: Node, vision: Node, column: int) -> Node
 
 FILES = """\
 **You need:** a checkpoint of the SDXL family (Pony, Illustrious, NoobAI, ...) and clip_vision_g
-(3.7 GB, which IPAdapter uses, too). Choose yours in **Load Checkpoint** and **Load CLIP Vision**.
-Nothing else is downloaded: **PEZ CLIP from Model** searches on the text encoder inside of your
-checkpoint. LoRAs belong between the checkpoint and **PEZ CLIP from Model**.
+(3.7 GB, which IPAdapter uses, too). Nothing else is downloaded: **PEZ CLIP from Model** searches on
+the text encoder inside of your checkpoint. LoRAs belong between the checkpoint and it.
+
+1. Below, choose your checkpoint.
+2. Choose clip_vision_g as its CLIP Vision.
+3. Choose your image.
 """
 
 
@@ -470,11 +475,11 @@ def sdxl_with_your_own_files(graph: Graph) -> None:
     checkpoint, vision = _own_files(
         graph,
         "An image becomes a prompt, with your own SDXL files",
-        f"{FILES}\n1. Choose your image.\n2. Run. Watch the prompt emerge; **Finish now** ends the "
-        "search with the best so far.\n3. Click words that you do not want, and run again.\n\n"
+        f"{FILES}4. Run. Watch the prompt emerge; **Finish now** ends the search with the best so "
+        "far.\n5. Click words that you do not want, and run again.\n\n"
         "For Stable Diffusion 1.5 take a whole ViT-L/14 as CLIP Vision (1.71 GB).",
     )
-    image = _image(graph, "dog")
+    image = _image(graph, "dog", "3. Your image")
     clip = _own_clip(graph, checkpoint, vision, 1)
     learned = graph.add(
         Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
@@ -487,13 +492,13 @@ def sharpen_a_generated_caption(graph: Graph) -> None:
     checkpoint, vision = _own_files(
         graph,
         "A caption by a language model, sharpened",
-        f"{FILES}\n**Generate Text** describes the image with a language model that reads images, "
-        "such as Gemma or Qwen-VL: choose one in **Load CLIP**. Its sentence stays, and PEZ adds a "
-        "few words for what it left out.\n\nAny other captioner will do: connect its text to "
+        f"{FILES}4. Choose a language model that reads images, such as Gemma or Qwen-VL. "
+        "**Generate Text** describes the image with it. Its sentence stays, and PEZ adds a few "
+        "words for what it left out.\n5. Run.\n\nAny other captioner will do: connect its text to "
         "**caption**.",
     )
-    image = _image(graph, "wine-glass")
-    writer = graph.add(Node("CLIPLoader", 0, {"clip_name": ""}, title="Load the language model"))
+    image = _image(graph, "wine-glass", "3. Your image")
+    writer = graph.add(Node("CLIPLoader", 0, {"clip_name": ""}, title="4. Your language model"))
     caption = graph.add(
         Node(
             "TextGenerate",

@@ -24,7 +24,7 @@ from open_clip.transformer import AttentionalPooler, LayerScale, TextTransformer
 from safetensors import SafetensorError
 
 from ..errors import ArgumentError, first_line
-from .files import check_header, config_of
+from .files import check_header, config_of, is_safetensors
 from .weights import find_in_hub_cache
 
 _WRONG = (RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ValueError)
@@ -123,9 +123,7 @@ def check_torch(path: Path) -> None:
     Before 2.6 `weights_only` can be bypassed (CVE-2025-32434). open_clip also loads a file without
     it after a TypeError, which a file can provoke.
     """
-    is_safe = (
-        path.suffix.lower() == ".safetensors" if path.is_file() else any(path.glob("*.safetensors"))
-    )
+    is_safe = is_safetensors(path) if path.is_file() else any(path.glob("*.safetensors"))
     if not is_safe and torch.__version__ < _SAFE_TORCH:
         raise ArgumentError(
             "pretrained",

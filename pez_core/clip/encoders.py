@@ -398,7 +398,7 @@ def _text_of(encoder: Any, images: Sequence[Any]) -> tuple[TextWeights, list[int
     table, trained = encoder.get_input_embeddings().weight, None
     projection = tensors.get("text_projection.weight")
     if projection is None or not is_trained(projection):
-        projection, trained = find_missing(table, images)
+        projection, trained = find_missing(table, images, layers=encoder.config.num_hidden_layers)
     config = encoder.config
     text = TextWeights(
         name=kind_of(table.shape[1]),
@@ -412,7 +412,10 @@ def _text_of(encoder: Any, images: Sequence[Any]) -> tuple[TextWeights, list[int
 
 
 def find_missing(
-    table: torch.Tensor, models: Sequence[Any] = (), files: Iterable[Path] = ()
+    table: torch.Tensor,
+    models: Sequence[Any] = (),
+    files: Iterable[Path] = (),
+    layers: int = 0,
 ) -> tuple[torch.Tensor | None, list[int] | None]:
     """The projection of a text encoder that lacks it, and the ids that it was trained on.
 
@@ -420,6 +423,7 @@ def find_missing(
         table: (vocabulary, width) token embeddings of the text encoder.
         models: among them there may be a `CLIPModel` of the same text encoder.
         files: safetensors files in which to look before the weights that `load_clip` finds.
+        layers: of the text encoder; one of another depth has another projection. 0: any.
 
     Returns:
         (features, width) projection; None where there is none. Ids; None: all of them.
@@ -427,12 +431,14 @@ def find_missing(
     for model in models:
         if not hasattr(model, "text_projection"):
             continue
+        if layers not in (0, model.config.text_config.num_hidden_layers):
+            continue
         theirs = model.text_model.embeddings.token_embedding.weight
         if theirs.shape == table.shape and have_same_tokens(theirs, table):
             return model.text_projection.weight, None
     bundled = {folder / WEIGHTS[0]: folder for folder in BUNDLED.values()}
     placed = [find_on_disk(one.name, one.pretrained) for one in PRESETS]
-    found = find_projection(table, [*files, *bundled, *filter(None, placed)])
+    found = find_projection(table, [*files, *bundled, *filter(None, placed)], layers)
     if found is None:
         return None, None
     folder = bundled.get(found.path)
@@ -455,5 +461,10 @@ def _mate(text: TextWeights, images: Sequence[Any]) -> Any:
 
 def _lacking(text: TextWeights) -> str:
     if text.projection is None:
+        if (text.name, text.layers) == (kind_of(1024), 23):
+            return (
+                "it came without its last layer and projection, which Stable Diffusion 2 does not "
+                "use; load ViT-H-14:laion2b_s32b_b79k instead"
+            )
         return "it came without its text projection, and no file on this disk has it"
     return f"there is no image encoder of {len(text.projection)} features"

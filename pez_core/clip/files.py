@@ -64,7 +64,10 @@ _OF_IMAGES = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
 _SCALE = re.compile(r"^(.*)\.(?:scale_weight|weight_scale)$")
 _MARK = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|position_ids)$")
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}$")
+_PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001$)\d{5}$")
+_SAFETENSORS = (".safetensors", ".sft")
+INDEX = ".safetensors.index.json"
+"""Ending of the file that says in which of several files each tensor lies."""
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -112,6 +115,16 @@ class NoClipError(Exception):
         self.problem, self.remedy, self.readable = problem, remedy, readable
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a path is that of a safetensors file, or of the index of several."""
+    return path.suffix.lower() in _SAFETENSORS or is_index(path)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is that of the index of several safetensors files."""
+    return path.name.lower().endswith(INDEX)
+
+
 def find_clip(path: Path) -> FoundClip | None:
     """The CLIP in a safetensors file, by its header; None unless `examine` finds one."""
     try:
@@ -123,7 +136,7 @@ def find_clip(path: Path) -> FoundClip | None:
 
 
 def examine(path: Path) -> FoundClip:
-    """The CLIP in a safetensors file, of which only the header is read.
+    """The CLIP in a safetensors file, or in several by their index; only headers are read.
 
     Its activation and the preparation of its images are those of a `config.json` of transformers in
     the same folder, or of the tag that the name of the file or of its folder contains, or of the
@@ -133,14 +146,7 @@ def examine(path: Path) -> FoundClip:
     Raises:
         NoClipError: it holds none that can be searched.
     """
-    try:
-        header, missing = _header(path)
-    except _MALFORMED as error:
-        raise _unreadable(path, error) from error
-    if missing:
-        raise NoClipError(
-            f"is cut off: {missing:,} bytes are missing at its end", "fetch it again", False
-        )
+    header = _headers_by_index(path) if is_index(path) else _whole_header(path)
     try:
         shapes = {key: tuple(header[key]["shape"]) for key in header}
         types = {key: header[key]["dtype"] for key in header}
@@ -168,7 +174,14 @@ def found_in(path: Path, shapes: Shapes) -> FoundClip:
     Raises:
         NoClipError: there is none that can be searched.
     """
-    prefix = _prefix(path, shapes)
+    if _PART_OF_SEVERAL.search(path.stem):
+        raise NoClipError(
+            "is one of several parts of a model",
+            f"give the file that ends in {INDEX}, with all parts beside it"
+            if is_safetensors(path)
+            else "save the model as one model.safetensors",
+        )
+    prefix = _prefix(shapes)
     inside = {key.removeprefix(prefix): shapes[key] for key in _of_towers(shapes, prefix)}
     transformers = _TEXT_TOWER[1] in inside
     named = {_rename(key): shape for key, shape in inside.items()}
@@ -179,6 +192,62 @@ def found_in(path: Path, shapes: Shapes) -> FoundClip:
     if name is None:
         raise _unknown(named)
     return FoundClip(name, _readings(path, name, transformers), prefix)
+
+
+def _whole_header(path: Path) -> dict[str, Any]:
+    """The tensors in the header of a safetensors file; raise where the file is not whole."""
+    try:
+        header, missing = _header(path)
+    except _MALFORMED as error:
+        raise _unreadable(path, error) from error
+    if missing:
+        raise NoClipError(
+            f"is cut off: {missing:,} bytes are missing at its end", "fetch it again", False
+        )
+    return header
+
+
+def _headers_by_index(index: Path) -> dict[str, Any]:
+    """The tensors in the headers of all files of an index."""
+    header: dict[str, Any] = {}
+    for file, names in _files_of_index(index).items():
+        try:
+            found = _whole_header(file)
+        except NoClipError as error:
+            problem = f"names {file.name}, which {error.problem}"
+            raise NoClipError(problem, error.remedy, error.readable) from error
+        lacking = [name for name in names if name not in found]
+        if lacking:
+            raise NoClipError(
+                f"names {file.name}, which lacks {len(lacking)} of its tensors",
+                "fetch both again",
+                False,
+            )
+        header.update((name, found[name]) for name in names)
+    return header
+
+
+def _files_of_index(index: Path) -> dict[Path, list[str]]:
+    """The files of an index, which lie beside it, and the tensors to be read from each."""
+    files: dict[Path, list[str]] = {}
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in places.items():
+            if Path(file).name != file or not file.lower().endswith(".safetensors"):
+                raise ValueError(f"{file!r} is no safetensors file beside it")
+            files.setdefault(index.parent / file, []).append(name)
+    except _MALFORMED as error:
+        problem = f"is no index of safetensors files ({first_line(error)})"
+        raise NoClipError(problem, "fetch it again", False) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise NoClipError(
+            f"names {', '.join(sorted(missing))}, which {'is' if len(missing) == 1 else 'are'} "
+            "not there",
+            "put all parts beside it",
+            False,
+        )
+    return files
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -216,7 +285,7 @@ def _unreadable(path: Path, error: Exception) -> NoClipError:
     )
 
 
-def _prefix(path: Path, shapes: Shapes) -> str:
+def _prefix(shapes: Shapes) -> str:
     """What stands before the names of all tensors of both towers.
 
     Raises:
@@ -225,10 +294,6 @@ def _prefix(path: Path, shapes: Shapes) -> str:
     text, image = (_before(shapes, tower) for tower in (_TEXT_TOWER, _IMAGE_TOWER))
     if both := text & image:
         return min(both, key=len)
-    if _PART_OF_SEVERAL.search(path.stem):
-        raise NoClipError(
-            "is one of several parts of a model", "save the model as one model.safetensors"
-        )
     wanted = "choose a file with both encoders of one CLIP"
     has_text = bool(text) or any(".text." in f".{key}" for key in shapes)
     has_image = bool(image) or any(_OF_IMAGES.search(key) for key in shapes)
@@ -364,8 +429,14 @@ def _unscaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, whatever its ending."""
-    return load_file(path)
+    """The tensors of a safetensors file, whatever its ending, or of several by their index."""
+    if not is_index(path):
+        return load_file(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in _files_of_index(path).items():
+        found = load_file(file)
+        tensors.update((name, found[name]) for name in names)
+    return tensors
 
 
 def read_torch(path: Path) -> dict[str, torch.Tensor]:
@@ -464,7 +535,7 @@ def check_header(path: Path) -> None:
         start = file.read(2)
     if not start:
         raise EOFError("the file is empty")
-    if path.suffix.lower() == ".safetensors":
+    if is_safetensors(path):
         return
     if start not in (b"PK", b"\x80\x02"):
         raise pickle.UnpicklingError("not a PyTorch file")

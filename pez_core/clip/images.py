@@ -23,8 +23,8 @@ ImageInput: TypeAlias = (
     Image.Image | str | os.PathLike | bytes | BinaryIO | torch.Tensor | np.ndarray
 )
 """One image: PIL image, path, content of a file or a file that is open for reading bytes, or an
-array: (H, W, C) or (C, H, W) with C = 1, 3 or 4, or (H, W) in grey, of 8-bit integers or of values
-in [0, 1]."""
+array: (H, W, C) or (C, H, W) with C = 1, 3 or 4, or (H, W) in grey, of values in [0, 1] or of
+integers of 8 or 16 bits, in any type."""
 
 
 # Pillow reads more, some of it by starting other programs.
@@ -54,7 +54,8 @@ _TRANSPOSED = {
 }
 
 
-_SINGLE = (str, os.PathLike, bytes, bytearray, Image.Image, torch.Tensor, np.ndarray)
+_BYTES = (bytes, bytearray, memoryview)
+_SINGLE = (str, os.PathLike, *_BYTES, Image.Image, torch.Tensor, np.ndarray)
 
 
 def load_image(image: ImageInput) -> Image.Image:
@@ -83,7 +84,7 @@ def load_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (torch.Tensor, np.ndarray)):
         with _naming("an array"):
             return _from_array(image)
-    if isinstance(image, (bytes, bytearray)) or hasattr(image, "read"):
+    if isinstance(image, _BYTES) or hasattr(image, "read"):
         return _from_content(image)
     raise ArgumentTypeError(
         "images",
@@ -157,9 +158,11 @@ def _from_path(path: Path) -> Image.Image:
     return _read(lambda: path, repr(str(path)), found.st_size)
 
 
-def _from_content(source: bytes | bytearray | BinaryIO) -> Image.Image:
+def _from_content(source: bytes | bytearray | memoryview | BinaryIO) -> Image.Image:
     """The picture in the content of a file."""
     what = "the content of a file"
+    if isinstance(source, memoryview):
+        source = source.tobytes()
     if not isinstance(source, (bytes, bytearray)):
         name = getattr(source, "name", None)
         what = repr(name) if isinstance(name, str) else "a file object"
@@ -358,21 +361,34 @@ def _from_array(array: torch.Tensor | np.ndarray) -> Image.Image:
     if 0 in shape:
         raise ArgumentError("images", f"holds a tensor of shape {shape}, which is empty")
     height, width, _ = tensor.shape
-    return _scaled_down((width, height), lambda top, bottom: _array_strip(tensor[top:bottom]))
+    white = _white_of(tensor)
+    return _scaled_down(
+        (width, height), lambda top, bottom: _array_strip(tensor[top:bottom], white)
+    )
 
 
-def _array_strip(tensor: torch.Tensor) -> Image.Image:
+def _white_of(tensor: torch.Tensor) -> float:
+    """The value of white in an array. That of integers is the least that holds all of them."""
+    if tensor.is_floating_point() or tensor.dtype in (torch.uint8, torch.bool):
+        return 1.0
+    if tensor.dtype == torch.uint16:
+        return 65535.0
+    highest = int(tensor.max())
+    return 1.0 if highest <= 1 else 255.0 if highest <= 255 else 65535.0
+
+
+def _array_strip(tensor: torch.Tensor, white: float) -> Image.Image:
     """(rows, W, C) values -> RGB picture of these rows."""
-    pixels = (tensor if tensor.dtype == torch.uint8 else _to_bytes(tensor)).numpy()
+    pixels = (tensor if tensor.dtype == torch.uint8 else _to_bytes(tensor, white)).numpy()
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return _conversion(image)(image)
 
 
-def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Values in [0, 1] -> 8-bit integers."""
-    tensor = tensor.float()
+def _to_bytes(tensor: torch.Tensor, white: float) -> torch.Tensor:
+    """Values from 0 to that of white -> 8-bit integers."""
+    tensor = tensor.float() / white
     low, high = (float(value) for value in tensor.aminmax())  # both NaN where one value is
     if not math.isfinite(low) or not math.isfinite(high):
         raise ArgumentError(
@@ -381,8 +397,8 @@ def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if low < _LOWEST or high > _HIGHEST:
         raise ArgumentError(
             "images",
-            "has to be a tensor of 8-bit integers or of values in [0, 1] but spans "
-            f"{low:.3g} to {high:.3g}",
+            "has to be a tensor of integers of 8 or 16 bits or of values in [0, 1] but spans "
+            f"{low * white:.3g} to {high * white:.3g}",
             "scale it first",
         )
     return (tensor.clamp(0, 1) * 255).round().byte()

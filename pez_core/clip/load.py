@@ -37,6 +37,7 @@ from .build import (
 )
 from .device import keep_image_tower_in_main_memory, pick_device, pick_precision
 from .files import (
+    INDEX,
     FoundClip,
     NoClipError,
     Reading,
@@ -46,6 +47,8 @@ from .files import (
     examine,
     find_clip,
     found_in,
+    is_index,
+    is_safetensors,
     read_safetensors,
     read_torch,
 )
@@ -74,9 +77,10 @@ def load_clip(
     Args:
         name: `"emoji-clip"` (bundled, nothing to download), an open_clip architecture such as
             `"ViT-H-14"`, a folder with `open_clip_config.json` and weights, a folder that
-            transformers wrote (`config.json` and `model.safetensors`), or a file, safetensors or a
-            PyTorch file as below, that holds both towers of a CLIP, as open_clip or transformers
-            write it, with any prefix of its names and also in fp8 with scales (see `examine`).
+            transformers wrote (`config.json` and `model.safetensors`, in parts or in one), or a
+            file, safetensors, the index of its parts, or a PyTorch file as below, that holds both
+            towers of a CLIP, as open_clip or transformers write it, with any prefix of its names
+            and also in fp8 with scales (see `examine`).
             `"NAME:PRETRAINED"` is `pretrained` in the same string. A list of such strings loads
             several CLIPs as one, for models that read a prompt with more than one: for SDXL
             `["ViT-L-14:openai", "ViT-bigG-14:laion2b_s39b_b160k"]`.
@@ -139,7 +143,13 @@ def _check_names(name: object, pretrained: object) -> list[str]:
         return [os.fspath(name)]
     kinds = (str, os.PathLike)
     if not isinstance(name, (list, tuple)) or not all(isinstance(one, kinds) for one in name):
-        raise ArgumentTypeError("name", f"has to be a string or a list of strings but is {name!r}")
+        models = [one for one in _listed(name) if isinstance(one, torch.nn.Module)]
+        shown = f"holds a {type(models[0]).__name__}" if models else f"is {name!r}"
+        raise ArgumentTypeError(
+            "name",
+            f"has to be a string or a list of strings but {shown}",
+            "use `clip_from_encoders` for encoders in memory" if models else "",
+        )
     name = [os.fspath(one) for one in name]
     if not name:
         raise ArgumentError("name", "is an empty list", "give at least one CLIP")
@@ -152,6 +162,10 @@ def _check_names(name: object, pretrained: object) -> list[str]:
             "write each as NAME:PRETRAINED",
         )
     return list(name)
+
+
+def _listed(name: object) -> list[object]:
+    return list(name) if isinstance(name, (list, tuple)) else [name]
 
 
 def _load_one(
@@ -182,7 +196,7 @@ def _load_one(
     if name and path.is_dir() and pretrained is None:
         path = _file_of_transformers(path)
     is_file = path.suffix.lower() in TORCH_SUFFIXES and path.is_file()
-    if pretrained is None and (is_file or path.suffix.lower() == ".safetensors"):
+    if pretrained is None and (is_file or is_safetensors(path)):
         return _load_file(path, activation, precision, device)
     return _load_architecture(name, pretrained, activation, precision, device, download)
 
@@ -190,13 +204,12 @@ def _load_one(
 def _file_of_transformers(folder: Path) -> Path:
     """The weights in a folder that transformers wrote; raise where they are in another form."""
     file = folder / "model.safetensors"
-    if file.is_file():
-        return file
+    for one in (file, folder / f"model{INDEX}", folder / "pytorch_model.bin"):
+        if one.is_file():
+            return one
     problem = f"is the folder {folder}, which holds neither {_CONFIG} nor {file.name}"
-    if (folder / f"{file.name}.index.json").is_file():
-        problem = f"is the folder {folder}, whose weights are split into several files"
-    elif list(folder.glob("*.bin")):
-        problem = f"is the folder {folder}, whose weights are in PyTorch's format"
+    if list(folder.glob("*.bin")):
+        problem = f"is the folder {folder}, whose weights are in parts in PyTorch's format"
     raise ArgumentError("name", problem, f"save the model as one {file.name}")
 
 
@@ -208,7 +221,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
         return name, None
     windows = PureWindowsPath(path)
     unsplit = windows.drive and windows.root  # such as C:\clips
-    if unsplit or (head not in open_clip.list_models() and path.endswith(".safetensors")):
+    if unsplit or (head not in open_clip.list_models() and is_safetensors(Path(path))):
         return name, None
     return head, tail
 
@@ -281,7 +294,7 @@ def _load_file(
         raise ArgumentError(
             "name", f"is the file {str(path)!r}, which does not exist", "check the path"
         )
-    if path.suffix.lower() == ".safetensors":
+    if is_safetensors(path):
         tensors, found = read_safetensors, _examined(path)
     else:
         check_torch(path)
@@ -304,7 +317,8 @@ def _load_file(
         quick = _measured(model, tokenizer, readings, path)
     log.info("%s holds %s%s", path, found.name, ", QuickGELU" * quick)
     config = saved_config(config_of(found.name), quick, found.name)
-    return Clip(model, tokenizer, name or path.stem, config=config)
+    stem = path.name[: -len(INDEX)] if is_index(path) else path.stem
+    return Clip(model, tokenizer, name or stem, config=config)
 
 
 def _examined(path: Path, shapes: Shapes | None = None) -> FoundClip:
@@ -395,7 +409,7 @@ def _load_architecture(
 
 def _found_as(path: Path) -> FoundClip | None:
     """The CLIP that is found in a file by itself; None: open_clip has to read it."""
-    if path.suffix.lower() == ".safetensors":
+    if is_safetensors(path):
         return find_clip(path)
     try:
         check_torch(path)

@@ -6,7 +6,8 @@ text tower, which similarities with images need.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 
 _TABLE = "token_embedding.weight"
 _PROJECTION = "text_projection"
+# Tensors of the layers of a text encoder, in the layouts of open_clip and of transformers.
+_LAYER = re.compile(r"^(.*?)(?:transformer\.resblocks|encoder\.layers)\.(\d+)\.")
 # Rows of the embedding table that are compared, of ordinary words and parts of words.
 _ROWS = slice(320, 1344)
 # Cosine similarity of the tables of a text encoder and one that was trained further from it is
 # close to 1; that of two that were trained independently is close to 0.
 _SAME = 0.8
-# An entry of a trained matrix is neither of these, but for a few.
-_TINY, _FEW = 1e-12, 0.01
+# An entry of a trained matrix is seldom as small as this; in 8 bits without a scale many are zero.
+_TINY, _FEW = 1e-12, 0.25
 _LARGEST = 1e4  # entry, in standard deviations
 
 
@@ -55,17 +58,21 @@ def is_trained(weight: torch.Tensor) -> bool:
     return tiny < _FEW and 0 < spread < 10 and values.abs().max().item() < _LARGEST * spread
 
 
-def find_projection(table: torch.Tensor, files: Iterable[Path]) -> Projection | None:
+def find_projection(
+    table: torch.Tensor, files: Iterable[Path], layers: int = 0
+) -> Projection | None:
     """The projection in the first file whose text encoder has nearly the same embedding table.
 
     Args:
         table: (vocabulary, width) token embeddings of the text encoder.
+        layers: of the text encoder, which may have lost its last ones: projections belong to all.
+            A file that has layers has to have as many. 0: any number.
         files: safetensors files that may hold a text encoder, in the layout of open_clip or of
             transformers. Those that cannot be read are passed over.
     """
     for path in files:
         try:
-            weight = _projection_in(path, table)
+            weight = _projection_in(path, table, layers)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError):
             continue
         if weight is not None and is_trained(weight):
@@ -83,7 +90,7 @@ def projections_in(path: Path, width: int) -> list[torch.Tensor]:
     return [weight for weight in found if weight is not None]
 
 
-def _projection_in(path: Path, table: torch.Tensor) -> torch.Tensor | None:
+def _projection_in(path: Path, table: torch.Tensor, layers: int) -> torch.Tensor | None:
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         read = [_read(file, name, table.shape[1]) for name in names]
@@ -94,9 +101,40 @@ def _projection_in(path: Path, table: torch.Tensor) -> torch.Tensor | None:
             if name.endswith(_TABLE):
                 part = file.get_slice(name)
                 same_shape = tuple(part.get_shape()) == tuple(table.shape)
-                if same_shape and _are_close(part[_ROWS], table[_ROWS]):
+                if not same_shape or not _are_close(part[_ROWS], table[_ROWS]):
+                    continue
+                if not layers or layers_of(names, name.removesuffix(_TABLE)) in (0, layers):
                     return weights[0]
     return None
+
+
+def depths_in(path: Path, shape: Sequence[int]) -> list[int]:
+    """The layers of each text encoder in a safetensors file; none if it cannot be read.
+
+    Args:
+        path: of the file.
+        shape: of the embedding table of the text encoder.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            tables = [name for name in names if name.endswith(_TABLE)]
+            same = [one for one in tables if file.get_slice(one).get_shape() == list(shape)]
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError):
+        return []
+    return [layers_of(names, one.removesuffix(_TABLE)) for one in same]
+
+
+def layers_of(names: Iterable[str], prefix: str) -> int:
+    """The layers of a text encoder.
+
+    Args:
+        names: of the tensors in a file.
+        prefix: what stands before the name of its embedding table, `token_embedding.weight`.
+    """
+    before = prefix.removesuffix("embeddings.")
+    found = [match for name in names if (match := _LAYER.match(name)) and match[1] == before]
+    return 1 + max((int(match[2]) for match in found), default=-1)
 
 
 def _read(file: safe_open, name: str, width: int) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -47,9 +47,10 @@ def invert(
     Args:
         clip: from `load_clip`.
         images: a path, a PIL image, the content of an image file or a file object, or a (H, W, 3),
-            (3, H, W) or (H, W) array or tensor, of uint8 or of floats in [0, 1]; a list of these; a
-            (N, H, W, 3) or (N, 3, H, W) batch; or a (N, features) tensor of unit vectors, as
-            `clip.encode_images` returns them.
+            (3, H, W) or (H, W) array or tensor, of integers or of floats in [0, 1]; a list of
+            these; a (N, H, W, 3) or (N, 3, H, W) batch; or a (N, features) tensor of unit vectors,
+            as `clip.encode_images` returns them. A (3, H, W) tensor is one picture in colour: three
+            masks are `masks[..., None]`.
         options: see `SearchOptions`. By default 16 tokens are learned, or fewer where the caption
             leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
@@ -81,7 +82,7 @@ def invert(
     check_clip("clip", clip)
     check_callback(callback)
     check_type("options", options, SearchOptions)
-    encoded = images if isinstance(images, torch.Tensor) and images.ndim == 2 else None
+    encoded = images if _are_features(clip, images) else None
     pictures = load_images(images)[0] if encoded is None else []
     count = len(pictures) if encoded is None else len(encoded)
     if not count:
@@ -167,6 +168,15 @@ def _signed_weights(
     return [*weights, *others], avoided
 
 
+def _are_features(clip: AnyClip, images: object) -> TypeGuard[torch.Tensor]:
+    """Whether images are features, and no grey picture: that has no negative values."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 2 or not images.is_floating_point():
+        return False
+    if not images.numel() or images.shape[1] == clip.feature_size:
+        return True
+    return not bool(images.min() >= 0)  # also where values are NaN
+
+
 def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
     """Features that were encoded before, on the device of the CLIP."""
     length = clip.encode_texts([""]).shape[1]
@@ -174,7 +184,7 @@ def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
         raise ArgumentError(
             "images",
             f"has shape {tuple(images.shape)}, but features of {clip.name} have {length} numbers",
-            "give the result of its `encode_images`, or pictures",
+            "give the result of its `encode_images`, or pictures; images[..., None] is a grey one",
         )
     features = images.detach().to(clip.device, torch.float32).clone()
     lengths = features.norm(dim=1)

@@ -259,6 +259,24 @@ import comfy.text_encoders.sd2_clip as sd2
 import comfy.text_encoders.sd3_clip as sd3
 clip = comfy_clip(sd2.SD2Tokenizer, sd2.SD2ClipModel)
 lines = [execute(clip)[1], refused(execute, clip, vision(1024))]
+# a file of SD 2.x without the last layer, in whose place there is memory
+from tempfile import mkdtemp
+from safetensors.torch import save_file
+path = Path(mkdtemp()) / "h.safetensors"
+inner = clip.cond_stage_model.clip_h.transformer.text_model.state_dict()
+short = {name: t for name, t in inner.items() if "layers.2." not in name}
+def load(tensors):
+    named = {f"cond_stage_model.model.text_model.{n}": t.half() for n, t in tensors.items()}
+    save_file({n: t for n, t in named.items() if "mlp.fc1" in n or "token" in n}, path)
+    clip.patcher.cached_patcher_init = (None, ([str(path)],))
+load(inner)
+lines.append(execute(clip)[1])
+load(short)
+lines.append(refused(execute, clip))
+clip.patcher.cached_patcher_init = None
+layers = clip.cond_stage_model.clip_h.transformer.text_model.encoder.layers
+layers[2].mlp.fc1.weight.data.zero_()
+lines.append(refused(execute, clip))
 with torch.device("meta"):  # of full size: T5 has 19 GB
     model = flux.flux_clip()(device="meta", dtype=torch.float16)
     many = sd3.SD3ClipModel(device="meta", dtype=torch.float16)
@@ -271,7 +289,10 @@ lines.append(refused(from_model.choose, other, []))
 answer([lines, depths])
 """
     )
-    h, h_refused, flux, sd3, nothing = lines
+    h, h_refused, h_whole, *cut, flux, sd3, nothing = lines
+    assert h_whole == h and len(cut) == 2
+    for line in cut:
+        assert "clip_h (its file lacks its last layer; use PEZ Load CLIP)" in line
     assert h == "Searched: clip_h, for texts alone (for images connect clip_vision)."
     assert "clip_h (no file here has its text projection)" in h_refused
     assert flux == [["clip_l"], [768], ["t5xxl"]]

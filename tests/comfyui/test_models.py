@@ -209,6 +209,40 @@ answer([*times, [one for one in choices if one.startswith("text_encoders")]])
     assert first < 5 and second < first / 5
 
 
+def test_the_parts_of_a_clip_are_offered_by_their_index(
+    small: dict[str, torch.Tensor], tmp_path: Path
+):
+    """Once all of them are there; ComfyUI itself lists the parts and not the index."""
+    folder = tmp_path / "clip_vision" / "large"
+    folder.mkdir(parents=True)
+    names = list(small)
+    parts = [f"model-{k:05}-of-00002.safetensors" for k in (1, 2)]
+    places = {name: parts[name not in names[:20]] for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({name: small[name] for name in names[:20]}, folder / parts[0])
+    second = tmp_path / "second.safetensors"
+    save_file({name: small[name] for name in names[20:]}, second)
+    before, offered, name = inside(
+        f"""
+import os
+import folder_paths
+from pez_pack.nodes import models
+folder_paths.folder_names_and_paths["clip_vision"] = (
+    [{str(folder.parent)!r}], {{".safetensors"}}
+)
+def offered():
+    return [one for one in models.choices() if one.startswith("clip_vision")]
+before = offered()
+os.replace({str(second)!r}, {str(folder / parts[1])!r})
+folder_paths.filename_list_cache.clear()
+after = offered()
+answer([before, after, models.load(after[0], False, device="cpu").name])
+"""
+    )
+    assert before == [] and offered == ["clip_vision/large/model.safetensors.index.json"]
+    assert name == "model"
+
+
 def test_folders_that_are_gone_do_not_matter(tmp_path: Path):
     """Missing, read-only, or on a drive that does not answer: the schema is there all the same."""
     (tmp_path / "models").write_text("a file where a folder has to be")
