@@ -82,7 +82,7 @@ def invert(
     check_clip("clip", clip)
     check_callback(callback)
     check_type("options", options, SearchOptions)
-    encoded = images if _are_features(clip, images) else None
+    encoded = images if _are_features(images, clip) else None
     pictures = load_images(images)[0] if encoded is None else []
     count = len(pictures) if encoded is None else len(encoded)
     if not count:
@@ -168,7 +168,7 @@ def _signed_weights(
     return [*weights, *others], avoided
 
 
-def _are_features(clip: AnyClip, images: object) -> TypeGuard[torch.Tensor]:
+def _are_features(images: object, clip: AnyClip) -> TypeGuard[torch.Tensor]:
     """Whether images are features, and no grey picture: that has no negative values."""
     if not isinstance(images, torch.Tensor) or images.ndim != 2 or not images.is_floating_point():
         return False
