@@ -19,6 +19,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.delenv("PEZ_CAPTURE", raising=False)
 
 
+@pytest.mark.slow
 def test_what_a_bug_report_needs_is_printed(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr()

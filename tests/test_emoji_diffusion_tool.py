@@ -84,6 +84,7 @@ def test_styles_without_colours_are_left_out(monkeypatch):
     assert train.load_data(Path("x")).index == [0, 2]
 
 
+@pytest.mark.slow
 def test_the_unet_sees_two_styles(runs, data, monkeypatch):
     for k in (1, 4):
         data.drawings[k] = Drawing("openmoji", "x", "", "a green bar", [], 3, "train")

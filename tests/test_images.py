@@ -435,6 +435,7 @@ def test_a_path_may_begin_with_the_home_of_the_user(save, tmp_path, monkeypatch)
         load_image("~/missing.png")
 
 
+@pytest.mark.slow
 def test_images_of_16k_are_read(save, monkeypatch):
     """Pillow itself refuses them; a limit that somebody has set stays."""
     path = save(Image.new("1", (16384, 16384)), "a.png")
@@ -469,6 +470,7 @@ print((after - before) * 1024 / 6000**2)
     assert float(run.stdout) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_large_array_is_scaled_down_as_a_file_of_it_is(save, channels):
     pixels = np.concatenate([_ramp(4300, 4200), _ramp(4300, 4200)[::-1, :, :1]], 2)[..., :channels]

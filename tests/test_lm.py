@@ -248,7 +248,7 @@ def test_a_model_that_scales_tokens_but_not_embeddings_is_refused(kind):
             return evaluate_prompt(model, tokenizer, "red", TEXTS[:2], TEMPLATE, WORDS)
 
         if scaled:
-            with pytest.raises(ArgumentError, match="`model` reads the embeddings of tokens in"):
+            with pytest.raises(ArgumentError, match="`model` scales the embeddings of tokens"):
                 found()
         else:
             assert math.isfinite(found().loss)

@@ -757,6 +757,7 @@ def test_the_measured_activation_is_that_of_the_training(name):
         assert best == files.Reading(False)
 
 
+@pytest.mark.slow
 def test_the_activation_may_be_given(two_kinds, tmp_path, caplog):
     model, path = of_both_kinds(0)[True], tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)

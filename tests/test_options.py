@@ -339,7 +339,7 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, Result):
-        value = replace(value, seconds=0.0)
+        value = replace(value, seconds=0.0, tower_flops=0.0)
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return value

@@ -93,6 +93,7 @@ def test_the_paper_effort_is_algorithm_1_on_all_tokens(clip):
     assert abs(result.similarity - result.loop_similarity) > 1e-3
 
 
+@pytest.mark.slow
 def test_only_the_paper_effort_leaves_what_round_trips(clip):
     (result,) = invert(clip, picture(), all_words(prompt_len=5, swaps=0, steps=40))
     assert result.loop_similarity is None
