@@ -248,7 +248,8 @@ def test_pieces_that_fuse_are_replaced_by_what_they_print(clip):
     assert _round_trip(clip, caption, [49407]) == first
 
 
-def test_a_caption_longer_than_a_context_is_searched_in_its_contexts(clip):
+def test_a_caption_longer_than_a_context_is_searched_in_its_contexts(clip, caplog):
+    caplog.set_level("INFO", "pez_core")
     encode, decode = clip.text.words.encode, clip.text.words.decode
     text = decode(encode("a photo of a green bird " * 20)[:80])
     (goal,) = clip.encode_texts(["a boat"])
@@ -260,6 +261,12 @@ def test_a_caption_longer_than_a_context_is_searched_in_its_contexts(clip):
     similarity = (clip.encode_chunks(parts) @ goal).item()
     assert result.similarity == pytest.approx(similarity, abs=1e-5)
     assert reports[-1].similarities[0] == pytest.approx(similarity, abs=1e-4)
+    assert result.note and result.note in caplog.messages
+    caplog.clear()
+    learn(clip, [one], options, 3, caption="a photo {}")
+    assert not caplog.messages
+    full = decode(encode("a photo of a green bird " * 20)[:75])  # no room beside it
+    assert default_len(clip, 16, full + " {}") == 16
 
 
 @pytest.mark.parametrize("caption, enough", [("{}", 4), ("a photo {}", 8)])
