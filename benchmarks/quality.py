@@ -9,11 +9,11 @@
     python benchmarks/quality.py --report
 
 A budget is the time for one image alone on the machine, including the set-up of the search.
-`--calibrate` measures the number of steps of each method within it, and the work of the text
-tower in these (PATH is a checkout of the
-authors' repository, whose loop is timed as well; see step_time.py). The result of a search does not
-depend on the searches beside it, so `--search` runs these steps for many images at once. It takes
-hours instead of days, and the table does not depend on other load of the machine.
+`--calibrate` measures the steps of each method within it and the work of the text tower in them
+(PATH is a checkout of the authors' repository, whose loop is timed as well; see step_time.py). The
+result of a search does not depend on the searches beside it, so `--search` runs these steps for
+many images at once. It takes hours instead of days, and the table does not depend on other load of
+the machine.
 
 `--tune` chooses the learning rate of the methods that need one, on other images. `--search` appends
 prompts to OUT.jsonl and resumes from that file when it is started again. `--report` computes

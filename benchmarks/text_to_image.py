@@ -12,7 +12,7 @@ For drawings that the image model was trained on, and for drawings of names that
   captions of training, the others have those that a person wrote
   (`benchmarks/data/unseen_captions.jsonl`).
 
-Every image is the first one, none is picked. Drawings are on white and in colours.
+Every image is the first one, none is picked. Drawings are on white, in the styles of the training.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from emoji_captions import Captions, Lexicon
 from emoji_data import Drawing, words_of
-from emoji_views import BLACK_STYLES, View
+from emoji_views import View
+from train_emoji_diffusion import DRAWN_STYLES
 
 HERE = Path(__file__).parent
 TEMPLATES = ("{}", "{} emoji", "a picture of {}")
@@ -61,9 +62,9 @@ class Item:
 def trained_items(
     drawings: list[Drawing], pixels: Any, count: int, rng: random.Random
 ) -> list[Item]:
-    """Drawings of different names that models were trained on, with captions of their training."""
+    """Drawings of different names that it was trained on, with captions of the training."""
     captions = Captions(drawings, pixels, Lexicon(), rng)
-    places = [k for k, d in enumerate(drawings) if d.split == "train" and _coloured(d)]
+    places = [k for k, d in enumerate(drawings) if d.split == "train" and d.style in DRAWN_STYLES]
     rng.shuffle(places)
     chosen = list({captions.names[k]: k for k in places}.items())[:count]
     return [
@@ -78,14 +79,10 @@ def held_out_items(drawings: list[Drawing], pixels: Any) -> list[Item]:
     items = []
     for row in map(json.loads, CAPTIONS.read_text("utf-8").splitlines()):
         k = places[row["style"], row["icon"]]
-        if drawings[k].split == "held-out name" and _coloured(drawings[k]):
+        if drawings[k].split == "held-out name":
             name = " ".join(words_of(drawings[k].name))
             items.append(Item(name, row["caption"], _picture(pixels, k)))
     return items
-
-
-def _coloured(drawing: Drawing) -> bool:
-    return drawing.style not in BLACK_STYLES
 
 
 def _picture(pixels: Any, k: int) -> Image.Image:

@@ -11,9 +11,10 @@ into 16x16 latents. The U-Net reads the hidden states of `emoji-clip`'s own text
 frozen, as Stable Diffusion reads those of CLIP. Drawings, captions and split are those of
 `train_emoji_clip.py`: the held-out style and names are never used here.
 
-Styles without colours are left out. Every stage writes a checkpoint to --runs every few minutes and
-resumes from it; more or fewer --steps than before are allowed. On one core without AVX-512 the
-autoencoder took 55 minutes, and a step of the U-Net takes 0.7 seconds.
+Styles without colours are left out, and the U-Net is trained on two styles (`DRAWN_STYLES`). Every
+stage writes a checkpoint to --runs every few minutes and resumes from it; more or fewer --steps than
+before are allowed. On one core without AVX-512 the autoencoder took 55 minutes, and a step of the
+U-Net takes 0.7 seconds.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ OUT = Path("pez_core/models/emoji-diffusion")
 SAVE_SECONDS, LOG_EVERY = 300, 200
 CONTEXT = 77
 NO_CAPTION = 0.12  # share of captions left out, for classifier-free guidance
-# The U-Net draws these alone: a name has one outline in both. With all styles it has six, and takes
-# several times as many steps until images have the outline of a thing.
+# The U-Net is trained on these alone: a name has much the same outline in both, and many in all.
 DRAWN_STYLES = ("noto", "twemoji")
 WHITE = 0.9  # share of drawings on white; the others are on a colour that the caption names
 EMA = 0.999
