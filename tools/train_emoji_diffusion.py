@@ -12,9 +12,9 @@ frozen, as Stable Diffusion reads those of CLIP. Drawings, captions and split ar
 `train_emoji_clip.py`: the held-out style and names are never used here.
 
 Styles without colours are left out, and the U-Net is trained on two styles (`DRAWN_STYLES`). Every
-stage writes a checkpoint to --runs every few minutes and resumes from it; more or fewer --steps than
-before are allowed. On one core without AVX-512 the autoencoder took 55 minutes, and a step of the
-U-Net takes 0.7 seconds.
+stage writes a checkpoint to --runs every few minutes and resumes from it; more or fewer --steps
+than before are allowed. On one core without AVX-512 the autoencoder took 55 minutes, and a step of
+the U-Net takes 0.7 seconds.
 """
 
 from __future__ import annotations
