@@ -169,7 +169,7 @@ def plain(value: object) -> object:
     if hasattr(value, "__dataclass_fields__"):
         kept = dict(vars(value))
         if isinstance(value, Result):
-            del kept["seconds"]
+            del kept["seconds"], kept["tower_flops"]  # less where the CLIP keeps features
         return plain(kept)
     return value
 
