@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tools.get_comfyui import comfyui_path
@@ -42,14 +43,15 @@ def inside(code: str, timeout: float = 280) -> Any:
     """
     source = comfyui_path()
     before = _BEFORE.format(init=str(ROOT / "__init__.py"), root=str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-c", before + code],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(source)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    with TemporaryDirectory() as folder:  # where `code` may leave what it writes
+        done = subprocess.run(
+            [sys.executable, "-c", before + code],
+            cwd=source,
+            env={**os.environ, "PYTHONPATH": str(source), "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     return json.loads(line.removeprefix("ANSWER "))
