@@ -69,8 +69,7 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any, Any]:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"The weights of the demo model are not in {folder}: install a release of this pack, "
-            "or train them with tools/train_emoji_diffusion.py."
+            f"The weights of the demo model are not in {folder}: install this pack again."
         )
     vae_config = _read(folder, "vae")[0]
     return (

@@ -71,7 +71,7 @@ def bundled_model(argument: str, name: str | os.PathLike) -> BundledModel | None
         raise ArgumentError(
             argument,
             f"is {str(name)!r}, whose weights are not in {model.folder}",
-            "install a release of this package, or train them with tools/train_emoji_diffusion.py",
+            "install this package again",
         )
     return model
 
