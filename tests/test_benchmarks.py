@@ -864,15 +864,28 @@ def test_examples_are_drawn_again(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == len(index.splitlines())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=str)
-def test_screenshots_show_the_left_half_of_a_workflow(path):
-    make_screenshots = pytest.importorskip("make_screenshots")
-    workflow = json.loads(path.read_text())
-    images = make_screenshots.IMAGES[path.stem]
-    half = make_screenshots.left_half(workflow, images)
-    kinds = [node["type"] for node in half["nodes"]]
-    assert set(kinds) & set(make_screenshots.LEARNERS) and "KSampler" not in kinds
-    assert kinds.count("LoadImage") == len(images)
+def test_the_picture_of_the_readme_is_the_start_of_the_sheet_of_its_command():
+    pytest.importorskip("diffusers")
+    import draw_sheet as tool
+
+    from pez_core.diffusion.sheet import draw_sheet
+
+    found = tool.arguments((ROOT / "README.md").read_text())
+    assert found[0] == "invert" and found[-2:] == ["--images", "4"]
+    images = [path for path in found if path.endswith(".png")]
+    assert images == [str(path) for path in sorted((ROOT / "examples").glob("noto-*.png"))]
+    rows = [
+        ([Image.new("RGB", (64, 64), colour)], [Image.new("RGB", (64, 64), "white")] * 4, text)
+        for colour, text in [
+            ("red", "Ggjpq\nyyy"),
+            ("white", "long words " * 30),
+            ("blue", "a"),
+            ("green", "b"),
+        ]
+    ]
+    sheet = draw_sheet(rows)
+    for shown in (1, 2, 3, 4, 5):
+        assert tool.first_rows(sheet, shown).tobytes() == draw_sheet(rows[:shown]).tobytes()
 
 
 FAULTY = '''"""A module."""
