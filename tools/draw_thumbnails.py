@@ -1,6 +1,9 @@
 """Draw the thumbnails of the example workflows: their pictures and the words learned from them.
 
-    python tools/draw_thumbnails.py
+The one of the workflow with the bundled image model also has images that this model makes of the
+words.
+
+    python tools/draw_thumbnails.py ["A first look" ...]
 
 Runs the search of each workflow with its own settings and the bundled CLIP. ComfyUI shows the
 thumbnails small, so that the words are in big letters.
@@ -8,6 +11,7 @@ thumbnails small, so that the words are in big letters.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +26,8 @@ WORKFLOWS = ROOT / "example_workflows"
 DRAWINGS = ROOT / "web/examples"
 
 WIDTH, HEIGHT = 800, 600
-MARGIN, GAP = 36, 14
+MARGIN, GAP, ARROW = 36, 14, 52
+MADE = 2  # images of the words
 NIGHT, PAPER, QUIET = "#17203a", "#fffaf0", "#9aa5c4"
 COLOURS = ("#ff5d5d", "#ff9f43", "#ffd23f", "#4ecdc4", "#8fd3f4")
 
@@ -44,20 +49,44 @@ def learned(clip: Clip, nodes: Sequence[dict[str, Any]]) -> tuple[list[Path], st
     return images, caption, result
 
 
-def draw(images: Sequence[Path], text: str, result: Result) -> Image.Image:
-    """Pictures above, or the text where there are none; the learned words below."""
+def images_of(result: Result, nodes: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    """Images by the bundled image model, if a workflow has it."""
+    if not any(node["type"] == "PEZ_EmojiModel" for node in nodes):
+        return []
+    from pez_core.diffusion import load_pipeline
+    from pez_core.diffusion.image_models import default_settings, draw
+
+    pipeline = load_pipeline("emoji-diffusion", "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    return draw(pipeline, result.prompt, range(MADE), default_settings(pipeline))
+
+
+def thumbnail(
+    images: Sequence[Path], text: str, result: Result, made: Sequence[Image.Image] = ()
+) -> Image.Image:
+    """Pictures above, or the text where there are none; the learned words below.
+
+    Args:
+        images: that the words were learned from.
+        text: the same, or a caption.
+        result: the learned words.
+        made: images of them, shown behind an arrow.
+    """
     sheet = Image.new("RGB", (WIDTH, HEIGHT), NIGHT)
     pen = ImageDraw.Draw(sheet)
     top = MARGIN
     if images:
-        size = min(250, (WIDTH - 2 * MARGIN - (len(images) - 1) * GAP) // len(images))
-        left = (WIDTH - len(images) * size - (len(images) - 1) * GAP) // 2
-        for k, path in enumerate(images):
-            box = left + k * (size + GAP), top
-            pen.rounded_rectangle((*box, box[0] + size, top + size), 22, PAPER)
-            inner = size - 28
-            picture = Image.open(path).convert("RGB").resize((inner, inner))
-            sheet.paste(picture, (box[0] + 14, top + 14))
+        pictures = [Image.open(path).convert("RGB") for path in images] + [*made]
+        room = WIDTH - 2 * MARGIN - (len(pictures) - 1) * GAP - ARROW * bool(made)
+        size = min(250, room // len(pictures))
+        left = MARGIN + (room - len(pictures) * size) // 2
+        for k, picture in enumerate(pictures):
+            if k == len(images):
+                draw_arrow(pen, left, top + size // 2)
+                left += ARROW
+            pen.rounded_rectangle((left, top, left + size, top + size), 22, PAPER)
+            sheet.paste(picture.resize((size - 28, size - 28)), (left + 14, top + 14))
+            left += size + GAP
         top += size
     else:
         font = ImageFont.load_default(22)
@@ -66,6 +95,13 @@ def draw(images: Sequence[Path], text: str, result: Result) -> Image.Image:
             top += 29
     draw_words(pen, result.prompt.split(), text.split() if images else [], top + 24)
     return sheet
+
+
+def draw_arrow(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    """An arrow to the right, in a gap of `ARROW` pixels that begins at x."""
+    tip, head = x + ARROW - GAP, 14
+    pen.line((x, y, tip - head, y), QUIET, 8)
+    pen.polygon([(tip - head, y - head), (tip, y), (tip - head, y + head)], QUIET)
 
 
 def draw_words(pen: ImageDraw.ImageDraw, words: list[str], fixed: list[str], top: int) -> None:
@@ -108,10 +144,17 @@ def wrapped(words: list[str], font: Any, width: float, pad: int) -> list[list[st
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="of workflows; default: all")
+    names = parser.parse_args().names
     clip = load_clip("emoji-clip")
     for path in sorted(WORKFLOWS.glob("*.json")):
+        if names and path.stem not in names:
+            continue
         nodes = json.loads(path.read_text("utf-8"))["nodes"]
-        draw(*learned(clip, nodes)).save(path.with_suffix(".jpg"), quality=85)
+        images, text, result = learned(clip, nodes)
+        sheet = thumbnail(images, text, result, images_of(result, nodes))
+        sheet.save(path.with_suffix(".jpg"), quality=85)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tools/make_screenshots.py
 
-Starts a real ComfyUI and a headless Chromium, as tests/comfyui do, and runs the left half of two
-examples, without the image model.
+Starts a real ComfyUI and a headless Chromium, as tests/comfyui do, and runs the example with the
+bundled image model, and the left half of two others, without an image model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tests.comfyui.server import Client, ComfyServer  # noqa: E402
 
 WORKFLOWS = ROOT / "example_workflows"
 PICTURES = ROOT / "assets/screenshots"
-# the example, whether it is shown in Nodes 2.0, and the file
+# the example, whether all of it is shown, whether in Nodes 2.0, and the file
 SHOWN = (
-    ("Image to image via a prompt", False, "image-to-prompt.png"),
-    ("Fuse two pictures", True, "nodes-2.png"),
+    ("A first look", True, False, "first-look.png"),
+    ("Image to image via a prompt", False, False, "image-to-prompt.png"),
+    ("Fuse two pictures", False, True, "nodes-2.png"),
 )
 WIDTH = 920  # of two columns of the examples, which alone are shown
 
@@ -50,13 +51,18 @@ def left_half(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def learned(editor: Editor) -> None:
-    """Queue and wait until every prompt is there."""
+    """Queue and wait until every prompt is there, and every image."""
     editor.queue()
     editor.page.wait_for_function(
         """() => app.rootGraph.nodes
             .filter(node => node.widgets?.some(widget => widget.name === "kept"))
             .every(node => node.widgets.find(widget => widget.name === "kept").value)""",
-        timeout=180_000,
+        timeout=600_000,
+    )
+    editor.page.wait_for_function(
+        """() => app.rootGraph.nodes
+            .filter(node => node.type === "SaveImage").every(node => node.imgs?.length)""",
+        timeout=600_000,
     )
     editor.page.wait_for_timeout(1500)
 
@@ -102,11 +108,12 @@ def main() -> None:
         ComfyServer(Path(folder), timeout=300) as server,
         Client(server.url) as client,
     ):
-        for name, nodes2, file in SHOWN:
+        for name, whole, nodes2, file in SHOWN:
             shown = {"Comfy.VueNodes.Enabled": nodes2, "Comfy.Minimap.Visible": False}
             client.post("/settings", SETTINGS | shown)
             editor = Editor(browser, server.url)
-            editor.load(left_half(json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))))
+            workflow = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+            editor.load(workflow if whole else left_half(workflow))
             learned(editor)
             picture(editor).quantize(256).save(PICTURES / file, optimize=True)
             editor.close()

@@ -2,9 +2,10 @@
 
 They are graphs as the page saves them, laid out in columns, each with a note. The server lists the
 sockets and widgets of the nodes, so that the workflows fit them. Each learns with the bundled CLIP
-from drawings in web/examples, which the page puts into the input folder. What makes images needs a
-checkpoint, and is muted until a person has one. Two are for people who have files of their own, and
-do not run without.
+from drawings in web/examples, which the page puts into the input folder. The first one makes
+images with the bundled image model. In the others the nodes that make images need a checkpoint, and
+are muted until a person has one. Two are for people who have files of their own, and do not run
+without.
 """
 
 from __future__ import annotations
@@ -279,20 +280,22 @@ right-click menu.
 
 def first_look(graph: Graph) -> None:
     note = (
-        "# A first look, without a download\n\n1. Choose a drawing of an animal or a thing.\n"
-        "2. Run. Watch the prompt emerge, and the image that the demo model makes of it.\n\n"
-        "The bundled CLIP and **PEZ Emoji Model (demo)** belong together. Both were trained on "
-        f"emoji drawings alone, so do not judge PEZ by their images of photos.\n\n{ALWAYS}"
+        "# A first look, without a download\n\n1. Run. Watch the prompt emerge, and the images "
+        "that the demo model makes of it.\n2. Choose another drawing of one thing on white, and "
+        "run again.\n\nThe bundled CLIP and **PEZ Emoji Model (demo)** belong together. Both were "
+        "trained on emoji drawings alone, so do not judge PEZ by their images of photos.\n\n"
+        f"{ALWAYS}"
     )
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
     clip = graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
-    image = _image(graph, "Your drawing")
+    image = _image(graph, "heart-with-ribbon", "Your drawing")
     learned = graph.add(
         Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
     )
     model = graph.add(Node("PEZ_EmojiModel", 2))
     sampling = {"steps": 25, "cfg": 4.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
-    _paint_with(graph, model, learned, 2, "", {"width": 64, "height": 64}, sampling)
+    size = {"width": 64, "height": 64, "batch_size": 4}
+    _paint_with(graph, model, learned, 2, "", size, sampling, muted=False)
 
 
 def image_to_image_via_prompt(graph: Graph) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from tools.make_screenshots import left_half
+
 from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
 from .test_browser import queue_and_wait
 
 FOLDER = ROOT / "example_workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
+FIRST = "A first look"  # makes images without any further file
 # for people with files of their own, without which they do not run
 OWN_FILES = ("SDXL with your own files", "Sharpen a generated caption")
 
@@ -62,7 +65,7 @@ def affordable(prompt: dict[str, Any], sd15: str) -> dict[str, Any]:
             node["inputs"] = {"value": "a glass"}
         elif node["class_type"] == "CheckpointLoaderSimple":
             node["class_type"], node["inputs"] = "DiffusersLoader", {"model_path": sd15}
-        elif node["class_type"].startswith("PEZ_"):
+        elif "effort" in values:
             values |= {"effort": "paper", "steps": 5, "restarts": 2}
         elif node["class_type"] == "KSampler":
             values["steps"] = 1
@@ -72,8 +75,12 @@ def affordable(prompt: dict[str, Any], sd15: str) -> dict[str, Any]:
     return {key: node for key, node in prompt.items() if node["class_type"] not in unused}
 
 
-def test_there_are_seven():
-    assert len(WORKFLOWS) == 7 and {*OWN_FILES} < {path.stem for path in WORKFLOWS}
+def images_of(outputs: dict[str, Any]) -> list[Any]:
+    return [image for one in outputs.values() for image in one.get("images", [])]
+
+
+def test_there_are_eight():
+    assert len(WORKFLOWS) == 8 and {*OWN_FILES} < {path.stem for path in WORKFLOWS}
     for path in WORKFLOWS:
         thumbnail = path.with_suffix(".jpg")
         assert thumbnail.is_file(), f"{path.name} has no thumbnail"
@@ -119,6 +126,7 @@ def test_an_example_runs_as_it_comes(path: Path, editor: Editor, client: Client,
         assert untouched["status"]["status_str"] == "success"
         (learned,) = [outputs for outputs in untouched["outputs"].values() if "pez" in outputs]
         assert learned["text"][0]
+        assert len(images_of(untouched["outputs"])) == (4 if path.stem == FIRST else 0)
 
     editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => { node.mode = 0; })")
     prompt = editor.page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -137,11 +145,18 @@ def test_an_example_runs_as_it_comes(path: Path, editor: Editor, client: Client,
     run = client.run(affordable(prompt, sd15), timeout=200)
     assert run.status == "success", run.error
     (learned,) = [outputs for outputs in run.outputs.values() if "pez" in outputs]
-    images = [image for outputs in run.outputs.values() for image in outputs.get("images", [])]
-    subjects = 2 if "style" in path.stem.lower() else 1
-    assert learned["text"][0] and len(images) == subjects
+    expected = {FIRST: 4, "Style onto a new subject": 2}.get(path.stem, 1)
+    assert learned["text"][0] and len(images_of(run.outputs)) == expected
     # the page looks up the size of the checkpoint, which is not on this disk
     assert [c for c in editor.complaints if "huggingface.co" not in c] == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_screenshots_show_the_half_that_learns(path: Path):
+    workflow = json.loads(path.read_text())
+    kinds = [node["type"] for node in left_half(workflow)["nodes"]]
+    assert any(kind.startswith("PEZ_") for kind in kinds)
+    assert not {"MarkdownNote", "KSampler"} & {*kinds}
 
 
 def test_nothing_covers_anything_in_nodes_2(editor: Editor, client: Client):
