@@ -17,6 +17,7 @@ from pez_core import ArgumentError, PezPipeline, SearchOptions
 from pez_core.diffusion import load_pipeline
 from pez_core.diffusion.image_models import BUNDLED, Stopped, default_settings, draw
 
+FOLDER = BUNDLED["emoji-diffusion"].folder
 QUICK = {"num_inference_steps": 2}
 FOUND = SearchOptions(prompt_len=4, effort="paper", steps=4)
 
@@ -29,17 +30,28 @@ def exported(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(params=["random", "bundled"])
+def either(request, exported):
+    """This folder, and the one of the package."""
+    return exported if request.param == "random" else FOLDER
+
+
 @pytest.fixture
-def bundled(exported, monkeypatch):
-    """This folder in place of the bundled one, and no network."""
+def offline(monkeypatch):
+    """No network."""
 
     def refuse(*arguments, **options):
         pytest.fail("the network was used")
 
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def bundled(exported, offline, monkeypatch):
+    """The folder with random weights in place of the bundled one, and no network."""
     model = BUNDLED["emoji-diffusion"]
     replaced = type(model)(exported, model.clip, model.settings)
     monkeypatch.setitem(BUNDLED, "emoji-diffusion", replaced)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
     return replaced
 
 
@@ -64,8 +76,8 @@ def texts():
     return [*found, *phrases[:300], *odd, "x" * 400, " ".join(["word"] * 200)]
 
 
-def test_the_text_encoder_has_the_hidden_states_of_open_clip(exported, texts, emoji_clip):
-    encoder = CLIPTextModel.from_pretrained(exported / "text_encoder")
+def test_the_text_encoder_has_the_hidden_states_of_open_clip(either, texts, emoji_clip):
+    encoder = CLIPTextModel.from_pretrained(either / "text_encoder")
     assert encoder.dtype == torch.float32
     model, ids = emoji_clip.model, open_clip.tokenize(texts[::7])
     with torch.no_grad():
@@ -81,8 +93,8 @@ def test_the_text_encoder_has_the_hidden_states_of_open_clip(exported, texts, em
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_the_tokenizer_has_the_ids_of_open_clip(exported, texts):
-    words = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+def test_the_tokenizer_has_the_ids_of_open_clip(either, texts):
+    words = CLIPTokenizer.from_pretrained(either / "tokenizer")
     assert len(texts) > 300
     for text, expected in zip(texts, open_clip.tokenize(texts), strict=True):
         end = expected.argmax() + 1
@@ -92,12 +104,32 @@ def test_the_tokenizer_has_the_ids_of_open_clip(exported, texts):
     assert len(padded[0]) == 77
 
 
-def test_plain_diffusers_loads_it(exported):
-    pipe = StableDiffusionPipeline.from_pretrained(exported)
+def test_plain_diffusers_loads_it(either):
+    pipe = StableDiffusionPipeline.from_pretrained(either)
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.vae.dtype, pipe.unet.dtype, pipe.text_encoder.dtype} == {torch.float32}
     (image,) = pipe("a red fish", num_inference_steps=2).images
     assert image.size == (64, 64)
+
+
+def test_the_bundled_weights_load_offline_and_are_small(offline, capfd):
+    capfd.readouterr()
+    pipe = load_pipeline("emoji-diffusion", "cpu")
+    assert isinstance(pipe, StableDiffusionPipeline) and pipe.dtype == torch.float32
+    assert default_settings(pipe) == BUNDLED["emoji-diffusion"].settings
+    assert capfd.readouterr() == ("", "")
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 40e6
+
+
+def test_the_bundled_weights_make_images_of_the_prompt(emoji_clip):
+    pipe = load_pipeline("emoji-diffusion", "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red heart", "a yellow face", "a green tree"]
+    settings = default_settings(pipe) | {"num_inference_steps": 10}
+    images = [draw(pipe, prompt, [0, 1], settings) for prompt in prompts]
+    features = torch.stack([emoji_clip.encode_images(few).mean(0) for few in images])
+    similar = features @ emoji_clip.encode_texts(prompts).T
+    assert torch.equal(similar.argmax(1), torch.arange(3)), similar
 
 
 @pytest.mark.slow

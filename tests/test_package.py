@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -284,6 +285,21 @@ def test_the_sdist_has_all_that_its_tests_read(sdist):
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_the_wheel_has_all_files_of_the_models(sdist, tmp_path):
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sdist, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("pez_core-*.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        found = {name for name in wheel.namelist() if name.startswith("pez_core/models/")}
+    models = [path for path in (ROOT / "pez_core/models").rglob("*") if path.is_file()]
+    assert found == {path.relative_to(ROOT).as_posix() for path in models}
+    weights = {Path(name).parts[2:-1] for name in found if name.endswith(".safetensors")}
+    parts = [("emoji-diffusion", part) for part in ("unet", "vae", "text_encoder")]
+    assert weights == {("emoji-clip",), *parts}
 
 
 def test_each_drawing_and_each_model_has_a_source():

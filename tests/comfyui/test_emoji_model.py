@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from PIL import Image
+
+from pez_core import load_clip
+from pez_core.clip.images import load_image
 
 from .inside import inside
+from .server import ROOT, Client, ComfyServer
 
 pytest.importorskip("diffusers")
 
 TEXT = "a red fish in the blue sea"
-# Both in one process. ComfyUI starts from noise times sigma and ends at sigma 0; diffusers starts
-# from sqrt(1 + sigma^2) and ends at the first sigma of the training. The first is given to
-# diffusers by its latents, the second by `set_alpha_to_one`.
+# Both in one process, with the sampler DDIM. ComfyUI starts from noise times sigma and ends at
+# sigma 0; diffusers starts from sqrt(1 + sigma^2) and ends at the first sigma of the training. The
+# first is given to diffusers by its latents, the second by `set_alpha_to_one`.
 COMPARED = """
 import math
 from pathlib import Path
@@ -21,7 +29,9 @@ from pez_pack.nodes import emoji_diffusion
 folder = Path({folder!r})
 pipe = StableDiffusionPipeline.from_pretrained(folder)
 pipe.set_progress_bar_config(disable=True)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, set_alpha_to_one=True, clip_sample=False
+)
 with torch.inference_mode():
     model, clip, vae = emoji_diffusion.load(folder)
     def encode(text):
@@ -64,8 +74,10 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_comfyui_samples_what_diffusers_samples(exported):
-    code = COMPARED.format(folder=str(exported), text=TEXT)
+@pytest.mark.parametrize("weights", ["random", "bundled"])
+def test_comfyui_samples_what_diffusers_samples(exported, weights):
+    folder = exported if weights == "random" else ROOT / "pez_core/models/emoji-diffusion"
+    code = COMPARED.format(folder=str(folder), text=TEXT)
     states, latents, moved, another, decoded, encoding, shape, empty = inside(code)
     assert states < 1e-4
     assert latents < 0.01
@@ -136,3 +148,49 @@ def test_the_prompt_with_the_most_similar_images_is_chosen(exported):
     assert same
     assert similarities[0] == pytest.approx(expected, abs=1e-4)
     assert "prompts" in message and "is empty" in message
+
+
+def graph(image: str) -> dict[str, Any]:
+    """The graph of the template "A first look", with a quick search."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "target": node("LoadImage", image=image),
+        "clip": node("PEZ_LoadCLIP", model="bundled emoji CLIP (no download)"),
+        "learned": node(
+            "PEZ_ImageToPrompt", clip=["clip", 0], images=["target", 0], effort="fast", seed=0
+        ),
+        "model": node("PEZ_EmojiModel"),
+        "positive": node("CLIPTextEncode", clip=["model", 1], text=["learned", 0]),
+        "negative": node("CLIPTextEncode", clip=["model", 1], text=""),
+        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=4),
+        "sampler": node(
+            "KSampler", model=["model", 0], positive=["positive", 0], negative=["negative", 0],
+            latent_image=["latent", 0], seed=0, steps=25, cfg=4.0, sampler_name="ddim",
+            scheduler="ddim_uniform", denoise=1.0,
+        ),
+        "images": node("VAEDecode", samples=["sampler", 0], vae=["model", 2]),
+        "saved": node("SaveImage", images=["images", 0], filename_prefix="like"),
+    }  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_most_images_look_like_their_own_target(server: ComfyServer, client: Client):
+    """By a CLIP that no search used: the images that KSampler makes of the learned prompt."""
+    targets = sorted((ROOT / "examples").glob("noto-*.png"))
+    assert len(targets) == 10
+    judge = load_clip(ROOT / "benchmarks/models/emoji-clip-judge", device="cpu")
+    features = []
+    for target in targets:
+        run = client.run(graph(client.upload(target)), timeout=300)
+        assert run.status == "success", run.error
+        saved = [one["filename"] for one in run.outputs["saved"]["images"]]
+        pictures = [Image.open(server.folder / "output" / name).convert("RGB") for name in saved]
+        made = judge.encode_images(pictures)
+        features.append(made.mean(0))
+    similar = torch.stack(features) @ judge.encode_images(list(map(load_image, targets))).T
+    own = int((similar.argmax(1) == torch.arange(10)).sum())
+    print(f"{own} of 10 images are most similar to their own target")
+    assert own >= 6, similar
