@@ -75,8 +75,8 @@ def make_gallery(
         weights: of the targets of a prompt, the same for each prompt; None: all the same.
         titles: what each prompt is called on the page.
         num_images_per_prompt: images to make of each prompt, at least 1.
-        num_inference_steps: denoising steps; None: 25 for pipelines with a UNet, as in the paper;
-            others have their own default.
+        num_inference_steps: denoising steps; None: 25 for pipelines with a UNet, as in the paper
+            (12 for `emoji-diffusion`); others have their own default.
         guidance_scale: None: 9.0 for pipelines with a UNet, as in the paper (4.0 for
             `emoji-diffusion`); others have their own default.
         seed: of the noise of the first image of each prompt; the others have the numbers behind it.

@@ -51,7 +51,7 @@ BUNDLED = {
     "emoji-diffusion": BundledModel(
         Path(__file__).parent.parent / "models" / "emoji-diffusion",
         "emoji-clip",
-        {"num_inference_steps": 25, "guidance_scale": 4.0},
+        {"num_inference_steps": 12, "guidance_scale": 4.0},
     )
 }
 

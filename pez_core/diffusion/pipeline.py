@@ -731,7 +731,7 @@ class PezPipeline(DiffusionPipeline):
                 Width of the images in pixels; the image pipeline has the default.
             num_inference_steps (`int`, *optional*):
                 Denoising steps. For pipelines with a UNet (Stable Diffusion 1.x, 2.x and XL) the
-                default is 25, as in the paper; others have their own.
+                default is 25, as in the paper (12 for `"emoji-diffusion"`); others have their own.
             guidance_scale (`float`, *optional*):
                 For pipelines with a UNet the default is 9.0, as in the paper, and 4.0 for
                 `"emoji-diffusion"`, the small model that comes with this package; others have their
