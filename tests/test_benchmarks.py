@@ -864,7 +864,7 @@ def test_examples_are_drawn_again(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == len(index.splitlines())
 
 
-def test_the_picture_of_the_readme_is_the_start_of_the_sheet_of_its_command():
+def test_the_picture_of_the_readme_is_the_sheet_of_its_command():
     pytest.importorskip("diffusers")
     import draw_sheet as tool
 
@@ -883,9 +883,14 @@ def test_the_picture_of_the_readme_is_the_start_of_the_sheet_of_its_command():
             ("green", "b"),
         ]
     ]
-    sheet = draw_sheet(rows)
-    for shown in (1, 2, 3, 4, 5):
-        assert tool.first_rows(sheet, shown).tobytes() == draw_sheet(rows[:shown]).tobytes()
+    for shown, left in ((3, 2), (4, 2)):
+        wide = tool.in_two_columns(draw_sheet(rows[:shown]))
+        start = 0
+        for column in (draw_sheet(rows[:left]), draw_sheet(rows[left:shown])):
+            box = (start, 0, start + column.width, column.height)
+            assert wide.crop(box).tobytes() == column.tobytes()
+            start += column.width
+        assert start == wide.width
 
 
 FAULTY = '''"""A module."""

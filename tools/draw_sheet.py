@@ -1,4 +1,4 @@
-"""Draw assets/sheet.png: the first rows of the sheet that README's first command writes.
+"""Draw assets/sheet.png: the sheet that README's first command writes, in two columns.
 
     python tools/draw_sheet.py
 
@@ -20,7 +20,7 @@ from pez_core.diffusion.sheet import MARGIN
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "assets/sheet.png"
-ROWS = 4  # of the sheet, as many as a page of the README has room for
+SCALE = 0.75
 
 
 def arguments(readme: str) -> list[str]:
@@ -34,12 +34,18 @@ def arguments(readme: str) -> list[str]:
     return found
 
 
-def first_rows(sheet: Image.Image, count: int) -> Image.Image:
-    """The first `count` rows of a sheet; a row begins below `MARGIN` lines of white."""
+def in_two_columns(sheet: Image.Image) -> Image.Image:
+    """The first half of the rows of a sheet beside the second half."""
     blank = (np.asarray(sheet.convert("L")) == 255).all(1)
     # there is less white between two lines of text, and between images and text
     starts = [k for k in range(MARGIN, len(blank)) if not blank[k] and blank[k - MARGIN : k].all()]
-    return sheet.crop((0, 0, sheet.width, starts[count])) if count < len(starts) else sheet
+    middle = starts[(len(starts) + 1) // 2]
+    left = sheet.crop((0, 0, sheet.width, middle))
+    right = sheet.crop((0, middle - MARGIN, sheet.width, sheet.height))
+    both = Image.new("RGB", (2 * sheet.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (sheet.width, 0))
+    return both
 
 
 def main(out: Path = OUT) -> None:
@@ -49,8 +55,9 @@ def main(out: Path = OUT) -> None:
         if status:
             raise SystemExit(status)
         with Image.open(page / "sheet.png") as sheet:
-            shown = first_rows(sheet, ROWS)
-            shown.quantize(256).save(out, optimize=True)
+            wide = in_two_columns(sheet)
+        size = round(SCALE * wide.width), round(SCALE * wide.height)
+        wide.resize(size, Image.Resampling.LANCZOS).quantize(256).save(out, optimize=True)
 
 
 if __name__ == "__main__":
