@@ -288,7 +288,7 @@ def first_look(graph: Graph) -> None:
     )
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
     clip = graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
-    image = _image(graph, "heart-with-ribbon", "Your drawing")
+    image = _image(graph, "face-with-tongue", "Your drawing")
     learned = graph.add(
         Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
     )
