@@ -1,6 +1,6 @@
 """Take the pictures of the README and of docs/comfyui.md.
 
-    python tools/make_screenshots.py
+    python tools/make_screenshots.py ["A first look" ...]
 
 Starts a real ComfyUI and a headless Chromium, as tests/comfyui do, and runs the example with the
 bundled image model, and the left half of two others, without an image model.
@@ -8,6 +8,7 @@ bundled image model, and the left half of two others, without an image model.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -101,6 +102,9 @@ def picture(editor: Editor) -> Image.Image:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="of examples; default: all")
+    names = parser.parse_args().names
     PICTURES.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(prefix="comfyui-") as folder,
@@ -109,6 +113,8 @@ def main() -> None:
         Client(server.url) as client,
     ):
         for name, whole, nodes2, file in SHOWN:
+            if names and name not in names:
+                continue
             shown = {"Comfy.VueNodes.Enabled": nodes2, "Comfy.Minimap.Visible": False}
             client.post("/settings", SETTINGS | shown)
             editor = Editor(browser, server.url)
