@@ -158,9 +158,10 @@ def graph(image: str) -> dict[str, Any]:
 
     return {
         "target": node("LoadImage", image=image),
-        "clip": node("PEZ_LoadCLIP", model="bundled emoji CLIP (no download)"),
+        "clip": node("PEZ_LoadCLIP", model="bundled emoji CLIP (no download)", download=False),
         "learned": node(
-            "PEZ_ImageToPrompt", clip=["clip", 0], images=["target", 0], effort="fast", seed=0
+            "PEZ_ImageToPrompt", clip=["clip", 0], images=["target", 0], prompt_len=16,
+            effort="fast", restarts=1, seed=0,
         ),
         "model": node("PEZ_EmojiModel"),
         "positive": node("CLIPTextEncode", clip=["model", 1], text=["learned", 0]),
