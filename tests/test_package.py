@@ -209,6 +209,12 @@ def test_the_registry_lacks_only_what_its_publisher_adds():
         assert left not in comfy and left in text
 
 
+def test_the_registry_gets_the_drawings_of_the_templates():
+    """A pattern without a slash in front would match `web/examples` as well as `examples`."""
+    patterns = (ROOT / ".comfyignore").read_text().split()
+    assert "/examples/" in patterns and all(one.startswith("/") for one in patterns)
+
+
 @pytest.mark.slow
 def test_a_search_needs_neither_pyarrow_nor_filelock():
     code = (
