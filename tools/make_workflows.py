@@ -46,6 +46,7 @@ HEIGHTS = {
     "TextGenerate": 340,
     "EmptyLatentImage": 170,
     "KSampler": 330,
+    "ImageScaleBy": 150,
     "SaveImage": 400,
     "PreviewAny": 200,
     "PEZ_LoadCLIP": 150,
@@ -219,6 +220,7 @@ def _paint_with(
     size: dict[str, int],
     sampling: dict[str, Any],
     muted: bool = True,
+    scale_by: float = 1.0,
 ) -> None:
     """What makes an image of a prompt.
 
@@ -230,6 +232,7 @@ def _paint_with(
         negative_prompt: text.
         size, sampling: inputs of the empty latent and of the sampler.
         muted: mute it, in a frame.
+        scale_by: enlarge the images, whose preview has their own size.
     """
     clip = (checkpoint, "CLIP")
     positive = graph.add(
@@ -255,6 +258,9 @@ def _paint_with(
     image = graph.add(
         Node("VAEDecode", column + 1, {"samples": (sampler, "LATENT"), "vae": (checkpoint, "VAE")})
     )
+    if scale_by != 1:
+        inputs = {"image": (image, "IMAGE"), "upscale_method": "bicubic", "scale_by": scale_by}
+        image = graph.add(Node("ImageScaleBy", column + 1, inputs))
     graph.add(Node("SaveImage", column + 1, {"images": (image, "IMAGE"), "filename_prefix": "PEZ"}))
     if muted:
         graph.mute(PAINT, column)
@@ -295,7 +301,7 @@ def first_look(graph: Graph) -> None:
     model = graph.add(Node("PEZ_EmojiModel", 2))
     sampling = {"steps": 25, "cfg": 4.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
     size = {"width": 64, "height": 64, "batch_size": 4}
-    _paint_with(graph, model, learned, 2, "", size, sampling, muted=False)
+    _paint_with(graph, model, learned, 2, "", size, sampling, muted=False, scale_by=4.0)
 
 
 def image_to_image_via_prompt(graph: Graph) -> None:
