@@ -65,7 +65,7 @@ def learned(editor: Editor) -> None:
             .filter(node => node.type === "SaveImage").every(node => node.imgs?.length)""",
         timeout=600_000,
     )
-    editor.page.wait_for_timeout(1500)
+    editor.page.wait_for_timeout(8000)  # until the page no longer shows that a job is completed
 
 
 def picture(editor: Editor) -> Image.Image:
