@@ -7,8 +7,8 @@ remedy alone, compared with none image by image: own similarity, that of the jud
 difference of the judge in each of the three sets. Needs the drawings (tools/emoji_data.py).
 
 * words alone: the similarity of each word of the prompt alone counts as well, and how well the CLIP
-  has learned it (`priors.SingleWordPrior`); by the weight of each word, and with one of the two
-  left out.
+  has learned it (`pez_core.single_words`); by the weight of each word, and with one of the two left
+  out.
 * augmentation: the target is the mean feature of the image and seven changed copies of it.
 * early end: half the swaps.
 * readability: a language model scores prompts as well, see benchmarks/readability.py for its cost.
@@ -32,10 +32,10 @@ from PIL import Image
 from step_time import machine
 from unseen import EVERY_WORD, Unseen, from_folder, unseen
 
-from pez_core import Clip, SearchOptions, load_clip, load_language_model, priors
+from pez_core import Clip, SearchOptions, load_clip, load_language_model, single_words
 from pez_core.options import EFFORTS
-from pez_core.priors import WORD_WEIGHT
 from pez_core.runner import PromptTarget, learn
+from pez_core.single_words import WORD_WEIGHT
 
 JUDGE = Path(__file__).parent / "models" / "emoji-clip-judge"
 COPIES = 7
@@ -73,7 +73,7 @@ def find(
 
 def with_familiarity(value: float, run: Remedy) -> Remedy:
     """The same search with another weight of familiarity against similarity."""
-    return patch.object(priors, "FAMILIAR", value)(run)
+    return patch.object(single_words, "FAMILIAR", value)(run)
 
 
 def remedies_for(clip: Clip, images: list[Image.Image], readability: list[float]) -> dict:
@@ -88,7 +88,7 @@ def remedies_for(clip: Clip, images: list[Image.Image], readability: list[float]
     )
     tiny = 1e-6  # of the similarity, with the usual amount of familiarity
     remedies["words alone, familiarity only"] = with_familiarity(
-        priors.FAMILIAR / tiny, partial(run, word_weight=WORD_WEIGHT * tiny)
+        single_words.FAMILIAR / tiny, partial(run, word_weight=WORD_WEIGHT * tiny)
     )
     remedies["augmentation"] = partial(find, clip, changed)
     remedies["early end"] = partial(run, swaps=EFFORTS["fast"].swaps // 2)

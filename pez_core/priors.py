@@ -76,6 +76,10 @@ class ReadabilityPrior:
         """(rows, prompt_len) ids -> (rows,) weighted likelihood per token."""
         return torch.tensor(self.scores_of(ids.tolist()), device=ids.device)
 
+    def corrections(self, swaps: torch.Tensor) -> float:
+        """What `screen` was wrong by; it is as good as it gets."""
+        return 0.0
+
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """`score` of lists of ids; the language model reads each prompt once."""
         keys = [tuple(row) for row in rows]
@@ -91,76 +95,6 @@ class ReadabilityPrior:
         return self.language_model.perplexity(texts).tolist()
 
 
-# Weight of single words' own similarity for prompts of images, where it raises the similarity to a
-# held-out CLIP (benchmarks/results/remedies.md). For prompts of texts it lowers the similarity.
-WORD_WEIGHT = 0.035
-# Weight of a standard deviation of familiarity against one of similarity.
-FAMILIAR = 0.7
-
-
-class SingleWordPrior:
-    """A `Prior` for `refine` that favours words which resemble the target on their own.
-
-    A search finds combinations of words that only its own CLIP finds similar to the target. Two
-    properties of a single word predict how other models read it: the similarity of the word alone
-    with the target, and how well the CLIP has learned it (`familiarity`, by its embedding). The
-    score of a prompt is the sum over its tokens of
-
-        weight * (similarity + 0.7 * spread * familiarity),
-
-    where the spread is the standard deviation of the similarities of all allowed tokens. `refine`
-    adds it to the score of its objective. benchmarks/results/remedies.md has the measured gain.
-
-    Args:
-        alone: (len(space.allowed), features) text features of length 1 of each allowed token as a
-            text by itself, in the order of `space.allowed`.
-        space: the `TokenSpace` of the search.
-        towards: (problems, features), the target of each problem: the score of a prompt by the
-            objective is the dot product of its unit features with this row.
-        weight: of one word, compared with the prompt, whose similarity has weight 1; such as
-            `WORD_WEIGHT` (0.035).
-    """
-
-    capturable = True
-
-    def __init__(
-        self, alone: torch.Tensor, space: TokenSpace, towards: torch.Tensor, weight: float
-    ) -> None:
-        similar = towards @ alone.T
-        spread = similar.std(dim=1, correction=0, keepdim=True)
-        familiar = familiarity(space.table[space.allowed]).to(similar)
-        self._values = weight * (similar + FAMILIAR * spread * familiar)
-        # the position of each token in `allowed`
-        self._places = torch.zeros(len(space.table), dtype=torch.long, device=towards.device)
-        self._places[space.allowed] = torch.arange(len(space.allowed), device=towards.device)
-
-    def _problems(self, rows: int) -> torch.Tensor:
-        every = torch.arange(len(self._values), device=self._values.device)
-        return every.repeat_interleave(rows // len(every))
-
-    def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
-        """(rows, prompt_len) ids -> (rows, allowed) each token's part in `score`."""
-        return self._values[self._problems(len(ids))]
-
-    def score(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, prompt_len) ids -> (rows,) sum over their words."""
-        return self._values[self._problems(len(ids))[:, None], self._places[ids]].sum(dim=1)
-
-
-@torch.no_grad()
-def familiarity(embeddings: torch.Tensor) -> torch.Tensor:
-    """(n, dim) embeddings of tokens -> (n,) rank of their distance from the mean embedding.
-
-    All embeddings start around one point, and training moves a token each time it occurs, so that
-    rare ones stay near the mean (Land and Bartolo 2024, "Fishing for Magikarp", find under-trained
-    tokens by their embeddings, too). Ranks are scaled to mean 0 and variance 1, since distances
-    differ by model.
-    """
-    distance = (embeddings.float() - embeddings.float().mean(dim=0)).norm(dim=1)
-    rank = distance.argsort().argsort().float()
-    return (rank / max(1, len(rank) - 1) - 0.5) * 12**0.5
-
-
 class SumOfPriors:
     """Several priors as one."""
 
@@ -171,6 +105,10 @@ class SumOfPriors:
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
         """The sum over the priors."""
         return reduce(torch.add, (prior.screen(ids, position) for prior in self.priors))
+
+    def corrections(self, swaps: torch.Tensor) -> torch.Tensor | float:
+        """The sum over the priors."""
+        return sum(prior.corrections(swaps) for prior in self.priors)
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """The sum over the priors."""

@@ -16,11 +16,12 @@ from .errors import ArgumentError
 from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import Objective, PezSettings, search
-from .priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, needed_language_model
+from .priors import ReadabilityPrior, SumOfPriors, needed_language_model
 from .prompt_text import read
 from .results import Candidate, Report, ReportCallback, Result, Trajectory, best_of_restarts
 from .scoring import contributions
 from .seeds import child_seed, restart_seed
+from .single_words import SingleWordPrior, WordFeatures
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
 from .tower_work import counted
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Single tokens encoded at once.
-_TOKENS_AT_ONCE = 2048
-# The same where each takes a whole context.
-_TEXTS_AT_ONCE = 64
-# Features of single tokens are kept with the CLIP. A few are computed again to find out whether its
-# weights have changed, within rounding.
-_PROBES, _ROUNDING = 4, 1e-3
 # Steps of a refinement that only a time limit ends.
 _ENDLESS = 10**9
 # The random stream of a seed that baselines draw from, beside that of the initial prompt.
@@ -160,7 +154,7 @@ def learn(
         prompt_len: tokens to learn.
         callback: called with a `Report`; a true return value ends the search.
         caption, encoded, inserts: see `Caption`.
-        word_weight: of the prior of single words (`pez_core.priors.SingleWordPrior`).
+        word_weight: of the prior of single words (`pez_core.single_words.SingleWordPrior`).
 
     Raises:
         ArgumentError: the prompt does not fit the context, the vocabulary is empty, the initial
@@ -502,14 +496,7 @@ def refine_span(
     """Swaps for the searches in `span`, starting from what PEZ found."""
     options, work, owners = problem.options, problem.work, problem.owners[span]
 
-    def waiting() -> bool:
-        begun = replace(descended, step=0)
-        descended.stopped = bool(callback and callback(best.report(span, begun, work.steps)))
-        return descended.stopped
-
-    prior = _prior(problem, owners, turns_left, waiting)
-    if descended.stopped:
-        return descended
+    prior = _prior(problem, owners)
     found = refine(
         problem.space,
         _similarity(problem, owners),
@@ -530,62 +517,14 @@ def refine_span(
     return found
 
 
-def _prior(
-    problem: Problem, owners: Sequence[int], turns_left: int, waiting: Callable[[], bool]
-) -> Prior | None:
-    """What counts beside the similarity; `waiting` reports, and is true where the search ends."""
+def _prior(problem: Problem, owners: Sequence[int]) -> Prior | None:
+    """What counts beside the similarity."""
     priors: list[Prior] = [problem.readability] if problem.readability else []
-    left = problem.time_left(turns_left)
-    alone = None
     if problem.word_weight:
-        alone = _single_token_features(problem.clip, problem.space, left and left / 2, waiting)
-    if alone is not None:
         towards = torch.stack([problem.targets[k].towards for k in owners])
-        priors.append(SingleWordPrior(alone, problem.space, towards, problem.word_weight))
+        words = WordFeatures(problem.clip)
+        priors.append(SingleWordPrior(words, problem.space, towards, problem.word_weight))
     return SumOfPriors(priors) if priors else None
-
-
-@torch.no_grad()
-def _single_token_features(
-    clip: AnyClip,
-    space: TokenSpace,
-    time_limit: float | None,
-    waiting: Callable[[], bool],
-) -> torch.Tensor | None:
-    """(allowed, features) unit features of each allowed token as a text by itself.
-
-    Those of the last vocabulary are kept in `clip.cache`. A tower that is not causal encodes each
-    token over the whole context, which can take minutes; `waiting` is then called between blocks.
-    None: they would take longer than the limit, or `waiting` was true.
-    """
-    began = time.monotonic()
-    allowed, kept = space.allowed, clip.cache.get("single tokens")
-    encode, table = clip.text.encoder(), clip.text.token_embedding
-
-    def features(ids: torch.Tensor) -> torch.Tensor:
-        return F.normalize(encode(F.embedding(ids[:, None], table).float()).float(), dim=-1)
-
-    if kept is not None and kept[1].device == clip.device and torch.equal(kept[0], allowed):
-        some = slice(None, None, -(-len(allowed) // _PROBES))
-        if torch.allclose(features(allowed[some]), kept[1][some], atol=_ROUNDING):
-            return kept[1]
-    rows = []
-    count = _TOKENS_AT_ONCE if clip.text.causal else _TEXTS_AT_ONCE
-    blocks = allowed.split(count)
-    if not clip.text.causal:  # a small one first, which shows how long the others will take
-        blocks = [allowed[:_PROBES], *allowed[_PROBES:].split(count)]
-    done = 0
-    for ids in filter(len, blocks):
-        taken = time.monotonic() - began
-        expected = taken * len(allowed) / done if done else taken
-        if time_limit is not None and expected > time_limit:
-            return None
-        if not clip.text.causal and waiting():
-            return None
-        rows.append(features(ids))
-        done += len(ids)
-    clip.cache["single tokens"] = allowed, torch.cat(rows)
-    return clip.cache["single tokens"][1]
 
 
 # Between 2, 3 and 4: the best prompts so far.

@@ -61,6 +61,13 @@ class Prior(Protocol):
         """(rows, prompt_len) ids -> (rows, allowed) estimates for each token at a position."""
         ...
 
+    def corrections(self, swaps: torch.Tensor) -> torch.Tensor | float:
+        """(rows, count, n) ids, -1 for none, that are compared next -> (rows, count).
+
+        The part of `score` that each takes part with, less what `screen` said.
+        """
+        ...
+
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) terms to add to their scores."""
         ...
@@ -261,8 +268,8 @@ def _swaps(
         swaps, bonus = space.swaps(lead, gradient, i, settings.screened, likely)
         alone = task.objective.given(space.embed(lead[:, :i]))
         promise = _scores_behind(space, alone, space.swapped(lead, swaps, i), i)
-        if bonus is not None:
-            promise = promise + bonus
+        if bonus is not None and task.prior is not None:
+            promise = promise + bonus + task.prior.corrections(swaps)
         picks = promise.topk(min(settings.candidates, promise.shape[1]), dim=1).indices
         swaps = swaps.gather(1, picks[..., None].expand(-1, -1, swaps.shape[2]))
 

@@ -31,6 +31,17 @@ def paper(steps: int, **fields) -> SearchOptions:
     return all_words(swaps=0, steps=steps, **fields)
 
 
+class Alone:
+    """Features of single tokens for a `SingleWordPrior`, as a table of all or of none yet."""
+
+    def __init__(self, table, all_at_once=False, sample=10**6):
+        self.table, self.all_at_once, self.sample, self.asked = table, all_at_once, sample, []
+
+    def __call__(self, ids):
+        self.asked.append(ids.tolist())
+        return self.table[ids]
+
+
 class Clock:
     """A clock for tests: reading it takes `tick` seconds."""
 

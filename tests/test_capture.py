@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import all_words, make_clip
+from conftest import Alone, all_words, make_clip
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pez_core import (
@@ -20,7 +20,8 @@ from pez_core import (
 )
 from pez_core.capture import NoWaiting, Replay, _place, recorder_for, trust
 from pez_core.objectives import SampledSimilarity, Similarity
-from pez_core.priors import SingleWordPrior, SumOfPriors
+from pez_core.priors import SumOfPriors
+from pez_core.single_words import SingleWordPrior
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,8 @@ def test_a_captured_refinement_is_the_refinement(traced, problem, prior, asked, 
     ids = space.random(3 * 4, 3, torch.Generator().manual_seed(1))
     words = None
     if prior:
-        alone = torch.randn(len(space.allowed), 16, generator=torch.Generator().manual_seed(2))
+        alone = torch.randn(len(space.table), 16, generator=torch.Generator().manual_seed(2))
+        alone = Alone(alone, all_at_once=True)
         words = SumOfPriors([SingleWordPrior(alone, space, objective.target, 0.1)])
     options = {"steps": 16, "trials": 4, "screened": 16}
     found = [

@@ -20,7 +20,6 @@ from pez_core.runner import (
     _round_trip,
     _shares,
     _similarity,
-    _single_token_features,
     _space,
     _Start,
     default_len,
@@ -75,69 +74,6 @@ def test_the_targets_of_each_row_and_how_they_are_sampled():
     problem.targets = [target([2.0, 1.0], [False, False], direction=direction)]
     assert torch.allclose(_similarity(problem, [0]).target, direction[None])
     assert torch.equal(problem.targets[0].towards, direction)
-
-
-# ------------------------------------------------------------------------- single tokens
-
-
-class Words:
-    """A CLIP whose text tower takes a second for each text, and records how many it gets."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, clock, causal, tokens):
-        self.sizes, self.clock, self.cache = [], clock, {}
-        table = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(0))
-        self.text = SimpleNamespace(
-            causal=causal, token_embedding=table, encoder=lambda: self.encode
-        )
-        self.space = SimpleNamespace(allowed=torch.arange(tokens))
-
-    def encode(self, embeddings):
-        self.sizes.append(len(embeddings))
-        self.clock.now += len(embeddings)
-        return embeddings[:, 0, :4] * 2
-
-    def features(self, limit=None, waiting=lambda: False):
-        self.sizes.clear()
-        return _single_token_features(self, self.space, limit, waiting)
-
-    @property
-    def expected(self):
-        return F.normalize(self.text.token_embedding[:, :4], dim=1)
-
-
-def test_features_of_single_tokens_are_kept_until_the_weights_change(clock):
-    clip = Words(clock, True, 10)
-    first = clip.features()
-    assert torch.allclose(first, clip.expected) and clip.sizes == [10]
-    assert clip.features(limit=1e-9) is first and clip.sizes == [4]  # every third of ten
-    clip.text.token_embedding[6] += 0.1
-    assert torch.allclose(clip.features(), clip.expected) and clip.sizes == [4, 10]
-    clip.space.allowed = torch.arange(5)
-    assert torch.allclose(clip.features(), clip.expected[:5]) and clip.sizes == [5]
-
-
-def test_blocks_of_single_tokens(clock):
-    few, many = Words(clock, False, 140), Words(clock, True, 5000)
-    calls = []
-    assert torch.allclose(few.features(waiting=lambda: calls.append(0)), few.expected)
-    assert few.sizes == [4, 64, 64, 8] and len(calls) == 4
-    # a causal tower is quick, and nobody is asked meanwhile
-    assert torch.allclose(many.features(waiting=lambda: True), many.expected)
-    assert many.sizes == [2048, 2048, 904]
-    small = Words(clock, False, 4)
-    assert torch.allclose(small.features(), small.expected) and small.sizes == [4]
-
-
-def test_single_tokens_that_would_take_too_long(clock):
-    """After four tokens in four seconds the 140 are expected to take 140."""
-    clip = Words(clock, False, 140)
-    assert clip.features(limit=139.5) is None and clip.sizes == [4] and not clip.cache
-    assert clip.features(limit=140) is not None and "single tokens" in clip.cache
-    clip.cache.clear()
-    assert clip.features(waiting=lambda: len(clip.sizes) == 2) is None and clip.sizes == [4, 64]
-    assert not clip.cache
 
 
 # ------------------------------------------------------------------------- the best so far

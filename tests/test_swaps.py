@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from pez_core import (
     TokenSpace,
     Vocabulary,
     invert,
-    load_clip,
     refine,
     search,
     style,
@@ -26,8 +24,9 @@ from pez_core import (
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
-from pez_core.priors import ReadabilityPrior, SingleWordPrior, SumOfPriors, familiarity
+from pez_core.priors import ReadabilityPrior, SumOfPriors
 from pez_core.readability import as_written
+from pez_core.single_words import SingleWordPrior, WordFeatures
 
 QUICK = SwapSettings(steps=12, trials=3, screened=8)
 
@@ -213,8 +212,21 @@ class Bonus:
     def screen(self, ids, position):
         return self.bonus[self.space.allowed].expand(len(ids), -1)
 
+    def corrections(self, swaps):
+        return 0.0
+
     def score(self, ids):
         return self.bonus[ids].sum(1)
+
+
+class Late(Bonus):
+    """The same number, which is not known before a swap is compared."""
+
+    def screen(self, ids, position):
+        return torch.zeros(len(ids), len(self.space.allowed))
+
+    def corrections(self, swaps):
+        return self.bonus[swaps[..., 0]]
 
 
 @pytest.fixture
@@ -234,12 +246,15 @@ def test_the_first_order_estimate_is_exact_for_a_linear_objective(linear):
     assert found.ids[0].tolist() == (objective.goal @ space.table.T).argmax(1).tolist()
 
 
-@pytest.mark.parametrize("screened, candidates", [(1, 1), (30, 1), (30, 30)])
-def test_a_prior_counts_in_each_choice_and_not_in_the_scores(linear, screened, candidates):
+@pytest.mark.parametrize(
+    ("prior", "screened", "candidates"),
+    [(Bonus, 1, 1), (Bonus, 30, 1), (Bonus, 30, 30), (Late, 30, 1), (Late, 30, 30)],
+)
+def test_a_prior_counts_in_each_choice_and_not_in_the_scores(linear, prior, screened, candidates):
     space, objective = linear
     bonus = torch.randn(30, generator=torch.Generator().manual_seed(2)) * 4
     settings = SwapSettings(steps=3, trials=1, screened=screened, candidates=candidates)
-    found = refine(space, objective, START, settings, seeds=[0], prior=Bonus(space, bonus))
+    found = refine(space, objective, START, settings, seeds=[0], prior=prior(space, bonus))
     alone = objective.goal @ space.table.T
     best = (alone + bonus).argmax(1)
     assert found.ids[0].tolist() == best.tolist() != alone.argmax(1).tolist()
@@ -523,62 +538,11 @@ def test_products_are_dot_products_for_several_encoders():
         torch.testing.assert_close(space.products(rows), rows @ table[allowed].T)
 
 
-def single_words(clip, space, features, weight):
-    alone = clip.encode_texts([clip.text.words.decode([i]) for i in space.allowed.tolist()])
-    return SingleWordPrior(alone, space, features, weight)
-
-
-def test_single_words_count_by_similarity_and_familiarity(emoji_clip, features):
-    space = TokenSpace(emoji_clip.text.token_embedding, emoji_clip.vocabulary[::30])
-    prior = single_words(emoji_clip, space, features[:2], 0.5)
-    known = familiarity(space.table[space.allowed]).tolist()
-    texts = [emoji_clip.text.words.decode([i]) for i in space.allowed.tolist()]
-    similar = emoji_clip.encode_texts(texts) @ features[:2].T
-    ids = begin(space, 2, 4, 3)
-    for row, bonus in enumerate(prior.score(ids)):
-        own = similar[:, row // 3].tolist()
-        places = [space.allowed.tolist().index(i) for i in ids[row].tolist()]
-        expected = sum(own[k] + 0.7 * statistics.pstdev(own) * known[k] for k in places)
-        assert bonus == pytest.approx(0.5 * expected, abs=1e-5)
-    # `screen` predicts the change of `score`
-    swapped = ids.clone()
-    swapped[:, 2] = space.allowed[7]
-    screen = prior.screen(ids, 2)
-    places = torch.searchsorted(space.allowed, ids[:, 2].contiguous())
-    change = screen[:, 7] - screen[torch.arange(6), places]
-    torch.testing.assert_close(prior.score(swapped) - prior.score(ids), change)
-
-
-def test_familiar_tokens_are_far_from_the_mean():
-    directions = torch.eye(5).repeat(2, 1)
-    directions[5:] *= -1  # the mean is zero
-    lengths = torch.tensor([3.0, 1, 7, 2, 5, 3.1, 1.1, 7.1, 2.1, 5.1])
-    known = familiarity(directions * lengths[:, None] + 100.0)
-    assert known.argsort().tolist() == [1, 6, 3, 8, 0, 5, 4, 9, 2, 7]
-    assert known.mean() == pytest.approx(0, abs=1e-6)
-    assert familiarity(torch.ones(1, 3)).isfinite().all()
-
-
-@pytest.mark.slow
-def test_features_of_single_words_follow_changed_weights():
-    used, fresh = (load_clip("emoji-clip", device="cpu") for _ in range(2))
-
-    def find(clip):
-        options = all_words(prompt_len=3, effort="fast", steps=2, swaps=6)
-        return invert(clip, EXAMPLES[0], options)[0].prompt
-
-    before = find(used)
-    with torch.no_grad():
-        for clip in (used, fresh):
-            clip.text.token_embedding.copy_(clip.text.token_embedding.flip(0))
-    assert find(used) == find(fresh) != before
-
-
 @pytest.mark.slow
 def test_a_prior_moves_the_choice_and_not_the_score(emoji_clip, space, features):
     ids = begin(space, 2, 5, 3)
     one = objective(emoji_clip, features[:2])
-    prior = single_words(emoji_clip, space, features[:2], 2.0)
+    prior = SingleWordPrior(WordFeatures(emoji_clip), space, features[:2], 2.0)
     settings = SwapSettings(steps=20, trials=3, screened=8)
     free = refine(space, one, ids, settings, seeds=[0, 1])
     found = refine(space, one, ids, settings, seeds=[0, 1], prior=SumOfPriors([prior]))
