@@ -295,9 +295,8 @@ def first_look(graph: Graph) -> None:
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
     clip = graph.add(Node("PEZ_LoadCLIP", 0, {"model": BUNDLED}))
     image = _image(graph, "face-with-tongue", "Your drawing")
-    learned = graph.add(
-        Node("PEZ_ImageToPrompt", 1, {"clip": (clip, "clip"), "images": (image, "IMAGE")})
-    )
+    inputs = {"clip": (clip, "clip"), "images": (image, "IMAGE"), "prompt_len": 8}
+    learned = graph.add(Node("PEZ_ImageToPrompt", 1, inputs))
     model = graph.add(Node("PEZ_EmojiModel", 2))
     sampling = {"steps": 25, "cfg": 4.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
     size = {"width": 64, "height": 64, "batch_size": 4}

@@ -160,7 +160,7 @@ def graph(image: str) -> dict[str, Any]:
         "target": node("LoadImage", image=image),
         "clip": node("PEZ_LoadCLIP", model="bundled emoji CLIP (no download)", download=False),
         "learned": node(
-            "PEZ_ImageToPrompt", clip=["clip", 0], images=["target", 0], prompt_len=16,
+            "PEZ_ImageToPrompt", clip=["clip", 0], images=["target", 0], prompt_len=8,
             effort="fast", restarts=1, seed=0,
         ),
         "model": node("PEZ_EmojiModel"),
