@@ -51,12 +51,12 @@ class WordFeatures:
                 torch.zeros(size, 0, device=clip.device),
                 torch.zeros(size, dtype=torch.bool, device=clip.device),
             )
-        self._values, self._known = kept
+        self._values, self._computed = kept
         self._cache = clip.cache
 
-    def _holds(self, values: torch.Tensor, known: torch.Tensor) -> bool:
+    def _holds(self, values: torch.Tensor, computed: torch.Tensor) -> bool:
         """Whether the weights still have these features."""
-        ids = known.nonzero()[:, 0]
+        ids = computed.nonzero()[:, 0]
         ids = ids[:: -(-len(ids) // _PROBES)]
         return torch.allclose(self._features(ids), values[ids], atol=_ROUNDING)
 
@@ -72,13 +72,13 @@ class WordFeatures:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """(n,) ids -> (n, features)."""
-        new = ids[~self._known[ids]].unique()
+        new = ids[~self._computed[ids]].unique()
         if len(new):
             features = self._features(new)
             if not self._values.shape[1]:
                 self._values = features.new_zeros(len(self._table), features.shape[1])
-            self._values[new], self._known[new] = features, True
-            self._cache[_KEPT] = self._values, self._known
+            self._values[new], self._computed[new] = features, True
+            self._cache[_KEPT] = self._values, self._computed
         return self._values[ids]
 
 
@@ -118,14 +118,14 @@ class SingleWordPrior:
         similar = towards @ some.T
         spread = similar.std(dim=1, correction=0, keepdim=True)
         familiar = familiarity(space.table[allowed]).to(similar)
-        self._known_part = FAMILIAR * spread * familiar
-        self._values = weight * (similar.mean(dim=1, keepdim=True) + self._known_part)
+        self._by_familiarity = FAMILIAR * spread * familiar
+        self._values = weight * (similar.mean(dim=1, keepdim=True) + self._by_familiarity)
         self._met = torch.zeros_like(self._values, dtype=torch.bool)
         # the position of each token in `allowed`
         self._places = torch.zeros(len(space.table), dtype=torch.long, device=towards.device)
         self._places[allowed] = torch.arange(len(allowed), device=towards.device)
         if features.all_at_once:
-            self._values = weight * (towards @ features(allowed).T + self._known_part)
+            self._values = weight * (towards @ features(allowed).T + self._by_familiarity)
 
     def _problems(self, rows: int) -> torch.Tensor:
         every = torch.arange(len(self._values), device=self._values.device)
@@ -139,7 +139,7 @@ class SingleWordPrior:
         problems, places = problems[new], places[new]
         similar = (self._features(self._allowed[places]) * self._towards[problems]).sum(dim=1)
         self._values[problems, places] = self._weight * (
-            similar + self._known_part[problems, places]
+            similar + self._by_familiarity[problems, places]
         )
         self._met[problems, places] = True
 
