@@ -138,7 +138,7 @@ def by_the_core(effort: str, **options):
 def test_a_language_model_takes_part_in_the_choice(client: Client):
     from pez_core.readability import load_language_model
 
-    settings = {"effort": "fast", "restarts": 1, "seed": 12}
+    settings = {"effort": "fast", "restarts": 1, "seed": 0}
     model = load_language_model()
     expected = by_the_core(readability=1.0, language_model=model, **settings)
     with_it = texts(client.run(one_image(readability=1.0, **settings)), "pez")
