@@ -77,7 +77,7 @@ class ReadabilityPrior:
         return torch.tensor(self.scores_of(ids.tolist()), device=ids.device)
 
     def corrections(self, swaps: torch.Tensor) -> float:
-        """What `screen` was wrong by; it is as good as it gets."""
+        """Nothing: what `screen` said of a token stands."""
         return 0.0
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -21,7 +21,7 @@ from .prompt_text import read
 from .results import Candidate, Report, ReportCallback, Result, Trajectory, best_of_restarts
 from .scoring import contributions
 from .seeds import child_seed, restart_seed
-from .single_words import SingleWordPrior, WordFeatures
+from .single_words import SingleWordPrior, WordFeatures, sample_of
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
 from .tower_work import counted
@@ -496,7 +496,14 @@ def refine_span(
     """Swaps for the searches in `span`, starting from what PEZ found."""
     options, work, owners = problem.options, problem.work, problem.owners[span]
 
-    prior = _prior(problem, owners)
+    def waiting() -> bool:
+        begun = replace(descended, step=0)
+        descended.stopped = bool(callback and callback(best.report(span, begun, work.steps)))
+        return descended.stopped
+
+    prior = _prior(problem, owners, descended.ids, turns_left, waiting)
+    if descended.stopped:
+        return descended
     found = refine(
         problem.space,
         _similarity(problem, owners),
@@ -517,13 +524,24 @@ def refine_span(
     return found
 
 
-def _prior(problem: Problem, owners: Sequence[int]) -> Prior | None:
-    """What counts beside the similarity."""
+def _prior(
+    problem: Problem,
+    owners: Sequence[int],
+    ids: torch.Tensor,
+    turns_left: int,
+    waiting: Callable[[], bool],
+) -> Prior | None:
+    """What counts beside the similarity; `waiting` reports, and is true where the search ends.
+
+    Single words do not count where their features would take half of the time left.
+    """
     priors: list[Prior] = [problem.readability] if problem.readability else []
     if problem.word_weight:
-        towards = torch.stack([problem.targets[k].towards for k in owners])
-        words = WordFeatures(problem.clip)
-        priors.append(SingleWordPrior(words, problem.space, towards, problem.word_weight))
+        words, left = WordFeatures(problem.clip), problem.time_left(turns_left)
+        first = torch.cat([sample_of(problem.space.allowed, words), ids.flatten()])
+        if words.prepare(first, left and left / 2, waiting):
+            towards = torch.stack([problem.targets[k].towards for k in owners])
+            priors.append(SingleWordPrior(words, problem.space, towards, problem.word_weight))
     return SumOfPriors(priors) if priors else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +72,29 @@ class WordFeatures:
         ]
         return torch.cat(rows)
 
+    def prepare(
+        self, ids: torch.Tensor, time_limit: float | None, waiting: Callable[[], bool]
+    ) -> bool:
+        """Compute the features of (n,) ids; a tower that is not causal may take long for them.
+
+        Such a tower is timed with a few words first, and `waiting` is called behind every block.
+
+        Returns:
+            False where it would take longer than `time_limit` seconds, or `waiting` was true.
+        """
+        if self._at_once == _AT_ONCE[0]:
+            self(ids)
+            return True
+        new, began = ids[~self._computed[ids]].unique(), time.monotonic()
+        done = 0
+        for block in (new[:_PROBES], *new[_PROBES:].split(self._at_once)):
+            self(block)
+            done += len(block)
+            expected = (time.monotonic() - began) * len(new) / max(1, done)
+            if (time_limit is not None and expected > time_limit) or waiting():
+                return False
+        return True
+
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """(n,) ids -> (n, features)."""
         new = ids[~self._computed[ids]].unique()
@@ -114,8 +139,7 @@ class SingleWordPrior:
         self._features, self._towards, self._weight = features, towards, weight
         self.capturable = features.all_at_once
         self._allowed = allowed = space.allowed
-        some = features(allowed[:: -(-len(allowed) // features.sample)])
-        similar = towards @ some.T
+        similar = towards @ features(sample_of(allowed, features)).T
         spread = similar.std(dim=1, correction=0, keepdim=True)
         familiar = familiarity(space.table[allowed]).to(similar)
         self._by_familiarity = FAMILIAR * spread * familiar
@@ -163,6 +187,11 @@ class SingleWordPrior:
         problems, places = self._problems(len(ids))[:, None].expand(ids.shape), self._places[ids]
         self._meet(problems, places)
         return self._values[problems, places].sum(dim=1)
+
+
+def sample_of(allowed: torch.Tensor, features: WordFeatures) -> torch.Tensor:
+    """The words of a space that a mean is measured on."""
+    return allowed[:: -(-len(allowed) // features.sample)]
 
 
 @torch.no_grad()

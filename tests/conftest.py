@@ -57,7 +57,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     """The clock of every search."""
     clock = Clock()
-    for module in ("runner", "tracker"):
+    for module in ("runner", "single_words", "tracker"):
         monkeypatch.setattr(f"pez_core.{module}.time", clock)
     return clock
 

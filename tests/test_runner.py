@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -178,13 +179,61 @@ def full_clip():
     return clip
 
 
+class SlowTower:
+    """Counts the texts that a tower encodes, and lets each take a second of the clock."""
+
+    def __init__(self, clip, clock, monkeypatch):
+        self.texts, self.largest, original = 0, 0, clip.text.encoder
+
+        def encoder(fixed=(((), ()),), inserts=()):
+            encode = original(fixed, inserts)
+
+            def counted(embeddings):
+                if embeddings.shape[1] == 1:  # single words
+                    self.texts += len(embeddings)
+                    self.largest = max(self.largest, len(embeddings))
+                    clock.now += len(embeddings)
+                return encode(embeddings)
+
+            counted.given = encode.given
+            return counted
+
+        monkeypatch.setattr(clip.text, "encoder", encoder)
+
+
 def test_few_words_are_encoded_where_each_takes_a_context(full_clip, picture):
     """Of 600 words a sample of 60, those of the prompts, and those that are compared."""
     options = all_words(prompt_len=4, effort="fast", steps=2, swaps=1)
     (result,) = invert(full_clip, picture, options)
-    _, known = full_clip.cache["single tokens"]
+    _, computed = full_clip.cache["single tokens"]
     prompts = options.work.trials * 4
-    assert result.learned and 60 <= known.sum() <= 60 + prompts + options.work.screened
+    assert result.learned and 60 <= computed.sum() <= 60 + prompts + options.work.screened
+
+
+def test_single_words_do_not_overrun_the_time_limit(full_clip, picture, clock, monkeypatch):
+    """The first words take 60 to 92 s, and more than half of 100 s, which four of them show."""
+    tower, began = SlowTower(full_clip, clock, monkeypatch), clock.now
+    options = all_words(prompt_len=4, effort="fast", steps=2, swaps=3, time_limit=100)
+    (result,) = invert(full_clip, picture, options)
+    assert result.learned and tower.texts == 4 and clock.now - began < 100
+    # with time enough they count
+    invert(full_clip, picture, replace(options, time_limit=1300))
+    assert tower.texts > 60 and tower.largest <= 64
+
+
+def test_single_words_report_and_can_be_ended(full_clip, picture, clock, monkeypatch):
+    tower = SlowTower(full_clip, clock, monkeypatch)
+    options = all_words(prompt_len=4, effort="fast", steps=2, swaps=3)
+    elapsed = []
+    (whole,) = invert(full_clip, picture, options, callback=lambda r: elapsed.append(r.elapsed))
+    assert max(b - a for a, b in pairwise(elapsed)) <= 64
+    assert whole.history[-1][0] == 5
+    full_clip.cache.clear()
+    tower.texts, reports = 0, []
+    (ended,) = invert(
+        full_clip, picture, options, callback=lambda r: reports.append(r.step) or r.elapsed > 10
+    )
+    assert reports[-1] == 2 and ended.learned and tower.texts <= 4 + 64
 
 
 @pytest.mark.parametrize("length, expected", [(8, 6), (16, 14), (77, 16)])

@@ -131,6 +131,9 @@ def test_a_word_is_estimated_until_it_is_compared(parts):
             kind = exact if token in met else first
             assert value == pytest.approx(0.5 * kind[row // 2][token], abs=1e-6)
     assert not prior.corrections(swaps).any()
+    # a word that the other problem has met is still an estimate here
+    (change,) = prior.corrections(torch.tensor([[[12]], [[20]]]))[0].tolist()
+    assert change == pytest.approx(0.5 * (exact[0][12] - first[0][12]), abs=1e-6)
 
 
 def test_all_words_are_known_at_once_where_a_graph_needs_that(parts):
