@@ -38,10 +38,10 @@ log = logging.getLogger("train_token_lm")
 
 LONGEST = 40  # tokens
 SHARES = {  # of a batch
-    "sampled sentence": 0.38,
-    "sampled tags": 0.2,
-    "drawing": 0.2,
-    "phrases": 0.12,
+    "sampled sentence": 0.46,
+    "sampled tags": 0.24,
+    "drawing": 0.06,
+    "phrases": 0.14,
     "definition": 0.1,
 }
 HELD_OUT = 2000  # sampled captions
