@@ -245,7 +245,7 @@ def hidden_states(pipeline: Any, embeddings: torch.Tensor) -> torch.Tensor:
         hook.remove()
 
 
-LENGTHS = (4, 8, 32)
+LENGTHS = (4, 16, 32)
 CANDIDATES = (4, 16)
 DENOISING = (0, 0.5, 1)  # weights of the loss of the image model
 OWN = {
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=4, help="made of each prompt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--prompt-len", type=int, default=16)
+    parser.add_argument("--prompt-len", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3000, help="of PEZ; a tenth of them for GCG")
     parser.add_argument("--at-once", type=int, default=17, help="drawings searched side by side")
     parser.add_argument("--report", action="store_true", help="write OUT.md and OUT.png only")

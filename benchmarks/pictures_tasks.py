@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=60)
     parser.add_argument("--images", type=int, default=4, help="made of each prompt")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompt-len", type=int, default=16)
+    parser.add_argument("--prompt-len", type=int, default=8)
     parser.add_argument("--report", action="store_true", help="write OUT.md only")
     parser.add_argument("--out", type=Path, default=HERE / "results/pictures-tasks")
     a = parser.parse_args(argv)

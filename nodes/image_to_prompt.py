@@ -54,7 +54,7 @@ class ImageToPrompt(Learner):
                     tooltip="One image or a batch, also from CLIP Vision Encode. Sizes may differ. "
                     "If one of several cannot be read, its prompt is empty.",
                 ),
-                *inputs.search(16, "Length of the prompt in tokens. Most words are one token."),
+                *inputs.search(8, "Length of the prompt in tokens. Most words are one token."),
                 *_target_inputs(),
                 *_avoid_inputs(),
             ],

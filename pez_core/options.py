@@ -53,9 +53,9 @@ class Effort:
 # the same time in steps of PEZ, and more trials improve it more than longer rounds.
 EFFORTS = MappingProxyType(
     {
-        "fast": Effort(steps=20, swaps=32, trials=8, screened=64),
-        "balanced": Effort(steps=30, swaps=56, trials=16, screened=128),
-        "best": Effort(steps=60, swaps=640, trials=32, screened=256),
+        "fast": Effort(steps=60, swaps=16, trials=2, screened=32),
+        "balanced": Effort(steps=150, swaps=32, trials=4, screened=32),
+        "best": Effort(steps=300, swaps=128, trials=8, screened=64),
         "paper": Effort(steps=3000, swaps=0, trials=1, screened=128),
     }
 )
@@ -86,9 +86,9 @@ class SearchOptions:
 
     | effort | steps of PEZ | swaps | trials |
     |---|---|---|---|
-    | `"fast"` | 20 | 32 | 8 |
-    | `"balanced"` | 30 | 56 | 16 |
-    | `"best"` | 60 | 640 | 32 |
+    | `"fast"` | 60 | 16 | 2 |
+    | `"balanced"` | 150 | 32 | 4 |
+    | `"best"` | 300 | 128 | 8 |
     | `"paper"` (the published algorithm, see below) | 3000 | none | 1 |
     | `steps`, `swaps` | replace the numbers above; `swaps=0` leaves one trial | | |
     | `time_limit` | | until the limit, unless `swaps` is given | |
@@ -104,8 +104,8 @@ class SearchOptions:
 
     Attributes:
         prompt_len: number of tokens to learn, from 1 to the size of the context (75 for CLIP).
-            None: 16 for `invert` and `fuse`, 8 for `style`, and for `distill` its `ratio` times the
-            tokens of the text; fewer where a caption leaves less room.
+            None: 8, 16 for `fuse`, and for `distill` its `ratio` times the tokens of the text;
+            fewer where a caption leaves less room.
         effort: `"fast"`, `"balanced"`, `"best"` or `"paper"`.
         time_limit: seconds for the whole call, not counting the encoding of the targets; above 0.
             Where there are swaps, PEZ takes at most half of it. If `swaps` is given too, the search

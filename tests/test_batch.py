@@ -418,7 +418,7 @@ def search_job(**options):
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
     assert not {"fit", "activation"} & {*usual}  # outputs of older versions go on
-    assert usual == search_job(prompt_len=16, restarts=1, effort="balanced").settings
+    assert usual == search_job(prompt_len=8, restarts=1, effort="balanced").settings
     # numbers in place of a name, which may get others
     assert usual == search_job(steps=30, swaps=56).settings and usual["work"]["swaps"] == 56
     alone, published = search_job(steps=3000, swaps=0).settings, search_job(effort="paper").settings

@@ -121,7 +121,7 @@ def run(
         out: folder for the results, a Parquet dataset with a row per item: `id`, `prompt`,
             `similarity`, `token_ids`, `seed`, `seconds` (of the search, shared by those searched
             side by side) and `error`.
-        job: what to do; None: `Job()`, a prompt of 16 tokens for each image on `emoji-clip`.
+        job: what to do; None: `Job()`, a prompt of 8 tokens for each image on `emoji-clip`.
         callback: gets a dict after each few items: `done` and `total` items of this run, `failed`
             of them, `elapsed` seconds of searching, `rate` items per second and seconds `left`,
             both None before anything is done. A true return value ends the run; in this process

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     )
     _add_items(command)
     _add_workers(command)
-    add_search(command, prompt_len="16, or by --ratio", batch=True)
+    add_search(command, prompt_len="8, or by --ratio", batch=True)
     add_ratio(command)
     add_steering(command, batch=True)
     add_vocabulary(command)

@@ -60,7 +60,7 @@ def _add_invert(commands: Any) -> None:
         description="Find a short text prompt for each image. Ctrl-C keeps the best so far.",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    add_search(command, prompt_len="16")
+    add_search(command, prompt_len="8")
     add_steering(command)
     group = command.add_argument_group("several images")
     group.add_argument("--shared", action="store_true", help="find one prompt for all images")
@@ -510,7 +510,7 @@ def _add_fuse(commands: Any) -> None:
         action="store_true",
         help="learn one prompt even if the joined prompts fit",
     )
-    add_search(command, prompt_len="16")
+    add_search(command, prompt_len="8")
     add_vocabulary(command)
     add_pictures(command)
     add_clip(command)

@@ -21,7 +21,7 @@ from ..targets import Avoid, Target, as_list, check_callback, check_clip, encode
 if TYPE_CHECKING:
     from ..clip import AnyClip
 
-PROMPT_LEN = 16
+PROMPT_LEN = 8
 """Tokens to learn if `prompt_len` is None and the context has room for them."""
 
 # How far the length of a feature may be from 1; in half precision it is up to 0.004.
@@ -51,7 +51,7 @@ def invert(
             these; a (N, H, W, 3) or (N, 3, H, W) batch; or a (N, features) tensor of unit vectors,
             as `clip.encode_images` returns them. A (3, H, W) tensor is one picture in colour: three
             masks are `masks[..., None]`.
-        options: see `SearchOptions`. By default 16 tokens are learned, or fewer where the caption
+        options: see `SearchOptions`. By default 8 tokens are learned, or fewer where the caption
             leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
             where it holds `{}`, else behind it. It may have any length and hold weights and tags;
