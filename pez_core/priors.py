@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Weight of one nat of log-likelihood per token at readability 1. Word salad and captions differ by
 # six nats, good and fair prompts by a similarity of 0.1.
 _NAT = 0.05
+_TOKEN_NAT = 0.1  # the same for a `TokenLM`, whose texts are captions
 _ROWS = 512  # prompts that a `TokenLM` reads at once
 
 
@@ -140,7 +141,7 @@ class FluencyPrior:
         readability: float,
     ) -> None:
         self.model, self.caption, self.space = model, caption, space
-        self.weight = readability * _NAT
+        self.weight = readability * _TOKEN_NAT
         self.allowed = space.allowed.cpu()
         before = len(caption.before)
         # -1 stands for a learned token
@@ -199,13 +200,35 @@ class FluencyPrior:
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) weighted mean log-likelihood."""
+        parts = [self._sums(rows) for rows in self.tokens(ids).split(_ROWS)]
+        return (torch.cat(parts) * self.token_weight).to(ids.device)
+
+    def _sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, n) tokens behind `start` -> (rows,) sums of their log-likelihoods.
+
+        The candidates of a step have the same tokens before its position; these are read once.
+        """
         query, state = self.start
-        parts = []
-        for rows in self.tokens(ids).split(_ROWS):
-            behind, _ = self.model.extend(rows[:, :-1], repeated(state, len(rows)))
-            queries = torch.cat([query.expand(len(rows), -1, -1), behind], dim=1)
-            parts.append(self.model.likelihoods(queries, rows).mean(dim=1))
-        return (torch.cat(parts) * self.weight).to(ids.device)
+        first = 0 if self._lead is None else int(self.slots[self._lead[1]])
+        if not first:
+            return self._read_behind(query, state, rows)
+        shared, which = rows[:, :first].unique(dim=0, return_inverse=True)
+        if 2 * len(shared) > len(rows):
+            return self._read_behind(query, state, rows)
+        queries, state = self.model.extend(shared, repeated(state, len(shared)))
+        before = torch.cat([query.expand(len(shared), -1, -1), queries[:, :-1]], dim=1)
+        head, behind = self.model.likelihoods(before, shared).sum(dim=1), rows[:, first:]
+        return head[which] + self._read_behind(queries[which, -1:], chosen(state, which), behind)
+
+    def _read_behind(self, query: torch.Tensor, state: State, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, n) tokens behind a state, of one row or of each -> (rows,) sums as above."""
+        queries = query.expand(len(rows), -1, -1)
+        if rows.shape[1] > 1:
+            few = len(query) < len(rows)
+            state = repeated(state, len(rows)) if few else state
+            behind, _ = self.model.extend(rows[:, :-1], state)
+            queries = torch.cat([queries, behind], dim=1)
+        return self.model.likelihoods(queries, rows).sum(dim=1)
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """`score` of lists of ids."""
