@@ -163,8 +163,8 @@ class SearchOptions:
     Raises:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
             `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
-            `"free"`, without swaps; `extra_loss` or `method` with swaps (set `swaps=0` or
-            `effort="paper"`); `method` and `trajectory`.
+            `"free"`, without swaps; `start_from` or `trajectory` with such a wording; `extra_loss`
+            or `method` with swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
     prompt_len: int | None = None
@@ -262,6 +262,13 @@ class SearchOptions:
                 f"is {self.wording!r}, which needs swaps, and this search has none",
                 "choose another `effort` than 'paper', or `swaps` above 0",
             )
+        for name in ("start_from", "trajectory"):
+            if self.wording != "free" and getattr(self, name):
+                raise ArgumentError(
+                    name,
+                    f"belongs to PEZ, which the `wording` {self.wording!r} replaces",
+                    'leave it out, or take the `wording` "free"',
+                )
         if self.readability and not swaps:
             raise ArgumentError(
                 "readability",

@@ -143,14 +143,17 @@ class FluencyPrior:
         self.model, self.caption, self.space = model, caption, space
         self.weight = readability * _TOKEN_NAT
         self.allowed = space.allowed.cpu()
-        before = len(caption.before)
         # -1 stands for a learned token
-        whole = [*caption.ids([-1] * prompt_len), END][before : model.shape.context]
-        self.fixed = torch.tensor(whole)
+        whole = [*caption.ids([-1] * prompt_len)[len(caption.before) :], END]
+        self.fixed = torch.tensor(whole[: model.shape.context])
         self.slots = (self.fixed < 0).nonzero()[:, 0]
+        # of a long caption, what stands directly before
+        before = caption.before[
+            max(0, len(caption.before) + len(self.fixed) - model.shape.context) :
+        ]
         query, state = model.start(torch.tensor([KINDS.index(kind)]))
         if before:
-            query, state = model.extend(torch.tensor([caption.before]), state)
+            query, state = model.extend(torch.tensor([before]), state)
         self.start: tuple[torch.Tensor, State] = query[:, -1:], state
         self._lead: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
@@ -270,6 +273,8 @@ class FluentReader:
         """Read (n,) tokens, each behind the prompt of one of (n,) `parents`; None: in order."""
         if parents is not None:
             self._state = chosen(self._state, parents.cpu())
+        if self._place >= len(self._prior.slots):
+            return  # a prompt that is longer than the model's context
         self._extend(tokens.cpu()[:, None])
         self._place += 1
         self._skip_fixed()

@@ -24,7 +24,7 @@ from PIL import Image
 from test_readability import make_lm
 
 import pez_core
-from pez_core import Clip, SearchOptions, Vocabulary
+from pez_core import Clip, SearchOptions, Vocabulary, priors
 from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
 from pez_core.clip import images
@@ -149,7 +149,14 @@ def language_models(monkeypatch):
         return make_lm()
 
     monkeypatch.setattr(pez_core, "load_language_model", load)
+    monkeypatch.setattr(priors, "load_language_model", load)
     return paths
+
+
+@pytest.fixture
+def another_tokenizer(monkeypatch):
+    """Every CLIP has one that is not CLIP's own, for the choice of the language model."""
+    monkeypatch.setattr(priors, "reads_like_clip", lambda words: False)
 
 
 @pytest.fixture
@@ -244,6 +251,7 @@ SEARCH = {
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
     "--fit": (["pad"], option("fit"), "pad"),
+    "--wording": (["tags"], option("wording"), "tags"),
     "--readability": (["0.5"], option("readability"), 0.5),
     "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
     "--only": (["{files}/only"], words, {"dog", "cat"}),
@@ -567,9 +575,30 @@ def test_fuse_texts_and_images(call, as_json, loads):
 def test_readability(as_json, loads, language_models):
     read = ["--effort", "fast", "--steps", "2", "--readability", "1", "--prompt-len", "3"]
     (row,) = as_json("invert", IMAGES[0], *read)
+    assert "perplexity" in row and language_models == []  # the bundled one
+    (row,) = as_json("invert", IMAGES[0], *read, "--language-model", "x")
     expected = make_lm().perplexity([as_written(row["prompt"])]).item()
     assert row["perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert language_models == ["x"]
+
+
+def test_another_tokenizer_has_another_language_model(
+    call, searches, language_models, another_tokenizer
+):
+    call("invert", IMAGES[0], "--readability", "0.5")
+    call("invert", IMAGES[0], "--wording", "tags")  # which the search itself refuses
     assert language_models == [None]
+    assert [search.options.language_model is None for search in searches] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wording", ["tags", "sentence"])
+def test_a_wording_is_that_of_the_core(as_json, loads, tiny, wording):
+    (row,) = as_json("invert", IMAGES[0], *QUICK, "--wording", wording)
+    options = SearchOptions(effort="fast", swaps=2, prompt_len=2, wording=wording)
+    (expected,) = pez_core.invert(tiny[0], IMAGES[0], options)
+    assert row["prompt"] == expected.prompt
+    assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2, abs=1e-3)
 
 
 # --- several images
@@ -582,7 +611,9 @@ def test_readability(as_json, loads, language_models):
         (["--effort", "fast"], [2, 2, 1]),
         (["--effort", "fast", "--restarts", "2"], [1] * 5),
         (["--effort", "best"], [1] * 5),
-        (["--effort", "fast", "--readability", "0.5"], [1] * 5),
+        (["--effort", "fast", "--readability", "0.5"], [4, 1]),
+        (["--effort", "fast", "--wording", "sentence"], [4, 1]),
+        (["--effort", "fast", "--readability", "0.5", "--language-model", "x"], [1] * 5),
     ],
 )
 def test_few_images_are_searched_together(call, searches, language_models, options, groups):
@@ -945,6 +976,9 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--time-limit", "0"], "--time-limit has to be finite and above 0"),
         (["invert", IMAGES[0], "--readability", "2"], "--readability has to be from 0 to 1"),
         (["invert", IMAGES[0], "--readability", ".5", "--swaps", "0"], "--readability is 0.5"),
+        (["invert", IMAGES[0], "--wording", "prose"], "'tags', 'sentence'"),
+        (["invert", IMAGES[0], "--wording", "tags", "--swaps", "0"], "--wording is 'tags'"),
+        (["invert", IMAGES[0], "--wording", "tags", "--effort", "paper"], "--wording is 'tags'"),
         (["invert", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),
         (["invert", IMAGES[0], "--only", "none.txt"], "--only names the file 'none.txt'"),
@@ -1020,12 +1054,15 @@ def test_options_are_checked_before_a_clip_is_loaded(call, loads):
         ("transformers", "needs the package transformers"),
     ],
 )
-def test_readability_without_its_packages(call, loads, monkeypatch, missing, message, tmp_path):
+def test_readability_without_its_packages(
+    call, loads, searches, monkeypatch, another_tokenizer, missing, message, tmp_path
+):
     monkeypatch.setitem(sys.modules, missing, None)
     given = ["--language-model", str(tmp_path)] if missing == "transformers" else []
     done = call("invert", IMAGES[0], "--readability", "0.3", *given)
     assert done.code == 2 and message in done.err and done.out == ""
-    assert loads == []  # found before
+    assert len(loads) == (not given)  # found before, unless it depends on the tokenizer
+    assert searches == []
 
 
 @pytest.fixture

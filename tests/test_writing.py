@@ -277,6 +277,30 @@ def test_a_caption_is_continued(emoji_clip):
     assert learned[0] not in ("of", "drawing", "on")
 
 
+@pytest.mark.parametrize("words", [60, 66, 72, 75, 76, 150])
+def test_long_captions_are_read_as_far_as_the_model_can(emoji_clip, words):
+    caption = " ".join(["red blue green old"] * 40).split()[:words]
+    options = SearchOptions(prompt_len=8, effort="fast", steps=2, swaps=9)
+    for wording, readability in (("tags", 0), ("free", 0.5)):
+        given = replace(options, wording=wording, readability=readability)
+        for text in (" ".join(caption) + " {}", "{} " + " ".join(caption)):
+            (one,) = invert(emoji_clip, EXAMPLES[0], given, caption=text)
+            assert one.learned and one.perplexity > 1
+
+
+def test_what_stands_directly_before_is_read_of_a_long_caption(emoji_clip, model):
+    last = " ".join(["old"] * 30)
+    ids = torch.tensor([WORDS[:5]])
+    scores = [
+        make_prior(emoji_clip, model, " ".join([*first, *["old"] * 71]) + " {}").score(ids).item()
+        for first in (["red"] * 20, ["blue"] * 40)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] != pytest.approx(
+        make_prior(emoji_clip, model, f"{last} {{}}").score(ids).item()
+    )
+
+
 def test_other_tasks_have_wordings(emoji_clip):
     options = SearchOptions(prompt_len=6, effort="fast", wording="tags")
     assert len(style(emoji_clip, EXAMPLES[:3], options).token_ids) == 6
@@ -308,6 +332,8 @@ def test_restarts_differ_and_results_repeat(emoji_clip):
         ({"wording": "poem"}, "`wording` has to be one of 'free', 'tags', 'sentence'"),
         ({"wording": "tags", "effort": "paper"}, "`wording` is 'tags', which needs swaps"),
         ({"wording": "sentence", "swaps": 0}, "`wording` is 'sentence', which needs swaps"),
+        ({"wording": "tags", "start_from": "a cat"}, "`start_from` belongs to PEZ"),
+        ({"wording": "tags", "trajectory": True}, "`trajectory` belongs to PEZ"),
     ],
 )
 def test_wordings_that_cannot_be(options, message):

@@ -221,7 +221,7 @@ def _naming(row: dict[str, Any]) -> str:
 
 
 def _images_side_by_side(options: SearchOptions) -> int:
-    if options.readability:  # most of the time goes to the language model, which shares nothing
+    if options.language_model is not None:  # takes most of the time, and shares nothing
         return 1
     return max(1, SIDE_BY_SIDE // (options.work.trials * options.restarts))
 
