@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # six nats, good and fair prompts by a similarity of 0.1.
 _NAT = 0.05
 _TOKEN_NAT = 0.1  # the same for a `TokenLM`, whose texts are captions
+_END = 4.0  # weight of the end: a prompt that breaks off is the worst to read
 _ROWS = 512  # prompts that a `TokenLM` reads at once
 
 
@@ -118,7 +119,7 @@ class FluencyPrior:
     """A `Prior` of `pez_core.swaps`: the likelihood of the prompt under a `TokenLM`.
 
     The score of a prompt is the mean log-likelihood of its tokens, of fixed text behind the learned
-    ones and of the end, times a weight.
+    ones and of the end, which counts four times, times a weight.
 
     Args:
         model: the language model, in main memory.
@@ -147,6 +148,8 @@ class FluencyPrior:
         whole = [*caption.ids([-1] * prompt_len)[len(caption.before) :], END]
         self.fixed = torch.tensor(whole[: model.shape.context])
         self.slots = (self.fixed < 0).nonzero()[:, 0]
+        self._shares = torch.ones(len(self.fixed))
+        self._shares[-1] = _END
         # of a long caption, what stands directly before
         before = caption.before[
             max(0, len(caption.before) + len(self.fixed) - model.shape.context) :
@@ -160,7 +163,7 @@ class FluencyPrior:
     @property
     def token_weight(self) -> float:
         """The share of one token in the score."""
-        return self.weight / len(self.fixed)
+        return self.weight / float(self._shares.sum())
 
     def reader(self, rows: int) -> FluentReader:
         """A reader of prompts that begin with no learned token."""
@@ -203,11 +206,11 @@ class FluencyPrior:
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) weighted mean log-likelihood."""
-        parts = [self._sums(rows) for rows in self.tokens(ids).split(_ROWS)]
+        parts = [self._likely(rows) @ self._shares for rows in self.tokens(ids).split(_ROWS)]
         return (torch.cat(parts) * self.token_weight).to(ids.device)
 
-    def _sums(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, n) tokens behind `start` -> (rows,) sums of their log-likelihoods.
+    def _likely(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, n) tokens behind `start` -> (rows, n) their log-likelihoods.
 
         The candidates of a step have the same tokens before its position; these are read once.
         """
@@ -220,26 +223,28 @@ class FluencyPrior:
             return self._read_behind(query, state, rows)
         queries, state = self.model.extend(shared, repeated(state, len(shared)))
         before = torch.cat([query.expand(len(shared), -1, -1), queries[:, :-1]], dim=1)
-        head, behind = self.model.likelihoods(before, shared).sum(dim=1), rows[:, first:]
-        return head[which] + self._read_behind(queries[which, -1:], chosen(state, which), behind)
+        head = self.model.likelihoods(before, shared)[which]
+        state = chosen(state, which)
+        return torch.cat([head, self._read_behind(queries[which, -1:], state, rows[:, first:])], 1)
 
     def _read_behind(self, query: torch.Tensor, state: State, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, n) tokens behind a state, of one row or of each -> (rows,) sums as above."""
+        """(rows, n) tokens behind a state, of one row or of each -> (rows, n) as above."""
         queries = query.expand(len(rows), -1, -1)
         if rows.shape[1] > 1:
             few = len(query) < len(rows)
             state = repeated(state, len(rows)) if few else state
             behind, _ = self.model.extend(rows[:, :-1], state)
             queries = torch.cat([queries, behind], dim=1)
-        return self.model.likelihoods(queries, rows).sum(dim=1)
+        return self.model.likelihoods(queries, rows)
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """`score` of lists of ids."""
         return self.score(torch.tensor(rows)).tolist()
 
+    @torch.no_grad()
     def perplexities(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Perplexity by token of each prompt, the end of the text included."""
-        return (-self.score(torch.tensor(rows)) / self.weight).exp().tolist()
+        return (-self._likely(self.tokens(torch.tensor(rows))).mean(dim=1)).exp().tolist()
 
 
 class FluentReader:

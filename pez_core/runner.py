@@ -299,6 +299,9 @@ def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon:
         # a language model would favour pieces of words for their looks
         vocabulary &= Vocabulary(dictionary=False)
     lexicon = vocabulary.lexicon(clip)
+    if options.wording == "tags" and "," not in lexicon.blocked:
+        comma = tuple(clip.text.words.encode_behind(","))
+        return Lexicon(lexicon.phrases | {comma}, lexicon.blocked)
     if options.published and clip.trained_tokens is not None:
         trained = filter(clip.trained_tokens.issuperset, lexicon.phrases)
         return Lexicon(frozenset(trained), lexicon.blocked)

@@ -1,5 +1,6 @@
 """Prompts written from left to right, and the prior of their language model."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,8 +37,8 @@ def make_prior(clip, model, caption="{}", inserts=(), length=5, once=None, reada
     return FluencyPrior(model, frame, space, length, "tags", readability)
 
 
-def mean_likelihood(model, before, behind):
-    """Of the tokens behind others and of the end, one by one."""
+def mean_likelihood(model, before, behind, end=4):
+    """Of the tokens behind others and of the end, which counts more, one by one."""
     query, state = model.start(torch.tensor([KINDS.index("tags")]))
     values = []
     for place, token in enumerate([*before, *behind, END]):
@@ -45,7 +46,7 @@ def mean_likelihood(model, before, behind):
             every = model.next_tokens(query[:, -1], torch.arange(model.shape.vocab_size))
             values.append(every[0, token])
         query, state = model.extend(torch.tensor([[token]]), state)
-    return torch.stack(values).mean().item()
+    return ((sum(values) + (end - 1) * values[-1]) / (len(values) + end - 1)).item()
 
 
 FRAMES = [
@@ -66,8 +67,10 @@ def test_the_score_is_the_weighted_mean_likelihood(tiny_clip, model, caption, in
         expected = mean_likelihood(model, before, whole[len(before) :])
         assert score == pytest.approx(0.8 * 0.1 * expected, abs=1e-5)
     assert prior.scores_of(ids.tolist()) == pytest.approx(prior.score(ids).tolist(), abs=1e-6)
-    perplexities = torch.tensor(prior.perplexities(ids.tolist()))
-    torch.testing.assert_close(perplexities.log(), -prior.score(ids) / 0.08, atol=1e-3, rtol=1e-3)
+    perplexities = [-math.log(value) for value in prior.perplexities(ids.tolist())]
+    for row, value in zip(ids.tolist(), perplexities, strict=True):
+        behind = prior.caption.ids(row)[len(before) :]
+        assert value == pytest.approx(mean_likelihood(model, before, behind, end=1), abs=1e-4)
 
 
 @pytest.mark.parametrize("position", range(5))
