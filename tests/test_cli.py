@@ -1159,6 +1159,28 @@ def test_parsing_imports_no_torch():
     assert done.stdout.count("usage: pez") == len(parsers()) + 2
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "5"}, "None"),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
+    code = (
+        "import os, pez_core.cli\n"
+        "try: pez_core.cli.main(['--version'])\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.stdout.split()[-1] == expected
+
+
 def shell(command):
     command = command.replace("pez", f"{sys.executable} -m pez_core", 1)
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
