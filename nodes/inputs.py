@@ -226,12 +226,12 @@ def fit() -> io.Input:
     )
 
 
-def wording() -> io.Input:
+def wording(default: str) -> io.Input:
     """The last input: workflows store the values of widgets by place."""
     return io.Combo.Input(
         "wording",
         options=list(WORDINGS),
-        default=_DEFAULTS.wording,
+        default=default,
         optional=True,
         tooltip="What the prompt reads like. free: any words in any order. tags: short phrases "
         "with commas. sentence: a description. With tags and sentence a small language model and "

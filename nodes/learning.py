@@ -107,6 +107,7 @@ def learner_schema(
     inputs_: list[io.Input],
     outputs: list[io.Output],
     reads_images: bool = True,
+    wording: str = SearchOptions.wording,
     **described: Any,
 ) -> io.Schema:
     """A schema with the sockets and widgets that all learning nodes share around the node's own."""
@@ -122,7 +123,7 @@ def learner_schema(
             *inputs.keep(),
             inputs.repeats(),
             *([inputs.fit()] if reads_images else []),
-            inputs.wording(),
+            inputs.wording(wording),
         ],
         outputs=[*outputs, *_candidates()],
         hidden=_HIDDEN,
@@ -159,7 +160,7 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     """
     effort, wording, readability = values["effort"], values["wording"], values["readability"]
     if effort == PAPER:
-        _check_without_swaps("wording", wording, "free")
+        wording = "free"  # the published algorithm writes nothing
         _check_without_swaps("readability", readability, 0)
     vocabulary = values["vocabulary"]
     options = SearchOptions(

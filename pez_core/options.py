@@ -66,6 +66,11 @@ FITS = ("crop", "pad", "stretch")
 WORDINGS = ("free", "tags", "sentence")
 """What a prompt reads like; see `SearchOptions`."""
 
+IMAGE_WORDING = "tags"
+"""The wording of image prompts where a person starts with nothing: in the nodes and `pez invert`.
+
+People understand it, at the least loss of similarity of the images (benchmarks/pictures.py)."""
+
 # A language model costs time for each trial.
 _READABLE_TRIALS = 4
 # `readability` where a wording needs some and none is given.
@@ -135,7 +140,9 @@ class SearchOptions:
         wording: what the prompt reads like. `"free"`: any words in any order. `"tags"`: short
             phrases with commas between them. `"sentence"`: a description. For these two a small
             language model and the CLIP write the prompt from left to right in place of PEZ
-            (`pez_core.writing`), and swaps follow. They need a CLIP with CLIP's own tokenizer.
+            (`pez_core.writing`), and swaps follow. With `start_from`, or phrases of several tokens
+            in the vocabulary, PEZ stays and the language model compares the swaps. They need a
+            CLIP with CLIP's own tokenizer.
         readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,
             which is added to the similarity when prompts are compared. Above 0 only whole words are
             used, in at most 4 trials. 0: none with the wording `"free"`, and 0.5 with the others.
@@ -163,7 +170,7 @@ class SearchOptions:
     Raises:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
             `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
-            `"free"`, without swaps; `start_from` or `trajectory` with such a wording; `extra_loss`
+            `"free"`, without swaps; `trajectory` with such a wording; `extra_loss`
             or `method` with swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
@@ -262,13 +269,12 @@ class SearchOptions:
                 f"is {self.wording!r}, which needs swaps, and this search has none",
                 "choose another `effort` than 'paper', or `swaps` above 0",
             )
-        for name in ("start_from", "trajectory"):
-            if self.wording != "free" and getattr(self, name):
-                raise ArgumentError(
-                    name,
-                    f"belongs to PEZ, which the `wording` {self.wording!r} replaces",
-                    'leave it out, or take the `wording` "free"',
-                )
+        if self.wording != "free" and self.trajectory:
+            raise ArgumentError(
+                "trajectory",
+                f"records Algorithm 1, which the `wording` {self.wording!r} replaces",
+                'leave it out, or take the `wording` "free"',
+            )
         if self.readability and not swaps:
             raise ArgumentError(
                 "readability",

@@ -259,9 +259,15 @@ def prepare(
         seeds=seeds,
         ids=ids.view(len(targets) * options.restarts, options.work.trials, -1),
         readability=readability,
-        writer=None if options.wording == "free" else fluent,
+        writer=fluent if _can_write(options, space) else None,
         began=began,
     )
+
+
+def _can_write(options: SearchOptions, space: TokenSpace) -> bool:
+    """Whether prompts are written from left to right, a token at a time, from nothing."""
+    begun = options.start_from is not None
+    return options.wording != "free" and not begun and not isinstance(space, PhraseSpace)
 
 
 def _readers(
@@ -280,12 +286,6 @@ def _readers(
             f"is {options.wording!r}, which needs CLIP's own tokenizer, and {clip.name} has "
             "another one",
             'take "free", with `readability` above 0 for words that read better',
-        )
-    if options.wording != "free" and isinstance(space, PhraseSpace):
-        raise ArgumentError(
-            "wording",
-            f"is {options.wording!r}, but `vocabulary` has phrases of several tokens",
-            'take "free", or words of one token each',
         )
     model = needed_language_model(weight, options.language_model, clip.device, words)
     if model is None:

@@ -29,6 +29,7 @@ from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
 from pez_core.clip import images
 from pez_core.diffusion import make_gallery
+from pez_core.options import IMAGE_WORDING
 from pez_core.readability import as_written
 from pez_core.results import Report, Result
 from pez_core.tasks import DistillResult, FuseResult, StyleResult
@@ -251,7 +252,7 @@ SEARCH = {
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
     "--fit": (["pad"], option("fit"), "pad"),
-    "--wording": (["tags"], option("wording"), "tags"),
+    "--wording": (["sentence"], option("wording"), "sentence"),
     "--readability": (["0.5"], option("readability"), 0.5),
     "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
     "--only": (["{files}/only"], words, {"dog", "cat"}),
@@ -446,8 +447,19 @@ def test_options_have_the_names_of_python_apart_from_the_table_of_the_page():
 
 
 def test_defaults_are_those_of_python(run):
-    for command in ("invert", "style", "distill", "fuse"):
+    for command in ("style", "distill", "fuse"):
         assert run(command).search.options == SearchOptions()
+    assert run("invert").search.options == SearchOptions(wording=IMAGE_WORDING)
+
+
+@pytest.mark.parametrize("given", [["--effort", "paper"], ["--swaps", "0"]])
+def test_the_default_wording_needs_swaps(run, given):
+    assert run("invert", *given).search.options.wording == "free"
+
+
+def test_the_default_wording_needs_the_tokenizer_of_clip(call, searches, another_tokenizer):
+    call("invert", IMAGES[0])
+    assert [search.options.wording for search in searches] == ["free"]
 
 
 def test_several_files_of_words_are_joined(run, files):
@@ -478,7 +490,8 @@ def test_a_result_is_that_of_python(as_json, loads, tiny):
 
 def test_words_and_steering_reach_the_prompt(as_json, loads, files):
     steering = ["--caption", "a photo of {} today", "--avoid", "dog", "--avoid-image", IMAGES[1]]
-    (row,) = as_json("invert", IMAGES[0], *QUICK, *steering, "--only", f"{files}/only")
+    plain = ["--wording", "free", "--only", f"{files}/only"]
+    (row,) = as_json("invert", IMAGES[0], *QUICK, *steering, *plain)
     learned = re.fullmatch("a photo of (.*) today", row["prompt"])[1]
     assert set(learned.split()) <= {"dog", "cat"}
     assert len(row["avoided"]) == 2
@@ -608,11 +621,12 @@ def test_a_wording_is_that_of_the_core(as_json, loads, tiny, wording):
     "options, groups",
     [
         (["--effort", "paper"], [5]),
-        (["--effort", "fast"], [2, 2, 1]),
-        (["--effort", "fast", "--restarts", "2"], [1] * 5),
-        (["--effort", "best"], [1] * 5),
-        (["--effort", "fast", "--readability", "0.5"], [4, 1]),
-        (["--effort", "fast", "--wording", "sentence"], [4, 1]),
+        (["--effort", "fast"], [5]),
+        (["--effort", "balanced"], [4, 1]),
+        (["--effort", "fast", "--restarts", "4"], [2, 2, 1]),
+        (["--effort", "best", "--wording", "free"], [2, 2, 1]),
+        (["--effort", "best", "--readability", "0.5"], [4, 1]),
+        (["--effort", "best", "--wording", "sentence"], [4, 1]),
         (["--effort", "fast", "--readability", "0.5", "--language-model", "x"], [1] * 5),
     ],
 )
@@ -979,7 +993,7 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--wording", "prose"], "'tags', 'sentence'"),
         (["invert", IMAGES[0], "--wording", "tags", "--swaps", "0"], "--wording is 'tags'"),
         (["invert", IMAGES[0], "--wording", "tags", "--effort", "paper"], "--wording is 'tags'"),
-        (["invert", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
+        (["style", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),
         (["invert", IMAGES[0], "--only", "none.txt"], "--only names the file 'none.txt'"),
         (["invert", IMAGES[0], "--block-list", "no"], "--block-list names the file 'no'"),

@@ -335,8 +335,7 @@ def test_restarts_differ_and_results_repeat(emoji_clip):
         ({"wording": "poem"}, "`wording` has to be one of 'free', 'tags', 'sentence'"),
         ({"wording": "tags", "effort": "paper"}, "`wording` is 'tags', which needs swaps"),
         ({"wording": "sentence", "swaps": 0}, "`wording` is 'sentence', which needs swaps"),
-        ({"wording": "tags", "start_from": "a cat"}, "`start_from` belongs to PEZ"),
-        ({"wording": "tags", "trajectory": True}, "`trajectory` belongs to PEZ"),
+        ({"wording": "tags", "trajectory": True}, "`trajectory` records Algorithm 1"),
     ],
 )
 def test_wordings_that_cannot_be(options, message):
@@ -344,10 +343,18 @@ def test_wordings_that_cannot_be(options, message):
         SearchOptions(**options)
 
 
-def test_phrases_are_not_written(emoji_clip):
-    words = Vocabulary(only=["traffic light", "red", "a", "car", "on", "blue", "house"])
-    options = SearchOptions(prompt_len=3, effort="fast", wording="tags", vocabulary=words)
-    with pytest.raises(ArgumentError, match="phrases of several tokens"):
+def test_phrases_and_a_given_beginning_are_searched_by_pez(emoji_clip, monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("nothing is written here")
+
+    monkeypatch.setattr("pez_core.runner.write", refused)
+    options = SearchOptions(prompt_len=3, effort="fast", wording="tags", steps=4)
+    words = Vocabulary(only=["traffic light", "red", "car", "on", "blue", "house", "old"])
+    (one,) = invert(emoji_clip, EXAMPLES[0], replace(options, vocabulary=words))
+    assert one.perplexity > 1 and len(one.token_ids) == 3
+    (two,) = invert(emoji_clip, EXAMPLES[0], replace(options, start_from="red house"))
+    assert two.perplexity > 1 and two.history[-1][0] == 4 + EFFORTS["fast"].swaps
+    with pytest.raises(AssertionError, match="written"):
         invert(emoji_clip, EXAMPLES[0], options)
 
 

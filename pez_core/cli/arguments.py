@@ -44,13 +44,19 @@ def option_name(arguments: argparse.Namespace, name: str) -> str:
     return names.get(name, "--" + name.replace("_", "-"))
 
 
-def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = False) -> None:
+def add_search(
+    command: argparse.ArgumentParser,
+    prompt_len: str,
+    batch: bool = False,
+    wording: str = SearchOptions.wording,
+) -> None:
     """Add the options of `SearchOptions`.
 
     Args:
         command: to add them to.
         prompt_len: its default, for the help.
         batch: leave out `--time-limit`, with which prompts depend on the speed of the machine.
+        wording: its default.
     """
     group = command.add_argument_group("search")
     group.add_argument(
@@ -88,10 +94,12 @@ def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = 
     group.add_argument(
         "--wording",
         choices=WORDINGS,
-        default="free",
         help="what a prompt reads like: any words in any order, short phrases with commas, or a "
-        "description; a bundled language model writes the last two (default: free)",
+        f"description; a bundled language model writes the last two (default: {wording}"
+        + ("" if wording == "free" else "; free without swaps, or without CLIP's own tokenizer")
+        + ")",
     )
+    command.set_defaults(usual_wording=wording)
     group.add_argument(
         "--readability",
         type=float,
@@ -213,7 +221,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         time_limit=getattr(arguments, "time_limit", None),
         restarts=arguments.restarts,
         seed=arguments.seed,
-        wording=arguments.wording,
+        wording=arguments.wording or _usual_wording(arguments),
         readability=arguments.readability,
         fit=arguments.fit,
         vocabulary=vocabulary(arguments),
@@ -225,6 +233,12 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     if path is not None:
         check_language_model(path, options)
     return options
+
+
+def _usual_wording(arguments: argparse.Namespace) -> str:
+    """The wording where none is given."""
+    without_swaps = arguments.effort == "paper" or arguments.swaps == 0
+    return "free" if without_swaps else arguments.usual_wording
 
 
 def check_language_model(path: str, options: SearchOptions) -> None:
@@ -344,8 +358,10 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
     options = with_language_model(arguments, search_options(arguments))
     clip = load_clip(arguments)
     from ..clip.device import default_dtype
-    from ..priors import needed_language_model
+    from ..priors import needed_language_model, reads_like_clip
 
+    if arguments.wording is None and not reads_like_clip(clip.text.words):
+        options = replace(options, wording="free")
     given, words = options.language_model, clip.text.words
     # by `readability` alone: a wording has the bundled one
     model = needed_language_model(options.readability, given, clip.device, words)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
+from ..options import IMAGE_WORDING
 from .arguments import (
     add_clip,
     add_search,
@@ -60,7 +61,7 @@ def _add_invert(commands: Any) -> None:
         description="Find a short text prompt for each image. Ctrl-C keeps the best so far.",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    add_search(command, prompt_len="8")
+    add_search(command, prompt_len="8", wording=IMAGE_WORDING)
     add_steering(command)
     group = command.add_argument_group("several images")
     group.add_argument("--shared", action="store_true", help="find one prompt for all images")
