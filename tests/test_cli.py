@@ -645,7 +645,7 @@ def test_a_time_limit_is_for_the_whole_command(call, searches, monkeypatch):
         return stub(*arguments, options, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", takes_its_time)
-    call("invert", *IMAGES, "--effort", "fast", "--time-limit", "50")
+    call("invert", *IMAGES, "--effort", "fast", "--restarts", "4", "--time-limit", "50")
     limits = [search.options.time_limit for search in searches]
     # of 50 s two of five images; then two of three, then the rest, of what is left
     assert limits == [pytest.approx(20), pytest.approx(29 * 2 / 3), pytest.approx(8 + 2 / 3)]
@@ -678,7 +678,7 @@ def test_an_error_of_one_search_does_not_lose_the_others(call, searches, monkeyp
         return stub(*arguments, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", failing)
-    done = call("invert", *IMAGES[:3], "--json")
+    done = call("invert", *IMAGES[:3], "--restarts", "4", "--json")
     rows = json.loads(done.out)
     assert done.code == 1 and rows[1]["error"] == str(error)
     assert "prompt" in rows[0] and "prompt" in rows[2]
@@ -694,7 +694,7 @@ def test_ctrl_c_accounts_for_every_image(call, searches, monkeypatch):
         return stub(clip, images, options, callback, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", interrupted)
-    done = call("invert", *IMAGES, "--json")
+    done = call("invert", *IMAGES, "--restarts", "4", "--json")
     rows = json.loads(done.out)
     assert done.code == 130 and ["prompt" in row for row in rows] == [True] * 2 + [False] * 3
     assert all("not searched" in row["error"] for row in rows[2:])

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
 # the cost of a step, few enough to print results early. With the effort "paper" these are 16
-# images; "balanced" has 16 variants for each image, which keep a processor busy by themselves.
+# images; "balanced" has 4 variants for each image.
 SIDE_BY_SIDE = 16
 
 
