@@ -82,7 +82,7 @@ def _effort() -> io.Input:
         options=list(EFFORTS),
         default=_DEFAULTS.effort,
         tooltip="How long to search. fast takes about a third of the time of balanced, best about "
-        "fifteen times as long. These three improve several variants of a prompt, word by word. "
+        "five times as long. These three improve several variants of a prompt, word by word. "
         "paper runs the published algorithm alone, for the number of `steps`.",
     )
 
@@ -235,5 +235,6 @@ def wording(default: str) -> io.Input:
         optional=True,
         tooltip="What the prompt reads like. free: any words in any order. tags: short phrases "
         "with commas. sentence: a description. With tags and sentence a small language model and "
-        "the CLIP write the prompt together; `effort` paper has only free.",
+        "the CLIP write the prompt together. With `effort` paper, or a CLIP with another tokenizer "
+        "than CLIP's own, every prompt is free.",
     )

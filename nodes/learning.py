@@ -159,8 +159,9 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         ValueError: the package with the language model is missing.
     """
     effort, wording, readability = values["effort"], values["wording"], values["readability"]
+    if effort == PAPER or not values["clip"].reads_like_clip:
+        wording = "free"  # nothing is written there
     if effort == PAPER:
-        wording = "free"  # the published algorithm writes nothing
         _check_without_swaps("readability", readability, 0)
     vocabulary = values["vocabulary"]
     options = SearchOptions(
