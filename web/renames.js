@@ -17,8 +17,10 @@ export function updateOnLoad(nodeType) {
   const { configure } = nodeType.prototype;
   nodeType.prototype.configure = function (saved) {
     updateNode(saved);
+    // by its names: the page completes what was saved while it reads it
+    const names = (saved.inputs ?? []).filter((one) => one.widget).map((one) => one.name);
     const done = configure.call(this, saved);
-    addNewer(this, saved);
+    addNewer(this, names);
     return done;
   };
 }
@@ -36,8 +38,7 @@ function updateNode(saved) {
 }
 
 /** Give the inputs that a saved node lacks the value with which its search stays the same. */
-function addNewer(node, saved) {
-  const names = (saved.inputs ?? []).filter((one) => one.widget).map((one) => one.name);
+function addNewer(node, names) {
   if (!names.length) return;
   for (const [name, value] of Object.entries(table.newer)) {
     const widget = node.widgets?.find((one) => one.name === name);
