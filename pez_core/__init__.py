@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .captioners import load_captioner
-    from .captions import clean_caption, fit_caption
+    from .captions import clean_caption, fit_caption, prune_caption
     from .clip import PRESETS, AnyClip, Clip, JointClip, clip_from_encoders, load_clip
     from .diffusion import PezPipeline as PezPipeline
     from .errors import ArgumentError, ArgumentTypeError
@@ -70,6 +70,7 @@ __all__ = [
     "objective_for",
     "over_seeds",
     "prune",
+    "prune_caption",
     "refine",
     "score",
     "search",
@@ -78,7 +79,7 @@ __all__ = [
 
 _MODULES = {
     "captioners": ("load_captioner",),
-    "captions": ("clean_caption", "fit_caption"),
+    "captions": ("clean_caption", "fit_caption", "prune_caption"),
     "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "clip_from_encoders", "load_clip"),
     "diffusion": ("PezPipeline",),
     "errors": ("ArgumentError", "ArgumentTypeError"),

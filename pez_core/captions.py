@@ -7,11 +7,12 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from .errors import check_integer, check_string
-from .prompt_text import SLOT, all_pieces, kept_spans
+from .prompt_text import SLOT, all_pieces, kept_spans, read
 
 if TYPE_CHECKING:
     from .caption import Caption
     from .clip import AnyClip
+    from .clip.images import ImageInput
 
 # --- clean
 
@@ -23,7 +24,7 @@ _SPECIAL = re.compile(
     r"|<br ?/?>|\[/?(?:INST|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]"
 )
 # BLIP writes "arafed" without any meaning
-_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]|\baraff?e[de]?\b")
+_MEANINGLESS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]|\baraff?e[de]?\b")
 _FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
 _STARS = re.compile(r"(\*{1,3})(?![\s*])([^*\n]+)(?<!\s)\1")
 _HEADING = re.compile(r"[ \t]*#{1,6}[ \t]+")
@@ -104,7 +105,7 @@ def clean_caption(text: str) -> str:
 def _cleaned(text: str) -> str:
     """The text after each rule was used once."""
     text = _THOUGHT.sub(" ", text.replace("\r\n", "\n"))
-    text = _INVISIBLE.sub("", _SPECIAL.sub(" ", text))
+    text = _MEANINGLESS.sub("", _SPECIAL.sub(" ", text))
     text, kept = _without_syntax(text)
     text = re.sub(r"\n\s*\n", "\n\n", re.sub(r"[ \t]+", " ", text))
     text = _STARS.sub(r"\2", _FENCE.sub("", text)).replace("`", "").strip()
@@ -173,6 +174,44 @@ def _one_line(text: str) -> str:
             joined += " " if joined[-1] in ".,;:!?" or not comma else ", "
         joined, comma = joined + line, bool(item)
     return joined
+
+
+# --- prune
+
+
+def prune_caption(clip: AnyClip, caption: str, image: ImageInput, fit: str = "crop") -> str:
+    """Drop the words of a caption that lower its similarity with the image.
+
+    The word that does most harm goes first, until no word does harm. `prune` goes further: it also
+    drops words that help, down to the similarity of the whole prompt. Tags stay, and weights like
+    `(two words:1.2)` stay or go whole.
+
+    Args:
+        clip: from `load_clip`.
+        caption: without `{}`.
+        image: as in `invert`.
+        fit: how the image becomes a square, as in `SearchOptions`.
+
+    Returns:
+        The words that are left, at least one.
+
+    Raises:
+        ArgumentError: the caption is empty, or the image cannot be read.
+        FloatingPointError: a similarity is NaN or infinite.
+    """
+    from .clip.images import load_image
+    from .scoring import contributions
+
+    feature = clip.encode_images([load_image(image)], fit)[0]
+    while True:
+        words = contributions(clip, caption, feature)
+        # a tag changes nothing here, but the image
+        places = [k for k, word in enumerate(words) if read(word.word)]
+        worst = min(places, key=lambda k: words[k].contribution)
+        if len(places) == 1 or words[worst].contribution >= 0:
+            return caption
+        del words[worst]
+        caption = " ".join(word.word for word in words)
 
 
 # --- fit

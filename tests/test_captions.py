@@ -1,6 +1,7 @@
 """Captions of other models: cleaned, cut, and written by a captioner."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_readability import WORDS, tokenizers, transformers
 
-from pez_core import ArgumentError, captioners, clean_caption, fit_caption, load_captioner
+from pez_core import (
+    ArgumentError,
+    captioners,
+    clean_caption,
+    explain,
+    fit_caption,
+    load_captioner,
+    prune_caption,
+)
 from pez_core.caption import Caption
 from pez_core.cli import main
 from pez_core.prompt_text import kept_spans
@@ -115,6 +124,17 @@ def test_a_caption_is_a_string():
         clean_caption(None)
 
 
+# --- prune
+
+
+def test_only_words_that_do_harm_are_dropped(tiny_clip):
+    caption = prune_caption(tiny_clip, "a red dog on <lora:x:1> a boat (in rain:1.2)", IMAGE)
+    left = explain(tiny_clip, caption, Path(IMAGE))
+    assert "<lora:x:1>" in caption and all(word.contribution >= -1e-6 for word in left)
+    assert prune_caption(tiny_clip, caption, IMAGE) == caption
+    assert prune_caption(tiny_clip, "dog <lora:x:1>", IMAGE) == "dog <lora:x:1>"
+
+
 # --- fit
 
 LONG = (
@@ -196,6 +216,52 @@ def blip(tmp_path_factory):
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """The folder of a LLaVA with random weights, which follows instructions."""
+    special = {"pad_token": "[PAD]", "eos_token": "</s>", "unk_token": "[UNK]"}
+    words = [*special.values(), "<image>", "Describe", "USER", *WORDS]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, additional_special_tokens=["<image>"], **special
+    )
+    sides = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides |= {"intermediate_size": 32, "initializer_range": 1.0}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sides),
+        text_config=transformers.LlamaConfig(vocab_size=len(words), eos_token_id=1, **sides),
+        image_token_index=vocabulary["<image>"],
+    )
+    folder = tmp_path_factory.mktemp("llava")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size)
+    transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} USER ",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_an_instruction_is_no_part_of_the_text(llava, monkeypatch):
+    asked, inputs = [], captioners._inputs
+    monkeypatch.setattr(
+        captioners, "_inputs", lambda *args: asked.append(inputs(*args)) or asked[0]
+    )
+    text = load_captioner(llava, device="cpu")(IMAGE)
+    assert asked[0]["input_ids"].shape[1] > 10 and "pixel_values" in asked[0]
+    assert text and len(text.split()) <= captioners._LONGEST and "[UNK] [UNK] [UNK]" not in text
 
 
 def test_a_captioner_writes_the_same_text_again(blip):

@@ -84,14 +84,14 @@ class Captions:
         Returns:
             The caption with the place of the learned words.
         """
-        from .. import clean_caption, fit_caption, prune
+        from .. import clean_caption, fit_caption, prune_caption
         from ..tasks.invert import PROMPT_LEN
 
         with _naming_captioner():
             written = self._write(image)
         text = clean_caption(written.replace(SLOT, ""))
         if text and self._prune:
-            text = clean_caption(prune(clip, text, image, fit=options.fit).prompt)
+            text = clean_caption(prune_caption(clip, text, image, options.fit))
         row["caption"] = text
         if not text:
             return ""
