@@ -155,6 +155,16 @@ def language_models(monkeypatch):
 
 
 @pytest.fixture
+def captioner(monkeypatch):
+    """A captioner in the place of any."""
+
+    def write(image):
+        return "This image shows a red dog."
+
+    monkeypatch.setattr(pez_core, "load_captioner", lambda name, **options: write)
+
+
+@pytest.fixture
 def another_tokenizer(monkeypatch):
     """Every CLIP has one that is not CLIP's own, for the choice of the language model."""
     monkeypatch.setattr(priors, "reads_like_clip", lambda words: False)
@@ -295,6 +305,12 @@ EFFECTS = {
     | CLIP
     | {
         "--caption": (["a dog {}"], keyword("caption"), "a dog {}"),
+        "--captioner": (["x"], keyword("caption"), "a red dog, {}"),
+        "--prune-caption": (
+            ["--captioner", "x"],
+            lambda run: run.search.caption in ("a, {}", "red, {}", "dog, {}", "red dog, {}"),
+            True,
+        ),
         "--start-from": (["a dog"], option("start_from"), "a dog"),
         "--avoid": (["dog", "--avoid", "cat"], lambda run: avoided(run)[0], ["dog", "cat"]),
         "--avoid-image": ([IMAGES[1]], lambda run: list(map(str, avoided(run)[0])), [IMAGES[1]]),
@@ -360,7 +376,7 @@ def avoided(run):
 
 
 @pytest.fixture
-def run(call, loads, searches, language_models, tiny, drawn):
+def run(call, loads, searches, language_models, captioner, tiny, drawn):
     """Run a command with a stub in place of its task, and return all that can be observed."""
 
     def run(command, *arguments):
