@@ -91,6 +91,12 @@ def add_search(
     )
     add_fit(group)
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    _add_wording(group, wording)
+    command.set_defaults(usual_wording=wording)
+
+
+def _add_wording(group: Any, wording: str) -> None:
+    """Add the options of what a prompt reads like; `wording` is the default."""
     group.add_argument(
         "--wording",
         choices=WORDINGS,
@@ -99,7 +105,6 @@ def add_search(
         + ("" if wording == "free" else "; free without swaps, or without CLIP's own tokenizer")
         + ")",
     )
-    command.set_defaults(usual_wording=wording)
     group.add_argument(
         "--readability",
         type=float,
