@@ -66,7 +66,7 @@ FITS = ("crop", "pad", "stretch")
 WORDINGS = ("free", "tags", "sentence")
 """What a prompt reads like; see `SearchOptions`."""
 
-IMAGE_WORDING = "tags"
+IMAGE_WORDING = "sentence"
 """The wording of image prompts where a person starts with nothing: in the nodes and `pez invert`.
 
 People understand it, at the least loss of similarity of the images (benchmarks/pictures.py)."""

@@ -262,7 +262,7 @@ SEARCH = {
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
     "--fit": (["pad"], option("fit"), "pad"),
-    "--wording": (["sentence"], option("wording"), "sentence"),
+    "--wording": (["tags"], option("wording"), "tags"),
     "--readability": (["0.5"], option("readability"), 0.5),
     "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
     "--only": (["{files}/only"], words, {"dog", "cat"}),
