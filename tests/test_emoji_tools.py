@@ -1,5 +1,6 @@
 """What `emoji-clip` is trained on and how: captions that are true, and shortcuts that are exact."""
 
+import copy
 import random
 import sys
 from pathlib import Path
@@ -107,8 +108,8 @@ def test_the_image_tower_in_two_parts_is_the_whole(model):
     for norm in (m for m in model.visual.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(3, 3, 64, 64)
-    visual = model.visual
+    # some processors round so differently in single precision that they show no fault
+    x, visual = torch.randn(3, 3, 64, 64).double(), copy.deepcopy(model.visual).double()
     halves = train.attention_pool(visual.attnpool, visual.layer4(train.frozen_trunk(visual)(x)))
     torch.testing.assert_close(halves, visual(x), rtol=1e-3, atol=1e-4)
 
