@@ -1,8 +1,8 @@
 """What `emoji-clip` is trained on and how: captions that are true, and shortcuts that are exact."""
 
-import copy
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +104,13 @@ def test_texts_of_all_lengths_are_encoded_as_open_clip_does(model):
 
 
 @torch.no_grad()
-def test_the_image_tower_in_two_parts_is_the_whole(model):
+def test_the_image_tower_in_two_parts_is_the_whole(model, monkeypatch):
+    monkeypatch.setattr(train, "autocast", nullcontext)  # bfloat16 where a processor has it
     for norm in (m for m in model.visual.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-    # some processors round so differently in single precision that they show no fault
-    x, visual = torch.randn(3, 3, 64, 64).double(), copy.deepcopy(model.visual).double()
+    x = torch.randn(3, 3, 64, 64)
+    visual = model.visual
     halves = train.attention_pool(visual.attnpool, visual.layer4(train.frozen_trunk(visual)(x)))
     torch.testing.assert_close(halves, visual(x), rtol=1e-3, atol=1e-4)
 
