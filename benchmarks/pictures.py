@@ -28,12 +28,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import ENDLESS, HERE, Bench, Method, append, run
+from bench import ENDLESS, HERE, Bench, Found, Method, Note, Problems, append, run
 from diffusers import DiffusionPipeline
 from pictures_report import report
 from PIL import Image
@@ -41,12 +41,27 @@ from quality import METHODS as FINDERS
 from quality import default_words, ours
 from unseen import ROOT, Unseen, from_folder, prepare, unseen, words_of
 
-from pez_core import Clip, PezSettings, SearchOptions, TokenSpace, baselines, invert, load_clip
+from pez_core import (
+    Clip,
+    LanguageModel,
+    PezSettings,
+    SearchOptions,
+    TokenSpace,
+    baselines,
+    invert,
+    load_clip,
+    load_language_model,
+)
+from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.diffusion import DenoisingLoss, load_pipeline
 from pez_core.diffusion.choice import choose_by_image
 from pez_core.diffusion.image_models import default_settings, draw
 from pez_core.objectives import Similarity
+from pez_core.options import WORDINGS
+from pez_core.priors import FluencyPrior
+from pez_core.readability import FUNCTION_WORDS, as_written
+from pez_core.token_lm import load_token_lm
 from pez_core.tower_work import counted
 
 CAPTIONS = HERE / "data/unseen_captions.jsonl"
@@ -245,13 +260,47 @@ def hidden_states(pipeline: Any, embeddings: torch.Tensor) -> torch.Tensor:
         hook.remove()
 
 
+def with_smollm2(problems: Problems, note: Note) -> list[Found]:
+    """Swaps by the likelihood under SmolLM2."""
+    return ours(problems, note, effort="balanced", readability=0.5, language_model=smollm2())
+
+
+@cache
+def smollm2() -> LanguageModel:
+    return load_language_model()
+
+
+def by_vgd(setup: Setup, places: list[int], seed: int, kind: str, length: int = 0) -> list[Made]:
+    """VGD, with the same language model as ours."""
+    bench, made = setup.bench, []
+    clip, length = bench.clip, length or bench.lengths[0]
+    words = default_words(clip)
+    if kind == "tags":
+        words = torch.cat([words, torch.tensor(clip.text.words.encode(","))]).unique()
+    once = [k for k in words.tolist() if clip.text.words.decode([k]) not in FUNCTION_WORDS]
+    space = TokenSpace(clip.text.token_embedding, words, once=torch.tensor(once))
+    prior = FluencyPrior(load_token_lm(), Caption(clip), space, length, kind, 1.0)
+    for place in places:
+        objective = Similarity(clip.text.encoder(), bench.features[place][None, None])
+        (row,) = baselines.vgd(space, objective, prior, length).ids.tolist()
+        made.append(Made(as_written(clip.text.words.decode(row))))
+    return made
+
+
 LENGTHS = (4, 16, 32)
+WRITTEN_LENGTHS = (12, 16)
 CANDIDATES = (4, 16)
 DENOISING = (0, 0.5, 1)  # weights of the loss of the image model
+WRITTEN = {"effort": "balanced", "repeats": False}
 OWN = {
     "readability 0.5": Method(
         partial(ours, effort="balanced", readability=0.5), budgeted=False, at_once=1
     ),
+    **{
+        f"ours ({wording})": Method(partial(ours, wording=wording, **WRITTEN), budgeted=False)
+        for wording in WORDINGS[1:]
+    },
+    "ours (readability 0.5, SmolLM2)": Method(with_smollm2, budgeted=False, at_once=1),
     **{
         f"ours (balanced), {n} restarts": Method(
             partial(ours, effort="balanced", restarts=n), budgeted=False
@@ -289,6 +338,17 @@ METHODS: dict[str, Maker] = {
     **{
         f"PEZ, a tenth of the steps, denoising_weight {w}": partial(by_denoising, weight=w)
         for w in DENOISING
+    },
+    **{
+        f"ours ({wording}), {n} tokens": partial(by_finder, name=f"ours ({wording})", length=n)
+        for wording in WORDINGS[1:]
+        for n in WRITTEN_LENGTHS
+    },
+    **{f"VGD ({kind})": partial(by_vgd, kind=kind) for kind in WORDINGS[1:]},
+    **{
+        f"VGD ({kind}), {n} tokens": partial(by_vgd, kind=kind, length=n)
+        for kind in WORDINGS[1:]
+        for n in WRITTEN_LENGTHS
     },
     "soft prompt": by_soft_prompt,
     "true name": by_name,

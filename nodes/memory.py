@@ -16,6 +16,7 @@ from torch import nn
 
 from ..pez_core import AnyClip, JointClip, SearchOptions
 from ..pez_core.options import Effort
+from ..pez_core.priors import reads_like_clip
 from .reading import LoadedLanguageModel
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class LoadedClip:
         clip: the CLIP. Its text towers are on the device inside of `in_use`; its image tower is
             moved there for each use.
         load_device, offload_device: as given.
+        reads_like_clip: its tokenizer is CLIP's own.
         language_model: the one of `readability`, kept for the next search; None: not used yet.
     """
 
@@ -84,6 +86,7 @@ class LoadedClip:
         self, clip: AnyClip, load_device: torch.device, offload_device: torch.device
     ) -> None:
         self.clip, self.load_device, self.offload_device = clip, load_device, offload_device
+        self.reads_like_clip = reads_like_clip(clip.text.words)
         self.language_model: LoadedLanguageModel | None = None
         parts = clip.clips if isinstance(clip, JointClip) else [clip]
         self._texts = [

@@ -81,9 +81,10 @@ class _Patcher(ModelPatcher):
 
 
 def language_model(readability: float, loaded: LoadedClip, live: Live) -> LanguageModel | None:
-    """The language model for a search; None for a search without one.
+    """The language model of transformers for a search; None for a search without one.
 
-    It is kept with the CLIP, also while searches do without it.
+    With CLIP's own tokenizer `pez_core` has a small one itself. A model is kept with the CLIP, also
+    while searches do without it.
 
     Args:
         readability: of the search.
@@ -95,7 +96,7 @@ def language_model(readability: float, loaded: LoadedClip, live: Live) -> Langua
         InterruptProcessingException: the run was cancelled. Loading then ends in the background.
     """
     global _latest
-    if not readability:
+    if not readability or loaded.reads_like_clip:
         return None
     _check_packages()
     shared = _latest()
@@ -117,8 +118,8 @@ def _check_packages() -> None:
         install = f'"{sys.executable}" -m pip install'
         commands = " and ".join(f"{install} {_PACKAGES[name]}" for name in missing)
         raise ValueError(
-            f"`readability` needs {names}, not installed here; run {commands} and restart ComfyUI, "
-            "or set `readability` to 0."
+            f"`readability` needs {names} for this CLIP, not installed here; run {commands} and "
+            "restart ComfyUI, or set `readability` to 0."
         )
 
 

@@ -1,4 +1,4 @@
-"""Inputs that had another name, or other values, when a workflow was saved.
+"""Inputs that had another name or other values, or were missing, when a workflow was saved.
 
 `web/renames.json` lists them once, for the server and for the page: the page changes workflows when
 it opens them, the server changes prompts that come from elsewhere.
@@ -13,6 +13,7 @@ from typing import Any
 _TABLE = json.loads((Path(__file__).parent.parent / "web/renames.json").read_text("utf-8"))
 _NEW_NAMES: dict[str, str] = _TABLE["inputs"]
 _NEW_VALUES: dict[str, dict[str, Any]] = _TABLE["values"]
+_NEWER: dict[str, Any] = _TABLE["newer"]  # with these values a search stays the same
 _OLD_NAMES = {new: old for old, new in _NEW_NAMES.items()}
 
 
@@ -27,7 +28,7 @@ def is_ours(node: Any) -> bool:
 
 
 def update_prompt(prompt: Any) -> None:
-    """Rename the inputs of this pack's nodes in a prompt, and replace their old values.
+    """Rename the inputs of this pack's nodes in a prompt, replace old values, and add missing ones.
 
     Args:
         prompt: nodes by id, as ComfyUI's server gets them; changed in place.
@@ -44,7 +45,7 @@ def _updated(inputs: dict[str, Any]) -> dict[str, Any]:
         if name != old and name in inputs:
             continue  # it has both, of which the new one counts
         updated[name] = _new_value(name, value)
-    return updated
+    return _NEWER | updated if "effort" in updated else updated
 
 
 def _new_value(name: str, value: Any) -> Any:

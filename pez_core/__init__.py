@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .captioners import load_captioner
+    from .captions import clean_caption, fit_caption, prune_caption
     from .clip import PRESETS, AnyClip, Clip, JointClip, clip_from_encoders, load_clip
     from .diffusion import PezPipeline as PezPipeline
     from .errors import ArgumentError, ArgumentTypeError
@@ -55,16 +57,20 @@ __all__ = [
     "Trajectory",
     "Vocabulary",
     "WordContribution",
+    "clean_caption",
     "clip_from_encoders",
     "distill",
     "explain",
+    "fit_caption",
     "fuse",
     "invert",
+    "load_captioner",
     "load_clip",
     "load_language_model",
     "objective_for",
     "over_seeds",
     "prune",
+    "prune_caption",
     "refine",
     "score",
     "search",
@@ -72,6 +78,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "captioners": ("load_captioner",),
+    "captions": ("clean_caption", "fit_caption", "prune_caption"),
     "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "clip_from_encoders", "load_clip"),
     "diffusion": ("PezPipeline",),
     "errors": ("ArgumentError", "ArgumentTypeError"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, check_string
-from .prompt_text import SLOT, all_pieces, chunks
+from .prompt_text import SLOT, all_pieces, chunks, has_syntax, read
 from .readability import as_written as written_form
 from .vocabulary import Blocklist, count_words
 
@@ -30,6 +30,24 @@ def check_caption(caption: object) -> str:
             f"has to hold {{}} once at most, where the learned words go, but is {text!r}",
         )
     return text if "{}" in text else f"{text} {{}}".strip()
+
+
+def spoken_caption(caption: str) -> str | None:
+    """A caption with `{}` for the text encoder, without weights and tags; None: it has none.
+
+    Raises:
+        ArgumentError: the learned words would stand in syntax that is not read.
+    """
+    if not has_syntax(caption):
+        return None
+    spoken = read(caption)
+    if SLOT not in spoken:
+        raise ArgumentError(
+            "caption",
+            f"is {caption!r}, whose {{}} stands in syntax that is not read",
+            "put {} into text, or into the first of several alternatives",
+        )
+    return spoken
 
 
 def _around(caption: str | tuple[str, str]) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def load_model(
                 f"pip install {package}",
             )
     if not path.exists():
-        source = str(name_or_path) if download else _cached(str(name_or_path))
+        source = str(name_or_path) if download else cached_folder(str(name_or_path))
     else:
         source = str(path.parent if gguf else path)
     options = {"local_files_only": not download} | ({"gguf_file": path.name} if gguf else {})
@@ -94,18 +94,18 @@ def _read(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[tor
     )
 
     options = options | {"trust_remote_code": False}
-    with _no_bars():
+    with no_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         config = AutoConfig.from_pretrained(source, **options)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         # the config, since transformers takes many seconds to read it from a GGUF file again; the
         # dtype, since some parts of a model have to stay in float32
-        options |= {_dtype_name(): dtype, "config": config}
+        options |= {dtype_name(): dtype, "config": config}
         model = kind.from_pretrained(source, **options)
     return model, tokenizer
 
 
-def _dtype_name() -> str:
+def dtype_name() -> str:
     import transformers
 
     return "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -128,7 +128,7 @@ def _bundled() -> Path:
     return files[0]
 
 
-def _cached(name: str) -> str:
+def cached_folder(name: str) -> str:
     """The folder of a model of the hub on this disk, found without network access."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -146,7 +146,7 @@ def _cached(name: str) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Inside, transformers shows no progress bars or warnings; its settings are restored behind."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging

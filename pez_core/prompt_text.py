@@ -165,6 +165,11 @@ def chunks(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [context for context in contexts if context]
 
 
+def kept_spans(prompt: str) -> list[tuple[int, int]]:
+    """Where the syntax of a prompt begins and ends, without `BREAK`, `AND` and `{}`."""
+    return list(_kept_spans(prompt, weighted=False))
+
+
 def _marks(text: str) -> list[_Mark]:
     """The marks of a text in order; of brackets only those that have a partner."""
     found, opened, lone = [], [], set()

@@ -29,7 +29,7 @@ _CLOSES = re.compile(r"[,.;:!?%)\]}…]+|'(s|t|re|ve|m|ll|d)|[-/]")
 _OPENS = re.compile(r"(?:^|\s)[(\[{#$@]+$|\w[-/]$")
 _WORD_OR_MARK = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
 # Words and marks that good text repeats.
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     re.findall(
         r"\S+",
         "a an and are as at be by for from has have he her his i in is it its my of on or our she "
@@ -66,7 +66,7 @@ def repeated_share(text: str) -> float:
     pairs: set[tuple[str, str]] = set()
     repeated = 0
     for before, word in zip(["", *words], words, strict=False):
-        free = word in _FUNCTION_WORDS and word != before and (before, word) not in pairs
+        free = word in FUNCTION_WORDS and word != before and (before, word) not in pairs
         repeated += word in earlier and not free
         earlier.add(word)
         pairs.add((before, word))

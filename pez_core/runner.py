@@ -16,17 +16,26 @@ from .errors import ArgumentError
 from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import Objective, PezSettings, search
-from .priors import ReadabilityPrior, SumOfPriors, needed_language_model
+from .priors import (
+    FluencyPrior,
+    ReadabilityPrior,
+    SumOfPriors,
+    needed_language_model,
+    reads_like_clip,
+)
 from .prompt_text import read
+from .readability import FUNCTION_WORDS
 from .results import Candidate, Report, ReportCallback, Result, Trajectory, best_of_restarts
 from .scoring import contributions
 from .seeds import child_seed, restart_seed
 from .single_words import SingleWordPrior, WordFeatures, sample_of
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
+from .token_lm import load_token_lm
 from .tower_work import counted
 from .tracker import Progress
 from .vocabulary import Blocklist, Lexicon, Vocabulary
+from .writing import WritingSettings, write
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -83,7 +92,8 @@ class Problem:
         acceptable: a check of prompts that may become the best; None: all pass.
         seeds: one per target.
         ids: (searches, trials, prompt_len) initial prompts.
-        readability: the prior of `options.readability`; None: there is none.
+        readability: the prior of `options.read_weight`; None: there is none.
+        writer: the prior that prompts are written with; None: PEZ finds them.
         began: time of the call.
     """
 
@@ -97,12 +107,15 @@ class Problem:
     acceptable: Callable[[torch.Tensor], torch.Tensor] | None
     seeds: list[int]
     ids: torch.Tensor
-    readability: ReadabilityPrior | None
+    readability: ReadabilityPrior | FluencyPrior | None
+    writer: FluencyPrior | None
     began: float
 
     @property
     def work(self) -> Effort:
-        return self.options.work
+        """The steps, swaps and trials; where prompts are written, a step for each token."""
+        work = self.options.work
+        return replace(work, steps=self.prompt_len) if self.writer else work
 
     @property
     def search_seeds(self) -> list[int]:
@@ -161,7 +174,7 @@ def learn(
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
     """
-    written = options.readability > 0
+    written = options.read_weight > 0
     frame = Caption(clip, caption, encoded, inserts, as_written=written)
     with counted() as work:
         problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
@@ -232,8 +245,7 @@ def prepare(
     seeds = options.seeds(len(targets))
     starts = {seed: start.prompts(seed) for seed in set(seeds)}
     ids = torch.cat([starts[seed] for seed in seeds])
-    model = needed_language_model(options.readability, options.language_model, clip.device)
-    words = clip.text.words
+    fluent, readability = _readers(clip, options, frame, space, prompt_len)
     return Problem(
         clip=clip,
         targets=targets,
@@ -246,17 +258,50 @@ def prepare(
         acceptable=None if all_round_trip and not blocked else acceptable,
         seeds=seeds,
         ids=ids.view(len(targets) * options.restarts, options.work.trials, -1),
-        readability=model and ReadabilityPrior(model, words, frame, space, options.readability),
+        readability=readability,
+        writer=fluent if _can_write(options, space) else None,
         began=began,
     )
 
 
+def _can_write(options: SearchOptions, space: TokenSpace) -> bool:
+    """Whether prompts are written from left to right, a token at a time, from nothing."""
+    begun = options.start_from is not None
+    return options.wording != "free" and not begun and not isinstance(space, PhraseSpace)
+
+
+def _readers(
+    clip: AnyClip, options: SearchOptions, frame: Caption, space: TokenSpace, prompt_len: int
+) -> tuple[FluencyPrior | None, ReadabilityPrior | FluencyPrior | None]:
+    """The prior that prompts are written with, and the one that swaps are compared with."""
+    weight, words, own = options.read_weight, clip.text.words, None
+    if not weight:
+        return None, None
+    if reads_like_clip(words):
+        kind = "text" if options.wording == "free" else options.wording
+        own = FluencyPrior(load_token_lm(), frame, space, prompt_len, kind, weight)
+    elif options.wording != "free":
+        raise ArgumentError(
+            "wording",
+            f"is {options.wording!r}, which needs CLIP's own tokenizer, and {clip.name} has "
+            "another one",
+            'take "free", with `readability` above 0 for words that read better',
+        )
+    model = needed_language_model(weight, options.language_model, clip.device, words)
+    if model is None:
+        return own, own
+    return own, ReadabilityPrior(model, words, frame, space, weight)
+
+
 def _lexicon(clip: AnyClip, options: SearchOptions) -> Lexicon:
     vocabulary = options.allowed
-    if options.readability:
+    if options.read_weight:
         # a language model would favour pieces of words for their looks
         vocabulary &= Vocabulary(dictionary=False)
     lexicon = vocabulary.lexicon(clip)
+    if options.wording == "tags" and "," not in lexicon.blocked:
+        comma = tuple(clip.text.words.encode_behind(","))
+        return Lexicon(lexicon.phrases | {comma}, lexicon.blocked)
     if options.published and clip.trained_tokens is not None:
         trained = filter(clip.trained_tokens.issuperset, lexicon.phrases)
         return Lexicon(frozenset(trained), lexicon.blocked)
@@ -290,6 +335,8 @@ def _space(
         return TokenSpace(table, allowed, parts)
     decode, beside = clip.text.words.decode, frame.ids([])
     once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
+    if options.read_weight:  # language repeats "a" and "of"
+        once = [i for i in once if decode([i]) not in FUNCTION_WORDS]
     if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
         return TokenSpace(table, allowed, parts)
     return TokenSpace(table, allowed, parts, torch.tensor(once), beside)
@@ -399,7 +446,9 @@ def descend(
     turns_left: int,
     callback: ReportCallback | None,
 ) -> Progress:
-    """PEZ for the searches in `span`."""
+    """PEZ for the searches in `span`, or the writing of their prompts."""
+    if problem.writer is not None:
+        return _written(problem, best, span, turns_left, callback)
     options, left = problem.options, problem.time_left(turns_left)
     settings = PezSettings(
         steps=problem.work.steps,
@@ -427,6 +476,36 @@ def descend(
         found = options.method(
             problem.space, objective, ids, settings, report, good, generator=draws
         )
+    best.take(span, found)
+    return found
+
+
+def _written(
+    problem: Problem,
+    best: BestSoFar,
+    span: slice,
+    turns_left: int,
+    callback: ReportCallback | None,
+) -> Progress:
+    """The prompts of the searches in `span`, written from left to right."""
+    assert problem.writer is not None
+    left, trials = problem.time_left(turns_left), problem.work.trials
+    settings = WritingSettings(
+        steps=problem.prompt_len,
+        time_limit=left and left / 2,
+        beams=max(WritingSettings.beams, trials),
+        results=trials,
+    )
+    found = write(
+        problem.space,
+        _similarity(problem, problem.owners[span]),
+        problem.writer,
+        problem.prompt_len,
+        settings,
+        callback and (lambda progress: callback(best.report(span, progress))),
+        problem.space.only_allowed(problem.acceptable),
+        seeds=problem.search_seeds[span],
+    )
     best.take(span, found)
     return found
 

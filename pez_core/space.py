@@ -199,13 +199,18 @@ class TokenSpace:
             promise = promise + bonus
         if self._once is not None:
             others = torch.cat([ids[:, :position], ids[:, position + 1 :]], dim=1)
-            others = torch.cat([others, self._beside.expand(len(ids), -1)], dim=1)
-            taken = torch.zeros(len(ids), len(self._once), dtype=torch.bool, device=ids.device)
-            taken = taken.scatter(1, others, True) & self._once
-            promise = promise.masked_fill(taken[:, self.allowed], -torch.inf)
+            promise = promise.masked_fill(self.taken(others), -torch.inf)
         picks = promise.topk(min(count, promise.shape[1]), dim=1).indices
         swaps = self.allowed[picks][..., None]
         return swaps, None if bonus is None else bonus.gather(1, picks)
+
+    def taken(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, n) ids of a prompt -> (rows, len(allowed)) tokens that may not occur again."""
+        taken = torch.zeros(len(ids), len(self.table), dtype=torch.bool, device=ids.device)
+        if self._once is not None:
+            others = torch.cat([ids, self._beside.expand(len(ids), -1)], dim=1)
+            taken = taken.scatter(1, others, True) & self._once
+        return taken[:, self.allowed]
 
     @staticmethod
     def swapped(ids: torch.Tensor, swaps: torch.Tensor, position: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pez_core.baselines import (
     interrogator,
     load_bank,
     soft_prompt,
+    vgd,
 )
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
@@ -731,3 +732,79 @@ def test_load_bank_from_the_package_without_importing_it(tmp_path, monkeypatch):
     (tmp_path / "site/clip_interrogator/__init__.py").write_text("raise SystemError")
     monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
     assert load_bank()["movements"] == ["one movements é", "two movements"]
+
+
+# ------------------------------------------------------------------------------------------ VGD
+
+
+class Letters:
+    """A stand-in for the language model: it likes a token the more, the higher its id."""
+
+    def __init__(self, allowed):
+        self.allowed, self.read_tokens = allowed, []
+
+    def reader(self, rows):
+        return self
+
+    def next_tokens(self):
+        rows = max(1, len(self.read_tokens[-1]) if self.read_tokens else 1)
+        return (self.allowed.float() / 10).expand(rows, -1)
+
+    def read(self, tokens, parents):
+        self.read_tokens.append(tokens)
+
+
+class Reach:
+    """The score of a prompt is higher, the nearer the sum of its embeddings is to a point."""
+
+    def __init__(self, goal, before=None):
+        self.goal, self.before = goal, before
+
+    def __call__(self, embeddings, step):
+        total = embeddings.sum(dim=1)
+        if self.before is not None:
+            total = total + self.before.repeat_interleave(len(total) // len(self.before), dim=0)
+        near = -(total - self.goal).norm(dim=1) / 100
+        return -near, near
+
+    def given(self, embeddings):
+        return Reach(self.goal, embeddings.sum(dim=1))
+
+
+def vgd_by_hand(space, goal, length, beams, expansions, weight):
+    """The same, one beginning after the other."""
+    kept = [((), 0.0)]
+    for _ in range(length):
+        found = []
+        for tokens, rank in kept:
+            left = [k for k in range(39, -1, -1) if k not in tokens][:expansions]
+            found += [((*tokens, k), rank + k / 10) for k in left]
+        sums = torch.stack([space.table[list(tokens)].sum(0) for tokens, _ in found])
+        scores = -(sums - goal).norm(dim=1) / 100
+        guided = (100 * scores).log_softmax(0).tolist()
+        ranked = [
+            (t, r + weight * g, s) for (t, r), g, s in zip(found, guided, scores, strict=True)
+        ]
+        ranked = sorted(ranked, key=lambda one: -one[1])[:beams]
+        kept = [(tokens, rank) for tokens, rank, _ in ranked]
+    return list(max(ranked, key=lambda one: one[2])[0])
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.5])
+def test_vgd_is_a_beam_search_that_clip_ranks(weight):
+    table = torch.randn(40, 6, generator=seeded(3))
+    space = TokenSpace(table, once=torch.arange(40))
+    goal = torch.randn(6, generator=seeded(4)) * 4
+    steps = []
+    found = vgd(
+        space,
+        Reach(goal),
+        Letters(space.allowed),
+        4,
+        lambda progress: steps.append(progress.step),
+        beams=3,
+        expansions=7,
+        clip_weight=weight,
+    )
+    assert found.ids.tolist() == [vgd_by_hand(space, goal, 4, 3, 7, weight)]
+    assert steps == [1, 2, 3, 4] and found.scores.isfinite().all()

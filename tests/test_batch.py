@@ -22,9 +22,10 @@ import torch
 from conftest import EXAMPLES, ROOT, make_clip
 from filelock import FileLock
 from PIL import Image
+from test_readability import make_lm
 
 import pez_core.cli
-from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, invert, score
+from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, invert, priors, score
 from pez_core.batch import BatchPlan, Columns, Job, Summary, find_items, plan, run
 from pez_core.batch import job as job_module
 from pez_core.batch import worker as worker_module
@@ -417,10 +418,11 @@ def search_job(**options):
 @pytest.mark.slow
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
-    assert not {"fit", "activation"} & {*usual}  # outputs of older versions go on
+    assert not {"fit", "activation", "wording"} & {*usual}  # outputs of older versions go on
+    assert search_job(readability=0.5).settings["wording"] == "free"  # by another language model
     assert usual == search_job(prompt_len=8, restarts=1, effort="balanced").settings
     # numbers in place of a name, which may get others
-    assert usual == search_job(steps=30, swaps=56).settings and usual["work"]["swaps"] == 56
+    assert usual == search_job(steps=150, swaps=32).settings and usual["work"]["swaps"] == 32
     alone, published = search_job(steps=3000, swaps=0).settings, search_job(effort="paper").settings
     assert published["published"] and "published" not in alone
     assert published["repeats"] and not published["vocabulary"]["whole_words"]
@@ -437,6 +439,8 @@ def test_settings_are_all_that_a_result_depends_on():
         search_job(seed=3),
         search_job(start_from="a"),
         search_job(readability=0.5),
+        search_job(wording="tags"),
+        search_job(wording="sentence"),
         search_job(block_unsafe=False),
         search_job(repeats=True),
         search_job(vocabulary=Vocabulary(dictionary=False)),
@@ -467,9 +471,9 @@ def test_settings_hold_every_option():
     names = {field.name for field in fields(SearchOptions)} | {field.name for field in fields(Job)}
     names -= {"options", "ratio"}
     # those that came later are left out where they are the default, or old outputs would not resume
-    later = Job(options=SearchOptions(fit="pad"), activation="gelu").settings
+    later = Job(options=SearchOptions(fit="pad", wording="tags"), activation="gelu").settings
     assert names - elsewhere <= set(later) and "ratio" in Job(task="distill").settings
-    assert set(later) - set(Job().settings) == {"fit", "activation"}
+    assert set(later) - set(Job().settings) == {"fit", "activation", "wording"}
     assert {"work", "unsafe_words"} <= set(Job().settings)
 
 
@@ -1026,6 +1030,7 @@ EFFECTS = {
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
     "--fit": (["pad"], option("fit"), "pad"),
+    "--wording": (["tags"], option("wording"), "tags"),
     "--readability": (["0.5", "--effort", "fast"], option("readability"), 0.5),
     "--language-model": (
         ["x", "--readability", "1", "--effort", "fast"],
@@ -1118,6 +1123,38 @@ def test_images_of_a_batch_are_read_as_fit_says(task, tmp_path, emoji_clip):
         torch.testing.assert_close(worker._read(item), expected)
     with pytest.raises(ArgumentError, match="`activation` has to be one of"):
         Job(activation="relu")
+
+
+def test_a_worker_loads_a_language_model_where_the_bundled_one_does_not_serve(monkeypatch):
+    loaded, lm = [], make_lm()
+
+    def load(path=None, **options):
+        loaded.append(path)
+        return lm
+
+    for module in (worker_module, priors):
+        monkeypatch.setattr(module, "load_language_model", load)
+    free, fluent, tags = ({}, {"readability": 0.5}, {"wording": "tags"})
+
+    def model_of(options, path=None):
+        job = Job(options=SearchOptions(**options), language_model=path)
+        return Worker(job, device="cpu")._options.language_model
+
+    assert [model_of(options) for options in (free, fluent, tags)] == [None] * 3 and not loaded
+    assert [model_of(options, "x") for options in (free, fluent, tags)] == [None, lm, lm]
+    monkeypatch.setattr(priors, "reads_like_clip", lambda words: False)
+    assert [model_of(options) for options in (free, fluent, tags)] == [None, lm, None]
+    assert loaded == ["x", "x", None]
+
+
+@pytest.mark.slow
+def test_a_wording_reaches_the_prompt(images, tmp_path, emoji_clip):
+    options = SearchOptions(prompt_len=3, effort="fast", swaps=2, wording="tags")
+    job = Job(options=options)
+    run(images, tmp_path / "out", job, limit=1)
+    ((item, row),) = read(tmp_path / "out").items()
+    (alone,) = invert(emoji_clip, images / item, replace(options, seed=job.seed_of(item)))
+    assert row["prompt"] == alone.prompt
 
 
 def test_steering_reaches_the_prompt(images, tmp_path, emoji_clip):

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
 import draw_icon
 import draw_results
+import edits
 import get_comfyui
 import gpu
 import lm
@@ -328,6 +329,8 @@ PICTURED = [
     "GCG",
     "ours (balanced), 4 restarts by image",
     "PEZ, a tenth of the steps, denoising_weight 0.5",
+    "ours (tags)",
+    "VGD (sentence)",
     "soft prompt",
     "true name",
     "true caption",
@@ -410,6 +413,60 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
+
+
+def test_the_edits_of_prompts_are_judged(draws, images, image_model, emoji_clip, tmp_path):
+    rows = draws("true name", "ours (fast)")
+    found = tmp_path / "edits"
+    arguments = [
+        *("--folder", str(images), "--pipeline", str(image_model), "--judge", "emoji-clip"),
+        *("--prompts", str(tmp_path / "pictures.jsonl"), "--methods", "true name", "ours (fast)"),
+        *("--images", "1", "--out", str(found)),
+    ]
+    edits.main(arguments)
+    by_case = {(row["method"], row["place"]): row for row in rows}
+    changed = lines(tmp_path / "edits.jsonl")
+    assert len(changed) == 6 and [row["method"] for row in changed[:3]] == ["true name"] * 3
+    for row in changed:
+        assert row["prompt"] == by_case[row["method"], row["place"]]["prompt"]
+        assert row["edited"] == edits.edited(row["prompt"], row["word"], row["other"])
+        # without that word the prompt is less similar than without another one
+        (goal,) = emoji_clip.encode_images([from_folder(images)[row["place"]].image])
+        words = row["prompt"].split()
+        near = {
+            word: (emoji_clip.encode_texts([" ".join(set(words) - {word}) or "a"]) @ goal).item()
+            for word in words
+            if len(words) == 2
+        }
+        assert not near or min(near, key=near.__getitem__) == row["word"]
+    row = changed[0]
+    pipe = StableDiffusionPipeline.from_pretrained(image_model)
+    made = [
+        pipe(text, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+        for text in (row["prompt"], row["edited"])
+    ]
+    (thing,) = emoji_clip.encode_texts([f"a {row['other']}"])
+    before, after = (emoji_clip.encode_images(one)[0] for one in made)
+    assert row["gain"] == pytest.approx(((after - before) @ thing).item(), abs=1e-4)
+    assert row["same"] == pytest.approx((after @ before).item(), abs=1e-4)
+    table = (tmp_path / "edits.md").read_text()
+    seen = statistics.mean(one["gain"] >= 0.1 for one in changed[:3])
+    assert f"| true name | 3 | {seen:.0%} | " in table
+    edits.main(arguments)  # nothing is left to do
+    assert lines(tmp_path / "edits.jsonl") == changed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "other", "expected"),
+    [
+        ("a red fish in water", "fish", "owl", "a red owl in water"),
+        ("an apple, red", "apple", "bird", "a bird, red"),
+        ("a bird and an egg", "bird", "owl", "an owl and an egg"),
+        ("fish fishing", "fish", "cat", "cat fishing"),
+    ],
+)
+def test_a_word_is_replaced(prompt, word, other, expected):
+    assert edits.edited(prompt, word, other) == expected
 
 
 def quick_options(place, seed, **given):

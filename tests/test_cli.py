@@ -24,11 +24,12 @@ from PIL import Image
 from test_readability import make_lm
 
 import pez_core
-from pez_core import Clip, SearchOptions, Vocabulary
+from pez_core import Clip, SearchOptions, Vocabulary, priors
 from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
 from pez_core.clip import images
 from pez_core.diffusion import make_gallery
+from pez_core.options import IMAGE_WORDING
 from pez_core.readability import as_written
 from pez_core.results import Report, Result
 from pez_core.tasks import DistillResult, FuseResult, StyleResult
@@ -149,7 +150,24 @@ def language_models(monkeypatch):
         return make_lm()
 
     monkeypatch.setattr(pez_core, "load_language_model", load)
+    monkeypatch.setattr(priors, "load_language_model", load)
     return paths
+
+
+@pytest.fixture
+def captioner(monkeypatch):
+    """A captioner in the place of any."""
+
+    def write(image):
+        return "This image shows a red dog."
+
+    monkeypatch.setattr(pez_core, "load_captioner", lambda name, **options: write)
+
+
+@pytest.fixture
+def another_tokenizer(monkeypatch):
+    """Every CLIP has one that is not CLIP's own, for the choice of the language model."""
+    monkeypatch.setattr(priors, "reads_like_clip", lambda words: False)
 
 
 @pytest.fixture
@@ -244,6 +262,7 @@ SEARCH = {
     "--restarts": (["3"], option("restarts"), 3),
     "--seed": (["5"], option("seed"), 5),
     "--fit": (["pad"], option("fit"), "pad"),
+    "--wording": (["tags"], option("wording"), "tags"),
     "--readability": (["0.5"], option("readability"), 0.5),
     "--language-model": (["x", "--readability", "1"], lambda run: run.language_models, ["x"]),
     "--only": (["{files}/only"], words, {"dog", "cat"}),
@@ -286,6 +305,12 @@ EFFECTS = {
     | CLIP
     | {
         "--caption": (["a dog {}"], keyword("caption"), "a dog {}"),
+        "--captioner": (["x"], keyword("caption"), "a red dog, {}"),
+        "--prune-caption": (
+            ["--captioner", "x"],
+            lambda run: run.search.caption in ("a, {}", "red, {}", "dog, {}", "red dog, {}"),
+            True,
+        ),
         "--start-from": (["a dog"], option("start_from"), "a dog"),
         "--avoid": (["dog", "--avoid", "cat"], lambda run: avoided(run)[0], ["dog", "cat"]),
         "--avoid-image": ([IMAGES[1]], lambda run: list(map(str, avoided(run)[0])), [IMAGES[1]]),
@@ -351,7 +376,7 @@ def avoided(run):
 
 
 @pytest.fixture
-def run(call, loads, searches, language_models, tiny, drawn):
+def run(call, loads, searches, language_models, captioner, tiny, drawn):
     """Run a command with a stub in place of its task, and return all that can be observed."""
 
     def run(command, *arguments):
@@ -438,8 +463,19 @@ def test_options_have_the_names_of_python_apart_from_the_table_of_the_page():
 
 
 def test_defaults_are_those_of_python(run):
-    for command in ("invert", "style", "distill", "fuse"):
+    for command in ("style", "distill", "fuse"):
         assert run(command).search.options == SearchOptions()
+    assert run("invert").search.options == SearchOptions(wording=IMAGE_WORDING)
+
+
+@pytest.mark.parametrize("given", [["--effort", "paper"], ["--swaps", "0"]])
+def test_the_default_wording_needs_swaps(run, given):
+    assert run("invert", *given).search.options.wording == "free"
+
+
+def test_the_default_wording_needs_the_tokenizer_of_clip(call, searches, another_tokenizer):
+    call("invert", IMAGES[0])
+    assert [search.options.wording for search in searches] == ["free"]
 
 
 def test_several_files_of_words_are_joined(run, files):
@@ -470,7 +506,8 @@ def test_a_result_is_that_of_python(as_json, loads, tiny):
 
 def test_words_and_steering_reach_the_prompt(as_json, loads, files):
     steering = ["--caption", "a photo of {} today", "--avoid", "dog", "--avoid-image", IMAGES[1]]
-    (row,) = as_json("invert", IMAGES[0], *QUICK, *steering, "--only", f"{files}/only")
+    plain = ["--wording", "free", "--only", f"{files}/only"]
+    (row,) = as_json("invert", IMAGES[0], *QUICK, *steering, *plain)
     learned = re.fullmatch("a photo of (.*) today", row["prompt"])[1]
     assert set(learned.split()) <= {"dog", "cat"}
     assert len(row["avoided"]) == 2
@@ -567,9 +604,30 @@ def test_fuse_texts_and_images(call, as_json, loads):
 def test_readability(as_json, loads, language_models):
     read = ["--effort", "fast", "--steps", "2", "--readability", "1", "--prompt-len", "3"]
     (row,) = as_json("invert", IMAGES[0], *read)
+    assert "perplexity" in row and language_models == []  # the bundled one
+    (row,) = as_json("invert", IMAGES[0], *read, "--language-model", "x")
     expected = make_lm().perplexity([as_written(row["prompt"])]).item()
     assert row["perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert language_models == ["x"]
+
+
+def test_another_tokenizer_has_another_language_model(
+    call, searches, language_models, another_tokenizer
+):
+    call("invert", IMAGES[0], "--readability", "0.5")
+    call("invert", IMAGES[0], "--wording", "tags")  # which the search itself refuses
     assert language_models == [None]
+    assert [search.options.language_model is None for search in searches] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wording", ["tags", "sentence"])
+def test_a_wording_is_that_of_the_core(as_json, loads, tiny, wording):
+    (row,) = as_json("invert", IMAGES[0], *QUICK, "--wording", wording)
+    options = SearchOptions(effort="fast", swaps=2, prompt_len=2, wording=wording)
+    (expected,) = pez_core.invert(tiny[0], IMAGES[0], options)
+    assert row["prompt"] == expected.prompt
+    assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2, abs=1e-3)
 
 
 # --- several images
@@ -579,10 +637,13 @@ def test_readability(as_json, loads, language_models):
     "options, groups",
     [
         (["--effort", "paper"], [5]),
-        (["--effort", "fast"], [2, 2, 1]),
-        (["--effort", "fast", "--restarts", "2"], [1] * 5),
-        (["--effort", "best"], [1] * 5),
-        (["--effort", "fast", "--readability", "0.5"], [1] * 5),
+        (["--effort", "fast"], [5]),
+        (["--effort", "balanced"], [4, 1]),
+        (["--effort", "fast", "--restarts", "4"], [2, 2, 1]),
+        (["--effort", "best", "--wording", "free"], [2, 2, 1]),
+        (["--effort", "best", "--readability", "0.5"], [4, 1]),
+        (["--effort", "best", "--wording", "sentence"], [4, 1]),
+        (["--effort", "fast", "--readability", "0.5", "--language-model", "x"], [1] * 5),
     ],
 )
 def test_few_images_are_searched_together(call, searches, language_models, options, groups):
@@ -600,7 +661,7 @@ def test_a_time_limit_is_for_the_whole_command(call, searches, monkeypatch):
         return stub(*arguments, options, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", takes_its_time)
-    call("invert", *IMAGES, "--effort", "fast", "--time-limit", "50")
+    call("invert", *IMAGES, "--effort", "fast", "--restarts", "4", "--time-limit", "50")
     limits = [search.options.time_limit for search in searches]
     # of 50 s two of five images; then two of three, then the rest, of what is left
     assert limits == [pytest.approx(20), pytest.approx(29 * 2 / 3), pytest.approx(8 + 2 / 3)]
@@ -633,7 +694,7 @@ def test_an_error_of_one_search_does_not_lose_the_others(call, searches, monkeyp
         return stub(*arguments, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", failing)
-    done = call("invert", *IMAGES[:3], "--json")
+    done = call("invert", *IMAGES[:3], "--restarts", "4", "--json")
     rows = json.loads(done.out)
     assert done.code == 1 and rows[1]["error"] == str(error)
     assert "prompt" in rows[0] and "prompt" in rows[2]
@@ -649,7 +710,7 @@ def test_ctrl_c_accounts_for_every_image(call, searches, monkeypatch):
         return stub(clip, images, options, callback, **keywords)
 
     monkeypatch.setattr(pez_core, "invert", interrupted)
-    done = call("invert", *IMAGES, "--json")
+    done = call("invert", *IMAGES, "--restarts", "4", "--json")
     rows = json.loads(done.out)
     assert done.code == 130 and ["prompt" in row for row in rows] == [True] * 2 + [False] * 3
     assert all("not searched" in row["error"] for row in rows[2:])
@@ -945,7 +1006,10 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--time-limit", "0"], "--time-limit has to be finite and above 0"),
         (["invert", IMAGES[0], "--readability", "2"], "--readability has to be from 0 to 1"),
         (["invert", IMAGES[0], "--readability", ".5", "--swaps", "0"], "--readability is 0.5"),
-        (["invert", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
+        (["invert", IMAGES[0], "--wording", "prose"], "'tags', 'sentence'"),
+        (["invert", IMAGES[0], "--wording", "tags", "--swaps", "0"], "--wording is 'tags'"),
+        (["invert", IMAGES[0], "--wording", "tags", "--effort", "paper"], "--wording is 'tags'"),
+        (["style", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),
         (["invert", IMAGES[0], "--only", "none.txt"], "--only names the file 'none.txt'"),
         (["invert", IMAGES[0], "--block-list", "no"], "--block-list names the file 'no'"),
@@ -1020,12 +1084,15 @@ def test_options_are_checked_before_a_clip_is_loaded(call, loads):
         ("transformers", "needs the package transformers"),
     ],
 )
-def test_readability_without_its_packages(call, loads, monkeypatch, missing, message, tmp_path):
+def test_readability_without_its_packages(
+    call, loads, searches, monkeypatch, another_tokenizer, missing, message, tmp_path
+):
     monkeypatch.setitem(sys.modules, missing, None)
     given = ["--language-model", str(tmp_path)] if missing == "transformers" else []
     done = call("invert", IMAGES[0], "--readability", "0.3", *given)
     assert done.code == 2 and message in done.err and done.out == ""
-    assert loads == []  # found before
+    assert len(loads) == (not given)  # found before, unless it depends on the tokenizer
+    assert searches == []
 
 
 @pytest.fixture
@@ -1120,6 +1187,28 @@ def test_parsing_imports_no_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: pez") == len(parsers()) + 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "5"}, "None"),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
+    code = (
+        "import os, pez_core.cli\n"
+        "try: pez_core.cli.main(['--version'])\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.stdout.split()[-1] == expected
 
 
 def shell(command):

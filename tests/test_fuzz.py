@@ -284,6 +284,7 @@ PARTS = (
     | st.tuples(st.sampled_from(WITH_TEXT), TEXTS).map(list)
     | st.tuples(st.sampled_from(WITH_FILE), PLACES).map(list)
     | st.tuples(st.sampled_from(WITH_NUMBER), NUMERALS).map(list)
+    | st.tuples(st.just("--wording"), st.sampled_from(["free", "tags", "sentence", ""])).map(list)
 )
 
 

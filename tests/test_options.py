@@ -39,6 +39,7 @@ OUT_OF_RANGE = {
     "time_limit": [0, -1, math.nan, math.inf],
     "restarts": [0, -3],
     "seed": [-1, [0, -1]],
+    "wording": ["prose", "", "Tags"],
     "readability": [-0.1, 1.1, math.nan],
     "batch_size": [0],
     "steps": [0, -1],
@@ -59,6 +60,7 @@ WRONG_TYPE = {
     "repeats": [None, 1, "no"],
     "fit": [None, 1, ["crop"]],
     "start_from": [3, ["a"], Path("a")],
+    "wording": [None, 1, ["tags"]],
     "readability": ["0.5", None, True],
     "language_model": ["smollm2", 3],
     "batch_size": [1.5, True, "all"],
@@ -138,6 +140,8 @@ class Letters:
         ({"effort": "paper", "swaps": 3}, "swaps", "is 3, but `effort` 'paper' has no swaps"),
         ({"effort": "paper", "readability": 0.5}, "readability", "this search has none"),
         ({"swaps": 0, "readability": 0.5}, "readability", "this search has none"),
+        ({"effort": "paper", "wording": "tags"}, "wording", "is 'tags', which needs swaps"),
+        ({"swaps": 0, "wording": "sentence"}, "wording", "is 'sentence', which needs swaps"),
         ({"extra_loss": "of the test"}, "extra_loss", "cannot be refined by swaps"),
         ({"extra_loss": "of the test", "swaps": 1}, "extra_loss", "set `swaps` to 0"),
     ],
@@ -199,6 +203,8 @@ def test_one_seed_for_all_or_one_for_each():
         ({"time_limit": 5, "effort": "paper"}, Effort(3000, 0, 1, 128)),
         ({"readability": 0.5}, Effort(150, 32, 4, 32)),
         ({"readability": 0.5, "effort": "best"}, Effort(300, 128, 4, 64)),
+        ({"wording": "tags"}, Effort(150, 32, 4, 32)),
+        ({"wording": "sentence", "effort": "best"}, Effort(300, 128, 4, 64)),
     ],
 )
 def test_the_work_of_an_effort(given, expected):
@@ -214,8 +220,9 @@ def test_the_table_of_the_docstring_is_that_of_the_efforts():
     }
     assert table == {name: (e.steps, e.swaps, e.trials) for name, e in EFFORTS.items()}
     # the rows below it
-    trials = re.search(r"^    \| `readability` above 0 \| \| \| (\d+) \|$", _doc(), re.M)[1]
-    assert SearchOptions(readability=0.1).work.trials == int(trials)
+    trials = re.search(r"^    \| `readability` above 0, [^|]*\| \| \| (\d+) \|$", _doc(), re.M)[1]
+    for read in ({"readability": 0.1}, {"wording": "tags"}):
+        assert SearchOptions(**read).work.trials == int(trials)
     assert "`swaps=0` leaves one trial" in _doc()
     assert SearchOptions(swaps=0).work.trials == 1
 
@@ -290,6 +297,7 @@ FIELD_CASES = {
     "repeats": (FIRST | {"start_from": "cat cat cat"}, False),
     "start_from": (FIRST, "cat dog fish"),
     "fit": ({}, "pad"),
+    "wording": ({}, "tags"),
     "readability": ({"language_model": Letters("e")}, 1.0),
     "language_model": ({"readability": 1.0, "language_model": Letters("e")}, Letters("o")),
     "batch_size": ({"restarts": 2}, 1),

@@ -305,14 +305,14 @@ def test_the_wheel_has_all_files_of_the_models(sdist, tmp_path):
     assert found == {path.relative_to(ROOT).as_posix() for path in models}
     weights = {Path(name).parts[2:-1] for name in found if name.endswith(".safetensors")}
     parts = [("emoji-diffusion", part) for part in ("unet", "vae", "text_encoder")]
-    assert weights == {("emoji-clip",), *parts}
+    assert weights == {("emoji-clip",), ("token-lm",), *parts}
 
 
 def test_each_drawing_and_each_model_has_a_source():
     attribution = (ROOT / "examples/ATTRIBUTION.md").read_text()
     assert all(f"`{path.name}`" in attribution for path in EXAMPLES)
     notice = (ROOT / "NOTICE").read_text()
-    models = ("pez_core/models/emoji-clip", "pez_core/models/emoji-diffusion")
+    models = [f"pez_core/models/{name}" for name in ("emoji-clip", "emoji-diffusion", "token-lm")]
     for folder in (*models, "benchmarks/models/emoji-clip-judge"):
         assert (ROOT / folder / "SOURCES.md").exists() and folder in notice
 

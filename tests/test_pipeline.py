@@ -623,12 +623,29 @@ def test_a_language_model_is_loaded_once(emoji_clip, monkeypatch):
     )
     prior = PezPipeline(emoji_clip)
     prior.set_progress_bar_config(disable=True)
-    results = prior(
-        image=[FISH, GLASSES],
-        prompt=["a fish", "a pair of"],
-        options=SearchOptions(prompt_len=2, effort="fast", swaps=4, readability=0.5),
-    ).results
-    assert len(loaded) == 1 and all(result.perplexity > 1 for result in results)
+
+    def results(**options):
+        options = SearchOptions(prompt_len=2, effort="fast", swaps=4, **options)
+        given = {"image": [FISH, GLASSES], "prompt": ["a fish", "a pair of"]}
+        return prior(**given, options=options).results
+
+    for options in ({"readability": 0.5}, {"wording": "tags"}):
+        assert all(result.perplexity is not None for result in results(**options))
+    assert loaded == []  # the bundled one serves
+    monkeypatch.setattr("pez_core.priors.reads_like_clip", lambda words: False)
+    assert all(result.perplexity > 1 for result in results(readability=0.5))
+    assert len(loaded) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wording", ["tags", "sentence"])
+def test_a_wording_is_that_of_the_core(emoji_clip, wording):
+    options = SearchOptions(prompt_len=3, effort="fast", swaps=4, wording=wording)
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    (result,) = prior(image=FISH, options=options).results
+    (expected,) = invert(emoji_clip, FISH, options)
+    assert result.prompt == expected.prompt and result.perplexity is not None
 
 
 @pytest.mark.slow

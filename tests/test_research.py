@@ -217,7 +217,7 @@ def test_the_trajectory_changes_nothing_and_has_all_trials(clip):
     (plain,) = invert(clip, picture(), options)
     (result,) = invert(clip, picture(), replace(options, trajectory=True))
     assert result.prompt == plain.prompt and result.history == plain.history
-    assert result.trajectory.ids.shape == (4, 8, 3)
+    assert result.trajectory.ids.shape == (4, options.work.trials, 3)
 
 
 def test_the_trajectory_of_a_search_that_is_ended_early(clip):

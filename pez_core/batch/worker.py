@@ -17,7 +17,8 @@ from ..clip.device import default_dtype
 from ..clip.images import load_image, load_image_at
 from ..errors import ArgumentError
 from ..names import name_of, printable
-from ..readability import load_language_model
+from ..priors import needed_language_model
+from ..readability import LanguageModel, load_language_model
 from ..results import Result
 from ..scoring import check_finite
 from ..targets import Avoid, encode_targets
@@ -94,14 +95,22 @@ class Worker:
             weights=job.clip_weights,
             activation=job.activation,
         )
-        self._options = job.options
-        if job.options.readability:
-            model = load_language_model(job.language_model)
-            model.model.to(self.clip.device, default_dtype(self.clip.device))
-            self._options = replace(job.options, language_model=model)
+        self._options = replace(job.options, language_model=self._language_model())
         self._steering = {"caption": job.caption, "avoid": Avoid(job.avoid, job.avoid_weight)}
         default = default_batch_size(job, self.clip.device.type)
         self.batch_size = batch_size or self._that_fit(default)
+
+    def _language_model(self) -> LanguageModel | None:
+        """The one that the job names, or that its CLIP needs; None: there is none."""
+        job, device = self.job, self.clip.device
+        if job.options.read_weight and job.language_model is not None:
+            model = load_language_model(job.language_model)
+        else:  # by `readability` alone: a wording has the bundled one
+            weight, words = job.options.readability, self.clip.text.words
+            model = needed_language_model(weight, None, device, words)
+        if model is not None:
+            model.model.to(device, default_dtype(device))
+        return model
 
     def _that_fit(self, items: int) -> int:
         """This number of items, or the number that the device has memory for."""

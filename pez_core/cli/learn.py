@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
+from ..options import IMAGE_WORDING
 from .arguments import (
     add_clip,
     add_search,
@@ -23,10 +24,13 @@ from .arguments import (
     prepare,
     search_options,
 )
+from .captions import Captions, add_captioner, check_captioner
 from .pictures import Pictures, add_pictures
 from .show import print_json, print_result, row_of, search_bar
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..clip import AnyClip
     from ..options import SearchOptions
     from ..results import Report, Result
@@ -38,8 +42,11 @@ if TYPE_CHECKING:
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
 # the cost of a step, few enough to print results early. With the effort "paper" these are 16
-# images; "balanced" has 16 variants for each image, which keep a processor busy by themselves.
+# images; "balanced" has 4 variants for each image.
 SIDE_BY_SIDE = 16
+
+# Errors in the work for some images, after which the others are still searched.
+_FAILURES = (RuntimeError, ArithmeticError, MemoryError)
 
 
 def add_commands(commands: Any) -> None:
@@ -60,7 +67,7 @@ def _add_invert(commands: Any) -> None:
         description="Find a short text prompt for each image. Ctrl-C keeps the best so far.",
     )
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    add_search(command, prompt_len="8")
+    add_search(command, prompt_len="8", wording=IMAGE_WORDING)
     add_steering(command)
     group = command.add_argument_group("several images")
     group.add_argument("--shared", action="store_true", help="find one prompt for all images")
@@ -91,6 +98,8 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
         metavar="TEXT",
         help="fixed text of the prompt; learned words go where it has {}, else behind it",
     )
+    if not batch:
+        add_captioner(group)
     group.add_argument("--start-from", metavar="TEXT", help="text that the search starts from")
     group.add_argument(
         "--avoid",
@@ -135,6 +144,8 @@ def _invert(arguments: argparse.Namespace) -> int:
     if arguments.weight and not arguments.shared:
         raise ArgumentError("weights", "requires `shared`", "add it")
     check_texts("avoid", arguments.avoid, "--avoid-image")
+    check_captioner(arguments)
+    captions = None if arguments.captioner is None else Captions(arguments)
     clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert
 
@@ -147,7 +158,8 @@ def _invert(arguments: argparse.Namespace) -> int:
         negative_prompt=arguments.negative_prompt,
     )
     if not arguments.shared:
-        return _invert_each(arguments, options, search, pictures)
+        add = None if captions is None else partial(captions.add, clip=clip, options=options)
+        return _invert_each(arguments, options, search, pictures, add)
     if arguments.weight:
         arguments.names["shared"] = "--weight"
     shared = arguments.weight or True
@@ -168,10 +180,20 @@ def _invert_each(
     options: SearchOptions,
     search: Callable[..., list[Result]],
     pictures: Pictures,
+    add_caption: Callable[..., str] | None = None,
 ) -> int:
-    """Search a prompt for each image, some side by side, and print each as soon as it is found."""
+    """Search a prompt for each image, some side by side, and print each as soon as it is found.
+
+    Args:
+        arguments: of the command.
+        options: of the search.
+        search: the task without images, options and callback.
+        pictures: of the command.
+        add_caption: writes the caption of an image into its row, and returns it with the place of
+            the learned words.
+    """
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
-    count = _images_side_by_side(options)
+    count = 1 if add_caption else _images_side_by_side(options)
     began = time.monotonic()
     try:
         with interruptible() as interrupted:
@@ -179,14 +201,17 @@ def _invert_each(
                 if interrupted():
                     break
                 group = rows[start : start + count]
+                loaded = _load(arguments, group)
+                captions = _with_captions(loaded, add_caption)
                 limited = _with_share(options, began, len(group) / (len(rows) - start))
                 with search_bar(limited, _label(start, len(group), len(rows))) as show:
                     watched = partial(
                         search,
                         options=limited,
                         callback=lambda report, show=show: show(report) or interrupted(),
+                        **captions,
                     )
-                    found = _fill(arguments, group, watched)
+                    found = _fill(loaded, watched)
                 if not arguments.json:  # not beside the bar
                     _print_found(found)
             _add_pictures(rows, pictures, interrupted)
@@ -221,7 +246,7 @@ def _naming(row: dict[str, Any]) -> str:
 
 
 def _images_side_by_side(options: SearchOptions) -> int:
-    if options.readability:  # most of the time goes to the language model, which shares nothing
+    if options.language_model is not None:  # takes most of the time, and shares nothing
         return 1
     return max(1, SIDE_BY_SIDE // (options.work.trials * options.restarts))
 
@@ -242,48 +267,71 @@ def _label(start: int, count: int, total: int) -> str:
     return f"{f'image {first}' if first == last else f'images {first}-{last}'} of {total}"
 
 
-def _fill(
-    arguments: argparse.Namespace,
-    rows: Sequence[dict[str, Any]],
-    search: Callable[..., list[Result]],
-) -> list[tuple[str, Result]]:
-    """Search the images of `rows` together, and fill in their rows.
-
-    An image that cannot be read has an error in its row, and so have all where the search fails.
-
-    Returns:
-        The images that have a result, with it.
-    """
+def _load(
+    arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], Image]]:
+    """The rows whose image can be read, with it; the others get an error."""
     from ..clip.images import load_image
 
-    good, images = [], []
+    loaded = []
     for row in rows:
         try:
-            images.append(load_image(row["image"]))
-            good.append(row)
+            loaded.append((row, load_image(row["image"])))
         except ArgumentError as error:
             row["error"] = error.render(lambda name: option_name(arguments, name))
         except (ValueError, OSError) as error:
             row["error"] = str(error)
-    if not good:
-        return []
+    return loaded
+
+
+def _with_captions(
+    loaded: list[tuple[dict[str, Any], Image]], add_caption: Callable[..., str] | None
+) -> dict[str, str]:
+    """The caption of a single image as an argument of the search.
+
+    Where the captioner fails, the row gets an error, and the image is taken out of `loaded`.
+    """
+    if not loaded or add_caption is None:
+        return {}
     try:
-        results = search(images)
+        return {"caption": add_caption(*loaded[0])}
+    except _FAILURES as error:
+        loaded.pop()[0]["error"] = str(error) or type(error).__name__
+        return {}
+
+
+def _fill(
+    loaded: Sequence[tuple[dict[str, Any], Image]], search: Callable[..., list[Result]]
+) -> list[tuple[dict[str, Any], Result]]:
+    """Search the images together, and fill in their rows; errors where the search fails.
+
+    Returns:
+        The rows that have a result, with it.
+    """
+    if not loaded:
+        return []
+    rows, images = zip(*loaded, strict=True)
+    try:
+        results = search(list(images))
         found = [row_of(result) for result in results]
-    except (RuntimeError, ArithmeticError, MemoryError) as error:
-        for row in good:
+    except _FAILURES as error:
+        for row in rows:
             row["error"] = str(error) or type(error).__name__
         return []
-    for row, result, fields in zip(good, results, found, strict=True):
-        row |= fields | {"seconds": round(result.seconds / len(good), 3)}
-    return [(row["image"], result) for row, result in zip(good, results, strict=True)]
+    for row, result, fields in zip(rows, results, found, strict=True):
+        row |= fields | {"seconds": round(result.seconds / len(rows), 3)}
+    return list(zip(rows, results, strict=True))
 
 
-def _print_found(found: Sequence[tuple[str, Result]]) -> None:
-    for image, result in found:
-        print(as_utf8(image))
+def _print_found(found: Sequence[tuple[dict[str, Any], Result]]) -> None:
+    for row, result in found:
+        print(as_utf8(row["image"]))
+        if "caption" in row:
+            print(f"  caption: {as_utf8(row['caption']) or '(empty)'}")
         print("  ", end="")
         print_result(result)
+        if "note" in row:
+            print(f"pez: {row['note']}", file=sys.stderr)
     sys.stdout.flush()
 
 

@@ -558,9 +558,9 @@ class PezPipeline(DiffusionPipeline):
             One result per learned prompt; fewer where the search was interrupted.
         """
         calls = list(calls_of(task, images, prompt))
-        model = needed_language_model(
-            options.readability, options.language_model, self._execution_device
-        )
+        given, words = options.language_model, self.clip.clip.text.words
+        # by `readability` alone: a wording has the bundled one
+        model = needed_language_model(options.readability, given, self._execution_device, words)
         options = replace(with_share_of_time(options, 1 / len(calls)), language_model=model)
         for k, (targets, caption) in enumerate(calls):
             own = replace(options, seed=tuple(seeds) if len(calls) == 1 else seeds[k])

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
-from ..caption import check_caption
+from ..caption import check_caption, spoken_caption
 from ..clip.images import ImageInput, load_images
 from ..errors import ArgumentError, check_bool, check_type, check_weights
 from ..options import SearchOptions
-from ..prompt_text import SLOT, SYNTAX, has_syntax, read
+from ..prompt_text import SYNTAX
 from ..results import ReportCallback, Result
 from ..runner import PromptTarget, default_len, learn
 from ..single_words import WORD_WEIGHT
@@ -128,15 +128,9 @@ def invert(
 
 def _as_read(options: SearchOptions, caption: str) -> tuple[SearchOptions, str | None]:
     """The options and the caption for the text encoder, which reads no weights and tags."""
-    if not has_syntax(caption):
+    spoken = spoken_caption(caption)
+    if spoken is None:
         return options, None
-    spoken = read(caption)
-    if SLOT not in spoken:
-        raise ArgumentError(
-            "caption",
-            f"is {caption!r}, whose {{}} stands in syntax that is not read",
-            "put {} into text, or into the first of several alternatives",
-        )
     return replace(options, vocabulary=options.vocabulary_without(SYNTAX)), spoken
 
 

@@ -117,6 +117,7 @@ SEARCH = {
     "restarts": Case(2),
     "seed": Case(1),
     "readability": Case(1.0, {"effort": "fast"}),
+    "wording": Case("tags", {"effort": "fast"}),
     "block": Case(_first_word, {"vocabulary": COLOURS}),
     "vocabulary": Case(COLOURS),
     "repeats": Case(True, {"effort": "fast", "vocabulary": FEW, "prompt_len": 5}),

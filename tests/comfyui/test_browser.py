@@ -20,7 +20,7 @@ from .browser import SETTINGS, Editor, chromium
 from .server import ROOT, Client, ComfyServer
 
 IMAGE, CLIP, LEARNER, PREVIEW, SCORE = "1", "2", "3", "4", "5"
-KEPT = -4  # place among the values of a saved node: before `repeats`, `fit` and the live view
+KEPT = -5  # place among a saved node's values: before `repeats`, `fit`, `wording`, the live view
 EMOJI_CLIP = "bundled emoji CLIP (no download)"
 
 SEEDS = itertools.count(1)  # a run must not come out of the cache of the one before
@@ -505,7 +505,7 @@ def test_widgets_of_another_pack_and_the_kept_prompt_stay_apart(
     editor.page.evaluate("() => { window.anotherPack = true; }")
     ours = saving_candidates(steps=5)
     values = ours["nodes"][2]["widgets_values"]
-    values[:] = ["theirs, before", *values, False, "crop", "", "theirs, behind"]
+    values[:] = ["theirs, before", *values, False, "crop", "free", "", "theirs, behind"]
     editor.load(ours)
     run = queue_and_wait(editor, client)
     state(editor, "done")
@@ -853,7 +853,7 @@ def test_rarely_used_inputs_are_folded_away(editor: Editor):
     shown = """() => app.rootGraph.nodes.flatMap(node => node.widgets ?? [])
         .filter(widget => !widget.hidden && !widget.options.hidden).map(widget => widget.name)"""
     few = editor.page.evaluate(shown)
-    assert {"effort", "seed", "readability", "block", "keep", "model"} <= {*few}
+    assert {"effort", "seed", "readability", "wording", "block", "keep", "model"} <= {*few}
     assert not {"steps", "time_limit", "lr", "patience", "start_from", "precision", "kept"} & {*few}
     editor.page.evaluate("() => app.rootGraph.nodes.forEach(node => node.toggleAdvanced())")
     every = editor.page.evaluate(shown)

