@@ -275,7 +275,7 @@ def test_steps_of_the_interrogator_are_links(run, calibrated, monkeypatch, emoji
     assert {row["seed"] for row in rows} == {0}
     assert len(rows) == 3 * 2
     for early, late in zip(rows[::2], rows[1::2], strict=True):
-        assert early["place"] == late["place"] and early["score"] <= late["score"]
+        assert early["place"] == late["place"] and early["score"] <= late["score"] + 1e-6
         assert late["prompt"].count(",") <= STEPS["0.2"]
         assert emoji_clip.text.words.encode(late["prompt"]) == late["token_ids"]
 

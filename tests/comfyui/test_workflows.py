@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pez_core.options import IMAGE_WORDING
 from tools.make_screenshots import left_half
 
 from .browser import SETTINGS, Editor, chromium
@@ -139,7 +140,8 @@ def test_an_example_runs_as_it_comes(path: Path, editor: Editor, client: Client,
     values = learner["inputs"]
     assert (values["effort"], values["restarts"], values["seed"]) == ("balanced", 1, 0)
     assert (values["readability"], values["time_limit"], values["steps"]) == (0, 0, 3000)
-    assert values["wording"] == "free"
+    writes = learner["class_type"] == "PEZ_ImageToPrompt"
+    assert values["wording"] == (IMAGE_WORDING if writes else "free")
     assert (values["lr"], values["weight_decay"], values["patience"]) == (0.1, 0.1, 0)
     assert (values["keep"], values["kept"], values["block"]) == (False, "", "")
 
