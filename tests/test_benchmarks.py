@@ -34,6 +34,7 @@ import bench
 import draw_icon
 import draw_results
 import edits
+import first_prompt
 import get_comfyui
 import gpu
 import lm
@@ -1021,3 +1022,26 @@ def test_a_mutant_that_loops_for_ever_is_killed(tmp_path, monkeypatch):
     mutate.main(["small.py", "--tests", "test_small.py", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["before"]: row["killed"] for row in rows}["n = 0"] == "time limit"
+
+
+def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
+    times = {"imports": 1.0, "load": 2.0, "encode_image": 0.5, "first": 4.0, "second": 3.0}
+    work = {"fast": 2.0, "balanced": 5.0, "paper": 40.0}
+    cases = []
+
+    def run(command, **options):
+        cases.append(command[-2:])
+        found = times | {"words": 9, "tflop": work[command[-1]]}
+        return SimpleNamespace(stdout=json.dumps(found))
+
+    def weights(model, folder):
+        path = folder / model
+        path.touch()
+        return path
+
+    monkeypatch.setattr(first_prompt, "weights", weights)
+    monkeypatch.setattr(first_prompt.subprocess, "run", run)
+    first_prompt.main(["--models", "A", "B", "--out", str(tmp_path / "first")])
+    assert cases == [[model, effort] for model in "AB" for effort in work]
+    row = "| A | fast | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
+    assert row in (tmp_path / "first.md").read_text().splitlines()

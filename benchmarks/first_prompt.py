@@ -1,0 +1,139 @@
+"""Seconds until the first prompt in a new process, part by part, on CLIPs of usual size.
+
+    python benchmarks/first_prompt.py                       # ViT-B-32 and ViT-L-14, two efforts
+    python benchmarks/first_prompt.py --models ViT-L-14 --efforts balanced --prompt-len 8
+
+The weights are random, and lie in a file in half precision as published ones do, so that loading is
+measured as well. Every case is a process of its own, with nothing in any cache but the disk's. The
+second prompt is of another image in the same process. The time of PEZ as published, by this
+package's loop, is measured over a few steps and scaled up: its steps all cost the same.
+
+Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+EFFORTS = ("fast", "balanced")
+PUBLISHED, MEASURED = 3000, 12  # steps of PEZ as published, and those that are measured
+PARTS = ("imports", "load", "encode_image", "first", "second")
+
+
+def measure(path: Path, model: str, effort: str, prompt_len: int) -> dict[str, float]:
+    """The parts of one case, in this process."""
+    began = time.perf_counter()
+    import numpy as np
+    from PIL import Image
+
+    from pez_core import SearchOptions, invert, load_clip
+
+    found, last = {}, began
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        found[name], last = now - last, now
+
+    lap("imports")
+    clip = load_clip(f"{model}:{path}", device="cpu")
+    lap("load")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
+    features = clip.encode_images([Image.fromarray(one) for one in pixels])
+    lap("encode_image")
+    options = SearchOptions(prompt_len=prompt_len, effort=effort)
+    for k, name in enumerate(("first", "second")):
+        if effort == "paper":
+            options = SearchOptions(prompt_len=prompt_len, effort=effort, steps=MEASURED)
+        (result,) = invert(clip, features[k : k + 1], options)
+        lap(name)
+    found["words"], found["tflop"] = len(clip.vocabulary), result.tower_flops / 1e12
+    if effort == "paper":
+        for name in ("first", "second", "tflop"):
+            found[name] *= PUBLISHED / MEASURED
+    return found
+
+
+def weights(model: str, folder: Path) -> Path:
+    """A file of random weights in half precision."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = folder / f"{model}.safetensors"
+    state = open_clip.create_model(model, load_weights=False).state_dict()
+    save_file({name: v.half().contiguous() for name, v in state.items()}, path)
+    return path
+
+
+def report(rows: Sequence[dict], prompt_len: int) -> list[str]:
+    from step_time import machine
+
+    lines = [
+        "# The first prompt in a new process",
+        "",
+        f"Seconds; prompts of {prompt_len} tokens, random weights in half precision on the disk, "
+        f"computed in float32. {machine()}.",
+        "",
+        "*Total* is everything from the first import to the first prompt. *Work* is that of the "
+        "text tower (see `pez_core.tower_work`). PEZ as published has 3,000 steps, of which "
+        f"{MEASURED} were measured.",
+        "",
+        "| CLIP | effort | total | imports | load | image | first search | second search | work, "
+        "TFLOP | work of PEZ as published / ours |",
+        "|---" * 10 + "|",
+    ]
+    for row in rows:
+        published = next(
+            (o["tflop"] for o in rows if o["model"] == row["model"] and o["effort"] == "paper"), 0.0
+        )
+        parts = [f"{row[name]:.2f}" for name in PARTS]
+        total = sum(row[name] for name in PARTS[:-1])
+        ratio = f"{published / row['tflop']:.1f}x"
+        lines.append(
+            f"| {row['model']} | {row['effort']} | {total:.1f} | {' | '.join(parts)} | "
+            f"{row['tflop']:.2f} | {ratio} |"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-L-14"])
+    parser.add_argument("--efforts", nargs="+", default=[*EFFORTS, "paper"])
+    parser.add_argument("--prompt-len", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/first_prompt")
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)  # a process of its own
+    a = parser.parse_args(argv)
+    if a.case:
+        path, model, effort = a.case
+        print(json.dumps(measure(Path(path), model, effort, a.prompt_len)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in a.models:
+            path = weights(model, Path(folder))
+            for effort in a.efforts:
+                case = ["--prompt-len", str(a.prompt_len), "--case", str(path), model, effort]
+                done = subprocess.run(
+                    [sys.executable, __file__, *case], check=True, capture_output=True, text=True
+                )
+                rows.append({"model": model, "effort": effort} | json.loads(done.stdout))
+                print(rows[-1], file=sys.stderr)
+            path.unlink()
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(report(rows, a.prompt_len)) + "\n"
+    a.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
