@@ -1040,7 +1040,7 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(first_prompt, "weights", weights)
-    monkeypatch.setattr(first_prompt.subprocess, "run", run)
+    monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run))
     first_prompt.main(["--models", "A", "B", "--out", str(tmp_path / "first")])
     assert cases == [[model, effort] for model in "AB" for effort in work]
     row = "| A | fast | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
