@@ -497,7 +497,8 @@ def test_a_prompt_per_image(call, loads):
 
 @pytest.mark.slow
 def test_a_result_is_that_of_python(as_json, loads, tiny):
-    (row,) = as_json("invert", IMAGES[0], "--prompt-len", "3", "--seed", "7")
+    free = ["--wording", "free", "--prompt-len", "3", "--seed", "7"]
+    (row,) = as_json("invert", IMAGES[0], *free)
     (expected,) = pez_core.invert(tiny[0], IMAGES[0], SearchOptions(prompt_len=3, seed=7))
     assert (row["prompt"], row["token_ids"]) == (expected.prompt, expected.token_ids)
     assert row["similarity"] == pytest.approx(expected.similarity, abs=1e-6)
@@ -1264,8 +1265,11 @@ def on_a_terminal(*arguments, press=None):
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal_prints_the_best_so_far():
-    endless = ["--steps", "2", "--swaps", "999998", "--prompt-len", "3"]
-    code, output, shown = on_a_terminal("invert", *IMAGES[:2], *endless, press=rb" \d\d+/1000000")
+    endless = ["--steps", "2", "--swaps", "999998", "--prompt-len", "3", "--wording", "free"]
+    one_by_one = ["--restarts", "4"]
+    code, output, shown = on_a_terminal(
+        "invert", *IMAGES[:2], *endless, *one_by_one, press=rb" \d\d+/1000000"
+    )
     assert code == 130 and output.startswith(IMAGES[0]) and len(output.splitlines()) == 2
     assert "image 1 of 2:" in shown and "Traceback" not in shown
     assert f"{IMAGES[1]}: not searched" in shown

@@ -633,7 +633,9 @@ def test_rules_hold_in_swaps(emoji_clip):
 @pytest.mark.slow
 def test_two_encoders_are_refined_as_one(emoji_clip, vit_clip):
     both = JointClip([emoji_clip, vit_clip])
-    (result,) = invert(both, EXAMPLES[0], all_words(prompt_len=5, steps=10, swaps=15))
+    (result,) = invert(
+        both, EXAMPLES[0], all_words(effort="best", prompt_len=5, steps=10, swaps=15)
+    )
     (plain,) = invert(both, EXAMPLES[0], paper(40, prompt_len=5))
     assert result.similarity > plain.similarity
     for clip in (emoji_clip, vit_clip):
