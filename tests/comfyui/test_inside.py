@@ -166,7 +166,8 @@ from pez_pack.nodes.learning import search_options
 from pez_pack.nodes.values import Values
 from pez_pack.pez_core import UNSAFE_WORDS, Vocabulary
 def lexicon_of(**given):
-    values = Values(DistillPrompt.define_schema(), {name: [one] for name, one in given.items()})
+    given = {name: [one] for name, one in (given | {"clip": loaded}).items()}
+    values = Values(DistillPrompt.define_schema(), given)
     return search_options(values, None).allowed.lexicon(clip)
 unsafe = set(Vocabulary(block=UNSAFE_WORDS).block)
 lexicon = lexicon_of(block="blue, red car")
