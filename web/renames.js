@@ -39,7 +39,7 @@ function updateNode(saved) {
 
 /** Give the inputs that a saved node lacks the value with which its search stays the same. */
 function addNewer(node, names) {
-  if (!names.length) return;
+  if (!names.includes("effort")) return; // it lists no widgets but those with a link
   for (const [name, value] of Object.entries(table.newer)) {
     const widget = node.widgets?.find((one) => one.name === name);
     if (widget && !names.includes(name)) widget.value = value;
