@@ -161,8 +161,12 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     effort, wording, readability = values["effort"], values["wording"], values["readability"]
     if effort == PAPER or not values["clip"].reads_like_clip:
         wording = "free"  # nothing is written there
-    if effort == PAPER:
-        _check_without_swaps("readability", readability, 0)
+    if effort == PAPER and readability:
+        raise ArgumentError(
+            "readability",
+            f"is {readability}, but the `effort` paper has no swaps, which it needs",
+            "choose another `effort`, such as balanced, or set `readability` to 0",
+        )
     vocabulary = values["vocabulary"]
     options = SearchOptions(
         prompt_len=values["prompt_len"] or None,
@@ -183,16 +187,6 @@ def search_options(values: Values, live: Live) -> SearchOptions:
     )
     model = language_model(readability, values["clip"], live)
     return replace(options, language_model=model)
-
-
-def _check_without_swaps(name: str, value: Any, without: Any) -> None:
-    """Raise where a widget has another value than the one that needs no swaps."""
-    if value != without:
-        raise ArgumentError(
-            name,
-            f"is {value}, but the `effort` paper has no swaps, which it needs",
-            f"choose another `effort`, such as balanced, or set `{name}` to {without}",
-        )
 
 
 def allowed(vocabulary: Vocabulary | None, block: str, effort: str) -> Vocabulary:

@@ -15,6 +15,7 @@ import sys
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -1317,3 +1318,10 @@ def test_a_user_without_a_name_gets_one(call, monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", unknown)
     call("--version")
     assert os.environ["USER"] == f"uid{os.getuid()}"
+
+
+@pytest.mark.parametrize("command", ["invert", "style", "fuse"])
+def test_the_help_has_the_length_of_the_core(command):
+    module = import_module(f"pez_core.tasks.{command}")
+    text = " ".join(parsers()[command].format_help().split())
+    assert f"tokens to learn (default: {module.PROMPT_LEN})" in text

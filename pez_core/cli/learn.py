@@ -558,7 +558,7 @@ def _add_fuse(commands: Any) -> None:
         action="store_true",
         help="learn one prompt even if the joined prompts fit",
     )
-    add_search(command, prompt_len="8")
+    add_search(command, prompt_len="16")
     add_vocabulary(command)
     add_pictures(command)
     add_clip(command)
