@@ -10,13 +10,15 @@ from matplotlib.figure import Figure
 from quality_report import PUBLISHED, summary
 from step_time import machine
 
+BALANCED = "ours (balanced)"
 BOUNDS = ("autoencoder", "another drawing's prompt")
 EXPLANATION = """\
 *Images* is the similarity of the images made of a prompt with their target, by the judge, which is
 not searched; *own* is the same by the CLIP of the search; *prompt* is the similarity of the prompt
 itself, by the judge. Behind ± is one standard error over the drawings, of the mean over images and
 seeds. Differences are with PEZ as published, paired by drawing, on all drawings and on each half:
-defaults are chosen on the first half (drawings of even place) and reported on the second. *Alike*
+defaults are chosen on the first half (drawings of even place) and reported on the second. *Less
+balanced* is the difference with "ours (balanced)". *Alike*
 is the similarity of the images of one prompt with one another, by the judge. *GFLOP* is the
 work of the text tower (`pez_core.tower_work`) and *seconds* the time of the search for one drawing,
 with others searched side by side."""
@@ -43,7 +45,8 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
     lines = [
         "# Images of the prompts of each method",
         "",
-        f"{len(drawings)} held-out drawings, {each} images of each prompt, {len(seeds)} seeds. "
+        f"{len(drawings)} held-out drawings, {each} images of each prompt, {len(seeds)} "
+        f"{'seed' if len(seeds) == 1 else 'seeds'}. "
         f"Searched on {shown['search']}, images by {shown['images']}, judged by {shown['judge']}. "
         f"{machine()}.",
         "",
@@ -58,7 +61,7 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
 def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
     """A line for each method."""
     head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
-    head = (*head, "own", "prompt", "alike", "GFLOP", "seconds")
+    head = (*head, "less balanced", "own", "prompt", "alike", "GFLOP", "seconds")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
@@ -66,7 +69,8 @@ def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
             str(len({row["place"] for row in rows})),
             f"{statistics.mean(row['tokens'] for row in rows):.1f}",
             with_error(rows, "images"),
-            *(difference(half(rows, k), half(base, k), name) for k in (None, 0, 1)),
+            *(difference(half(rows, k), half(base, k)) for k in (None, 0, 1)),
+            difference(rows, cells.get(BALANCED, ())),
             with_error(rows, "own_images"),
             *(
                 with_error([row for row in rows if row[measure] is not None], measure)
@@ -84,9 +88,9 @@ def half(rows: Sequence[dict], rest: int | None) -> list[dict]:
     return [row for row in rows if rest is None or row["place"] % 2 == rest]
 
 
-def difference(rows: Sequence[dict], base: Sequence[dict], name: str) -> str:
-    """The difference with PEZ as published on the same drawings and seeds."""
-    if name == PUBLISHED:
+def difference(rows: Sequence[dict], base: Sequence[dict]) -> str:
+    """The difference with another method on the same drawings and seeds; "-" with itself."""
+    if [row["method"] for row in rows[:1]] == [row["method"] for row in base[:1]]:
         return "-"
     theirs = {(row["place"], row["seed"]) for row in base}
     ours = {(row["place"], row["seed"]) for row in rows}

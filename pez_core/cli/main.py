@@ -72,9 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _share_cores() -> None:
     """Let threads that wait for one another sleep, where torch is not imported yet.
 
-    By default the threads of OpenMP spin while they wait. Where other processes use the cores, too,
-    they then wait for one another most of the time: on two busy cores a search that takes half a
-    minute took more than ten.
+    By default the threads of OpenMP spin while they wait, which takes the cores from those that
+    they wait for where other processes use them, too.
     """
     if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
