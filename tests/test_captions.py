@@ -288,14 +288,16 @@ def test_a_captioner_that_is_not_there(blip, tmp_path, monkeypatch):
         load_captioner(blip)
 
 
-def test_the_command_continues_the_text_of_a_captioner(blip, capsys):
+@pytest.mark.parametrize("wording, behind", [("tags", ", "), ("free", ", "), ("sentence", " ")])
+def test_the_command_continues_the_text_of_a_captioner(blip, capsys, wording, behind):
     command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK]
+    command += ["--wording", wording]
     assert main([*command, "--device", "cpu", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     for row, path in zip(rows, EXAMPLES, strict=False):
         whole = clean_caption(load_captioner(blip, device="cpu")(path))
         assert row["caption"] and whole.startswith(row["caption"])
-        assert row["prompt"].startswith(f"{row['caption']},")
+        assert row["prompt"].startswith(row["caption"] + behind)
         assert ("cut from" in row.get("note", "")) == (row["caption"] != whole)
     assert main([*command, "--device", "cpu"]) == 0
     assert f"  caption: {rows[0]['caption']}\n" in capsys.readouterr().out

@@ -306,10 +306,10 @@ EFFECTS = {
     | CLIP
     | {
         "--caption": (["a dog {}"], keyword("caption"), "a dog {}"),
-        "--captioner": (["x"], keyword("caption"), "a red dog, {}"),
+        "--captioner": (["x"], keyword("caption"), "a red dog {}"),
         "--prune-caption": (
             ["--captioner", "x"],
-            lambda run: run.search.caption in ("a, {}", "red, {}", "dog, {}", "red dog, {}"),
+            lambda run: run.search.caption in ("a {}", "red {}", "dog {}", "red dog {}"),
             True,
         ),
         "--start-from": (["a dog"], option("start_from"), "a dog"),
