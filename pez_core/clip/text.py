@@ -467,7 +467,7 @@ class _CausalEncoder:
     def __init__(
         self,
         text: TextTower,
-        layers: list[tuple[ResidualAttentionBlock, BlockMatrices]],
+        layers: list[tuple[Any, BlockMatrices]],
         after: torch.Tensor,
         start: int,
         past: list,
@@ -566,7 +566,7 @@ class _PrefixedEncoder:
 
 
 def _causal_block(
-    block: ResidualAttentionBlock,
+    block: Any,
     matrices: BlockMatrices,
     x: torch.Tensor,
     mask: torch.Tensor,
@@ -578,7 +578,7 @@ def _causal_block(
     The same sums as the block's own forward, behind earlier keys and values.
 
     Args:
-        block: of the tower.
+        block: an open_clip `ResidualAttentionBlock`.
         matrices: its matrices.
         x: (problems, length, width) input.
         mask: of the positions whose output is wanted.
@@ -599,9 +599,8 @@ def _causal_block(
     else:
         query, keys, values = _heads(multiply(normed, matrices.read).to(x.dtype), heads, 3)
     if past is not None:
-        # several rows may have one past
         keys, values = (
-            torch.cat([before.repeat_interleave(len(x) // len(before), dim=0), now], dim=2)
+            torch.cat([_for_rows(before, len(x)), now], dim=2)
             for before, now in zip(past, (keys, values), strict=True)
         )
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -609,6 +608,13 @@ def _causal_block(
     x = x + block.ls_1(mixed)
     wide = block.mlp.gelu(multiply(block.ln_2(x), matrices.widen))
     return x + block.ls_2(multiply(wide, matrices.narrow).to(x.dtype)), (keys, values)
+
+
+def _for_rows(before: torch.Tensor, rows: int) -> torch.Tensor:
+    """(problems, ...) keys or values -> (rows, ...), those of each problem for all of its rows."""
+    if len(before) == 1:
+        return before.expand(rows, -1, -1, -1)
+    return before.repeat_interleave(rows // len(before), dim=0)
 
 
 def _heads(x: torch.Tensor, heads: int, parts: int) -> torch.Tensor:
