@@ -73,6 +73,17 @@ def test_bundled(emoji_clip):
     assert all(emoji_clip.text.words.round_trips([i]) for i in emoji_clip.vocabulary.tolist())
 
 
+def test_loading_draws_no_random_weights(architecture, weights):
+    before = torch.random.get_rng_state()
+    clip = load_clip(f"{architecture}:{weights}", device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    own, file = clip.model.state_dict(), load_file(weights)
+    assert own.keys() == file.keys()
+    assert all(torch.equal(own[name], file[name]) for name in own)
+    # drawing works again behind it
+    assert not torch.equal(torch.nn.Linear(3, 3).weight, torch.nn.Linear(3, 3).weight)
+
+
 @pytest.mark.slow
 def test_a_file_gives_its_weights(architecture, weights):
     for clip in (

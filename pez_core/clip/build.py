@@ -22,6 +22,7 @@ from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transformer import AttentionalPooler, LayerScale, TextTransformer
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentError, first_line
 from .files import check_header, config_of, is_safetensors
@@ -63,7 +64,7 @@ def create_model(
         if path.is_file():
             check_header(path)
         check_torch(path)
-        with _only_real_warnings():
+        with _only_real_warnings(), _WithoutRandomWeights():
             if read is None:
                 model = open_clip.create_model(
                     name, require_pretrained=True, weights_only=True, **options
@@ -149,6 +150,34 @@ def _only_real_warnings() -> Iterator[None]:
         yield
     finally:
         root.removeFilter(keep)
+
+
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Inside, new modules in this thread keep memory as it is where they would draw weights.
+
+    All weights are loaded afterwards. To draw those of a large CLIP takes seconds, and would move
+    torch's global random numbers on.
+    """
+
+    _DRAWS = (
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+        torch.Tensor.erfinv_,
+        torch.nn.init.normal_,
+        torch.nn.init.uniform_,
+        torch.nn.init.kaiming_normal_,
+        torch.nn.init.kaiming_uniform_,
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _with_one_precision(model: Any) -> Any:
