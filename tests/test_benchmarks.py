@@ -37,6 +37,7 @@ import edits
 import first_prompt
 import get_comfyui
 import gpu
+import limit
 import lm
 import mutate
 import paper
@@ -778,6 +779,33 @@ def test_speed_is_compared_with_the_limit(tmp_path, monkeypatch):
     # twice the prompts and four tokens in place of three: 8 / 3 of the products; weights as before
     assert first["limit"]["memory"] == last["limit"]["memory"]
     assert 2.6 < last["limit"]["arithmetic"] / first["limit"]["arithmetic"] < 3.1
+
+
+def test_a_step_is_compared_with_the_rates_of_the_processor(tmp_path, monkeypatch, emoji_clip):
+    def missing(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "_int_mm", missing)
+    rows, measure = [], limit.measure
+    monkeypatch.setattr(
+        limit, "measure", lambda *given: (rows.append(row) or row for row in measure(*given))
+    )
+    sizes = "--models emoji-clip --batch 1 4 --prompt-len 3 --steps 2 --copy-bytes 4000000"
+    limit.main([*sizes.split(), "--matrix", "64", "--out", str(tmp_path / "limit")])
+    assert [row["batch"] for row in rows] == [1, 4]
+    for row in rows:
+        parts = row["parts"]
+        assert row["limits"]["float32"] == max(parts.values())
+        # forward and backward, with the end token
+        assert row["flops"] == row["batch"] * (3 + 1) * 2 * emoji_clip.text.flops_per_token
+        assert len(row["largest"]) == 3 and sum(share for _, share in row["largest"]) < 1
+        binds = max(parts, key=parts.get)
+        line = f"| emoji-clip | {row['batch']} | {row['ms'] / parts[binds]:.1f}x | {binds} | "
+        assert line in (tmp_path / "limit.md").read_text()
+    assert rows[0]["parts"]["memory"] == rows[1]["parts"]["memory"]
+    assert rows[1]["parts"]["arithmetic"] == pytest.approx(4 * rows[0]["parts"]["arithmetic"])
+    assert "| product of matrices, int8 | - GFLOP/s |" in (tmp_path / "limit.md").read_text()
 
 
 def test_the_benchmarks_of_quality_import_each_other_in_one_direction():
