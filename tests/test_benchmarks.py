@@ -822,12 +822,84 @@ def test_step_times_are_compared(tmp_path, monkeypatch, emoji_clip):
 
     monkeypatch.setattr(step_time, "time_ours", of)
     step_time.main(["--rounds", "1", "--out", str(tmp_path / "times.md")])
-    assert len({case[1:4] for case in times}) > 10
-    assert "| prompt_len | 75 | " in (tmp_path / "times.md").read_text()
+    assert {case[1] for case in times} == {1, 8} and len(times) == 2 * 2 * 2 * 2
+    # of the second runs, since the first ones warm up
+    assert (
+        "| ViT-B-32, random weights | 8 | - | - | 7.0 | 8.0 | - | 0.9 | - |"
+        in (tmp_path / "times.md").read_text().splitlines()
+    )
     monkeypatch.undo()
     clock = iter((10.0, 10.5))  # before and after two steps
     monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=clock.__next__))
     assert step_time.time_ours(emoji_clip, 2, 3, 2, emoji_clip.vocabulary) == 0.25
+
+
+def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
+    growth, cases = pytest.importorskip("growth"), []
+    for name, values in {
+        "LENGTHS": (2, 4, 99),  # the last does not fit
+        "BATCHES": (1, 3),
+        "VOCABULARIES": (100, 400),
+        "RESTARTS": (1, 2),
+    }.items():
+        monkeypatch.setattr(growth, name, values)
+
+    def time_ours(clip, batch, prompt_len, steps, allowed):
+        cases.append((batch, prompt_len, len(allowed)))
+        return batch * prompt_len / 1e3
+
+    def in_process(threads, images, out, count, search, workers):
+        assert len(list(images.glob("*.png"))) == 7
+        done.append((threads, count, search, workers))
+        return {"ms": 8.0 + threads - workers, "megabytes": 50.0}
+
+    done = []
+    monkeypatch.setattr(growth, "time_ours", time_ours)
+    monkeypatch.setattr(growth, "in_process", in_process)
+    arguments = [
+        "--rounds",
+        "1",
+        "--images",
+        "3",
+        "6",
+        "--ray",
+        "7",
+        "--note",
+        "Other programs ran.",
+    ]
+    growth.main([*arguments, "--out", str(tmp_path / "growth")])
+    everything = len(growth.clip_of("emoji-clip", torch.float32).vocabulary)
+    lengths, batches = [(1, n, everything) for n in (2, 4)], [(n, 16, everything) for n in (1, 3)]
+    vocabularies = [(1, 16, n) for n in (100, 400)]
+    twice = [2 * some for some in (lengths, batches, vocabularies)]  # the first ones warm up
+    assert cases == [case for some in twice for case in some]
+    assert done == [(1, 3, "short", 0), (1, 6, "short", 0), (2, 7, "fast", 0), (1, 7, "fast", 2)]
+    text = (tmp_path / "growth.md").read_text()
+    for line in (
+        "| prompt_len | 4 | ms per step | 4.0 | 2.0 | 2.00 |  |",
+        "| batch | 3 | ms per step | 48.0 | 3.0 | 3.00 | 16.00 |",
+        "| vocabulary | 400 | ms per step | 16.0 | 4.0 | 1.00 |  |",
+        "| images | 6 | ms per image of a job | 9.0 | 2.0 | 1.00 |  |",
+        "| images | 6 | MB of a job | 50.0 | 2.0 | 1.00 |  |",
+        "| Ray, two workers of one thread | 7.0 |",
+    ):
+        assert line in text.splitlines()
+    assert text.count("| restarts | ") == 2 and "Other programs ran." in text
+    assert "an image takes -30.0% of time with Ray" in text
+    assert Image.open(tmp_path / "growth.png").width > 500
+
+
+def test_a_job_is_timed_behind_its_first_images(tmp_path, monkeypatch):
+    growth = pytest.importorskip("growth")
+    pytest.importorskip("pez_core.batch")
+    monkeypatch.setitem(growth.SEARCHES, "fast", growth.SEARCHES["short"])
+    monkeypatch.setattr(growth, "SIZES", {"batch_size": 2, "chunk": 2})
+    clock = SimpleNamespace(monotonic=lambda ticks=count(): next(ticks))
+    monkeypatch.setattr(sys.modules["pez_core.batch.run"], "time", clock)
+    images = growth.noise(tmp_path / "images", 6)
+    found = growth.job(images, tmp_path / "out", 6, "fast", 0)
+    # the clock is read once for each report, of two images
+    assert found["ms"] == 500 and found["megabytes"] > 50
 
 
 def test_a_step_through_a_pipeline_is_measured(tmp_path):
