@@ -160,9 +160,20 @@ class Limits:
             self.operations[kind] = 2 * n**3 / taken
 
     def milliseconds(
-        self, clip: Clip, batch: int, prompt_len: int, dtype: torch.dtype | None = None
+        self,
+        clip: Clip,
+        batch: int,
+        prompt_len: int,
+        dtype: torch.dtype | None = None,
+        compared: torch.dtype = torch.float32,
     ) -> dict[str, float]:
-        """The least time of a step by each limit, with the tower in `dtype`; None: its own."""
+        """The least time of a step by each limit.
+
+        Args:
+            clip, batch, prompt_len: of the search.
+            dtype: of the tower; None: its own.
+            compared: dtype in which the tokens of the vocabulary are compared.
+        """
         dtype = clip.dtype if dtype is None else dtype
         tower = clip.text.tower
         parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
@@ -172,7 +183,7 @@ class Limits:
         # of the last block only keys and values are computed for all positions
         last = sum(part.numel() for part in tower.transformer.resblocks[-1].parameters())
         allowed, width = len(clip.vocabulary), clip.text.token_embedding.shape[1]
-        moved = 2 * weights * dtype.itemsize + allowed * width * 4
+        moved = 2 * weights * dtype.itemsize + allowed * width * compared.itemsize
         # forward and backward, of the learned tokens and the end token
         positions = prompt_len + 1
         tower_operations = 4 * batch * ((weights - last) * positions + last * (positions + 5) / 6)
@@ -180,9 +191,7 @@ class Limits:
         return {
             "memory": 1e3 * moved / self.bytes_per_second,
             "arithmetic": 1e3
-            * (
-                tower_operations / self.operations[dtype] + nearest / self.operations[torch.float32]
-            ),
+            * (tower_operations / self.operations[dtype] + nearest / self.operations[compared]),
         }
 
 

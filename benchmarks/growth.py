@@ -121,7 +121,7 @@ def in_process(threads: int, *arguments: object) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Milliseconds by quantity and its value, and megabytes of jobs."""
-    clip = clip_of(arguments.model, torch.float32)
+    clip = clip_of(arguments.model)
     found: dict[str, dict] = {}
     for what, runs in {**steps(clip), "restarts": searches(clip)}.items():
         found[what] = median_times(runs, arguments.rounds)

@@ -1,6 +1,6 @@
 """The time of a step on this processor against the least that the processor allows.
 
-    python benchmarks/limit.py [--models ...] [--batch ...] [--prompt-len 16] [--dtype float32]
+    python benchmarks/limit.py [--models ...] [--batch ...] [--prompt-len 16] [--dtypes ...]
 
 The least time of a step is the longer of two, by rates that are measured first. One is that of its
 memory traffic: the weights of the text tower forward and backward and the allowed vocabulary once,
@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
-from gpu import DTYPES, Limits, ours, random_clip
+from gpu import Limits, ours, random_clip
 from step_time import machine, targets_for
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,13 +32,21 @@ from pez_core.tower_work import counted
 CPU = torch.device("cpu")
 MODELS = ("emoji-clip", "ViT-B-32", "ViT-L-14")
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = ["float32", "bfloat16"]
 PROFILED, SHOWN = 10, 3  # steps, and operations
 
 
-def clip_of(name: str, dtype: torch.dtype) -> Clip:
+def clip_of(name: str) -> Clip:
     if name == "emoji-clip":
-        return load_clip(name, device="cpu", dtype=dtype)
-    return random_clip(name, dtype, "cpu")
+        return load_clip(name, device="cpu")
+    return random_clip(name, torch.float32, "cpu")
+
+
+def least(limits: Limits, clip: Clip, *case: int, dtype: torch.dtype) -> dict[str, float]:
+    """The least milliseconds of a step by each limit, with the tower in a dtype."""
+    screens = TokenSpace(clip.text.token_embedding, clip.vocabulary)._screen is not None
+    compared = torch.bfloat16 if screens else torch.float32
+    return limits.milliseconds(clip, *case, dtype=dtype, compared=compared)
 
 
 def steps(clip: Clip, batch: int, prompt_len: int) -> tuple[float, list[tuple[str, float]]]:
@@ -59,21 +68,27 @@ def steps(clip: Clip, batch: int, prompt_len: int) -> tuple[float, list[tuple[st
 
 
 def measure(arguments: argparse.Namespace, limits: Limits) -> Iterator[dict]:
-    """A row for each model and batch."""
+    """A row for each model, batch and dtype."""
+    kinds = {name: dtype for name, dtype in KINDS.items() if dtype in limits.operations}
     for name in arguments.models:
-        clip = clip_of(name, DTYPES[arguments.dtype])
-        for batch in arguments.batch:
-            case = (batch, arguments.prompt_len)
+        clip = clip_of(name)
+        for batch, wanted in product(arguments.batch, arguments.dtypes):
+            if wanted not in kinds:
+                continue
+            case = batch, arguments.prompt_len
+            by_kind = {kind: least(limits, clip, *case, dtype=d) for kind, d in kinds.items()}
+            clip.text.matrix_dtype = kinds[wanted]
             flops, largest = steps(clip, *case)
-            row = {"model": name, "batch": batch, "flops": flops, "largest": largest}
-            row["ms"] = ours(clip, *case, arguments.steps, captured=False)["ms"]
-            row["parts"] = limits.milliseconds(clip, *case)
-            row["limits"] = {
-                kind: max(limits.milliseconds(clip, *case, dtype).values())
-                for kind, dtype in KINDS.items()
-                if dtype in limits.operations
+            yield {
+                "model": name,
+                "batch": batch,
+                "dtype": wanted,
+                "ms": ours(clip, *case, arguments.steps, captured=False)["ms"],
+                "parts": by_kind[wanted],
+                "limits": {kind: max(parts.values()) for kind, parts in by_kind.items()},
+                "flops": flops,
+                "largest": largest,
             }
-            yield row
 
 
 def report(rows: Sequence[dict], limits: Limits, arguments: argparse.Namespace) -> str:
@@ -84,7 +99,7 @@ def report(rows: Sequence[dict], limits: Limits, arguments: argparse.Namespace) 
     lines = [
         "# A step against the limit of the processor",
         "",
-        f"prompt_len {arguments.prompt_len}, text tower in {arguments.dtype}, default vocabulary, "
+        f"prompt_len {arguments.prompt_len}, default vocabulary, "
         f"median of three runs of {arguments.steps} steps. {machine().removesuffix(', fp32')}. "
         "See benchmarks/limit.py.",
         "",
@@ -93,10 +108,11 @@ def report(rows: Sequence[dict], limits: Limits, arguments: argparse.Namespace) 
         f"| copy, read and written | {limits.bytes_per_second / 1e9:.1f} GB/s |",
         *rates,
         "",
-        "| CLIP | batch | step / limit | limited by | ms/step | memory ms | arithmetic ms | "
+        "| CLIP | batch | matrices in | step / limit | limited by | ms/step | memory ms | "
+        "arithmetic ms | "
         + " | ".join(f"limit in {name} ms" for name in KINDS)
         + " | tower GFLOP/step | largest operations |",
-        "|---" * (9 + len(KINDS)) + "|",
+        "|---" * (10 + len(KINDS)) + "|",
     ]
     for row in rows:
         binds = max(row["parts"], key=row["parts"].__getitem__)
@@ -104,6 +120,7 @@ def report(rows: Sequence[dict], limits: Limits, arguments: argparse.Namespace) 
         cells = [
             row["model"],
             str(row["batch"]),
+            row["dtype"],
             f"{row['ms'] / row['parts'][binds]:.1f}x",
             binds,
             _cell(row["ms"]),
@@ -126,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--copy-bytes", type=int, default=2**28, help="size of the copy")
     parser.add_argument("--matrix", type=int, default=2048, help="rows of the large matrices")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/limit")

@@ -184,6 +184,16 @@ def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> 
     return made
 
 
+def by_lower_precision(setup: Setup, places: list[int], seed: int, name: str) -> list[Made]:
+    """By a method of quality.py, with products in bfloat16 as for a large CLIP."""
+    text = setup.bench.clip.text
+    before, text.matrix_dtype = text.matrix_dtype, torch.bfloat16
+    try:
+        return by_finder(setup, places, seed, name)
+    finally:
+        text.matrix_dtype = before
+
+
 def by_denoising(setup: Setup, places: list[int], seed: int, weight: float) -> list[Made]:
     """PEZ with the loss of the image model in place of a part of the similarity."""
     bench, made = setup.bench, []
@@ -324,6 +334,10 @@ METHODS: dict[str, Maker] = {
             "GCG",
             *OWN,
         )
+    },
+    **{
+        f"{name}, bfloat16": partial(by_lower_precision, name=name)
+        for name in ("ours (fast)", "ours (balanced)")
     },
     "Interrogator, 8 tokens": partial(by_finder, name="Interrogator", length=8),
     "Interrogator, 75 tokens": partial(by_finder, name="Interrogator, 75 tokens"),

@@ -64,7 +64,9 @@ class LoadCLIP(io.ComfyNode):
         activation: str = AUTOMATIC,
     ) -> io.NodeOutput:
         load_device, offload_device = places(device == "cpu")
-        dtype = _PRECISIONS[precision] or default_dtype(load_device)
+        dtype = _PRECISIONS[precision]
+        if dtype is None and load_device.type != "cpu":  # it is loaded into main memory first
+            dtype = default_dtype(load_device)
         with naming_widgets({"name": "`model`", "pretrained": "`model`"}):
             clip = models.load(
                 model,

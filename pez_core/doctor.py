@@ -25,6 +25,7 @@ from .clip.device import default_dtype, pick_device
 from .clip.load import load_clip
 from .objectives import Similarity
 from .pez import PezSettings, search
+from .precision import bfloat16_pays
 from .space import TokenSpace
 from .swaps import SwapSettings, refine
 from .tracker import Progress
@@ -133,6 +134,8 @@ def _rates(device: torch.device) -> dict[str, str]:
     rates = {"device": capture.device_name(device), "threads": str(torch.get_num_threads())}
     rates["cores"] = str(os.cpu_count())
     rates["default precision"] = str(default_dtype(device)).removeprefix("torch.")
+    if device.type == "cpu" and bfloat16_pays():
+        rates["default precision"] += ", large CLIPs are searched in bfloat16"
     rates["copy"] = f"{2 * _BYTES * copies / 1e9:.1f} GB/s"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"

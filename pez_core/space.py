@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from .errors import ArgumentError
+from .precision import bfloat16_pays
 
 # Similarities held at once while projecting: 2**26 floats are 256 MB.
 _CHUNK = 2**26
 # Tokens compared at once on the CPU, where a block of similarities should stay in the cache.
 _CPU_BLOCK = 2**14
+# A table of fewer numbers is compared exactly at once; with others so many tokens are, behind a
+# look at all in bfloat16.
+_LARGE_TABLE, _LOOKED_AT = 2**23, 32
+# A dot product of unit vectors in bfloat16 is wrong by less: three roundings, each by 2**-9.
+_ROUNDING = 3 * 2**-9
 
 
 class TokenSpace:
@@ -76,6 +82,9 @@ class TokenSpace:
             F.normalize(part, dim=-1, out=part).mul_(weight)
         self._block = _CPU_BLOCK if directions.device.type == "cpu" else len(directions)
         self._similarities = [_similarity_to(block) for block in directions.split(self._block)]
+        on_cpu = directions.device.type == "cpu"
+        screens = on_cpu and directions.numel() >= _LARGE_TABLE and bfloat16_pays()
+        self._screen = _Screen(directions) if screens else None
 
     def _split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return embeddings.split([columns for columns, _ in self.parts], dim=-1)
@@ -151,6 +160,15 @@ class TokenSpace:
     @torch.no_grad()
     def _best(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, dim) -> (n,) positions in `allowed`; the first of equals, as argmax has it."""
+        if self._screen is None:
+            return self._exactly(rows)
+        position, sure = self._screen.best(rows)
+        if not sure.all():
+            position[~sure] = self._exactly(rows[~sure])
+        return position
+
+    def _exactly(self, rows: torch.Tensor) -> torch.Tensor:
+        """`_best` by the exact product with every direction."""
         best, position = self._similarities[0](rows).max(dim=-1)
         for k, similarity in enumerate(self._similarities[1:], start=1):
             value, place = similarity(rows).max(dim=-1)
@@ -505,6 +523,28 @@ def _sums(lengths: Sequence[int], top: int) -> set[int]:
         if any(total - length in sums for length in lengths):
             sums.add(total)
     return sums
+
+
+class _Screen:
+    """The most similar of many directions: some are found in bfloat16, and compared exactly.
+
+    Args:
+        directions: (n, dim), of length 1 at most.
+    """
+
+    def __init__(self, directions: torch.Tensor) -> None:
+        self.directions = directions
+        self.low = directions.bfloat16()
+
+    def best(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, dim) -> (n,) positions of the highest dot product, and whether it is sure to be."""
+        top = F.linear(rows.bfloat16(), self.low).topk(_LOOKED_AT, dim=1)
+        places = top.indices.sort(dim=1).values  # in order, so that the first of equals is found
+        exact = torch.bmm(F.embedding(places, self.directions), rows[..., None])[..., 0]
+        value, pick = exact.max(dim=1)
+        # all others are below the last one that was looked at
+        most = top.values[:, -1].float() + _ROUNDING * rows.norm(dim=1)
+        return places.gather(1, pick[:, None])[:, 0], most < value
 
 
 def _similarity_to(directions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

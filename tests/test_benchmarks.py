@@ -793,18 +793,21 @@ def test_a_step_is_compared_with_the_rates_of_the_processor(tmp_path, monkeypatc
     )
     sizes = "--models emoji-clip --batch 1 4 --prompt-len 3 --steps 2 --copy-bytes 4000000"
     limit.main([*sizes.split(), "--matrix", "64", "--out", str(tmp_path / "limit")])
-    assert [row["batch"] for row in rows] == [1, 4]
+    cases = [(row["batch"], row["dtype"]) for row in rows]
+    assert cases == [(1, "float32"), (1, "bfloat16"), (4, "float32"), (4, "bfloat16")]
     for row in rows:
         parts = row["parts"]
-        assert row["limits"]["float32"] == max(parts.values())
+        assert row["limits"][row["dtype"]] == max(parts.values())
         # forward and backward, with the end token
         assert row["flops"] == row["batch"] * (3 + 1) * 2 * emoji_clip.text.flops_per_token
         assert len(row["largest"]) == 3 and sum(share for _, share in row["largest"]) < 1
         binds = max(parts, key=parts.get)
-        line = f"| emoji-clip | {row['batch']} | {row['ms'] / parts[binds]:.1f}x | {binds} | "
+        case = f"| emoji-clip | {row['batch']} | {row['dtype']} | "
+        line = f"{case}{row['ms'] / parts[binds]:.1f}x | {binds} | "
         assert line in (tmp_path / "limit.md").read_text()
-    assert rows[0]["parts"]["memory"] == rows[1]["parts"]["memory"]
-    assert rows[1]["parts"]["arithmetic"] == pytest.approx(4 * rows[0]["parts"]["arithmetic"])
+    one, low, four, _ = (row["parts"] for row in rows)
+    assert low["memory"] < one["memory"] == four["memory"]
+    assert four["arithmetic"] == pytest.approx(4 * one["arithmetic"])
     assert "| product of matrices, int8 | - GFLOP/s |" in (tmp_path / "limit.md").read_text()
 
 
@@ -821,13 +824,12 @@ def test_step_times_are_compared(tmp_path, monkeypatch, emoji_clip):
         return len(times) / 1e3
 
     monkeypatch.setattr(step_time, "time_ours", of)
+    monkeypatch.setattr(step_time, "random_clip", lambda *_: emoji_clip)
     step_time.main(["--rounds", "1", "--out", str(tmp_path / "times.md")])
-    assert {case[1] for case in times} == {1, 8} and len(times) == 2 * 2 * 2 * 2
+    assert {case[1] for case in times} == {1, 8} and len(times) == 5 * 2 * 2 * 2
     # of the second runs, since the first ones warm up
-    assert (
-        "| ViT-B-32, random weights | 8 | - | - | 7.0 | 8.0 | - | 0.9 | - |"
-        in (tmp_path / "times.md").read_text().splitlines()
-    )
+    row = "| emoji-clip | 8 | - | - | 7.0 | 8.0 | - | 0.9 | - |"
+    assert row in (tmp_path / "times.md").read_text().splitlines()
     monkeypatch.undo()
     clock = iter((10.0, 10.5))  # before and after two steps
     monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=clock.__next__))
@@ -868,7 +870,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
         "Other programs ran.",
     ]
     growth.main([*arguments, "--out", str(tmp_path / "growth")])
-    everything = len(growth.clip_of("emoji-clip", torch.float32).vocabulary)
+    everything = len(growth.clip_of("emoji-clip").vocabulary)
     lengths, batches = [(1, n, everything) for n in (2, 4)], [(n, 16, everything) for n in (1, 3)]
     vocabularies = [(1, 16, n) for n in (100, 400)]
     twice = [2 * some for some in (lengths, batches, vocabularies)]  # the first ones warm up

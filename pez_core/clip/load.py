@@ -90,8 +90,10 @@ def load_clip(
             tag gets the activation and the normalisation of images of this tag.
         device: such as `"cuda"`. None: the first available of CUDA, MPS and the CPU.
         dtype: of the weights: `torch.float32`, `torch.float16` or `torch.bfloat16`. None: on CUDA
-            bfloat16 (float16 on cards without it), float32 elsewhere. The continuous prompts of a
-            search and all similarities are float32 in any case.
+            bfloat16 (float16 on cards without it), float32 elsewhere; on processors that measure
+            faster in bfloat16, a search for a large CLIP multiplies in it (`matrix_dtype` of
+            `pez_core.clip.text.TextTower`). The continuous prompts of a search and all similarities
+            of results are float32 in any case.
         download: True: fetch the weights of a tag if they are not on disk. False: raise an error
             that names the files and the place for them.
         weights: one number above 0 per CLIP of a list, for how much each counts; only their ratio
@@ -129,6 +131,7 @@ def load_clip(
         for one in names:
             place = torch.device("cpu") if low_memory else target
             clip = _load_one(one, pretrained, activation, precision, place, download)
+            clip.text.matrix_dtype = dtype
             clips.append(keep_image_tower_in_main_memory(clip, target) if low_memory else clip)
         return JointClip(clips, weights) if len(clips) > 1 else clips[0]
 

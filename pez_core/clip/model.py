@@ -119,6 +119,7 @@ class Clip:
         target = self.device if device is None else pick_device(device)
         if dtype is not None:
             pick_precision(target, dtype)
+            self.text.matrix_dtype = dtype
         with torch.inference_mode(False):
             self.model.to(target, dtype)
             for module in self.model.modules():

@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import tower_work
 from ..errors import ArgumentError
+from .matrices import BlockMatrices, Matrices, multiply
 
 # A word that others are read behind.
 _LEFT = "a"
@@ -210,6 +211,9 @@ class TextTower:
         example_token: id of an ordinary word, for where some token is needed.
         ids_before, ids_behind: ids that the tokenizer puts around a text of one token.
         flops_per_token: operations of a pass through the blocks; see `pez_core.tower_work`.
+        matrix_dtype: in which searches multiply by the matrices of a causal tower. None: that of
+            the weights, or bfloat16 for a large float32 tower on a processor that measures faster
+            in it. Features of texts, by `Clip.encode_texts`, are in the dtype of the weights.
 
     Raises:
         ArgumentError: the text tower is a Hugging Face model, or the tokenizer pads at the left.
@@ -234,6 +238,8 @@ class TextTower:
         self._plain_blocks = self.causal and all(
             type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks
         )
+        self.matrix_dtype: torch.dtype | None = None
+        self._matrices = Matrices(tower.transformer.resblocks)
         # The ids around a prompt, from the row that the public tokenizer makes of one token.
         word = self.words.encode("a")
         row = tokenizer(["a"])[0].tolist()
@@ -300,8 +306,9 @@ class TextTower:
             return _FullEncoder(self, fixed)
         before = self._embed(self._ids([*self.ids_before, *fixed[0][0]]))[None]
         after = self._embed(self._ids([*fixed[0][1], *self.ids_behind[:1]]))
-        nothing = _CausalEncoder(self, after, 0, [None] * len(self.tower.transformer.resblocks))
-        return nothing.given(before)
+        blocks = self.tower.transformer.resblocks
+        layers = list(zip(blocks, self._matrices(self.matrix_dtype), strict=True))
+        return _CausalEncoder(self, layers, after, 0, [None] * len(layers)).given(before)
 
     def encoder_of_contexts(
         self, contexts: Sequence[tuple[Sequence[int], Sequence[int], tuple[int, int]]]
@@ -451,13 +458,22 @@ class _CausalEncoder:
 
     Args:
         text: the text tower.
+        layers: its blocks, and their matrices in the dtype to multiply in.
         after: (n, width) embeddings behind the learned tokens; the end token is the last one.
         start: number of positions before the learned tokens.
         past: keys and values of these in each block; None where there are no such positions.
     """
 
-    def __init__(self, text: TextTower, after: torch.Tensor, start: int, past: list) -> None:
-        self.text, self.after, self.start, self.past = text, after, start, past
+    def __init__(
+        self,
+        text: TextTower,
+        layers: list[tuple[Any, BlockMatrices]],
+        after: torch.Tensor,
+        start: int,
+        past: list,
+    ) -> None:
+        self.text, self.layers = text, layers
+        self.after, self.start, self.past = after, start, past
 
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         tower, after = self.text.tower, self.after.expand(len(embeddings), -1, -1)
@@ -465,10 +481,10 @@ class _CausalEncoder:
         self.text.count(*x.shape[:2], backward=x.requires_grad)
         x = x + self.text._positions(self.start, x.shape[1])
         mask = self._mask(x)
-        *blocks, last = zip(tower.transformer.resblocks, self.past, strict=True)
-        for block, keys_values in blocks:
-            x, _ = _causal_block(block, x, mask, keys_values)
-        x, _ = _causal_block(last[0], x, mask[-1:], last[1], only_last=True)
+        *layers, last = zip(self.layers, self.past, strict=True)
+        for layer, keys_values in layers:
+            x, _ = _causal_block(*layer, x, mask, keys_values)
+        x, _ = _causal_block(*last[0], x, mask[-1:], last[1], only_last=True)
         return self.text._project(tower.ln_final(x)[:, 0])
 
     def _mask(self, x: torch.Tensor) -> torch.Tensor:
@@ -484,10 +500,10 @@ class _CausalEncoder:
         self.text.count(len(embeddings), length)
         x = embeddings.to(self.after.dtype) + self.text._positions(self.start, length)
         mask = self._mask(x)
-        for block, before in zip(self.text.tower.transformer.resblocks, self.past, strict=True):
-            x, keys_values = _causal_block(block, x, mask, before)
+        for layer, before in zip(self.layers, self.past, strict=True):
+            x, keys_values = _causal_block(*layer, x, mask, before)
             past.append(keys_values)
-        return _CausalEncoder(self.text, self.after, self.start + length, past)
+        return _CausalEncoder(self.text, self.layers, self.after, self.start + length, past)
 
 
 class _FullEncoder:
@@ -550,7 +566,8 @@ class _PrefixedEncoder:
 
 
 def _causal_block(
-    block: ResidualAttentionBlock,
+    block: Any,
+    matrices: BlockMatrices,
     x: torch.Tensor,
     mask: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -561,7 +578,8 @@ def _causal_block(
     The same sums as the block's own forward, behind earlier keys and values.
 
     Args:
-        block: of the tower.
+        block: an open_clip `ResidualAttentionBlock`.
+        matrices: its matrices.
         x: (problems, length, width) input.
         mask: of the positions whose output is wanted.
         past: keys and values of the positions before `x`.
@@ -571,24 +589,32 @@ def _causal_block(
         (problems, length, width) output, and (problems, heads, length, width / heads) keys and
         values.
     """
-    attn, width = block.attn, block.attn.embed_dim
-    normed = block.ln_1(x)
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    heads, width = block.attn.num_heads, block.attn.embed_dim
+    normed, (weight, bias) = block.ln_1(x), matrices.read
     if only_last:
-        keys, values = _heads(F.linear(normed, weight[width:], bias[width:]), attn.num_heads, 2)
-        x = x[:, -1:]
-        (query,) = _heads(F.linear(normed[:, -1:], weight[:width], bias[:width]), attn.num_heads, 1)
+        below = weight[width:], bias[width:]
+        keys, values = _heads(multiply(normed, below).to(x.dtype), heads, 2)
+        x, first = x[:, -1:], (weight[:width], bias[:width])
+        (query,) = _heads(multiply(normed[:, -1:], first).to(x.dtype), heads, 1)
     else:
-        query, keys, values = _heads(F.linear(normed, weight, bias), attn.num_heads, 3)
+        query, keys, values = _heads(multiply(normed, matrices.read).to(x.dtype), heads, 3)
     if past is not None:
-        # several rows may have one past
         keys, values = (
-            torch.cat([before.repeat_interleave(len(x) // len(before), dim=0), now], dim=2)
+            torch.cat([_for_rows(before, len(x)), now], dim=2)
             for before, now in zip(past, (keys, values), strict=True)
         )
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    x = x + block.ls_1(attn.out_proj(mixed.transpose(1, 2).reshape(x.shape)))
-    return x + block.ls_2(block.mlp(block.ln_2(x))), (keys, values)
+    mixed = multiply(mixed.transpose(1, 2).reshape(x.shape), matrices.mix).to(x.dtype)
+    x = x + block.ls_1(mixed)
+    wide = block.mlp.gelu(multiply(block.ln_2(x), matrices.widen))
+    return x + block.ls_2(multiply(wide, matrices.narrow).to(x.dtype)), (keys, values)
+
+
+def _for_rows(before: torch.Tensor, rows: int) -> torch.Tensor:
+    """(problems, ...) keys or values -> (rows, ...), those of each problem for all of its rows."""
+    if len(before) == 1:
+        return before.expand(rows, -1, -1, -1)
+    return before.repeat_interleave(rows // len(before), dim=0)
 
 
 def _heads(x: torch.Tensor, heads: int, parts: int) -> torch.Tensor:
