@@ -894,12 +894,11 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 def test_a_job_is_timed_behind_its_first_images(tmp_path, monkeypatch):
     growth = pytest.importorskip("growth")
     pytest.importorskip("pez_core.batch")
-    monkeypatch.setitem(growth.SEARCHES, "fast", growth.SEARCHES["short"])
-    monkeypatch.setattr(growth, "SIZES", {"batch_size": 2, "chunk": 2})
+    monkeypatch.setitem(growth.SIZES, "short", {"batch_size": 2, "chunk": 2})
     clock = SimpleNamespace(monotonic=lambda ticks=count(): next(ticks))
     monkeypatch.setattr(sys.modules["pez_core.batch.run"], "time", clock)
     images = growth.noise(tmp_path / "images", 6)
-    found = growth.job(images, tmp_path / "out", 6, "fast", 0)
+    found = growth.job(images, tmp_path / "out", 6, "short", 0)
     # the clock is read once for each report, of two images
     assert found["ms"] == 500 and found["megabytes"] > 50
 
