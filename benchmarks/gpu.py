@@ -33,7 +33,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, product
 from pathlib import Path
 from unittest.mock import patch
@@ -124,27 +124,57 @@ def ours(clip: Clip, batch: int, prompt_len: int, steps: int, captured: bool) ->
 class Limits:
     """The measured limits of the device.
 
+    Args:
+        device: that is measured.
+        dtypes: of the products; those that it cannot multiply are left out.
+        size: bytes that are copied.
+        rows: of the matrices; None: those of a fourth of `size` in float16.
+
     Attributes:
         bytes_per_second: read and written by a copy.
         operations: per second in a product of large matrices, by dtype.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtypes: Iterable[torch.dtype],
+        size: int,
+        rows: int | None = None,
+    ) -> None:
         source = torch.zeros(size, dtype=torch.uint8, device=device)
         goal = torch.empty_like(source)
         goal.copy_(source)
         taken = min(seconds(lambda: goal.copy_(source), device) for _ in range(5))
         self.bytes_per_second = 2 * size / taken
         self.operations = {}
-        n = max(256, round((size / 8) ** 0.5) // 128 * 128)
-        for kind in {dtype, torch.float32}:
+        n = rows or max(256, round((size / 8) ** 0.5) // 128 * 128)
+        for kind in set(dtypes):
             a = torch.randn(n, n, device=device).to(kind)
-            a @ a
-            taken = min(seconds(lambda a=a: a @ a, device) for _ in range(3))
+            multiply = torch._int_mm if kind is torch.int8 else torch.mm
+            try:
+                multiply(a, a)
+            except (RuntimeError, NotImplementedError):
+                continue
+            taken = min(seconds(lambda f=multiply, a=a: f(a, a), device) for _ in range(3))
             self.operations[kind] = 2 * n**3 / taken
 
-    def milliseconds(self, clip: Clip, batch: int, prompt_len: int) -> dict[str, float]:
-        """The least time of a step by each limit."""
+    def milliseconds(
+        self,
+        clip: Clip,
+        batch: int,
+        prompt_len: int,
+        dtype: torch.dtype | None = None,
+        compared: torch.dtype = torch.float32,
+    ) -> dict[str, float]:
+        """The least time of a step by each limit.
+
+        Args:
+            clip, batch, prompt_len: of the search.
+            dtype: of the tower; None: its own.
+            compared: dtype in which the tokens of the vocabulary are compared.
+        """
+        dtype = clip.dtype if dtype is None else dtype
         tower = clip.text.tower
         parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
         projection = tower.text_projection
@@ -153,7 +183,7 @@ class Limits:
         # of the last block only keys and values are computed for all positions
         last = sum(part.numel() for part in tower.transformer.resblocks[-1].parameters())
         allowed, width = len(clip.vocabulary), clip.text.token_embedding.shape[1]
-        moved = 2 * weights * parts[0].element_size() + allowed * width * 4
+        moved = 2 * weights * dtype.itemsize + allowed * width * compared.itemsize
         # forward and backward, of the learned tokens and the end token
         positions = prompt_len + 1
         tower_operations = 4 * batch * ((weights - last) * positions + last * (positions + 5) / 6)
@@ -161,10 +191,7 @@ class Limits:
         return {
             "memory": 1e3 * moved / self.bytes_per_second,
             "arithmetic": 1e3
-            * (
-                tower_operations / self.operations[clip.dtype]
-                + nearest / self.operations[torch.float32]
-            ),
+            * (tower_operations / self.operations[dtype] + nearest / self.operations[compared]),
         }
 
 
@@ -172,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row for each case, complete when it is yielded."""
     device = torch.device(arguments.device)
     dtype = DTYPES[arguments.dtype]
-    limits = Limits(device, dtype, arguments.copy_bytes)
+    limits = Limits(device, (dtype, torch.float32), arguments.copy_bytes)
     reference = Reference(arguments.reference) if arguments.reference else None
     for name in arguments.models:
         rows = []

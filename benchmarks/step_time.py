@@ -159,32 +159,6 @@ def compare(clips: dict, reference: Reference | None, rounds: int) -> list[str]:
     return lines
 
 
-def growth(clip: Clip, rounds: int) -> list[str]:
-    """The time of one step by each size; the other two are 16 tokens, batch 1 or all words."""
-    everything = clip.vocabulary
-    lines = ["| what | value | ms/step | against the first |", "|---|---|---|---|"]
-    cases = {
-        "prompt_len": [(n, (1, n, everything)) for n in (4, 8, 16, 32, 75)],
-        "batch": [(n, (n, 16, everything)) for n in (1, 2, 4, 8, 16)],
-        "vocabulary": [
-            (n, (1, 16, everything[:n])) for n in (1_000, 4_000, 16_000, len(everything))
-        ],
-    }
-    for what, values in cases.items():
-        runs = {
-            value: lambda b=batch, n=length, a=allowed: time_ours(clip, b, n, 10, a)
-            for value, (batch, length, allowed) in values
-        }
-        times = median_times(runs, rounds)
-        first = next(iter(times.values()))
-        for value, milliseconds in times.items():
-            lines.append(
-                f"| {what} | {value:,} | {milliseconds:.1f} | {milliseconds / first:.2f} |"
-            )
-            print(lines[-1], file=sys.stderr)
-    return lines
-
-
 def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -204,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args(argv)
     reference = Reference(arguments.reference) if arguments.reference else None
-    random = random_clip("ViT-B-32")
     clips = {"emoji-clip": load_clip(device="cpu")}
-    for name, clip in {"ViT-B-32": random, "ViT-L-14": random_clip("ViT-L-14")}.items():
+    for name in ("ViT-B-32", "ViT-L-14"):
+        clip = random_clip(name)
         clips[f"{name}, random weights"] = clip
         clips[f"{name}, random weights, float32"] = random_clip(name, clip)
     where = machine().removesuffix(", fp32")
@@ -219,10 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "authors' loop in float32.",
             "",
             *compare(clips, reference, arguments.rounds),
-            "",
-            "## How ours grows (ViT-B-32, random weights; prompt_len 16, batch 1, 34,277 tokens)",
-            "",
-            *growth(random, arguments.rounds),
             "",
         ]
     )

@@ -46,8 +46,10 @@ def style_direction(
     differences = features - features.mean(0)
     # more images than a handful would leave too little; the first directions hold the contents
     count = min(len(images) - 1, features.shape[1] // 4)
-    _, lengths, basis = torch.linalg.svd(differences, full_matrices=False)
+    # on the CPU, since not every backend has it, and a few rows are quick anywhere
+    _, lengths, basis = torch.linalg.svd(differences.cpu(), full_matrices=False)
     basis = basis[:count][lengths[:count] > 1e-4]  # images that are the same differ in nothing
+    basis = basis.to(style.device)
     return F.normalize(style - DIFFERENT * basis.T @ (basis @ style), dim=-1)
 
 

@@ -37,6 +37,7 @@ import edits
 import first_prompt
 import get_comfyui
 import gpu
+import limit
 import lm
 import mutate
 import paper
@@ -780,6 +781,36 @@ def test_speed_is_compared_with_the_limit(tmp_path, monkeypatch):
     assert 2.6 < last["limit"]["arithmetic"] / first["limit"]["arithmetic"] < 3.1
 
 
+def test_a_step_is_compared_with_the_rates_of_the_processor(tmp_path, monkeypatch, emoji_clip):
+    def missing(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "_int_mm", missing)
+    rows, measure = [], limit.measure
+    monkeypatch.setattr(
+        limit, "measure", lambda *given: (rows.append(row) or row for row in measure(*given))
+    )
+    sizes = "--models emoji-clip --batch 1 4 --prompt-len 3 --steps 2 --copy-bytes 4000000"
+    limit.main([*sizes.split(), "--matrix", "64", "--out", str(tmp_path / "limit")])
+    cases = [(row["batch"], row["dtype"]) for row in rows]
+    assert cases == [(1, "float32"), (1, "bfloat16"), (4, "float32"), (4, "bfloat16")]
+    for row in rows:
+        parts = row["parts"]
+        assert row["limits"][row["dtype"]] == max(parts.values())
+        # forward and backward, with the end token
+        assert row["flops"] == row["batch"] * (3 + 1) * 2 * emoji_clip.text.flops_per_token
+        assert len(row["largest"]) == 3 and sum(share for _, share in row["largest"]) < 1
+        binds = max(parts, key=parts.get)
+        case = f"| emoji-clip | {row['batch']} | {row['dtype']} | "
+        line = f"{case}{row['ms'] / parts[binds]:.1f}x | {binds} | "
+        assert line in (tmp_path / "limit.md").read_text()
+    one, low, four, _ = (row["parts"] for row in rows)
+    assert low["memory"] < one["memory"] == four["memory"]
+    assert four["arithmetic"] == pytest.approx(4 * one["arithmetic"])
+    assert "| product of matrices, int8 | - GFLOP/s |" in (tmp_path / "limit.md").read_text()
+
+
 def test_the_benchmarks_of_quality_import_each_other_in_one_direction():
     code = "import quality_report, sys; assert 'quality' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True)
@@ -793,13 +824,83 @@ def test_step_times_are_compared(tmp_path, monkeypatch, emoji_clip):
         return len(times) / 1e3
 
     monkeypatch.setattr(step_time, "time_ours", of)
+    monkeypatch.setattr(step_time, "random_clip", lambda *_: emoji_clip)
     step_time.main(["--rounds", "1", "--out", str(tmp_path / "times.md")])
-    assert len({case[1:4] for case in times}) > 10
-    assert "| prompt_len | 75 | " in (tmp_path / "times.md").read_text()
+    assert {case[1] for case in times} == {1, 8} and len(times) == 5 * 2 * 2 * 2
+    # of the second runs, since the first ones warm up
+    row = "| emoji-clip | 8 | - | - | 7.0 | 8.0 | - | 0.9 | - |"
+    assert row in (tmp_path / "times.md").read_text().splitlines()
     monkeypatch.undo()
     clock = iter((10.0, 10.5))  # before and after two steps
     monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=clock.__next__))
     assert step_time.time_ours(emoji_clip, 2, 3, 2, emoji_clip.vocabulary) == 0.25
+
+
+def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
+    growth, cases = pytest.importorskip("growth"), []
+    for name, values in {
+        "LENGTHS": (2, 4, 99),  # the last does not fit
+        "BATCHES": (1, 3),
+        "VOCABULARIES": (100, 400),
+        "RESTARTS": (1, 2),
+    }.items():
+        monkeypatch.setattr(growth, name, values)
+
+    def time_ours(clip, batch, prompt_len, steps, allowed):
+        cases.append((batch, prompt_len, len(allowed)))
+        return batch * prompt_len / 1e3
+
+    def in_process(threads, images, out, count, search, workers):
+        assert len(list(images.glob("*.png"))) == 7
+        done.append((threads, count, search, workers))
+        return {"ms": 8.0 + threads - workers, "megabytes": 50.0}
+
+    done = []
+    monkeypatch.setattr(growth, "time_ours", time_ours)
+    monkeypatch.setattr(growth, "in_process", in_process)
+    arguments = [
+        "--rounds",
+        "1",
+        "--images",
+        "3",
+        "6",
+        "--ray",
+        "7",
+        "--note",
+        "Other programs ran.",
+    ]
+    growth.main([*arguments, "--out", str(tmp_path / "growth")])
+    everything = len(growth.clip_of("emoji-clip").vocabulary)
+    lengths, batches = [(1, n, everything) for n in (2, 4)], [(n, 16, everything) for n in (1, 3)]
+    vocabularies = [(1, 16, n) for n in (100, 400)]
+    twice = [2 * some for some in (lengths, batches, vocabularies)]  # the first ones warm up
+    assert cases == [case for some in twice for case in some]
+    assert done == [(1, 3, "short", 0), (1, 6, "short", 0), (2, 7, "fast", 0), (1, 7, "fast", 2)]
+    text = (tmp_path / "growth.md").read_text()
+    for line in (
+        "| prompt_len | 4 | ms per step | 4.0 | 2.0 | 2.00 |  |",
+        "| batch | 3 | ms per step | 48.0 | 3.0 | 3.00 | 16.00 |",
+        "| vocabulary | 400 | ms per step | 16.0 | 4.0 | 1.00 |  |",
+        "| images | 6 | ms per image of a job | 9.0 | 2.0 | 1.00 |  |",
+        "| images | 6 | MB of a job | 50.0 | 2.0 | 1.00 |  |",
+        "| Ray, two workers of one thread | 7.0 |",
+    ):
+        assert line in text.splitlines()
+    assert text.count("| restarts | ") == 2 and "Other programs ran." in text
+    assert "an image takes -30.0% of time with Ray" in text
+    assert Image.open(tmp_path / "growth.png").width > 500
+
+
+def test_a_job_is_timed_behind_its_first_images(tmp_path, monkeypatch):
+    growth = pytest.importorskip("growth")
+    pytest.importorskip("pez_core.batch")
+    monkeypatch.setitem(growth.SIZES, "short", {"batch_size": 2, "chunk": 2})
+    clock = SimpleNamespace(monotonic=lambda ticks=count(): next(ticks))
+    monkeypatch.setattr(sys.modules["pez_core.batch.run"], "time", clock)
+    images = growth.noise(tmp_path / "images", 6)
+    found = growth.job(images, tmp_path / "out", 6, "short", 0)
+    # the clock is read once for each report, of two images
+    assert found["ms"] == 500 and found["megabytes"] > 50
 
 
 def test_a_step_through_a_pipeline_is_measured(tmp_path):
