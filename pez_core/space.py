@@ -269,7 +269,7 @@ class TokenSpace:
         """(prompt_len,) different allowed ids, none of which stands beside the prompt."""
         order = torch.randperm(len(self.allowed), generator=generator)
         ids = self.allowed[order[: prompt_len + len(self._beside)].to(self.allowed.device)]
-        return ids[~torch.isin(ids, self._beside)][:prompt_len]
+        return ids[(ids[:, None] != self._beside).all(dim=1)][:prompt_len]
 
 
 class PhraseSpace(TokenSpace):

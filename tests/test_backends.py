@@ -42,7 +42,10 @@ COMPOSITE = (
 )
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 # MPS has them in newer versions than PyTorch 2.6, the oldest one that is supported.
-LATER = {"_unique", "angle", "index_copy", "index_copy_", "rsub.Tensor", "unique_dim"}
+LATER = {
+    *("_unique", "angle", "index_copy", "index_copy_", "rsub.Tensor", "unique_dim"),
+    *("isin.Tensor_Tensor", "isin.Tensor_Tensor_out"),  # of int64; they need macOS 14
+}
 
 
 @cache
