@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
+from ..captions import check_captioner
 from ..clip.models import ACTIVATIONS
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
+    check_bool,
     check_choice,
     check_integer,
     check_number,
@@ -24,7 +26,10 @@ from .sources import NEEDS
 
 # The fields of a job that belong to one task.
 _TAKES = {
-    "invert": ("language_model", "caption", "avoid", "avoid_weight"),
+    "invert": (
+        *("language_model", "caption", "captioner", "prune_caption"),
+        *("avoid", "avoid_weight"),
+    ),
     "distill": ("language_model", "ratio"),
     "score": (),
 }
@@ -59,6 +64,9 @@ class Job:
         language_model: path of another language model for `options.readability`; None: the one
             that `SearchOptions` takes where none is given.
         caption: as in `invert`.
+        captioner: name or path of a model, as `load_captioner` takes it, that writes the caption of
+            each image; it then goes through `prepare_caption`. None: there is none.
+        prune_caption: drop the words of this caption that lower its similarity with the image.
         avoid, avoid_weight: texts to stay away from, and their weight, as in `invert`.
         ratio: as in `distill`.
 
@@ -73,6 +81,8 @@ class Job:
     options: SearchOptions = field(default_factory=SearchOptions)
     language_model: str | None = None
     caption: str = ""
+    captioner: str | None = None
+    prune_caption: bool = False
     avoid: Sequence[str] = ()
     avoid_weight: float = 0.5
     ratio: float = 0.3
@@ -92,6 +102,10 @@ class Job:
         check_integer("seed", self.options.seed, 0)
         self._check_use()
         check_string("caption", self.caption)
+        if self.captioner is not None:
+            check_string("captioner", self.captioner)
+        check_bool("prune_caption", self.prune_caption)
+        check_captioner(self.captioner, self.prune_caption, caption=self.caption)
         for text in self.avoid:
             _check_avoided(text)
         check_number("avoid_weight", self.avoid_weight)
@@ -128,6 +142,8 @@ class Job:
         if self.task != "score":
             values |= {"prompt_len": self.prompt_len} | _settings_of(self.options)
         values |= {name: getattr(self, name) for name in _TAKES[self.task]}
+        if self.captioner is None:  # jobs of versions without captioners go on
+            values = {k: v for k, v in values.items() if k not in ("captioner", "prune_caption")}
         return json.loads(json.dumps(values))
 
     def seed_of(self, item: str) -> int:

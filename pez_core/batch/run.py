@@ -120,7 +120,8 @@ def run(
         source: a folder, a file or a pattern; see `find_items`.
         out: folder for the results, a Parquet dataset with a row per item: `id`, `prompt`,
             `similarity`, `token_ids`, `seed`, `seconds` (of the search, shared by those searched
-            side by side) and `error`.
+            side by side), `error`, the `caption` of the job's captioner, and a `note`, such as that
+            it was cut; null where there is none.
         job: what to do; None: `Job()`, a prompt of 8 tokens for each image on `emoji-clip`.
         callback: gets a dict after each few items: `done` and `total` items of this run, `failed`
             of them, `elapsed` seconds of searching, `rate` items per second and seconds `left`,

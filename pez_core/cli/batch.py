@@ -184,6 +184,8 @@ def _job(arguments: argparse.Namespace) -> Job:
         options=options,
         language_model=arguments.language_model,
         caption=arguments.caption,
+        captioner=arguments.captioner,
+        prune_caption=arguments.prune_caption,
         avoid=arguments.avoid,
         avoid_weight=arguments.avoid_weight,
         ratio=arguments.ratio,
