@@ -30,7 +30,7 @@ _CHUNKS_PER_WORKER, _LONGEST_CHUNK = 64, 256
 # In a chunk the images of a group are read during the search of the group before.
 _LEAST_GROUPS = 4
 # An empty Parquet file of results.
-_FILE_BYTES = 2800
+_FILE_BYTES = 3200
 
 Callback = Callable[[dict], bool | None]
 
