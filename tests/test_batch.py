@@ -40,10 +40,10 @@ from pez_core.batch import job as job_module
 from pez_core.batch import worker as worker_module
 from pez_core.batch.output import Output
 from pez_core.batch.worker import Worker, failed_row
-from pez_core.clip.images import load_image
 from pez_core.cli import batch as command_module
 from pez_core.cli import show
 from pez_core.cli.main import build_parser
+from pez_core.clip.images import load_image
 
 PAPER = SearchOptions(swaps=0, steps=2, prompt_len=2)
 QUICK = Job(options=PAPER)
