@@ -137,10 +137,10 @@ def _caption_inputs() -> list[io.Input]:
             "clean_caption",
             default=True,
             **inputs.RARE,
-            tooltip="On: leave out what does not describe the image, such as line breaks, markdown "
-            "and a beginning like The image shows; cut the caption where the learned words would "
-            "not fit into one context of the CLIP with it; and put a comma in front of them unless "
-            "`wording` is sentence or the caption has {}. Off: the caption stays as it is.",
+            tooltip="On: text that does not describe the image is left out, such as markdown, line "
+            "breaks and the words The image shows. A caption that leaves no room for the learned "
+            "words is cut. They follow behind a comma, or continue a sentence if `wording` is "
+            "sentence. Off: the caption stays as it is.",
         ),
         io.Boolean.Input(
             "prune_caption",
