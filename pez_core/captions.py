@@ -79,7 +79,7 @@ def check_captioner(captioner: str | None, prune_caption: bool, **others: object
     Args:
         captioner: name of the model; None: there is none.
         prune_caption: drop words of its caption.
-        others: the values of `caption`, and of `shared` and `negative_prompt` where they exist.
+        others: the values of arguments in `_EXCLUDED` that the front end has.
     """
     if captioner is None:
         if prune_caption:
@@ -96,6 +96,7 @@ def check_captioner(captioner: str | None, prune_caption: bool, **others: object
 
 _EXCLUDED = {
     "caption": "the captioner writes it",
+    "captions": "the captioner writes them",
     "shared": "each image has a caption of its own",
     "negative_prompt": "it would begin with a description of the image",
 }

@@ -407,7 +407,10 @@ def test_a_damaged_table_is_an_item_with_a_problem(tmp_path, suffix):
         ({"options": SearchOptions(batch_size=3)}, "`batch_size` cannot be an option of a batch"),
         ({"options": SearchOptions(seed=[1, 2])}, "`seed` has to be an integer"),
         ({"captioner": "x", "caption": "a"}, "`captioner` cannot be combined with `caption`"),
-        ({"prune_caption": True}, "`prune_caption` requires `captioner`; add it"),
+        ({"captions": True, "caption": "a"}, "`captions` cannot be combined with `caption`"),
+        ({"captions": True, "captioner": "x"}, "`captioner` cannot be combined with `captions`"),
+        ({"task": "score", "captions": True}, "`captions` is given, but task 'score'"),
+        ({"prune_caption": True}, "`prune_caption` requires `captions` or `captioner`; add one"),
         ({"task": "distill", "captioner": "x"}, "`captioner` is given, but task 'distill'"),
         ({"avoid": [3]}, "`avoid` has to be a string"),
         ({"avoid": str(EXAMPLES[0])}, "`avoid` is the text .* image file"),
@@ -431,7 +434,7 @@ def search_job(**options):
 @pytest.mark.slow
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
-    later = {"fit", "activation", "wording", "captioner", "prune_caption"}
+    later = {"fit", "activation", "wording", "captions", "captioner", "prune_caption"}
     assert not later & {*usual}  # outputs of older versions go on
     assert search_job(readability=0.5).settings["wording"] == "free"  # by another language model
     assert usual == search_job(prompt_len=8, restarts=1, effort="balanced").settings
@@ -467,6 +470,8 @@ def test_settings_are_all_that_a_result_depends_on():
         search_job(vocabulary=Vocabulary(ascii_only=True)),
         Job(language_model="x"),
         Job(caption="a"),
+        Job(captions=True),
+        Job(captions=True, prune_caption=True),
         Job(captioner="a"),
         Job(captioner="a", prune_caption=True),
         Job(avoid="a"),
@@ -490,7 +495,7 @@ def test_settings_hold_every_option():
     given = SearchOptions(fit="pad", wording="tags")
     later = Job(options=given, activation="gelu", captioner="x").settings
     assert names - elsewhere <= set(later) and "ratio" in Job(task="distill").settings
-    new = {"fit", "activation", "wording", "captioner", "prune_caption"}
+    new = {"fit", "activation", "wording", "captions", "captioner", "prune_caption"}
     assert set(later) - set(Job().settings) == new
     assert {"work", "unsafe_words"} <= set(Job().settings)
 
@@ -1057,6 +1062,7 @@ EFFECTS = {
     ),
     "--ratio": (["0.5", "--task", "distill"], field("ratio"), 0.5),
     "--caption": (["a {}"], field("caption"), "a {}"),
+    "--captions": ([], field("captions"), True),
     "--captioner": (["x"], field("captioner"), "x"),
     "--prune-caption": (["--captioner", "x"], field("prune_caption"), True),
     "--start-from": (["a dog"], option("start_from"), "a dog"),
@@ -1248,6 +1254,32 @@ def test_a_batch_with_a_captioner_resumes_and_prunes(images, tmp_path, emoji_cli
     row = read(tmp_path / "out")[item]
     assert row["caption"] + ", {}" == caption and row["caption"] in ("an", "anchor", "an anchor")
     assert pickle.loads(pickle.dumps(job)) == job
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_captions_beside_the_images_are_continued(images, tmp_path, emoji_clip, prune):
+    texts = ["The image shows an anchor {} here.", "a big red boat, " * 30, "{} and {}"]
+    for name, text in zip(names(3), texts, strict=True):
+        (images / name).with_suffix(".txt").write_text(text)
+    job = Job(options=PAPER, captions=True, prune_caption=prune)
+    summary = run(images, tmp_path / "out", job)
+    assert (summary.found, summary.errors) == (2, {"ValueError": 1, "NoPrompt": 2})
+    rows = read(tmp_path / "out")
+    for name, text in zip(names(2), texts, strict=False):
+        target = images / name if prune else None
+        caption, remark = prepare_caption(emoji_clip, text, PAPER, target)
+        before, behind = caption.split("{}")
+        assert rows[name]["prompt"].startswith(before) and rows[name]["prompt"].endswith(behind)
+        assert rows[name]["note"] == (remark or None)
+    assert "the caption has to hold {} once at most" in rows[names()[2]]["error"]
+
+
+def test_captions_of_a_table_are_continued(images, tmp_path):
+    table = f"file_name,caption\n{names()[0]},a red anchor\n"
+    (images / "table.csv").write_text(table)
+    assert run(images / "table.csv", tmp_path / "out", Job(options=PAPER, captions=True)).found == 1
+    (row,) = read(tmp_path / "out").values()
+    assert row["caption"] == "a red anchor" and row["prompt"].startswith("a red anchor, ")
 
 
 def test_a_captioner_that_is_not_there_is_an_error_of_the_run(command):

@@ -36,8 +36,8 @@ SCHEMA = pa.schema(
     ]
 )
 """A row of the results; with an `error`, of the form `Kind: message`, the others are null. A
-`caption` is that of the job's captioner, and a `note` a remark for the user; null where there is
-none."""
+`caption` is that of the item, if it has its own, and a `note` a remark for the user; null where
+there is none."""
 
 # Readers of Parquet datasets skip files that begin with an underscore or a dot.
 _SETTINGS, _LOCK = "_settings.json", "_lock"

@@ -46,7 +46,7 @@ _SHARE = 0.4
 
 
 # Arguments of the tasks, as the errors of items name them.
-_SHOWN = {"images": "the item", "prompt": "the prompt"}
+_SHOWN = {"images": "the item", "prompt": "the prompt", "caption": "the caption"}
 
 
 class Problem(ValueError):
@@ -59,7 +59,7 @@ class DeviceLost(Exception):
 
 def default_batch_size(job: Job, device: str) -> int:
     """The number of items that are searched side by side on a kind of device, given the memory."""
-    if job.task == "distill" or job.captioner is not None:  # prompts differ in length
+    if job.task == "distill" or job.captioned:  # prompts differ in length
         return 1
     if job.task == "score":
         return _SCORED
@@ -230,7 +230,7 @@ class Worker:
         return [row for part in parts for row in self._search(part)]
 
     def _invert(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
-        if self._write is not None:  # a search has one caption
+        if self.job.captioned:  # a search has one caption
             return [self._continue_caption(item, feature) for item, feature in group]
         seeds = [self.job.seed_of(item["id"]) for item, _ in group]
         features = torch.cat([feature for _, feature in group])

@@ -184,6 +184,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         options=options,
         language_model=arguments.language_model,
         caption=arguments.caption,
+        captions=arguments.captions,
         captioner=arguments.captioner,
         prune_caption=arguments.prune_caption,
         avoid=arguments.avoid,

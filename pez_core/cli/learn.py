@@ -99,6 +99,12 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
         metavar="TEXT",
         help="fixed text of the prompt; learned words go where it has {}, else behind it",
     )
+    if batch:
+        group.add_argument(
+            "--captions",
+            action="store_true",
+            help="each image has a caption: the text file beside it, or --prompt-column",
+        )
     add_captioner(group)
     group.add_argument("--start-from", metavar="TEXT", help="text that the search starts from")
     group.add_argument(
