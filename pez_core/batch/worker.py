@@ -101,7 +101,10 @@ class Worker:
         )
         self._write = self._captioner(download)
         self._options = replace(job.options, language_model=self._language_model())
-        self._steering = {"caption": job.caption, "avoid": Avoid(job.avoid, job.avoid_weight)}
+        self._steering: dict[str, Any] = {
+            "caption": job.caption,
+            "avoid": Avoid(job.avoid, job.avoid_weight),
+        }
         default = default_batch_size(job, self.clip.device.type)
         self.batch_size = batch_size or self._that_fit(default)
 
@@ -243,12 +246,13 @@ class Worker:
 
     def _continue_caption(self, item: dict[str, Any], feature: torch.Tensor) -> dict[str, Any]:
         """Search the words behind the caption of an item, whose (1, features) image this is."""
-        options = replace(self._options, seed=self.job.seed_of(item["id"]))
+        seed = self.job.seed_of(item["id"])
+        options = replace(self._options, seed=seed)
         target = feature if self.job.prune_caption else None
         caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
-        steering = self._steering | {"caption": caption}
+        steering = {**self._steering, "caption": caption}
         (result,) = invert(self.clip, feature, options, **steering)
-        row = _row(result, options.seed) | {"caption": text_of_caption(caption)}
+        row = _row(result, seed) | {"caption": text_of_caption(caption)}
         return row | {"note": " ".join(filter(None, [remark, row["note"]])) or None}
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
