@@ -1,8 +1,10 @@
 """Captions of other models: cleaned, cut, and written by a captioner."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from conftest import EXAMPLES
@@ -393,6 +395,20 @@ def test_the_command_continues_the_text_of_a_captioner(blip, capsys, wording, be
         assert ("cut from" in row.get("note", "")) == (row["caption"] != whole)
     assert main([*command, "--device", "cpu"]) == 0
     assert f"  caption: {rows[0]['caption']}\n" in capsys.readouterr().out
+
+
+def test_a_batch_continues_the_texts_of_a_captioner(blip, tmp_path):
+    (tmp_path / "images").mkdir()
+    for path in EXAMPLES[:2]:
+        shutil.copy(path, tmp_path / "images")
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--captioner", str(blip)]
+    assert main([*command, *QUICK, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    for path in EXAMPLES[:2]:
+        row, whole = rows[path.name], clean_caption(load_captioner(blip, device="cpu")(path))
+        assert row["caption"] and whole.startswith(row["caption"])
+        assert row["prompt"].startswith(f"{row['caption']}, ")
+        assert ("cut from" in (row["note"] or "")) == (row["caption"] != whole)
 
 
 def test_the_command_prunes_the_caption(monkeypatch, capsys):
