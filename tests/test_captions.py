@@ -280,9 +280,8 @@ def test_a_caption_that_no_cut_makes_fit(tiny_clip):
 # --- captioners
 
 
-@pytest.fixture(scope="module")
-def blip(tmp_path_factory):
-    """The folder of a BLIP with random weights."""
+def write_blip(folder):
+    """Save a BLIP with random weights."""
     special = {"pad_token": "[PAD]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
     vocabulary = {word: k for k, word in enumerate([*special.values(), *WORDS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
@@ -303,12 +302,17 @@ def blip(tmp_path_factory):
     config = transformers.BlipConfig(
         text_config=text, vision_config=vision | {"initializer_range": 1.0}, projection_dim=16
     )
-    folder = tmp_path_factory.mktemp("blip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip")
+    write_blip(folder)
     return folder
 
 
