@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from comfy_api.latest import io
 
-from ..pez_core import Avoid, SearchOptions, invert
+from ..pez_core import Avoid, SearchOptions, invert, prepare_caption, prune_caption
 from ..pez_core.clip.images import load_image
 from ..pez_core.errors import ArgumentError
 from ..pez_core.options import IMAGE_WORDING
@@ -19,6 +19,7 @@ from . import inputs
 from .found import Found
 from .learning import Learner, all_candidates, all_prompts, learner_schema, search_options
 from .live import Live, countdown
+from .memory import cancellable
 from .values import Values, lines
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class ImageToPrompt(Learner):
                 *_target_inputs(),
                 *_avoid_inputs(),
             ],
+            newest=_caption_inputs(),
             outputs=_outputs(),
         )
 
@@ -73,16 +75,19 @@ class ImageToPrompt(Learner):
         )
         captions = [caption.strip() for caption in values.every("caption")]
         refused = {} if shared else _refused(images)
-        groups = _groups(images, captions, shared, refused)
+        prunes = _prunes(values)
+        groups = _groups(images, captions, shared, refused, prunes)
         avoid = [*lines(values["avoid"]), *values.pictures("avoid_images")]
 
         def run(clip: Any, options: SearchOptions) -> list[Found]:
             live.begin()
             found = []
-            for turns, (group, caption) in countdown(groups):
+            for turns, (group, given) in countdown(groups):
+                targets = _encoded(clip, group, options.fit, always=prunes)
+                caption, remark = _caption(clip, given, options, values, targets)
                 results = invert(
                     clip,
-                    _encoded(clip, group, options.fit),
+                    targets,
                     replace(options, time_limit=live.time_left(turns)),
                     caption=caption,
                     avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
@@ -90,7 +95,7 @@ class ImageToPrompt(Learner):
                     negative_prompt=values["negative_prompt"],
                     callback=live.turn(turns, caption),
                 )
-                found += live.found(results)
+                found += [_with_remark(one, remark) for one in live.found(results)]
             return found
 
         found = values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
@@ -120,7 +125,29 @@ def _target_inputs() -> list[io.Input]:
             optional=True,
             placeholder="your caption (optional)",
             tooltip="Text that stays in the prompt, for example from a captioner node. The learned "
-            "words go where it has {}, otherwise behind it.",
+            "words go where it has {}, otherwise behind it. `clean_caption` and `prune_caption` "
+            "change it.",
+        ),
+    ]
+
+
+def _caption_inputs() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "clean_caption",
+            default=True,
+            **inputs.RARE,
+            tooltip="On: text that does not describe the image is left out, such as markdown, line "
+            "breaks and the words The image shows. A caption that leaves no room for the learned "
+            "words is cut. They follow behind a comma, or continue a sentence if `wording` is "
+            "sentence. Off: the caption stays as it is.",
+        ),
+        io.Boolean.Input(
+            "prune_caption",
+            default=False,
+            **inputs.RARE,
+            tooltip="On: drop the words of the caption that lower its similarity with the images. "
+            "Long captions take longer.",
         ),
     ]
 
@@ -198,19 +225,57 @@ def _refused(images: list[Any]) -> dict[int, str]:
     return {k: f"image {k + 1} {of}: {error}" for k, error in errors.items()}
 
 
-def _encoded(clip: Any, images: list[Any], fit: str) -> list[Any] | torch.Tensor:
-    """The images; their features, if some of them come encoded."""
-    if not any(map(is_encoded, images)):
+def _encoded(
+    clip: Any, images: list[Any], fit: str, always: bool = False
+) -> list[Any] | torch.Tensor:
+    """The images; their features, if some of them come encoded, or `always`."""
+    if not always and not any(map(is_encoded, images)):
         return images
     return encode_targets("images", clip, images, fit)
 
 
+def _prunes(values: Values) -> bool:
+    """Whether words of the captions are dropped."""
+    prunes = values["prune_caption"] and any(map(str.strip, values.every("caption")))
+    if prunes and values["negative_prompt"]:
+        raise ArgumentError(
+            "prune_caption",
+            "keeps words that are similar to the images, which a negative prompt must not be",
+            "turn off `prune_caption` or `negative_prompt`",
+        )
+    return prunes
+
+
+def _caption(
+    clip: Any, given: str, options: SearchOptions, values: Values, images: list[Any] | torch.Tensor
+) -> tuple[str, str]:
+    """A caption as the node is set to change it, and a remark about what was cut."""
+    prunes = values["prune_caption"] and given
+    with cancellable(clip):
+        if values["clean_caption"]:
+            return prepare_caption(clip, given, options, images if prunes else None)
+        return prune_caption(clip, given, images, options.fit) if prunes else given, ""
+
+
+def _with_remark(found: Found, remark: str) -> Found:
+    return replace(found, note=f"{remark} {found.note}".strip())
+
+
 def _groups(
-    images: list[Any], captions: Sequence[str], shared: bool, refused: Container[int]
+    images: list[Any],
+    captions: Sequence[str],
+    shared: bool,
+    refused: Container[int],
+    prunes: bool,
 ) -> list[tuple[list[Any], str]]:
-    """Images that are searched side by side, with their caption, without those that are refused."""
-    if len(set(captions)) == 1:
+    """Images that are searched side by side, with their caption, without those that are refused.
+
+    Where captions are pruned, each image may get another one.
+    """
+    if len(set(captions)) == 1 and (shared or not prunes):
         return [([one for k, one in enumerate(images) if k not in refused], captions[0])]
+    if len(set(captions)) == 1:
+        captions = [captions[0]] * len(images)
     if shared or len(captions) != len(images):
         raise ArgumentError(
             "caption",

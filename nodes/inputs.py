@@ -227,7 +227,7 @@ def fit() -> io.Input:
 
 
 def wording(default: str) -> io.Input:
-    """The last input: workflows store the values of widgets by place."""
+    """Behind `fit`, which is older."""
     return io.Combo.Input(
         "wording",
         options=list(WORDINGS),

@@ -18,7 +18,13 @@ NOT_LEARNED_FROM = frozenset({"keep", "kept", "subject", "style_template"})
 """Inputs that a search does not use."""
 _SAME_ELSEWHERE = frozenset({"keep", "kept", "download", "device"})
 """Inputs of nodes upstream that do not change their outputs."""
-_NEWER = {"fit": "crop", "activation": "automatic", "wording": "free"}
+_NEWER = {
+    "fit": "crop",
+    "activation": "automatic",
+    "wording": "free",
+    "clean_caption": False,
+    "prune_caption": False,
+}
 """Inputs that older kept prompts lack, and the values that change nothing."""
 _LONGEST = 4_000_000  # characters of a kept text; a batch of hundreds of images stays below
 

@@ -108,9 +108,13 @@ def learner_schema(
     outputs: list[io.Output],
     reads_images: bool = True,
     wording: str = SearchOptions.wording,
+    newest: Sequence[io.Input] = (),
     **described: Any,
 ) -> io.Schema:
-    """A schema with the sockets and widgets that all learning nodes share around the node's own."""
+    """A schema with the sockets and widgets that all learning nodes share around the node's own.
+
+    Workflows store the values of widgets by place, so that `newest` ones come last.
+    """
     return io.Schema(
         category=CATEGORY,
         is_input_list=True,
@@ -124,6 +128,7 @@ def learner_schema(
             inputs.repeats(),
             *([inputs.fit()] if reads_images else []),
             inputs.wording(wording),
+            *newest,
         ],
         outputs=[*outputs, *_candidates()],
         hidden=_HIDDEN,

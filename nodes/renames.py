@@ -13,7 +13,8 @@ from typing import Any
 _TABLE = json.loads((Path(__file__).parent.parent / "web/renames.json").read_text("utf-8"))
 _NEW_NAMES: dict[str, str] = _TABLE["inputs"]
 _NEW_VALUES: dict[str, dict[str, Any]] = _TABLE["values"]
-_NEWER: dict[str, Any] = _TABLE["newer"]  # with these values a search stays the same
+# by an older input of the same nodes; with these values a search stays the same
+_NEWER: dict[str, dict[str, Any]] = _TABLE["newer"]
 _OLD_NAMES = {new: old for old, new in _NEW_NAMES.items()}
 
 
@@ -45,7 +46,10 @@ def _updated(inputs: dict[str, Any]) -> dict[str, Any]:
         if name != old and name in inputs:
             continue  # it has both, of which the new one counts
         updated[name] = _new_value(name, value)
-    return _NEWER | updated if "effort" in updated else updated
+    for older, values in _NEWER.items():
+        if older in updated:
+            updated = values | updated
+    return updated
 
 
 def _new_value(name: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .captioners import load_captioner
-    from .captions import clean_caption, fit_caption, prune_caption
+    from .captions import clean_caption, fit_caption, prepare_caption, prune_caption
     from .clip import PRESETS, AnyClip, Clip, JointClip, clip_from_encoders, load_clip
     from .diffusion import PezPipeline as PezPipeline
     from .errors import ArgumentError, ArgumentTypeError
@@ -69,6 +69,7 @@ __all__ = [
     "load_language_model",
     "objective_for",
     "over_seeds",
+    "prepare_caption",
     "prune",
     "prune_caption",
     "refine",
@@ -79,7 +80,7 @@ __all__ = [
 
 _MODULES = {
     "captioners": ("load_captioner",),
-    "captions": ("clean_caption", "fit_caption", "prune_caption"),
+    "captions": ("clean_caption", "fit_caption", "prepare_caption", "prune_caption"),
     "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "clip_from_encoders", "load_clip"),
     "diffusion": ("PezPipeline",),
     "errors": ("ArgumentError", "ArgumentTypeError"),

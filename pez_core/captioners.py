@@ -78,6 +78,17 @@ def load_captioner(
 
 
 @contextmanager
+def naming_captioner() -> Iterator[None]:
+    """Inside, errors about the name of a model are about the argument `captioner`."""
+    try:
+        yield
+    except ArgumentError as error:
+        if error.argument == "name_or_path":
+            raise error.about("captioner") from error
+        raise
+
+
+@contextmanager
 def _naming(name_or_path: str | Path, problem: str) -> Iterator[None]:
     """Inside, errors name the model, except for those of memory."""
     try:

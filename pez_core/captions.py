@@ -4,15 +4,102 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .errors import check_integer, check_string
+from .errors import ArgumentError, check_integer, check_string
+from .options import SearchOptions
 from .prompt_text import SLOT, all_pieces, kept_spans, read
 
 if TYPE_CHECKING:
+    import torch
+
     from .caption import Caption
     from .clip import AnyClip
     from .clip.images import ImageInput
+
+# --- all in one
+
+
+def prepare_caption(
+    clip: AnyClip,
+    text: str,
+    options: SearchOptions = SearchOptions(),
+    prune_for: ImageInput | Sequence[ImageInput] | torch.Tensor | None = None,
+) -> tuple[str, str]:
+    """The text of a captioner as the `caption` of `invert`: `clean_caption` to `fit_caption`.
+
+    The learned words go where the text has `{}`, else behind it: after a space where they continue
+    a sentence, which is so with the wording "sentence" and behind a word such as "of"; else after a
+    comma.
+
+    Args:
+        clip: from `load_clip`.
+        text: of any captioner, with or without `{}`.
+        options: of the search, whose `wording` and `prompt_len` count.
+        prune_for: drop the words that lower the similarity with these images, as `prune_caption`
+            does; None: keep all.
+
+    Returns:
+        The caption, "" where nothing is left of the text, and a remark for the user about what was
+        cut, "" where all of it fits.
+
+    Raises:
+        ArgumentError: an image cannot be read, the text has `{}` twice, or not even the text behind
+            `{}` fits.
+        FloatingPointError: a similarity is NaN or infinite.
+    """
+    from .caption import check_caption
+    from .tasks.invert import PROMPT_LEN
+
+    check_caption(text)
+    caption = clean_caption(text)
+    if prune_for is not None and read(caption.replace(SLOT, "")):
+        caption = clean_caption(prune_caption(clip, caption, prune_for, options.fit))
+    if not caption.replace(SLOT, "").strip(" ,;."):
+        return "", ""
+    placed = caption if SLOT in caption else caption + _place_behind(caption, options.wording)
+    return fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
+
+
+def _place_behind(text: str, wording: str) -> str:
+    """The place of the learned words behind a text, with what stands between."""
+    open_end = text[-1] in ":!?" or text.split()[-1].lower() in _OPEN_WORDS
+    return f" {SLOT}" if wording == "sentence" or open_end else f", {SLOT}"
+
+
+def text_of_caption(caption: str) -> str:
+    """A caption without the place of the learned words at its end."""
+    return caption.removesuffix(SLOT).rstrip(" ,")
+
+
+def check_captioner(captioner: str | None, prune_caption: bool, **others: object) -> None:
+    """Raise where a captioner, or its switch, does not go with the other arguments.
+
+    Args:
+        captioner: name of the model; None: there is none.
+        prune_caption: drop words of its caption.
+        others: the values of arguments in `_EXCLUDED` that the front end has.
+    """
+    if captioner is None:
+        if prune_caption:
+            raise ArgumentError("prune_caption", "requires `captioner`", "add it")
+        return
+    for name, value in others.items():
+        if value:
+            raise ArgumentError(
+                "captioner",
+                f"cannot be combined with `{name}`: {_EXCLUDED[name]}",
+                "leave one of the two out",
+            )
+
+
+_EXCLUDED = {
+    "caption": "the captioner writes it",
+    "captions": "the captioner writes them",
+    "shared": "each image has a caption of its own",
+    "negative_prompt": "it would begin with a description of the image",
+}
 
 # --- clean
 
@@ -179,8 +266,13 @@ def _one_line(text: str) -> str:
 # --- prune
 
 
-def prune_caption(clip: AnyClip, caption: str, image: ImageInput, fit: str = "crop") -> str:
-    """Drop the words of a caption that lower its similarity with the image.
+def prune_caption(
+    clip: AnyClip,
+    caption: str,
+    images: ImageInput | Sequence[ImageInput] | torch.Tensor,
+    fit: str = "crop",
+) -> str:
+    """Drop the words of a caption that lower its similarity with an image.
 
     The word that does most harm goes first, until no word does harm. `prune` goes further: it also
     drops words that help, down to the similarity of the whole prompt. Tags stay, and weights like
@@ -188,30 +280,38 @@ def prune_caption(clip: AnyClip, caption: str, image: ImageInput, fit: str = "cr
 
     Args:
         clip: from `load_clip`.
-        caption: without `{}`.
-        image: as in `invert`.
-        fit: how the image becomes a square, as in `SearchOptions`.
+        caption: with or without `{}`, which stays.
+        images: as in `invert`; of several their mean similarity counts.
+        fit: how images become squares, as in `SearchOptions`.
 
     Returns:
         The words that are left, at least one.
 
     Raises:
-        ArgumentError: the caption is empty, or the image cannot be read.
+        ArgumentError: the caption is empty, or an image cannot be read.
         FloatingPointError: a similarity is NaN or infinite.
     """
-    from .clip.images import load_image
-    from .scoring import contributions
+    import torch
 
-    feature = clip.encode_images([load_image(image)], fit)[0]
-    while True:
-        words = contributions(clip, caption, feature)
-        # a tag changes nothing here, but the image
-        places = [k for k, word in enumerate(words) if read(word.word)]
-        worst = min(places, key=lambda k: words[k].contribution)
-        if len(places) == 1 or words[worst].contribution >= 0:
-            return caption
-        del words[worst]
-        caption = " ".join(word.word for word in words)
+    from .scoring import split, towards
+    from .tasks.invert import encode_images
+
+    words = split(caption, "caption")
+    with torch.inference_mode(False):
+        feature = encode_images(clip, images, fit).mean(0)
+        while True:
+            # a tag changes nothing here, but the image
+            places = [k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word]
+            if len(places) < 2:
+                break
+            texts = [[word.replace(SLOT, "").strip() for word, _ in words]]
+            texts += [texts[0][:k] + texts[0][k + 1 :] for k in places]
+            whole, *without = towards(clip, [list(filter(None, text)) for text in texts], feature)
+            worst = max(range(len(places)), key=without.__getitem__)
+            if without[worst] <= whole:
+                break
+            del words[places[worst]]
+    return " ".join(word for word, _ in words)
 
 
 # --- fit

@@ -143,16 +143,16 @@ def explain(
         FloatingPointError: a similarity is NaN or infinite.
     """
     check_clip("clip", clip)
-    _split(prompt)
+    split(prompt)
     with torch.inference_mode(False):
         return contributions(clip, prompt, _mean_feature(clip, target, fit))
 
 
 def contributions(clip: AnyClip, prompt: str, feature: torch.Tensor) -> list[WordContribution]:
     """`explain` by the dot product with a (features,) target."""
-    words = [word for word, _ in _split(prompt)]
+    words = [word for word, _ in split(prompt)]
     with torch.inference_mode(False):
-        whole, *without = _towards(clip, [words, *_one_dropped(words)], feature)
+        whole, *without = towards(clip, [words, *_one_dropped(words)], feature)
     return [WordContribution(w, whole - s) for w, s in zip(words, without, strict=True)]
 
 
@@ -207,7 +207,7 @@ def prune(
     """
     check_clip("clip", clip)
     max_loss = check_number("max_loss", max_loss)
-    _split(prompt)
+    split(prompt)
     with torch.inference_mode(False):
         return prune_towards(clip, prompt, _mean_feature(clip, target, fit), max_loss)
 
@@ -216,15 +216,15 @@ def prune_towards(
     clip: AnyClip, prompt: str, feature: torch.Tensor, max_loss: float = 0.0
 ) -> Pruned:
     """`prune` by the dot product with a (features,) target."""
-    words, dropped = _split(prompt), []
+    words, dropped = split(prompt), []
     with torch.inference_mode(False):
-        (before,) = _towards(clip, [[word for word, _ in words]], feature)
+        (before,) = towards(clip, [[word for word, _ in words]], feature)
         now = before
         while sum(is_read for _, is_read in words) > 1:
             # a tag changes nothing here, but the image
             places = [k for k, (_, is_read) in enumerate(words) if is_read]
             left = _one_dropped([word for word, _ in words])
-            rest = _towards(clip, [left[k] for k in places], feature)
+            rest = towards(clip, [left[k] for k in places], feature)
             best = max(range(len(rest)), key=rest.__getitem__)
             if rest[best] < before - max_loss:
                 break
@@ -233,20 +233,25 @@ def prune_towards(
     return Pruned(" ".join(word for word, _ in words), now, before, dropped)
 
 
-def _split(prompt: str) -> list[tuple[str, bool]]:
-    """The words of a prompt, and its syntax, each with whether a text encoder reads of it."""
+def split(prompt: str, name: str = "prompt") -> list[tuple[str, bool]]:
+    """The words of a prompt, and its syntax, each with whether a text encoder reads of it.
+
+    Args:
+        prompt: words separated by spaces.
+        name: of the argument that it was given as, for errors.
+    """
     if not isinstance(prompt, str):
-        raise ArgumentTypeError("prompt", f"has to be a string but is {prompt!r}")
+        raise ArgumentTypeError(name, f"has to be a string but is {prompt!r}")
     if not prompt.split():
-        raise ArgumentError("prompt", "is empty", "give at least one word")
-    check_text("prompt", prompt, "give a text, and the file as the `target`")
+        raise ArgumentError(name, "is empty", "give at least one word")
+    check_text(name, prompt, "give a text, and the file as the `target`")
     words = [
         (word, piece.read != "")
         for piece in all_pieces(prompt)
         for word in ([piece.printed] if piece.kept else piece.printed.split())
     ]
     if not any(is_read for _, is_read in words):
-        raise ArgumentError("prompt", "holds only tags, no words", "give at least one word")
+        raise ArgumentError(name, "holds only tags, no words", "give at least one word")
     return words
 
 
@@ -258,8 +263,8 @@ def _mean_feature(clip: AnyClip, target: Target | Sequence[Target], fit: str) ->
     return encode_targets("target", clip, as_list(target), fit).mean(0)
 
 
-def _towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> list[float]:
-    """Dot products of texts, given as lists of words, with a feature."""
+def towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> list[float]:
+    """Dot products of texts, given as lists of words, with a (features,) target."""
     prompts = [" ".join(words) for words in texts]
     plain = [read(prompt) for prompt in prompts]
     if max(len(clip.text.words.encode(text)) for text in plain) <= clip.text.max_prompt_len:

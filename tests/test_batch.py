@@ -25,7 +25,16 @@ from PIL import Image
 from test_readability import make_lm
 
 import pez_core.cli
-from pez_core import ArgumentError, SearchOptions, Vocabulary, distill, invert, priors, score
+from pez_core import (
+    ArgumentError,
+    SearchOptions,
+    Vocabulary,
+    distill,
+    invert,
+    prepare_caption,
+    priors,
+    score,
+)
 from pez_core.batch import BatchPlan, Columns, Job, Summary, find_items, plan, run
 from pez_core.batch import job as job_module
 from pez_core.batch import worker as worker_module
@@ -34,6 +43,7 @@ from pez_core.batch.worker import Worker, failed_row
 from pez_core.cli import batch as command_module
 from pez_core.cli import show
 from pez_core.cli.main import build_parser
+from pez_core.clip.images import load_image
 
 PAPER = SearchOptions(swaps=0, steps=2, prompt_len=2)
 QUICK = Job(options=PAPER)
@@ -396,6 +406,12 @@ def test_a_damaged_table_is_an_item_with_a_problem(tmp_path, suffix):
         ({"options": SearchOptions(time_limit=3)}, "`time_limit` cannot be an option of a batch"),
         ({"options": SearchOptions(batch_size=3)}, "`batch_size` cannot be an option of a batch"),
         ({"options": SearchOptions(seed=[1, 2])}, "`seed` has to be an integer"),
+        ({"captioner": "x", "caption": "a"}, "`captioner` cannot be combined with `caption`"),
+        ({"captions": True, "caption": "a"}, "`captions` cannot be combined with `caption`"),
+        ({"captions": True, "captioner": "x"}, "`captioner` cannot be combined with `captions`"),
+        ({"task": "score", "captions": True}, "`captions` is given, but task 'score'"),
+        ({"prune_caption": True}, "`prune_caption` requires `captions` or `captioner`; add one"),
+        ({"task": "distill", "captioner": "x"}, "`captioner` is given, but task 'distill'"),
         ({"avoid": [3]}, "`avoid` has to be a string"),
         ({"avoid": str(EXAMPLES[0])}, "`avoid` is the text .* image file"),
         ({"avoid_weight": -1}, "`avoid_weight` has to be finite and 0 or more"),
@@ -418,7 +434,8 @@ def search_job(**options):
 @pytest.mark.slow
 def test_settings_are_all_that_a_result_depends_on():
     usual = Job().settings
-    assert not {"fit", "activation", "wording"} & {*usual}  # outputs of older versions go on
+    later = {"fit", "activation", "wording", "captions", "captioner", "prune_caption"}
+    assert not later & {*usual}  # outputs of older versions go on
     assert search_job(readability=0.5).settings["wording"] == "free"  # by another language model
     assert usual == search_job(prompt_len=8, restarts=1, effort="balanced").settings
     # numbers in place of a name, which may get others
@@ -453,6 +470,10 @@ def test_settings_are_all_that_a_result_depends_on():
         search_job(vocabulary=Vocabulary(ascii_only=True)),
         Job(language_model="x"),
         Job(caption="a"),
+        Job(captions=True),
+        Job(captions=True, prune_caption=True),
+        Job(captioner="a"),
+        Job(captioner="a", prune_caption=True),
         Job(avoid="a"),
         Job(avoid_weight=0.1),
         Job(clip="a"),
@@ -471,9 +492,11 @@ def test_settings_hold_every_option():
     names = {field.name for field in fields(SearchOptions)} | {field.name for field in fields(Job)}
     names -= {"options", "ratio"}
     # those that came later are left out where they are the default, or old outputs would not resume
-    later = Job(options=SearchOptions(fit="pad", wording="tags"), activation="gelu").settings
+    given = SearchOptions(fit="pad", wording="tags")
+    later = Job(options=given, activation="gelu", captioner="x").settings
     assert names - elsewhere <= set(later) and "ratio" in Job(task="distill").settings
-    assert set(later) - set(Job().settings) == {"fit", "activation", "wording"}
+    new = {"fit", "activation", "wording", "captions", "captioner", "prune_caption"}
+    assert set(later) - set(Job().settings) == new
     assert {"work", "unsafe_words"} <= set(Job().settings)
 
 
@@ -1039,6 +1062,9 @@ EFFECTS = {
     ),
     "--ratio": (["0.5", "--task", "distill"], field("ratio"), 0.5),
     "--caption": (["a {}"], field("caption"), "a {}"),
+    "--captions": ([], field("captions"), True),
+    "--captioner": (["x"], field("captioner"), "x"),
+    "--prune-caption": (["--captioner", "x"], field("prune_caption"), True),
     "--start-from": (["a dog"], option("start_from"), "a dog"),
     "--avoid": (["dog", "--avoid", "cat"], field("avoid"), ("dog", "cat")),
     "--avoid-weight": (["2"], field("avoid_weight"), 2),
@@ -1168,6 +1194,114 @@ def test_steering_reaches_the_prompt(images, tmp_path, emoji_clip):
     (alone,) = invert(emoji_clip, images / item, seeded, caption="a {} here", avoid=avoid)
     assert row["prompt"] == alone.prompt
     assert set(row["prompt"].split()) <= {"a", "here", "dog", "cat"}
+
+
+TEXTS = {0: "The image shows an anchor.", 1: "**Caption:** a big red boat, " + "a red sky, " * 40}
+
+
+@pytest.fixture
+def captioner(monkeypatch):
+    """A captioner in the place of any, which counts its loads; the third image has no caption."""
+    pictures = [load_image(path).tobytes() for path in EXAMPLES]
+    loads = []
+
+    def load(name, device=None, download=False):
+        loads.append((name, str(device), download))
+
+        def write(image):
+            at = image.tobytes()
+            if at == pictures[2]:
+                raise RuntimeError("out of order")
+            return TEXTS.get(pictures.index(at), "{}") if at in pictures else "a grey square"
+
+        return write
+
+    monkeypatch.setattr(worker_module, "load_captioner", load)
+    return loads
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_each_image_of_a_batch_has_the_caption_of_the_captioner(
+    images, tmp_path, emoji_clip, captioner, batch_size
+):
+    job = Job(options=PAPER, captioner="x", avoid=["dog"])
+    summary = run(images, tmp_path / "out", job, batch_size=batch_size, download=True)
+    assert captioner == [("x", "cpu", True)]
+    assert (summary.found, summary.errors) == (4, {"RuntimeError": 1})
+    rows = read(tmp_path / "out")
+    for k, item in enumerate(names(2)):
+        options = replace(PAPER, seed=job.seed_of(item))
+        caption, remark = prepare_caption(emoji_clip, TEXTS[k], options)
+        avoid = pez_core.Avoid(["dog"], 0.5)
+        (alone,) = invert(emoji_clip, images / item, options, caption=caption, avoid=avoid)
+        assert rows[item]["prompt"] == alone.prompt
+        assert rows[item]["caption"] + ", {}" == caption
+        assert rows[item]["note"] == (remark or None) and bool(remark) == (k == 1)
+    failed, empty = rows[names()[2]], rows[names()[3]]
+    assert failed["error"] == "RuntimeError: out of order" and failed["caption"] is None
+    assert empty["caption"] == "" and empty["prompt"] and empty["note"] is None
+
+
+def test_a_batch_with_a_captioner_resumes_and_prunes(images, tmp_path, emoji_clip, captioner):
+    job = Job(options=PAPER, captioner="x", prune_caption=True)
+    run(images, tmp_path / "out", job, limit=1)
+    with pytest.raises(ArgumentError, match="prune_caption: True there, False now"):
+        run(images, tmp_path / "out", replace(job, prune_caption=False))
+    assert run(images, tmp_path / "out", job, limit=2).finished_before == 1
+    assert len(captioner) == 2  # one for each run
+    item = names()[0]
+    caption, _ = prepare_caption(emoji_clip, TEXTS[0], PAPER, images / item)
+    row = read(tmp_path / "out")[item]
+    assert row["caption"] + ", {}" == caption and row["caption"] in ("an", "anchor", "an anchor")
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_captions_beside_the_images_are_continued(images, tmp_path, emoji_clip, prune):
+    texts = ["The image shows an anchor {} here.", "a big red boat, " * 30, "{} and {}"]
+    for name, text in zip(names(3), texts, strict=True):
+        (images / name).with_suffix(".txt").write_text(text)
+    job = Job(options=PAPER, captions=True, prune_caption=prune)
+    summary = run(images, tmp_path / "out", job)
+    assert (summary.found, summary.errors) == (2, {"ValueError": 1, "NoPrompt": 2})
+    rows = read(tmp_path / "out")
+    for name, text in zip(names(2), texts, strict=False):
+        target = images / name if prune else None
+        caption, remark = prepare_caption(emoji_clip, text, PAPER, target)
+        before, behind = caption.split("{}")
+        assert rows[name]["prompt"].startswith(before) and rows[name]["prompt"].endswith(behind)
+        assert rows[name]["note"] == (remark or None)
+    assert "the caption has to hold {} once at most" in rows[names()[2]]["error"]
+
+
+def test_captions_of_a_table_are_continued(images, tmp_path):
+    table = f"file_name,caption\n{names()[0]},a red anchor\n"
+    (images / "table.csv").write_text(table)
+    assert run(images / "table.csv", tmp_path / "out", Job(options=PAPER, captions=True)).found == 1
+    (row,) = read(tmp_path / "out").values()
+    assert row["caption"] == "a red anchor" and row["prompt"].startswith("a red anchor, ")
+
+
+def test_a_captioner_that_is_not_there_is_an_error_of_the_run(command):
+    status, done = command("--captioner", "some/model")
+    assert status == 2 and "--captioner is 'some/model', which is not on this disk" in done.err
+    status, done = command("--captioner", "x", "--caption", "a dog")
+    assert status == 2 and "--captioner cannot be combined with --caption" in done.err
+
+
+def test_a_captioner_that_writes_nothing_is_an_error_of_the_run(images, tmp_path, monkeypatch):
+    def write(image):
+        raise ArgumentError("name_or_path", "is 'x', which writes no caption")
+
+    monkeypatch.setattr(worker_module, "load_captioner", lambda *_, **__: write)
+    with pytest.raises(ArgumentError, match="`captioner` is 'x', which writes no caption"):
+        run(images, tmp_path / "out", Job(options=PAPER, captioner="x"))
+
+
+def test_a_note_on_a_long_caption_is_in_its_row(images, tmp_path):
+    run(images, tmp_path / "out", Job(options=PAPER, caption="a red boat " * 30), limit=1)
+    (row,) = read(tmp_path / "out").values()
+    assert "It is encoded in 2 parts" in row["note"] and row["caption"] is None
 
 
 def test_the_tasks_of_the_command_are_those_of_a_job():

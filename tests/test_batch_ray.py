@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import EXAMPLES, ROOT
+from test_captions import write_blip
 
 from pez_core import SearchOptions, Vocabulary
 from pez_core.batch import Cluster, Job, run
@@ -80,6 +81,21 @@ def test_two_workers_find_what_one_process_finds(images, tmp_path, expected):
     assert prompts(tmp_path / "out") == expected
     assert [report["done"] for report in reports] == list(range(0, COUNT + 1, 3))
     assert reports[-1]["failed"] == 1
+
+
+def test_each_worker_has_the_captioner(images, tmp_path):
+    write_blip(tmp_path / "blip")
+    options = SearchOptions(effort="fast", steps=2, swaps=2, prompt_len=2)
+    job = Job(options=options, captioner=str(tmp_path / "blip"), prune_caption=True)
+    found = []
+    for cluster in (None, TWO):
+        out = tmp_path / f"out{len(found)}"
+        run(images, out, job, limit=6, cluster=cluster, device="cpu", chunk=2)
+        rows = pq.read_table(out).to_pylist()
+        found.append({row["id"]: (row["prompt"], row["caption"], row["note"]) for row in rows})
+    assert found[0] == found[1] and len(found[0]) == 6
+    assert all(prompt.startswith(caption) for prompt, caption, _ in found[0].values())
+    assert sum(bool(caption) for _, caption, _ in found[0].values()) > 3
 
 
 def test_a_worker_that_is_killed_costs_nothing(images, tmp_path, expected):

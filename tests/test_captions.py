@@ -1,27 +1,34 @@
 """Captions of other models: cleaned, cut, and written by a captioner."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from conftest import EXAMPLES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_readability import WORDS, tokenizers, transformers
 
 from pez_core import (
     ArgumentError,
+    SearchOptions,
     captioners,
     clean_caption,
     explain,
     fit_caption,
+    invert,
     load_captioner,
+    prepare_caption,
     prune_caption,
 )
 from pez_core.caption import Caption
 from pez_core.cli import main
-from pez_core.prompt_text import kept_spans
+from pez_core.clip.images import load_image
+from pez_core.prompt_text import kept_spans, read
 
 IMAGE = str(EXAMPLES[0])
 QUICK = ["--effort", "fast", "--steps", "2", "--swaps", "2", "--prompt-len", "2"]
@@ -135,6 +142,93 @@ def test_only_words_that_do_harm_are_dropped(tiny_clip):
     assert prune_caption(tiny_clip, "dog <lora:x:1>", IMAGE) == "dog <lora:x:1>"
 
 
+def test_the_place_of_the_learned_words_stays(tiny_clip):
+    text = "a red dog {} on a boat (in rain:1.2)"
+    caption = prune_caption(tiny_clip, text, IMAGE)
+    before, behind = (half.split() for half in caption.split("{}"))
+    assert set(before) <= {"a", "red", "dog"} and set(behind) <= {
+        "on",
+        "a",
+        "boat",
+        "(in",
+        "rain:1.2)",
+    }
+    plain = prune_caption(tiny_clip, text.replace("{} ", ""), IMAGE)
+    assert " ".join([*before, *behind]) == plain
+    assert prune_caption(tiny_clip, "{} dog", IMAGE) == "{} dog"
+
+
+def test_a_caption_for_several_images_is_pruned_by_their_mean(tiny_clip):
+    text, images = "a red dog on a boat in the rain", list(EXAMPLES[:3])
+    features = tiny_clip.encode_images([load_image(path) for path in images])
+    caption = prune_caption(tiny_clip, text, images)
+    assert caption == prune_caption(tiny_clip, text, features)
+    assert all(word.contribution >= -1e-6 for word in explain(tiny_clip, caption, list(features)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([*PARTS[10:], "{} ", " \\(x\\)", "BREAK "]), max_size=6).map("".join)
+)
+def test_whatever_a_caption_holds_its_place_stays(tiny_clip, text):
+    if text.count("{}") < 2 and read(text.replace("{}", "")):
+        caption = prune_caption(tiny_clip, text, IMAGE)
+        assert caption.count("{}") == text.count("{}") and read(caption.replace("{}", ""))
+
+
+# --- all in one
+
+
+@pytest.mark.parametrize(
+    "wording, text, expected",
+    [
+        ("tags", "The image shows a dog.", "a dog, {}"),
+        ("free", "a dog, a cat,", "a dog, a cat, {}"),
+        ("sentence", "The image shows a dog.", "a dog {}"),
+        ("tags", "a photo of", "a photo of {}"),
+        ("free", "Style:", "Style: {}"),
+        ("tags", "(a dog:1.2)", "(a dog:1.2), {}"),
+        ("sentence", "The image shows {} in a\nhouse.", "{} in a house"),
+        ("sentence", "**{}, a dog**", "{}, a dog"),
+        ("free", " \n.", ""),
+        ("free", " {} ", ""),
+    ],
+)
+def test_the_text_of_any_captioner_becomes_a_caption(tiny_clip, wording, text, expected):
+    options = SearchOptions(wording=wording)
+    assert prepare_caption(tiny_clip, text, options) == (expected, "")
+
+
+def test_a_caption_leaves_room_for_the_prompt_len_of_the_search(tiny_clip):
+    for options, learned in [(SearchOptions(prompt_len=40), 40), (SearchOptions(), 8)]:
+        caption, remark = prepare_caption(tiny_clip, LONG, options)
+        assert room(tiny_clip, caption) >= learned and f"and {learned} are learned" in remark
+
+
+def test_a_caption_is_pruned_for_an_image_as_it_is_fit(tiny_clip):
+    text, wide = (
+        "The image shows a red dog on a boat in the rain.",
+        Image.new("RGB", (90, 30), "red"),
+    )
+    wide.paste((0, 90, 200), (30, 0, 60, 30))
+    for fit in ("crop", "stretch"):
+        caption, _ = prepare_caption(tiny_clip, text, SearchOptions(fit=fit), wide)
+        words = prune_caption(tiny_clip, "a red dog on a boat in the rain", wide, fit)
+        assert caption.removesuffix("{}").rstrip(", ") == clean_caption(words)
+    options = SearchOptions(prompt_len=2, steps=2, swaps=0)
+    (result,) = invert(tiny_clip, wide, options, caption=caption)
+    assert result.prompt.startswith(caption.removesuffix("{}"))
+
+
+def test_texts_that_cannot_be_captions(tiny_clip):
+    with pytest.raises(ArgumentError, match="once at most"):
+        prepare_caption(tiny_clip, "{} and {}")
+    with pytest.raises(ArgumentError, match="has to be a string"):
+        prepare_caption(tiny_clip, None)
+    with pytest.raises(ArgumentError, match="`caption` is empty"):
+        prune_caption(tiny_clip, " ", IMAGE)
+
+
 # --- fit
 
 LONG = (
@@ -186,9 +280,8 @@ def test_a_caption_that_no_cut_makes_fit(tiny_clip):
 # --- captioners
 
 
-@pytest.fixture(scope="module")
-def blip(tmp_path_factory):
-    """The folder of a BLIP with random weights."""
+def write_blip(folder):
+    """Save a BLIP with random weights."""
     special = {"pad_token": "[PAD]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
     vocabulary = {word: k for k, word in enumerate([*special.values(), *WORDS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
@@ -209,12 +302,17 @@ def blip(tmp_path_factory):
     config = transformers.BlipConfig(
         text_config=text, vision_config=vision | {"initializer_range": 1.0}, projection_dim=16
     )
-    folder = tmp_path_factory.mktemp("blip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip")
+    write_blip(folder)
     return folder
 
 
@@ -301,6 +399,20 @@ def test_the_command_continues_the_text_of_a_captioner(blip, capsys, wording, be
         assert ("cut from" in row.get("note", "")) == (row["caption"] != whole)
     assert main([*command, "--device", "cpu"]) == 0
     assert f"  caption: {rows[0]['caption']}\n" in capsys.readouterr().out
+
+
+def test_a_batch_continues_the_texts_of_a_captioner(blip, tmp_path):
+    (tmp_path / "images").mkdir()
+    for path in EXAMPLES[:2]:
+        shutil.copy(path, tmp_path / "images")
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--captioner", str(blip)]
+    assert main([*command, *QUICK, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    for path in EXAMPLES[:2]:
+        row, whole = rows[path.name], clean_caption(load_captioner(blip, device="cpu")(path))
+        assert row["caption"] and whole.startswith(row["caption"])
+        assert row["prompt"].startswith(f"{row['caption']}, ")
+        assert ("cut from" in (row["note"] or "")) == (row["caption"] != whole)
 
 
 def test_the_command_prunes_the_caption(monkeypatch, capsys):

@@ -38,6 +38,7 @@ from pez_core import (
     fuse,
     invert,
     load_clip,
+    prepare_caption,
     style,
 )
 from pez_core.diffusion import DenoisingLoss, PezClipModel, PezPipelineOutput, PezPriorOutput
@@ -205,6 +206,13 @@ def test_a_caption_stays_where_it_is(pipe):
     assert output.prompts[0].startswith("a drawing of ")
     output = pipe(image=FISH, prompt="a {} at night", num_images_per_prompt=1, **QUICK)
     assert output.prompts[0].startswith("a ") and output.prompts[0].endswith(" at night")
+
+
+def test_the_text_of_a_captioner_is_continued(pipe):
+    text = "**Caption:** The image shows a blue fish."
+    caption, _ = prepare_caption(pipe.clip.clip, text, FOUND, prune_for=FISH)
+    output = pipe(image=FISH, prompt=caption, num_images_per_prompt=1, **QUICK)
+    assert caption.endswith(", {}") and output.prompts[0].startswith(caption.removesuffix("{}"))
 
 
 FX = [path for path in EXAMPLES if path.name.startswith("fxemoji")][:3]

@@ -415,8 +415,10 @@ def sharpen_a_caption(graph: Graph) -> None:
         graph,
         "A caption, and the words that it missed",
         "Put your captioner node (Florence, BLIP, JoyCaption, ...) in place of **Caption**. The "
-        "caption stays; a few learned words add what it left out. A caption may have any "
-        "length; CLIP reads 75 tokens at a time.",
+        "caption stays; a few learned words add what it left out.\n\n**clean_caption** leaves out "
+        "phrases such as The image shows, and cuts captions that are longer than the CLIP reads, "
+        "with a remark below the words. **prune_caption** drops the words that lower the "
+        "similarity with the image. Both are advanced inputs.",
     )
     image = _image(graph, "wine-glass")
     caption = graph.add(

@@ -40,9 +40,12 @@ function updateNode(saved) {
 /** Give the inputs that a saved node lacks the value with which its search stays the same. */
 function addNewer(node, names) {
   if (!names.includes("effort")) return; // it lists no widgets but those with a link
-  for (const [name, value] of Object.entries(table.newer)) {
-    const widget = node.widgets?.find((one) => one.name === name);
-    if (widget && !names.includes(name)) widget.value = value;
+  for (const [older, values] of Object.entries(table.newer)) {
+    if (!names.includes(older)) continue;
+    for (const [name, value] of Object.entries(values)) {
+      const widget = node.widgets?.find((one) => one.name === name);
+      if (widget && !names.includes(name)) widget.value = value;
+    }
   }
 }
 

@@ -141,6 +141,11 @@ const CHINESE_NOTES = [
       `${place(section)}被进一步缩短到一个上下文的长度：学习 ${learned} 个 token，而不是 ${wanted} 个。`,
   ],
   [
+    /The caption was cut from (\d+) to (\d+) tokens: the context of the CLIP has (\d+), and (\d+) are learned\./,
+    (_, before, after, size, learned) =>
+      `固定文本从 ${before} 个 token 截短到 ${after} 个：CLIP 的上下文有 ${size} 个，其中 ${learned} 个用于学习。`,
+  ],
+  [
     /^The join has (\d+) tokens, more than max_tokens (\d+); one prompt was learned instead\./,
     (_, tokens, most) => `拼接后有 ${tokens} 个 token，超过最大 token 数 ${most}，因此改为学习一个提示词。`,
   ],

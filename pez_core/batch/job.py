@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
+from ..captions import check_captioner
 from ..clip.models import ACTIVATIONS
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
+    check_bool,
     check_choice,
     check_integer,
     check_number,
@@ -24,10 +26,15 @@ from .sources import NEEDS
 
 # The fields of a job that belong to one task.
 _TAKES = {
-    "invert": ("language_model", "caption", "avoid", "avoid_weight"),
+    "invert": (
+        *("language_model", "caption", "captions", "captioner", "prune_caption"),
+        *("avoid", "avoid_weight"),
+    ),
     "distill": ("language_model", "ratio"),
     "score": (),
 }
+# Those that belong to captions of items.
+_OF_CAPTIONS = ("captions", "captioner", "prune_caption")
 # Options that a batch cannot have, and why.
 _REFUSED = {
     "time_limit": "prompts would depend on the speed of the machine",
@@ -59,6 +66,12 @@ class Job:
         language_model: path of another language model for `options.readability`; None: the one
             that `SearchOptions` takes where none is given.
         caption: as in `invert`.
+        captions: each item has a caption of its own: the text file beside the image, or the column
+            of texts. It goes through `prepare_caption`.
+        captioner: name or path of a model, as `load_captioner` takes it, that writes the caption of
+            each image; it goes through `prepare_caption`, too. None: there is none.
+        prune_caption: drop the words of the caption of an item that lower its similarity with the
+            image.
         avoid, avoid_weight: texts to stay away from, and their weight, as in `invert`.
         ratio: as in `distill`.
 
@@ -73,6 +86,9 @@ class Job:
     options: SearchOptions = field(default_factory=SearchOptions)
     language_model: str | None = None
     caption: str = ""
+    captions: bool = False
+    captioner: str | None = None
+    prune_caption: bool = False
     avoid: Sequence[str] = ()
     avoid_weight: float = 0.5
     ratio: float = 0.3
@@ -92,10 +108,34 @@ class Job:
         check_integer("seed", self.options.seed, 0)
         self._check_use()
         check_string("caption", self.caption)
+        if self.captioner is not None:
+            check_string("captioner", self.captioner)
+        check_bool("captions", self.captions)
+        check_bool("prune_caption", self.prune_caption)
+        self._check_captions()
         for text in self.avoid:
             _check_avoided(text)
         check_number("avoid_weight", self.avoid_weight)
         check_number("ratio", self.ratio, 0, 1, above=True)
+
+    def _check_captions(self) -> None:
+        """Raise where there are two captions, or none to prune."""
+        if self.prune_caption and not self.captioned:
+            raise ArgumentError(
+                "prune_caption", "requires `captions` or `captioner`", "add one of them"
+            )
+        check_captioner(self.captioner, False, caption=self.caption, captions=self.captions)
+        if self.captions and self.caption:
+            raise ArgumentError(
+                "captions",
+                "cannot be combined with `caption`: each item has a caption",
+                "leave one of the two out",
+            )
+
+    @property
+    def captioned(self) -> bool:
+        """Whether each item has a caption of its own."""
+        return self.captions or self.captioner is not None
 
     def _check_use(self) -> None:
         """Raise where something is given that the task does not use."""
@@ -128,6 +168,8 @@ class Job:
         if self.task != "score":
             values |= {"prompt_len": self.prompt_len} | _settings_of(self.options)
         values |= {name: getattr(self, name) for name in _TAKES[self.task]}
+        if not self.captioned:  # jobs of versions without captions of items go on
+            values = {k: v for k, v in values.items() if k not in _OF_CAPTIONS}
         return json.loads(json.dumps(values))
 
     def seed_of(self, item: str) -> int:

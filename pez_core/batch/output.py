@@ -31,9 +31,13 @@ SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("seconds", pa.float64()),
         ("error", pa.string()),
+        ("caption", pa.string()),
+        ("note", pa.string()),
     ]
 )
-"""A row of the results; with an `error`, of the form `Kind: message`, the others are null."""
+"""A row of the results; with an `error`, of the form `Kind: message`, the others are null. A
+`caption` is that of the item, if it has its own, and a `note` a remark for the user; null where
+there is none."""
 
 # Readers of Parquet datasets skip files that begin with an underscore or a dot.
 _SETTINGS, _LOCK = "_settings.json", "_lock"

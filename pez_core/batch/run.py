@@ -30,7 +30,7 @@ _CHUNKS_PER_WORKER, _LONGEST_CHUNK = 64, 256
 # In a chunk the images of a group are read during the search of the group before.
 _LEAST_GROUPS = 4
 # An empty Parquet file of results.
-_FILE_BYTES = 2800
+_FILE_BYTES = 3200
 
 Callback = Callable[[dict], bool | None]
 
@@ -120,7 +120,8 @@ def run(
         source: a folder, a file or a pattern; see `find_items`.
         out: folder for the results, a Parquet dataset with a row per item: `id`, `prompt`,
             `similarity`, `token_ids`, `seed`, `seconds` (of the search, shared by those searched
-            side by side) and `error`.
+            side by side), `error`, the `caption` of the item if it has its own, and a `note`, such
+            as that it was cut; null where there is none.
         job: what to do; None: `Job()`, a prompt of 8 tokens for each image on `emoji-clip`.
         callback: gets a dict after each few items: `done` and `total` items of this run, `failed`
             of them, `elapsed` seconds of searching, `rate` items per second and seconds `left`,
@@ -153,7 +154,7 @@ def run(
     output = Output(out)
     settings = _settings(source, job, columns)
     output.check(settings)
-    items = _taken(find_items(source, job.task, columns), job, limit, shuffle)
+    items = _taken(find_items(source, job.task, columns, job.captions), job, limit, shuffle)
     with output.locked(settings):
         output.tidy()
         to_do, found, failed = _left(items, output, retry_failed)
@@ -216,7 +217,7 @@ def plan(
     _check(batch_size, chunk, limit, cluster)
     output = Output(out)
     output.check(_settings(source, job, columns))
-    items = _taken(find_items(source, job.task, columns), job, limit, shuffle)
+    items = _taken(find_items(source, job.task, columns, job.captions), job, limit, shuffle)
     to_do, found, failed = _left(items, output, retry_failed)
     with _engine(job, device, download, batch_size, cluster) as engine:
         sampled = engine.sample(spread(to_do, max(4, engine.batch_size))) if len(to_do) else None

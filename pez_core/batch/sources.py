@@ -65,7 +65,10 @@ class Columns:
 
 
 def find_items(
-    source: str | os.PathLike, task: str = "invert", columns: Columns | None = None
+    source: str | os.PathLike,
+    task: str = "invert",
+    columns: Columns | None = None,
+    captions: bool = False,
 ) -> pa.Table:
     """All items of a source for a task.
 
@@ -79,6 +82,7 @@ def find_items(
             are CSV, TSV and Parquet files with a header; in folders they are passed over.
         task: "invert" takes images, "distill" prompts, "score" both.
         columns: of tables.
+        captions: images need a prompt, too, which is their caption.
 
     Returns:
         A table with the schema `ITEMS`. Ids are paths from the source on, so that a dataset may
@@ -91,12 +95,13 @@ def find_items(
     check_choice("task", task, tuple(NEEDS))
     columns = columns or Columns()
     root, files = _files(os.fspath(source))
-    rows = _rows(root, files, NEEDS[task], columns)
+    needs = NEEDS[task] | ({"prompt"} if captions else set())
+    rows = _rows(root, files, needs, columns)
     batches = []
     while some := [row for _, row in zip(range(_ROWS), rows, strict=False)]:
         batches.append(pa.RecordBatch.from_pylist(some, ITEMS))
     if not batches:
-        wanted = " and ".join(sorted(NEEDS[task]))
+        wanted = " and ".join(sorted(needs))
         raise ArgumentError("source", f"{source!r} holds nothing for {task}, which takes {wanted}")
     return _once(pa.Table.from_batches(batches, ITEMS), columns.id)
 

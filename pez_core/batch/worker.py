@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
+from ..captioners import load_captioner, naming_captioner
+from ..captions import prepare_caption, text_of_caption
 from ..clip import load_clip
 from ..clip.device import default_dtype
-from ..clip.images import load_image, load_image_at
+from ..clip.images import ImageInput, load_image, load_image_at
 from ..errors import ArgumentError
 from ..names import name_of, printable
 from ..priors import needed_language_model
+from ..prompt_text import SLOT
 from ..readability import LanguageModel, load_language_model
 from ..results import Result
 from ..scoring import check_finite
@@ -42,7 +46,7 @@ _SHARE = 0.4
 
 
 # Arguments of the tasks, as the errors of items name them.
-_SHOWN = {"images": "the item", "prompt": "the prompt"}
+_SHOWN = {"images": "the item", "prompt": "the prompt", "caption": "the caption"}
 
 
 class Problem(ValueError):
@@ -55,7 +59,7 @@ class DeviceLost(Exception):
 
 def default_batch_size(job: Job, device: str) -> int:
     """The number of items that are searched side by side on a kind of device, given the memory."""
-    if job.task == "distill":  # prompts differ in length
+    if job.task == "distill" or job.captioned:  # prompts differ in length
         return 1
     if job.task == "score":
         return _SCORED
@@ -95,10 +99,22 @@ class Worker:
             weights=job.clip_weights,
             activation=job.activation,
         )
+        self._write = self._captioner(download)
         self._options = replace(job.options, language_model=self._language_model())
-        self._steering = {"caption": job.caption, "avoid": Avoid(job.avoid, job.avoid_weight)}
+        self._steering: dict[str, Any] = {
+            "caption": job.caption,
+            "avoid": Avoid(job.avoid, job.avoid_weight),
+        }
         default = default_batch_size(job, self.clip.device.type)
         self.batch_size = batch_size or self._that_fit(default)
+
+    def _captioner(self, download: bool) -> Callable[[ImageInput], str] | None:
+        """The model that the job names; None: there is none."""
+        name = self.job.captioner
+        if name is None:
+            return None
+        with naming_captioner():
+            return load_captioner(name, device=self.clip.device, download=download)
 
     def _language_model(self) -> LanguageModel | None:
         """The one that the job names, or that its CLIP needs; None: there is none."""
@@ -137,6 +153,8 @@ class Worker:
         else:
             feature = check_finite(self.clip.encode_texts(["a bird"]), self.clip)
             invert(self.clip, feature, options, **self._steering)
+            if self._write is not None:
+                _written(self._write, Image.new("RGB", (64, 64), "grey"))
 
     def rows(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """The rows of items, some at a time, in any order; images are read during a search.
@@ -181,6 +199,8 @@ class Worker:
             picture = load_image(name_of(item["path"]))
         else:
             picture = load_image_at(name_of(item["path"]), item["offset"], item["size"])
+        if self._write is not None:
+            item["prompt"] = _written(self._write, picture)
         # a picture alone, since a sum may depend on what else is in the batch
         return check_finite(self.clip.encode_images([picture], self.job.options.fit), self.clip)
 
@@ -213,6 +233,8 @@ class Worker:
         return [row for part in parts for row in self._search(part)]
 
     def _invert(self, group: Sequence[tuple[dict, torch.Tensor]]) -> list[dict[str, Any]]:
+        if self.job.captioned:  # a search has one caption
+            return [self._continue_caption(item, feature) for item, feature in group]
         seeds = [self.job.seed_of(item["id"]) for item, _ in group]
         features = torch.cat([feature for _, feature in group])
         if self.clip.device.type == "cpu":  # the first ones again fill it up
@@ -221,6 +243,17 @@ class Worker:
         options = replace(self._options, seed=seeds)
         results = invert(self.clip, features, options, **self._steering)
         return [_row(result, seed) for result, seed, _ in zip(results, seeds, group, strict=False)]
+
+    def _continue_caption(self, item: dict[str, Any], feature: torch.Tensor) -> dict[str, Any]:
+        """Search the words behind the caption of an item, whose (1, features) image this is."""
+        seed = self.job.seed_of(item["id"])
+        options = replace(self._options, seed=seed)
+        target = feature if self.job.prune_caption else None
+        caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
+        steering = {**self._steering, "caption": caption}
+        (result,) = invert(self.clip, feature, options, **steering)
+        row = _row(result, seed) | {"caption": text_of_caption(caption)}
+        return row | {"note": " ".join(filter(None, [remark, row["note"]])) or None}
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
         ((item, prompt),) = group
@@ -254,6 +287,12 @@ class Worker:
         return failed_row(item["id"], f"{kind}: {message}")
 
 
+def _written(write: Callable[[ImageInput], str], picture: Image.Image) -> str:
+    """The text of a captioner, in which no place for the learned words is meant."""
+    with naming_captioner():
+        return write(picture).replace(SLOT, "")
+
+
 def _check_device(error: Exception) -> None:
     """Raise `DeviceLost` for errors after which every other call fails, too."""
     if "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
@@ -277,4 +316,5 @@ def _row(result: Result, seed: int) -> dict[str, Any]:
         "similarity": result.similarity,
         "token_ids": result.token_ids,
         "seed": seed,
+        "note": result.note or None,
     }

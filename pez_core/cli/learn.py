@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..captions import check_captioner
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
@@ -24,7 +25,7 @@ from .arguments import (
     prepare,
     search_options,
 )
-from .captions import Captions, add_captioner, check_captioner
+from .captions import Captions, add_captioner
 from .pictures import Pictures, add_pictures
 from .show import print_json, print_result, row_of, search_bar
 
@@ -98,8 +99,13 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
         metavar="TEXT",
         help="fixed text of the prompt; learned words go where it has {}, else behind it",
     )
-    if not batch:
-        add_captioner(group)
+    if batch:
+        group.add_argument(
+            "--captions",
+            action="store_true",
+            help="each image has a caption: the text file beside it, or --prompt-column",
+        )
+    add_captioner(group)
     group.add_argument("--start-from", metavar="TEXT", help="text that the search starts from")
     group.add_argument(
         "--avoid",
@@ -144,7 +150,13 @@ def _invert(arguments: argparse.Namespace) -> int:
     if arguments.weight and not arguments.shared:
         raise ArgumentError("weights", "requires `shared`", "add it")
     check_texts("avoid", arguments.avoid, "--avoid-image")
-    check_captioner(arguments)
+    check_captioner(
+        arguments.captioner,
+        arguments.prune_caption,
+        caption=arguments.caption,
+        shared=arguments.shared,
+        negative_prompt=arguments.negative_prompt,
+    )
     captions = None if arguments.captioner is None else Captions(arguments)
     clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert

@@ -703,7 +703,8 @@ class PezPipeline(DiffusionPipeline):
                 dimension in front. `"invert"` and `"style"` require them, `"distill"` takes none.
             prompt (`str` or `list[str]`, *optional*):
                 For `"invert"` the caption, which stays in the prompt: the learned words go where it
-                holds `{}`, else behind it. A list has one caption per image. For `"style"` the
+                holds `{}`, else behind it. A list has one caption per image.
+                `pez_core.prepare_caption` makes one of the text of any captioner. For `"style"` the
                 subjects that get the style, with one prompt each; for `"distill"` the prompts to
                 shorten; for `"fuse"` further sources beside the images. Pipelines of diffusers read
                 the syntax of ComfyUI as plain words; so `"distill"` and `"fuse"` drop it: of

@@ -162,6 +162,15 @@ def _signed_weights(
     return [*weights, *others], avoided
 
 
+def encode_images(
+    clip: AnyClip, images: ImageInput | Sequence[ImageInput] | torch.Tensor, fit: str
+) -> torch.Tensor:
+    """(images, features) unit vectors of `images` as in `invert`, encoded before or here."""
+    if _are_features(images, clip):
+        return _features(clip, images)
+    return clip.encode_images(load_images(images)[0], fit)
+
+
 def _are_features(images: object, clip: AnyClip) -> TypeGuard[torch.Tensor]:
     """Whether images are features, and no grey picture: that has no negative values."""
     if not isinstance(images, torch.Tensor) or images.ndim != 2 or not images.is_floating_point():

@@ -143,6 +143,8 @@ CASES: dict[type, tuple[dict[str, Any], dict[str, Case]]] = {
             "images": Case(DOG),
             "shared": Case(True, {"images": torch.cat([FISH, DOG])}),
             "caption": Case("a photo of"),
+            "clean_caption": Case(False, {"caption": "The image shows a fish."}),
+            "prune_caption": Case(True, {"caption": "music, dog, red house, tree, bird, car"}),
             "avoid": Case("a red fish"),
             "avoid_images": Case(PARROT),
             "avoid_weight": Case(3.0, {"avoid": "a red fish"}),

@@ -589,7 +589,7 @@ captions = ImageToPrompt.PREPARE_CLASS_CLONE(None).execute(
     clip=[clip], images=[images], effort=["paper"], steps=[3], prompt_len=[2],
     caption=["one", "two", "three"],
 ).args[0]
-assert captions[1] == "" and captions[0].startswith("one ") and captions[2].startswith("three ")
+assert captions[1] == "" and captions[0].startswith("one, ") and captions[2].startswith("three, ")
 messages = []
 for given, others in ((images[[1]], {}), (images, {"shared": True})):
     try:
@@ -624,14 +624,104 @@ except ValueError as error:
 
 
 def test_an_older_prompt_has_not_changed_by_a_newer_input():
-    """`fit` at its default is what older versions did."""
+    """Newer inputs have a value with which the node does what older versions did."""
     found = inside(
         """
 from pez_pack.nodes.kept import Kept, digests
 def prompt(**inputs):
     return {"1": {"class_type": "PEZ_ImageToPrompt", "inputs": {"seed": 3} | inputs}}
 kept = Kept([], digests(prompt(), "1"))
-answer([kept.changed(digests(prompt(fit=fit), "1")) for fit in ("crop", "pad")])
+given = [{"fit": "crop"}, {"fit": "pad"}, {"clean_caption": False}, {"clean_caption": True}]
+answer([kept.changed(digests(prompt(**inputs), "1")) for inputs in given])
 """
     )
-    assert found == [[], ["fit"]]
+    assert found == [[], ["fit"], [], ["clean_caption"]]
+
+
+def test_a_caption_of_an_older_prompt_stays_as_it_is():
+    found = inside(
+        """
+from pez_pack.nodes.renames import update_prompt
+def updated(**inputs):
+    prompt = {"1": {"class_type": "PEZ_ImageToPrompt", "inputs": inputs}}
+    update_prompt(prompt)
+    return prompt["1"]["inputs"]
+answer([
+    updated(preset="fast", caption="a dog"),
+    updated(effort="fast", wording="tags"),
+    updated(caption="", clean_caption=True),
+])
+"""
+    )
+    assert found == [
+        {"effort": "fast", "caption": "a dog", "wording": "free", "clean_caption": False},
+        {"effort": "fast", "wording": "tags"},
+        {"caption": "", "clean_caption": True},
+    ]
+
+
+def test_captions_of_captioners_are_changed_as_the_switches_say():
+    """Cleaned and cut, with a remark, and pruned for each image, also for encoded ones."""
+    found = inside(
+        """
+from pez_pack.nodes import ImageToPrompt, models
+from pez_pack.nodes.kept import Kept
+from pez_pack.nodes.memory import LoadedClip
+from pez_pack.pez_core import prepare_caption, prune_caption, SearchOptions
+from pez_pack.pez_core.clip.images import load_image
+cpu = torch.device("cpu")
+clip = LoadedClip(models.load(models.BUNDLED, False, device=cpu), cpu, cpu)
+images = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+def run(caption, **others):
+    given = {"clip": clip, "images": images, "effort": "paper", "steps": 3, "prompt_len": 2}
+    given = {name: [value] for name, value in (given | others).items()}
+    caption = caption if isinstance(caption, list) else [caption]
+    done = ImageToPrompt.PREPARE_CLASS_CLONE(None).execute(**given, caption=caption)
+    (event,) = done.ui["pez"]
+    return [[one.prompt, one.note] for one in Kept.from_text(event["kept"]).found]
+text = "**Caption:** The image shows a red dog in a blue house with a green tree."
+class Encoded:
+    image_embeds = clip.clip.encode_images([load_image(image) for image in images])
+options = SearchOptions(prompt_len=2)
+expected = [
+    prepare_caption(clip.clip, text, options, image)[0].removesuffix("{}") for image in images
+]
+message = ""
+try:
+    run(text, prune_caption=True, negative_prompt=True)
+except ValueError as error:
+    message = str(error)
+answer({
+    "clean": run(text),
+    "as it is": run(text, clean_caption=False),
+    "sentence": run(text, effort="fast", wording="sentence", images=images[[0]]),
+    "placed": run("The image shows {} in a\\nhouse."),
+    "cut": run("a red dog in a blue house, " * 30),
+    "each": run([text, "a bird. " * 60]),
+    "pruned": run(text, prune_caption=True),
+    "encoded": run(text, prune_caption=True, images=Encoded()),
+    "shared": run(text, prune_caption=True, shared=True),
+    "pruned alone": run("red  dog\\nhouse", prune_caption=True, clean_caption=False)[0],
+    "alone": prune_caption(clip.clip, "red dog house", images[0]),
+    "expected": expected,
+    "of both": prepare_caption(clip.clip, text, options, list(images))[0].removesuffix("{}"),
+    "message": message,
+})
+"""
+    )
+    cleaned = "a red dog in a blue house with a green tree"
+    assert [prompt.startswith(f"{cleaned}, ") for prompt, _ in found["clean"]] == [True, True]
+    assert found["as it is"][0][0].startswith("**Caption:** The image shows a red dog")
+    ((sentence, note),) = found["sentence"]
+    assert sentence.startswith(f"{cleaned} ") and note == ""
+    assert all(prompt.endswith(" in a house") for prompt, _ in found["placed"])
+    for _, note in [*found["cut"], found["each"][1]]:
+        assert note.startswith("The caption was cut from ") and note.endswith("2 are learned.")
+    assert found["each"][0][1] == ""
+    for name in ("pruned", "encoded"):
+        pairs = zip(found[name], found["expected"], strict=True)
+        assert all(prompt.startswith(start) for (prompt, _), start in pairs), name
+    ((shared, _),) = found["shared"]
+    assert shared.startswith(found["of both"]) and found["of both"] != cleaned
+    assert found["pruned alone"][0].startswith(f"{found['alone']} ")
+    assert "`prune_caption` keeps words that are similar" in found["message"]

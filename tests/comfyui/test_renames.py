@@ -19,6 +19,7 @@ NOW = {
     INVERT: {
         "effort": "paper", "steps": 3, "shared": True, "start_from": "a drawing",
         "block": ["6", 0], "vocabulary": ["5", 0], "images": ["4", 0], "seed": 7, "keep": True,
+        "wording": "free", "clean_caption": False, "prune_caption": False,
     },
     STYLE: {"effort": "paper", "keep_content": True, "block": "red", "content": "animals"},
     DISTILL: {"effort": "paper", "block": "", "ratio": 0.5},
