@@ -15,11 +15,12 @@ from .caption import Caption
 from .errors import ArgumentError
 from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
-from .pez import Objective, PezSettings, search
+from .pez import PezSettings, search
 from .priors import (
     FluencyPrior,
     ReadabilityPrior,
     SumOfPriors,
+    kind_of,
     needed_language_model,
     reads_like_clip,
 )
@@ -278,7 +279,7 @@ def _readers(
     if not weight:
         return None, None
     if reads_like_clip(words):
-        kind = "text" if options.wording == "free" else options.wording
+        kind = kind_of(options.wording)
         own = FluencyPrior(load_token_lm(), frame, space, prompt_len, kind, weight)
     elif options.wording != "free":
         raise ArgumentError(
@@ -316,8 +317,8 @@ def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[t
     other = extra.token_embedding[: len(table)].to(table.device)
     if extra.weight == 1:
         return other, extra.parts
-    shares = [(columns, (1 - extra.weight) * weight) for columns, weight in parts]
-    shares += [(columns, extra.weight * weight) for columns, weight in extra.parts]
+    shares = [(columns, (1 - extra.projection) * weight) for columns, weight in parts]
+    shares += [(columns, extra.projection * weight) for columns, weight in extra.parts]
     return torch.cat([table.detach().float(), other], dim=1), shares
 
 
@@ -458,7 +459,8 @@ def descend(
         weight_decay=options.weight_decay,
     )
     report = callback and (lambda progress: callback(best.report(span, progress)))
-    objective, ids = _objective(problem, span), problem.ids[span].flatten(0, 1)
+    objective = _objective(problem, span, sampled=True)
+    ids = problem.ids[span].flatten(0, 1)
     if options.method is None:
         steps = _Steps(problem.work.trials) if options.trajectory else None
         on_step = steps and steps.add
@@ -528,17 +530,22 @@ class _Steps:
         return [Trajectory(*one) for one in zip(*pieces, strict=True)]
 
 
-def _objective(problem: Problem, span: slice) -> Objective:
-    """The objective of PEZ for the searches in `span`; all trials have rows of their own."""
+def _objective(problem: Problem, span: slice, sampled: bool = False) -> Similarity | WeightedSum:
+    """The objective of the searches in `span`; all trials have rows of their own.
+
+    Args:
+        problem: of the search.
+        span: the searches.
+        sampled: as in `_similarity`.
+    """
     owners, extra = problem.owners[span], problem.options.extra_loss
     if extra is None:
-        return _similarity(problem, owners, sampled=True)
+        return _similarity(problem, owners, sampled)
     loss = extra.objective(problem.caption.before, problem.caption.after, owners)
     if extra.weight == 1:
         return WeightedSum(None, loss, 0, extra.weight)
     columns = sum(columns for columns, _ in problem.clip.text.parts)
-    similarity = _similarity(problem, owners, sampled=True)
-    return WeightedSum(similarity, loss, columns, extra.weight)
+    return WeightedSum(_similarity(problem, owners, sampled), loss, columns, extra.weight)
 
 
 def _similarity(problem: Problem, owners: Sequence[int], sampled: bool = False) -> Similarity:
@@ -585,7 +592,7 @@ def refine_span(
         return descended
     found = refine(
         problem.space,
-        _similarity(problem, owners),
+        _objective(problem, span),
         descended.ids,
         SwapSettings(
             steps=_ENDLESS if work.until_time_limit else work.swaps,
