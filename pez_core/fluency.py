@@ -17,7 +17,7 @@ import torch
 from .errors import ArgumentError, check_choice, check_integer, check_number
 from .options import WORDINGS
 from .priors import kind_of, reads_like_clip
-from .token_lm import Frame, State, TokenLM, load_token_lm, repeated
+from .token_lm import FixedText, State, TokenLM, load_token_lm, repeated
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -29,12 +29,12 @@ class FluencyLoss:
     It is the mean negative log-likelihood, in nats, of the learned tokens, of the fixed text behind
     them and of the end of the prompt, which counts four times. A likelihood is the dot product of
     what the language model expects with the embedding of the token, plus the bias of the token.
-    The gradient reaches a learned token in two ways: as the one that is expected, and as one of
-    those that the tokens behind it are expected from.
+    The gradient reaches a learned token as the one that is expected behind others, and as one that
+    others are expected behind.
 
-    Algorithm 1 has a gradient in the columns of the CLIP and one in those of the language model.
-    AdamW brings both to the same length, so that `projection`, and not `weight`, says which of them
-    decides the next tokens. `weight` says which prompt is the best.
+    AdamW makes steps of the same size in the columns of the CLIP and in those of the language
+    model, whatever `weight` is. `projection` therefore decides how far likely tokens are preferred
+    in Algorithm 1; `weight` decides which prompt is the best, and counts in the swaps.
 
     Args:
         clip: the CLIP of the search, with CLIP's own tokenizer.
@@ -89,10 +89,10 @@ class FluencyLoss:
     ) -> FluentTokens:
         """See `ExtraLoss`."""
 
-        def frame_of(prompt_len: int) -> Frame:
-            return Frame(self._model, before, [*[-1] * prompt_len, *after], self._kind)
+        def fixed_of(prompt_len: int) -> FixedText:
+            return FixedText(self._model, before, [*[-1] * prompt_len, *after], self._kind)
 
-        return FluentTokens(self._model, frame_of)
+        return FluentTokens(self._model, fixed_of)
 
     @torch.no_grad()
     def losses(self, texts: Sequence[str], goals: Sequence[int]) -> torch.Tensor:
@@ -109,14 +109,14 @@ class FluentTokens:
 
     Args:
         model: the language model.
-        frame_of: the text around so many learned tokens. It is read once, at the first call.
+        fixed_of: the text around so many learned tokens. It is read once, at the first call.
     """
 
     # nothing in it synchronises with the device after the first call; see `pez_core.capture`
     capturable = True
 
-    def __init__(self, model: TokenLM, frame_of: Callable[[int], Frame]) -> None:
-        self._model, self._frame_of = model, cache(frame_of)
+    def __init__(self, model: TokenLM, fixed_of: Callable[[int], FixedText]) -> None:
+        self._model, self._fixed_of = model, cache(fixed_of)
         self._before: torch.Tensor | None = None
 
     def given(self, embeddings: torch.Tensor) -> FluentTokens:
@@ -130,24 +130,24 @@ class FluentTokens:
 
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len, columns) -> (rows,) mean negative log-likelihoods, in nats."""
-        known = 0 if self._before is None else self._before.shape[1]
-        frame = self._frame_of(known + embeddings.shape[1])
-        learned = len(frame.slots)  # fewer than all where the language model has less context
-        (query, state), total = frame.start, embeddings.new_zeros(1)
-        if self._before is not None and known:
+        first = 0 if self._before is None else self._before.shape[1]
+        fixed = self._fixed_of(first + embeddings.shape[1])
+        learned = len(fixed.slots)  # fewer than all where the language model has less context
+        (query, state), total = fixed.start, embeddings.new_zeros(1)
+        if self._before is not None and first:
             with torch.no_grad():
                 before = self._before[:, :learned]
                 query, state = _in_each(before, query, state)
                 likely, query, state = self._read(before, query, state)
-                total = likely @ frame.shares[: likely.shape[1]]
+                total = likely @ fixed.shares[: likely.shape[1]]
         total = total.repeat_interleave(len(embeddings) // len(total))
-        after = frame.embedded[learned:].expand(len(embeddings), -1, -1)
-        rest = torch.cat([embeddings[:, : max(0, learned - known)], after], dim=1)
+        after = fixed.embedded[learned:].expand(len(embeddings), -1, -1)
+        rest = torch.cat([embeddings[:, : max(0, learned - first)], after], dim=1)
         if rest.shape[1]:
             query, state = _in_each(rest, query, state)
             likely, _, _ = self._read(rest, query, state, ends=True)
-            total = total + likely @ frame.shares[-rest.shape[1] :]
-        return -total / frame.shares.sum()
+            total = total + likely @ fixed.shares[-rest.shape[1] :]
+        return -total / fixed.shares.sum()
 
     def _read(
         self, rows: torch.Tensor, query: torch.Tensor, state: State, ends: bool = False

@@ -11,7 +11,7 @@ import torch
 
 from .readability import as_written, load_language_model
 from .space import TokenSpace
-from .token_lm import Frame, Shape, State, TokenLM, chosen, repeated
+from .token_lm import FixedText, Shape, State, TokenLM, chosen, repeated
 
 if TYPE_CHECKING:
     from .caption import Caption
@@ -150,9 +150,9 @@ class FluencyPrior:
         self.allowed = space.allowed.cpu()
         # -1 stands for a learned token
         behind = caption.ids([-1] * prompt_len)[len(caption.before) :]
-        frame = Frame(model, caption.before, behind, kind)
-        self.fixed, self.slots = frame.tokens, frame.slots
-        self._shares, self.start = frame.shares, frame.start
+        around = FixedText(model, caption.before, behind, kind)
+        self.fixed, self.slots = around.tokens, around.slots
+        self._shares, self.start = around.shares, around.start
         self._lead: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     @property

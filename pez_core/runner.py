@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .caption import Caption
 from .errors import ArgumentError
+from .fluency import FluencyLoss
 from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
 from .pez import PezSettings, search
@@ -175,8 +176,7 @@ def learn(
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
     """
-    written = options.read_weight > 0
-    frame = Caption(clip, caption, encoded, inserts, as_written=written)
+    frame = Caption(clip, caption, encoded, inserts, as_written=_reads(options))
     with counted() as work:
         problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
         best = BestSoFar(problem)
@@ -189,6 +189,11 @@ def learn(
                 break
         results = verify(problem, best)
     return [replace(result, tower_flops=work.flops) for result in results]
+
+
+def _reads(options: SearchOptions) -> bool:
+    """Whether a language model says that prompts read well."""
+    return options.read_weight > 0 or isinstance(options.extra_loss, FluencyLoss)
 
 
 def default_len(clip: AnyClip, wanted: int, caption: str = "{}") -> int:
@@ -336,7 +341,7 @@ def _space(
         return TokenSpace(table, allowed, parts)
     decode, beside = clip.text.words.decode, frame.ids([])
     once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
-    if options.read_weight:  # language repeats "a" and "of"
+    if _reads(options):  # language repeats "a" and "of"
         once = [i for i in once if decode([i]) not in FUNCTION_WORDS]
     if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
         return TokenSpace(table, allowed, parts)

@@ -152,7 +152,7 @@ class TokenLM(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class Frame:
+class FixedText:
     """The fixed text around learned tokens, as a `TokenLM` reads it.
 
     Args:
