@@ -33,6 +33,7 @@ from pez_core.token_lm import END, KINDS, load_token_lm
 
 SEEDS = (0, 1)
 READABILITY = 0.5
+MORE = 0.7  # which alone reaches the perplexity of both
 WEIGHT = 1 / 21  # to the rest as READABILITY to the similarity
 PROJECTIONS = (0.1, 0.3, 0.6)
 SHOWN = 6
@@ -79,6 +80,10 @@ def methods(clip: Clip, count: int) -> dict[str, tuple[Callable[[], dict[str, An
     readable, middle = {"readability": READABILITY}, PROJECTIONS[1]
     only = OnlyInAlgorithm1
     found["Algorithm 1, swaps by readability"] = (lambda: readable | short, True)
+    found[f"Algorithm 1, swaps by readability {MORE}"] = (
+        lambda: readable | short | {"readability": MORE},
+        True,
+    )
     found["Algorithm 1 with fluency loss, swaps by readability"] = (
         lambda: readable | short | {"extra_loss": loss(middle, only)},
         True,

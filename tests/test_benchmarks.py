@@ -846,7 +846,7 @@ def test_the_fluency_loss_is_measured(tmp_path, images, monkeypatch):
     short = ["--prompt-len", "3", "--seconds", "0.1"]
     fluency.main(["--folder", str(images), *short, "--out", str(out)])
     rows = [line.split(" | ") for line in out.read_text().splitlines() if " ± " in line][1:]
-    assert len({row[0] for row in rows}) == len(rows) == 10
+    assert len({row[0] for row in rows}) == len(rows) == 11
     nats = {row[0].removeprefix("| "): float(row[3].split(" ± ")[0]) for row in rows}
     shares = [nats[f"Algorithm 1, fluency loss, projection {p}"] for p in fluency.PROJECTIONS]
     assert max(shares) < nats["Algorithm 1"]
