@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from .capture import capturable
+
 
 class Similarity:
     """1 - cos(f(P), g(x)) of the paper (section 4), as a weighted sum over targets.
@@ -92,10 +94,18 @@ class ExtraLoss(Protocol):
         token_embedding: (vocab_size or more, columns) fp32 tables side by side, with the CLIP's
             ids.
         parts: (columns, weight) of each table, from left to right; the weights sum to 1.
+        projection: share of these tables in the projection, above 0, at most 1; the CLIP has the
+            rest.
+        refinable: what `objective` returns has a method `given`, as `Similarity` has, with which
+            swaps can follow Algorithm 1.
     """
 
     weight: float
     prompts: int
+    refinable: bool
+
+    @property
+    def projection(self) -> float: ...
 
     @property
     def token_embedding(self) -> torch.Tensor: ...
@@ -135,12 +145,14 @@ class WeightedSum:
     def __init__(
         self,
         similarity: Similarity | None,
-        extra: Callable[[torch.Tensor], torch.Tensor],
+        extra: Any,
         columns: int,
         weight: float,
     ) -> None:
         self.similarity, self.extra = similarity, extra
         self.columns, self.weight = columns, weight
+        parts = [extra] if similarity is None else [similarity, extra]
+        self.capturable = capturable(*parts)
 
     def __call__(self, embeddings: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         extra = self.weight * self.extra(embeddings[..., self.columns :])
@@ -148,3 +160,11 @@ class WeightedSum:
             return extra, -extra
         loss, score = self.similarity(embeddings[..., : self.columns], step)
         return (1 - self.weight) * loss + extra, (1 - self.weight) * score - extra
+
+    def given(self, embeddings: torch.Tensor) -> WeightedSum:
+        """The sum as a function of the tokens behind these (problems, n, columns) embeddings."""
+        other = copy(self)
+        other.extra = self.extra.given(embeddings[..., self.columns :])
+        if self.similarity is not None:
+            other.similarity = self.similarity.given(embeddings[..., : self.columns])
+        return other

@@ -158,8 +158,8 @@ class SearchOptions:
         weight_decay: of AdamW, 0 or more.
         patience: PEZ, and then the swaps, end after this many steps without a better prompt; at
             least 1. None: never.
-        extra_loss: a second loss beside the similarity, such as `pez_core.diffusion.DenoisingLoss`.
-            It needs a search without swaps.
+        extra_loss: a second loss beside the similarity: `pez_core.diffusion.DenoisingLoss`, which
+            needs a search without swaps, or `pez_core.fluency.FluencyLoss`.
         method: another search algorithm that takes the place of PEZ, such as
             `pez_core.baselines.gcg` (see `SearchMethod`); `functools.partial` sets its own
             arguments. It needs a search without swaps. None: PEZ.
@@ -171,7 +171,8 @@ class SearchOptions:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
             `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
             `"free"`, without swaps; `trajectory` with such a wording; `extra_loss`
-            or `method` with swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
+            with such a wording; a denoising loss or `method` with swaps (set `swaps=0` or
+            `effort="paper"`); `method` and `trajectory`.
     """
 
     prompt_len: int | None = None
@@ -282,11 +283,17 @@ class SearchOptions:
                 "search has none",
                 "choose another `effort` than 'paper', or `swaps` above 0",
             )
-        if self.extra_loss is not None and swaps:
+        if self.extra_loss is not None and swaps and not self.extra_loss.refinable:
             raise ArgumentError(
                 "extra_loss",
                 "cannot be refined by swaps, since each would cost as much as a step of PEZ",
                 "choose the `effort` 'paper', or set `swaps` to 0",
+            )
+        if self.extra_loss is not None and self.wording != "free":
+            raise ArgumentError(
+                "extra_loss",
+                f"is descended by Algorithm 1, which the `wording` {self.wording!r} replaces",
+                'take the `wording` "free"',
             )
         if self.method is not None and swaps:
             raise ArgumentError(

@@ -11,7 +11,7 @@ import torch
 
 from .readability import as_written, load_language_model
 from .space import TokenSpace
-from .token_lm import END, KINDS, Shape, State, TokenLM, chosen, repeated
+from .token_lm import FixedText, Shape, State, TokenLM, chosen, repeated
 
 if TYPE_CHECKING:
     from .caption import Caption
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # six nats, good and fair prompts by a similarity of 0.1.
 _NAT = 0.05
 _TOKEN_NAT = 0.1  # the same for a `TokenLM`, whose texts are captions
-_END = 4.0  # weight of the end: a prompt that breaks off is the worst to read
 _ROWS = 512  # prompts that a `TokenLM` reads at once
 
 
@@ -53,6 +52,11 @@ def needed_language_model(
 def reads_like_clip(words: Words) -> bool:
     """Whether a tokenizer is CLIP's own, for which the `TokenLM` of the package was trained."""
     return words.separable and words.size == Shape.vocab_size
+
+
+def kind_of(wording: str) -> str:
+    """The one of `KINDS` that prompts of a wording are read as."""
+    return "text" if wording == "free" else wording
 
 
 class ReadabilityPrior:
@@ -145,19 +149,10 @@ class FluencyPrior:
         self.weight = readability * _TOKEN_NAT
         self.allowed = space.allowed.cpu()
         # -1 stands for a learned token
-        whole = [*caption.ids([-1] * prompt_len)[len(caption.before) :], END]
-        self.fixed = torch.tensor(whole[: model.shape.context])
-        self.slots = (self.fixed < 0).nonzero()[:, 0]
-        self._shares = torch.ones(len(self.fixed))
-        self._shares[-1] = _END
-        # of a long caption, what stands directly before
-        before = caption.before[
-            max(0, len(caption.before) + len(self.fixed) - model.shape.context) :
-        ]
-        query, state = model.start(torch.tensor([KINDS.index(kind)]))
-        if before:
-            query, state = model.extend(torch.tensor([before]), state)
-        self.start: tuple[torch.Tensor, State] = query[:, -1:], state
+        behind = caption.ids([-1] * prompt_len)[len(caption.before) :]
+        around = FixedText(model, caption.before, behind, kind)
+        self.fixed, self.slots = around.tokens, around.slots
+        self._shares, self.start = around.shares, around.start
         self._lead: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     @property

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 
 from .caption import Caption
 from .errors import ArgumentError
+from .fluency import FluencyLoss
 from .objectives import SampledSimilarity, Similarity, WeightedSum
 from .options import Effort, SearchOptions
-from .pez import Objective, PezSettings, search
+from .pez import PezSettings, search
 from .priors import (
     FluencyPrior,
     ReadabilityPrior,
     SumOfPriors,
+    kind_of,
     needed_language_model,
     reads_like_clip,
 )
@@ -174,8 +176,7 @@ def learn(
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
     """
-    written = options.read_weight > 0
-    frame = Caption(clip, caption, encoded, inserts, as_written=written)
+    frame = Caption(clip, caption, encoded, inserts, as_written=_reads(options))
     with counted() as work:
         problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
         best = BestSoFar(problem)
@@ -188,6 +189,11 @@ def learn(
                 break
         results = verify(problem, best)
     return [replace(result, tower_flops=work.flops) for result in results]
+
+
+def _reads(options: SearchOptions) -> bool:
+    """Whether a language model says that prompts read well."""
+    return options.read_weight > 0 or isinstance(options.extra_loss, FluencyLoss)
 
 
 def default_len(clip: AnyClip, wanted: int, caption: str = "{}") -> int:
@@ -278,7 +284,7 @@ def _readers(
     if not weight:
         return None, None
     if reads_like_clip(words):
-        kind = "text" if options.wording == "free" else options.wording
+        kind = kind_of(options.wording)
         own = FluencyPrior(load_token_lm(), frame, space, prompt_len, kind, weight)
     elif options.wording != "free":
         raise ArgumentError(
@@ -316,8 +322,8 @@ def _tables(clip: AnyClip, options: SearchOptions) -> tuple[torch.Tensor, list[t
     other = extra.token_embedding[: len(table)].to(table.device)
     if extra.weight == 1:
         return other, extra.parts
-    shares = [(columns, (1 - extra.weight) * weight) for columns, weight in parts]
-    shares += [(columns, extra.weight * weight) for columns, weight in extra.parts]
+    shares = [(columns, (1 - extra.projection) * weight) for columns, weight in parts]
+    shares += [(columns, extra.projection * weight) for columns, weight in extra.parts]
     return torch.cat([table.detach().float(), other], dim=1), shares
 
 
@@ -335,7 +341,7 @@ def _space(
         return TokenSpace(table, allowed, parts)
     decode, beside = clip.text.words.decode, frame.ids([])
     once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
-    if options.read_weight:  # language repeats "a" and "of"
+    if _reads(options):  # language repeats "a" and "of"
         once = [i for i in once if decode([i]) not in FUNCTION_WORDS]
     if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
         return TokenSpace(table, allowed, parts)
@@ -458,7 +464,8 @@ def descend(
         weight_decay=options.weight_decay,
     )
     report = callback and (lambda progress: callback(best.report(span, progress)))
-    objective, ids = _objective(problem, span), problem.ids[span].flatten(0, 1)
+    objective = _objective(problem, span, sampled=True)
+    ids = problem.ids[span].flatten(0, 1)
     if options.method is None:
         steps = _Steps(problem.work.trials) if options.trajectory else None
         on_step = steps and steps.add
@@ -528,17 +535,22 @@ class _Steps:
         return [Trajectory(*one) for one in zip(*pieces, strict=True)]
 
 
-def _objective(problem: Problem, span: slice) -> Objective:
-    """The objective of PEZ for the searches in `span`; all trials have rows of their own."""
+def _objective(problem: Problem, span: slice, sampled: bool = False) -> Similarity | WeightedSum:
+    """The objective of the searches in `span`; all trials have rows of their own.
+
+    Args:
+        problem: of the search.
+        span: the searches.
+        sampled: as in `_similarity`.
+    """
     owners, extra = problem.owners[span], problem.options.extra_loss
     if extra is None:
-        return _similarity(problem, owners, sampled=True)
+        return _similarity(problem, owners, sampled)
     loss = extra.objective(problem.caption.before, problem.caption.after, owners)
     if extra.weight == 1:
         return WeightedSum(None, loss, 0, extra.weight)
     columns = sum(columns for columns, _ in problem.clip.text.parts)
-    similarity = _similarity(problem, owners, sampled=True)
-    return WeightedSum(similarity, loss, columns, extra.weight)
+    return WeightedSum(_similarity(problem, owners, sampled), loss, columns, extra.weight)
 
 
 def _similarity(problem: Problem, owners: Sequence[int], sampled: bool = False) -> Similarity:
@@ -585,7 +597,7 @@ def refine_span(
         return descended
     found = refine(
         problem.space,
-        _similarity(problem, owners),
+        _objective(problem, span),
         descended.ids,
         SwapSettings(
             steps=_ENDLESS if work.until_time_limit else work.swaps,

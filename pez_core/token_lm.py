@@ -12,6 +12,7 @@ and Robust Neural Network Joint Models", section 2.2).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,10 @@ KINDS = ("text", "sentence", "tags")
 """What a prompt is read as: any text, a sentence, or phrases with commas between them."""
 END = 49407
 """The token behind the last one of a prompt."""
+
+END_SHARE = 4.0
+"""Weight of the end of a prompt in its likelihood, where a token has 1: a prompt that breaks off is
+the worst to read."""
 
 State = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values (rows, heads, tokens, size) of each layer."""
@@ -135,12 +140,51 @@ class TokenLM(nn.Module):
         """(rows, table_width) queries -> (rows, n) log-likelihood of each of (n,) tokens."""
         return torch.addmm(self.bias[ids], queries, self.table(ids).T)
 
+    def table_with_bias(self) -> torch.Tensor:
+        """(vocab_size, table_width + 1): the table and, in the last column, the bias."""
+        return torch.cat([self.table.weight, self.bias[:, None]], dim=1)
+
     def save(self, folder: Path) -> None:
         """Write config and weights, in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.shape), indent=2) + "\n")
         state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class FixedText:
+    """The fixed text around learned tokens, as a `TokenLM` reads it.
+
+    Args:
+        model: the language model.
+        before: ids of the text before; read here, once.
+        behind: ids of everything behind it, -1 in the place of each learned token, without the end.
+        kind: one of `KINDS`.
+
+    Attributes:
+        tokens: (n,) `behind` and the end, cut to the context of the model.
+        slots: (learned,) the places of the learned tokens among them.
+        shares: (n,) the weight of each token in the likelihood of a prompt.
+        embedded: (n, table_width + 1) their embeddings and biases, those of id 0 in the slots.
+        start: (1, 1, table_width) query for the first of `tokens`, and the state.
+    """
+
+    def __init__(
+        self, model: TokenLM, before: Sequence[int], behind: Sequence[int], kind: str
+    ) -> None:
+        device, context = model.bias.device, model.shape.context
+        self.tokens = torch.tensor([*behind, END][:context], device=device)
+        self.slots = (self.tokens < 0).nonzero()[:, 0]
+        self.shares = torch.ones(len(self.tokens), device=device)
+        self.shares[-1] = END_SHARE
+        # of a long caption, what stands directly before
+        before = before[max(0, len(before) + len(self.tokens) - context) :]
+        with torch.inference_mode(False), torch.no_grad():
+            query, state = model.start(torch.tensor([KINDS.index(kind)], device=device))
+            if before:
+                query, state = model.extend(torch.tensor([before], device=device), state)
+            self.embedded = model.table_with_bias()[self.tokens.clamp(min=0)]
+        self.start: tuple[torch.Tensor, State] = query[:, -1:], state
 
 
 def repeated(state: State, count: int) -> State:
@@ -159,7 +203,8 @@ def load_token_lm(folder: Path = FOLDER) -> TokenLM:
 
     Nothing may change it: all searches of a process share it.
     """
-    model = TokenLM(Shape(**json.loads((folder / "config.json").read_text())))
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    return model.eval().requires_grad_(False)
+    with torch.inference_mode(False):  # inference tensors have no gradients
+        model = TokenLM(Shape(**json.loads((folder / "config.json").read_text())))
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+        return model.eval().requires_grad_(False)

@@ -35,6 +35,7 @@ import draw_icon
 import draw_results
 import edits
 import first_prompt
+import fluency
 import get_comfyui
 import gpu
 import limit
@@ -937,6 +938,19 @@ def test_readability_is_measured(tmp_path, images, monkeypatch):
     text = (tmp_path / "readability.md").read_text()
     assert text.count("| 0.5 | ") == 1 and "| noto fish | " in text
     assert Image.open(tmp_path / "readability.png").width > 100
+
+
+def test_the_fluency_loss_is_measured(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(fluency, "JUDGE", "emoji-clip")
+    monkeypatch.setattr(fluency, "SEEDS", (0,))
+    out = tmp_path / "fluency.md"
+    short = ["--prompt-len", "3", "--seconds", "0.1"]
+    fluency.main(["--folder", str(images), *short, "--out", str(out)])
+    rows = [line.split(" | ") for line in out.read_text().splitlines() if " ± " in line][1:]
+    assert len({row[0] for row in rows}) == len(rows) == 11
+    nats = {row[0].removeprefix("| "): float(row[3].split(" ± ")[0]) for row in rows}
+    shares = [nats[f"Algorithm 1, fluency loss, projection {p}"] for p in fluency.PROJECTIONS]
+    assert max(shares) < nats["Algorithm 1"]
 
 
 def test_remedies_are_compared(tmp_path, images, monkeypatch):

@@ -19,7 +19,8 @@ from pez_core import (
     search,
 )
 from pez_core.capture import NoWaiting, Replay, _place, recorder_for, trust
-from pez_core.objectives import SampledSimilarity, Similarity
+from pez_core.fluency import FluencyLoss
+from pez_core.objectives import SampledSimilarity, Similarity, WeightedSum
 from pez_core.priors import SumOfPriors
 from pez_core.single_words import SingleWordPrior
 
@@ -109,6 +110,33 @@ def test_a_captured_refinement_is_the_refinement(traced, problem, prior, asked, 
     same(*found)
     assert traced.records == 3  # once for each position
     assert traced.replays == 16 - 3
+
+
+def test_captured_steps_with_a_fluency_loss(traced, problem, tiny_clip):
+    space, similarity, ids = problem
+    loss = FluencyLoss(tiny_clip, 0.2, prompts=3)
+    table = torch.cat([space.table, loss.token_embedding], dim=1)
+    columns = space.table.shape[1]
+    space = TokenSpace(table, space.allowed, [(columns, 0.7), (129, 0.3)])
+    likely = loss.objective(tiny_clip.text.words.encode("a photo of"), [], [0, 1, 2])
+    objective = WeightedSum(similarity, likely, columns, loss.weight)
+    found = [
+        search(space, objective, ids, PezSettings(steps=12, lr=0.5, capture=record))
+        for record in (False, None)
+    ]
+    same(*found)
+    assert (traced.records, traced.replays) == (1, 9)
+    assert sum(found[0].history[-1][1]) > sum(found[0].history[0][1])
+    ids = space.random(3 * 4, 3, torch.Generator().manual_seed(1))
+    found = [
+        refine(
+            space, objective, ids, SwapSettings(steps=16, trials=4, screened=16, capture=record),
+            seeds=[0, 1, 2],
+        )
+        for record in (False, None)
+    ]  # fmt: skip
+    same(*found)
+    assert traced.records == 1 + 3  # once for each position
 
 
 def test_several_encoders_and_fixed_text_are_captured_too(traced, emoji_clip, vit_clip):

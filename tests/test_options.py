@@ -100,7 +100,8 @@ def test_a_value_of_the_wrong_type(name, value):
 class Loss:
     """An extra loss: the length of the first four columns of the embeddings."""
 
-    weight, prompts, parts = 0.5, 1, ((4, 1.0),)
+    weight, projection, prompts, parts = 0.5, 0.5, 1, ((4, 1.0),)
+    refinable = False
 
     def __init__(self, clip):
         self.token_embedding = clip.text.token_embedding.detach().float()[:, :4].contiguous()

@@ -469,10 +469,10 @@ def test_a_vocabulary_that_leaves_no_prompt(all_tokens_clip, picture):
 class Length:
     """An extra loss: the distance of a prompt's length in letters from a number."""
 
-    parts = ((4, 1.0),)
+    parts, refinable = ((4, 1.0),), False
 
     def __init__(self, clip, prompts, weight):
-        self.prompts, self.weight = prompts, weight
+        self.prompts, self.weight, self.projection = prompts, weight, weight
         self.token_embedding = clip.text.token_embedding.detach().float()[:, :4].contiguous()
 
     def objective(self, before, after, goals):

@@ -70,6 +70,8 @@ class DenoisingLoss:
             kind, an image cannot be read, or the tokenizers of `pipeline` and `clip` differ.
     """
 
+    refinable = False  # each swap would cost as much as a step of PEZ
+
     def __init__(
         self,
         pipeline: DiffusionPipeline,
@@ -92,6 +94,11 @@ class DenoisingLoss:
         each = range(self._model.images)
         self._images = [list(each)] if shared else [[k] for k in each]
         self.prompts = len(self._images)
+
+    @property
+    def projection(self) -> float:
+        """See `ExtraLoss`: that in the loss."""
+        return self.weight
 
     @property
     def parts(self) -> list[tuple[int, float]]:
