@@ -310,6 +310,15 @@ OWN = {
         f"ours ({wording})": Method(partial(ours, wording=wording, **WRITTEN), budgeted=False)
         for wording in WORDINGS[1:]
     },
+    "ours (balanced), no repeats": Method(
+        partial(ours, effort="balanced", repeats=False), budgeted=False
+    ),
+    **{
+        f"ours ({wording}), readability 1": Method(
+            partial(ours, wording=wording, readability=1.0, **WRITTEN), budgeted=False
+        )
+        for wording in WORDINGS[1:]
+    },
     "ours (readability 0.5, SmolLM2)": Method(with_smollm2, budgeted=False, at_once=1),
     **{
         f"ours (balanced), {n} restarts": Method(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from .articles import with_right_articles
 from .caption import Caption
 from .errors import ArgumentError
 from .fluency import FluencyLoss
@@ -745,6 +746,10 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
             )
     else:
         rows = [_round_trip(clip, caption, row) for row in rows]
+    if _reads(problem.options):
+        words, allowed = clip.text.words, frozenset(problem.space.allowed.tolist())
+        good = [with_right_articles(row, words.decode, words.encode, allowed) for row in rows]
+        rows = [b if caption.round_trips(b) else a for a, b in zip(rows, good, strict=True)]
     texts = [caption.text(row) for row in rows]
     features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()

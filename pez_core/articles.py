@@ -1,0 +1,43 @@
+"""The English articles of learned prompts: "an" before the sound of a vowel, "a" elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Sequence
+
+_OTHER = {"a": "an", "an": "a"}
+# By their first letters; what begins like "you" or "won" is no vowel to the ear.
+_VOWEL = re.compile(r"[aeiou]|hour|honou?r|honest|heir")
+_NO_VOWEL = re.compile(
+    r"one\b|once\b|eu|ewe|u(?:ni(?!n|m)|s(?:e|ua|ur)|ten|to[pn]|kul|ra[nl]|rin|biq)"
+)
+
+
+def article_of(word: str) -> str:
+    """ "an" or "a", as it stands before a word."""
+    word = word.lower()
+    return "an" if _VOWEL.match(word) and not _NO_VOWEL.match(word) else "a"
+
+
+def with_right_articles(
+    ids: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+    encode: Callable[[str], list[int]],
+    allowed: Collection[int],
+) -> list[int]:
+    """The tokens of a prompt with each "a" and "an" as the word behind it wants it.
+
+    Args:
+        ids: of the prompt, whole words.
+        decode, encode: of the tokenizer.
+        allowed: an article that is not among these tokens is not put in.
+    """
+    words = [decode([i]) for i in ids]
+    found = list(ids)
+    for k, (word, behind) in enumerate(itertools.pairwise(words)):
+        if word in _OTHER and behind[:1].isalpha() and word != article_of(behind):
+            other = encode(_OTHER[word])
+            if len(other) == 1 and other[0] in allowed:
+                found[k] = other[0]
+    return found
