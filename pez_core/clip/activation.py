@@ -16,7 +16,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
-from ..precision import bfloat16_pays
 from .files import Reading
 
 # Ten drawings of Noto Emoji (Apache License 2.0), side by side.
@@ -74,12 +73,9 @@ def _agreement(model: Any, tokenizer: Any) -> float:
     prepare: Any = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     weight = model.visual.conv1.weight
     pixels = torch.stack([prepare(picture) for picture in _pictures()])
+    images = model.encode_image(pixels.to(weight.device, weight.dtype), normalize=True).float()
     ids = tokenizer([f"an emoji of a {name}" for name in _NAMES]).to(weight.device)
-    # readings differ by more than rounding does
-    rounds = weight.device.type == "cpu" and bfloat16_pays()
-    with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
-        images = model.encode_image(pixels.to(weight.device, weight.dtype), normalize=True).float()
-        texts = model.encode_text(ids, normalize=True).float()
+    texts = model.encode_text(ids, normalize=True).float()
     logits = model.logit_scale.float().exp().clamp(1, _MOST_SCALE) * images @ texts.T
     right = torch.arange(len(_NAMES), device=logits.device)
     return -float(F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))
