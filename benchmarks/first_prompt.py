@@ -4,10 +4,10 @@
     python benchmarks/first_prompt.py --models ViT-L-14 --efforts balanced --prompt-len 8
 
 The weights are random, and lie in a file in half precision as published ones do, so that loading is
-measured as well. Their activation is told, as tags tell it; to measure that of a file without a
-tag takes longer (`load_clip`). Every case is a process of its own, with nothing in any cache but the disk's. The
-second prompt is of another image in the same process. The time of PEZ as published, by this
-package's loop, is measured over a few steps and scaled up: its steps all cost the same.
+measured as well. Their activation is given, as tags give it; `load_clip` takes longer where it has
+to measure that of a file. Every case is a process of its own, with nothing in any cache but the
+disk's. The second prompt is of another image in the same process. The time of PEZ as published, by
+this package's loop, is measured over a few steps and scaled up: its steps all cost the same.
 
 Run it on an idle machine.
 """
