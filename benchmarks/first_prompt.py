@@ -4,10 +4,11 @@
     python benchmarks/first_prompt.py --models ViT-L-14 --efforts balanced --prompt-len 8
 
 The weights are random, and lie in a file in half precision as published ones do, so that loading is
-measured as well. Their activation is given, as tags give it; `load_clip` takes longer where it has
-to measure that of a file. Every case is a process of its own, with nothing in any cache but the
-disk's. The second prompt is of another image in the same process. The time of PEZ as published, by
-this package's loop, is measured over a few steps and scaled up: its steps all cost the same.
+measured as well. A tag in the name of the file gives the activation and the preparation of images;
+`load_clip` takes longer where it has to measure them. Every case is a process of its own, with
+nothing in any cache but the disk's. The second prompt is of another image in the same process. The
+time of PEZ as published, by this package's loop, is measured over a few steps and scaled up: its
+steps all cost the same.
 
 Run it on an idle machine.
 """
@@ -49,7 +50,7 @@ def measure(path: Path, model: str, effort: str, dtype: str, prompt_len: int) ->
 
     lap("imports")
     chosen = torch.float32 if dtype == "float32" else None
-    clip = load_clip(f"{model}:{path}", device="cpu", dtype=chosen, activation="gelu")
+    clip = load_clip(f"{model}:{path}", device="cpu", dtype=chosen)
     lap("load")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
     features = clip.encode_images([Image.fromarray(one) for one in pixels])
@@ -79,7 +80,7 @@ def weights(model: str, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    path = folder / f"{model}.safetensors"
+    path = folder / f"{model}-openai.safetensors"
     state = open_clip.create_model(model, load_weights=False).state_dict()
     save_file({name: v.half().contiguous() for name, v in state.items()}, path)
     return path

@@ -71,8 +71,8 @@ def test_only_large_towers_in_float32_are_measured(monkeypatch, faster):
 
 @pytest.mark.parametrize(("plain", "low", "pays"), [(1.6, 1, True), (1.4, 1, False), (1, 5, False)])
 def test_the_measurement_decides(monkeypatch, plain, low, pays):
-    def seconds(x, weight):
-        return plain if x.dtype == torch.float32 else low
+    def seconds(product):
+        return plain if product[0].dtype == torch.float32 else low
 
     monkeypatch.setattr(precision, "_seconds", seconds)
     precision.bfloat16_pays.cache_clear()
