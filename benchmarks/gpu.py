@@ -375,9 +375,10 @@ def added(clip: Clip, prompt_len: int, batch: int) -> int:
     """Peak bytes of a search without the model."""
     targets = targets_for(clip, batch)
     with (
-        # on a card the vocabulary is neither packed nor cut into blocks
+        # on a card the vocabulary is neither packed nor cut into blocks, nor copied in bfloat16
         patch("pez_core.space._similarity_to", lambda directions: lambda rows: rows @ directions.T),
         patch("pez_core.space._CPU_BLOCK", len(clip.text.token_embedding)),
+        patch("pez_core.space.bfloat16_pays", lambda: False),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
