@@ -275,9 +275,9 @@ emoji drawings alone: do not judge PEZ by its words.
 right-click the frame **{PAINT}** and choose **Set Group Nodes to Always**.
 """
 ALWAYS = """\
-A learned prompt reads like word salad. That is normal: the search chooses words by their CLIP
-features together. Judge the prompt by the images. Not happy? Change **seed** and run again; without
-a change nothing runs.
+A learned prompt may say odd things. That is normal: it says what the CLIP finds most similar, not
+what a person would. Judge the prompt by the images. Not happy? Change **seed** and run again;
+without a change nothing runs.
 
 For advanced inputs: **Show advanced inputs** at the bottom of the node, or **Show Advanced** in its
 right-click menu.
