@@ -10,12 +10,12 @@ _OTHER = {"a": "an", "an": "a"}
 # By their first letters; what begins like "you" or "won" is no vowel to the ear.
 _VOWEL = re.compile(r"[aeiou]|hour|honou?r|honest|heir")
 _NO_VOWEL = re.compile(
-    r"one\b|once\b|eu|ewe|u(?:ni(?!n|m)|s(?:e|ua|ur)|ten|to[pn]|kul|ra[nl]|rin|biq)"
+    r"one\b|once\b|eu|ewe|u(?:ni(?!n|m)|s(?:e|ua|ur)|t[ei]|to[pn]|k[ru]|ra[nl]|rin|biq)"
 )
 
 
 def article_of(word: str) -> str:
-    """ "an" or "a", as it stands before a word."""
+    """The article that stands before a word: "an" or "a"."""
     word = word.lower()
     return "an" if _VOWEL.match(word) and not _NO_VOWEL.match(word) else "a"
 

@@ -12,7 +12,10 @@ from pez_core.articles import article_of, with_right_articles
     ("article", "words"),
     [
         ("an", "angel orange icon umbrella uninvited unimportant hour honest ugly upward"),
-        ("a", "fish unicorn uniform user usual utensil ukulele european one once house yellow ewe"),
+        (
+            "a",
+            "fish unicorn uniform user usual utensil ukulele utility ukrainian european one once house yellow ewe",
+        ),
     ],
 )
 def test_the_sound_decides(article, words):
