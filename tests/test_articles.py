@@ -14,7 +14,7 @@ from pez_core.articles import article_of, with_right_articles
         ("an", "angel orange icon umbrella uninvited unimportant hour honest ugly upward"),
         (
             "a",
-            "fish unicorn uniform user usual utensil ukulele utility ukrainian european one once ewe",
+            "fish unicorn uniform user usual utensil ukulele utility ukrainian european one once",
         ),
     ],
 )
