@@ -43,7 +43,15 @@ COMPOSITE = (
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 # MPS has them in newer versions than PyTorch 2.6, the oldest one that is supported.
 LATER = {
-    *("_unique", "angle", "index_copy", "index_copy_", "rsub.Tensor", "unique_dim"),
+    *("_assert_async", "_assert_async.msg", "_cdist_backward", "_unique", "angle"),
+    *("_compute_linear_combination", "_compute_linear_combination.out", "_cholesky_solve_helper"),
+    *("_linalg_eigh", "_linalg_eigh.eigenvalues", "_linalg_svd", "_linalg_svd.U", "geqrf"),
+    *("geqrf.a", "linalg_lstsq.out", "linalg_lu_solve", "linalg_lu_solve.out"),
+    *("linalg_matrix_exp", "linalg_polar", "linalg_polar.out", "linalg_qr", "linalg_qr.out"),
+    *("_sample_dirichlet", "_standard_gamma", "binomial", "poisson"),
+    *("index_copy", "index_copy_", "index_reduce", "index_reduce.out", "index_reduce_"),
+    *("lcm", "lcm.out", "lcm_", "nonzero_static", "nonzero_static.out"),
+    *("rsub.Tensor", "unique_dim"),
     *("isin.Tensor_Tensor", "isin.Tensor_Tensor_out"),  # of int64; they need macOS 14
 }
 
