@@ -34,6 +34,7 @@ import bench
 import draw_icon
 import draw_results
 import edits
+import equal_work
 import first_prompt
 import fluency
 import get_comfyui
@@ -416,6 +417,36 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
+
+
+def test_methods_are_read_at_the_same_work(images, image_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(equal_work, "UNIT_STEPS", 10)
+    monkeypatch.setattr(equal_work, "SHARES", (0.5, 1.0))
+    monkeypatch.setattr(equal_work, "default_settings", lambda pipe: {"num_inference_steps": 2})
+    monkeypatch.setattr(equal_work, "load_clip", partial(load_tiny, equal_work.load_clip))
+    load = equal_work.load_pipeline
+    monkeypatch.setattr(equal_work, "load_pipeline", lambda _, device: load(image_model, device))
+    out = tmp_path / "equal_work"
+    arguments = [*("--folder", str(images), "--images", "3", "--pictures", "1"), "--prompt-len"]
+    arguments += ["4", "--clips", "emoji-clip", "--judge", "judge", "--out", str(out), "--methods"]
+    equal_work.main([*arguments, "PEZ as published", "ours (fast)"])
+    rows = lines(out.with_suffix(".jsonl"))
+    equal_work.main([*arguments, "PEZ as published", "ours (fast)"])
+    assert rows == lines(out.with_suffix(".jsonl"))
+
+    by_key = {(row["method"], row["share"], row["place"]): row for row in rows}
+    assert len(by_key) == len(rows) == 9
+    clip = equal_work.load_clip("emoji-clip")
+    few = bench.Bench(clip, from_folder(images)[:3], {}, [4], range(1), [], 8, out)
+    method = quality.METHODS["PEZ as published"]
+    for place, one in enumerate(bench.find(few, method, 4, 0, {None: 5}, None)):
+        row = by_key["PEZ as published", 0.5, place]
+        assert row["prompt"] == one["prompt"] and row["work"] == pytest.approx(0.5, abs=0.11)
+    base = [by_key["PEZ as published", 1.0, place]["own"] for place in range(3)]
+    fast = [by_key["ours (fast)", None, place]["own"] for place in range(3)]
+    shown = f"{statistics.mean(a - b for a, b in zip(fast, base, strict=True)):.4f}"
+    (line,) = [one for one in out.with_suffix(".md").read_text().splitlines() if "(fast)" in one]
+    assert f"| {statistics.mean(fast):.3f} | {shown} ± " in line
 
 
 def test_the_edits_of_prompts_are_judged(draws, images, image_model, emoji_clip, tmp_path):

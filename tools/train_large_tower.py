@@ -30,6 +30,7 @@ from emoji_views import Images, View
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_emoji_clip import MODELS, autocast, encode_rows, evaluate
 
 log = logging.getLogger("train_large_tower")
@@ -146,7 +147,8 @@ class Training:
         rows = self.texts.batch(self.a.batch)
         with torch.no_grad():
             goal = encode_rows(self.small, rows, LONGEST)
-        with autocast():
+        # the fused attention is slower for texts this short
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
             found = encode_rows(self.large, rows, LONGEST)
         drawings = self.shown[torch.randperm(len(self.shown))[:SHOWN]]
         wanted = (HEAT * goal @ drawings.T).log_softmax(-1)
