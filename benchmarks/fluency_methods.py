@@ -33,8 +33,8 @@ from pez_core.runner import BestSoFar, PromptTarget, prepare, refine_span, verif
 from pez_core.writing import WritingSettings, write
 
 SAMPLED = ROOT / "build/token-lm/sampled.jsonl"
-BEAMS = 8
-COMPARED = 512  # phrases behind each beginning
+BEAMS = 12  # beginnings of prompts of phrases
+COMPARED = 1024  # phrases behind each beginning
 
 
 class WritingPrior(ReadabilityPrior):
@@ -139,7 +139,7 @@ def written_by_language_model(
     model: LanguageModel,
     images: Sequence[Image.Image],
     options: SearchOptions,
-    beams: int = BEAMS,
+    beams: int,
     swaps: bool = False,
 ) -> list[str]:
     """Prompts that a language model and the CLIP write together.
@@ -158,7 +158,7 @@ def written_by_language_model(
     prior = WritingPrior(
         model, clip.text.words, problem.caption, problem.space, options.read_weight
     )
-    problem = replace(problem, readability=prior, writer=prior)
+    problem = replace(problem, readability=prior)
     left, trials = problem.time_left(1), problem.work.trials if swaps else 1
     settings = WritingSettings(
         steps=length,
@@ -167,10 +167,11 @@ def written_by_language_model(
         results=trials,
     )
     features = torch.stack([target.features for target in targets])
+    reads: Any = prior  # `write` asks for the reader and the score alone
     found = write(
         problem.space,
         Similarity(problem.encoder, features),
-        prior,
+        reads,
         length,
         settings,
         acceptable=problem.space.only_allowed(problem.acceptable),
@@ -180,7 +181,8 @@ def written_by_language_model(
     best.take(every, found)
     if swaps:
         refine_span(problem, best, every, 1, found, None)
-    return [result.prompt for result in verify(problem, best)]
+    # without the perplexity of each result, which nobody asked for
+    return [result.prompt for result in verify(replace(problem, readability=None), best)]
 
 
 def phrases(file: Path = SAMPLED) -> list[str]:
