@@ -945,12 +945,11 @@ def test_readability_is_measured(tmp_path, images, monkeypatch):
 
 def test_the_ways_to_readable_prompts_are_measured(tmp_path, images, monkeypatch):
     monkeypatch.setattr(fluency, "JUDGE", "emoji-clip")
-    monkeypatch.setattr(fluency, "SEEDS", (0,))
     monkeypatch.setattr(fluency, "gemma", lambda: None)
     monkeypatch.setattr(fluency, "load_language_model", lambda *_, **__: make_lm())
     monkeypatch.setattr(fluency, "phrases", lambda: ["red fish", "a glass of wine", "food", "sun"])
     out = tmp_path / "fluency.md"
-    arguments = ["--folder", str(images), "--prompt-len", "3", "--seconds", "0.1"]
+    arguments = ["--folder", str(images), "--prompt-len", "3", "--seconds", "0.1", "--seeds", "1"]
     fluency.main([*arguments, "--out", str(out)])
     rows = [line.split(" | ") for line in out.read_text().splitlines() if " ± " in line][1:]
     assert len({row[0] for row in rows}) == len(rows) == 15
