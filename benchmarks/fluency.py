@@ -290,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "# Ways to readable prompts",
             "",
             f"`emoji-clip`, prompt_len {arguments.prompt_len}, {len(drawings)} drawings never "
-            f"trained on, {arguments.seeds} seeds; {arguments.seconds:g} s of processor time for each "
-            "drawing, but for the last two methods. The readability is "
+            f"trained on, seeds: {arguments.seeds}; {arguments.seconds:g} s of processor time for "
+            "each drawing, but for the last two methods. The readability is "
             f"{READABILITY}, the weight of the fluency loss {WEIGHT:.3f}, which count as much; "
             f"its projection {PROJECTIONS[1]} where none is named. SmolLM2 is SmolLM2-135M in "
             "bfloat16. Loading models, the table of the words of SmolLM2 and the features of the "
