@@ -23,8 +23,10 @@ from test_readability import make_lm
 from tiny_diffusion import export_emoji_diffusion, stable_diffusion
 
 from pez_core import PezSettings, SearchOptions, TokenSpace, baselines, explain, search
+from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
+from pez_core.readability import as_written
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "tools"))
@@ -37,6 +39,7 @@ import edits
 import equal_work
 import first_prompt
 import fluency
+import fluency_methods
 import get_comfyui
 import gpu
 import limit
@@ -971,17 +974,62 @@ def test_readability_is_measured(tmp_path, images, monkeypatch):
     assert Image.open(tmp_path / "readability.png").width > 100
 
 
-def test_the_fluency_loss_is_measured(tmp_path, images, monkeypatch):
+def test_the_ways_to_readable_prompts_are_measured(tmp_path, images, monkeypatch):
     monkeypatch.setattr(fluency, "JUDGE", "emoji-clip")
-    monkeypatch.setattr(fluency, "SEEDS", (0,))
+    monkeypatch.setattr(fluency, "gemma", lambda: None)
+    monkeypatch.setattr(fluency, "load_language_model", lambda *_, **__: make_lm())
+    monkeypatch.setattr(fluency, "phrases", lambda: ["red fish", "a glass of wine", "food", "sun"])
     out = tmp_path / "fluency.md"
-    short = ["--prompt-len", "3", "--seconds", "0.1"]
-    fluency.main(["--folder", str(images), *short, "--out", str(out)])
+    arguments = ["--folder", str(images), "--prompt-len", "3", "--seconds", "0.1", "--seeds", "1"]
+    fluency.main([*arguments, "--out", str(out)])
     rows = [line.split(" | ") for line in out.read_text().splitlines() if " ± " in line][1:]
-    assert len({row[0] for row in rows}) == len(rows) == 11
+    assert len({row[0] for row in rows}) == len(rows) == 15
     nats = {row[0].removeprefix("| "): float(row[3].split(" ± ")[0]) for row in rows}
     assert {f"Algorithm 1, fluency loss, projection {p}" for p in fluency.PROJECTIONS} < nats.keys()
     assert all(0 < value < 20 for value in nats.values())
+    found = out.with_suffix(".jsonl")
+    of_phrases = [row for row in map(json.loads, found.open()) if "phrases" in row["method"]]
+    assert {word for row in of_phrases for word in row["prompt"].split()} <= {
+        *("red", "fish", "food", "sun", "food,", "sun,")
+    }
+    # the same command searches nothing again
+    before, text = found.read_text(), out.read_text()
+    monkeypatch.setattr(fluency, "invert", None)
+    fluency.main([*arguments, "--out", str(out)])
+    assert (found.read_text(), out.read_text()) == (before, text)
+
+
+def test_text_is_read_word_by_word_as_at_once(emoji_clip):
+    words = emoji_clip.text.words
+    allowed = torch.tensor(sorted(words.encode("a red fish , glass - dog cat house")))
+    space = TokenSpace(emoji_clip.text.token_embedding, allowed)
+    model = make_lm()
+    prior = fluency_methods.WritingPrior(model, words, Caption(emoji_clip), space, 1.0)
+    reader, rows = prior.reader(3), [[], [], []]
+    table = model.table([words.decode([k]) for k in allowed.tolist()])
+    steps = ["a fish red", "red - ,", "house glass a", "dog , -"]
+    for step, parents in zip(steps, ([0, 1, 2], [2, 0, 0], [1, 2, 0], None), strict=True):
+        tokens = words.encode(step)
+        reader.read(torch.tensor(tokens), None if parents is None else torch.tensor(parents))
+        rows = [[*rows[k], token] for k, token in zip(parents or range(3), tokens, strict=True)]
+        texts = [as_written(words.decode(row)) for row in rows]
+        expected = model.next_words(texts, table)
+        some = reader.of(torch.tensor([2, 0])).next_tokens()
+        assert torch.allclose(some, expected[[2, 0]], atol=1e-4)
+        assert torch.allclose(reader.next_tokens(), expected, atol=1e-4)
+
+
+def test_the_beam_search_over_phrases_finds_the_best(emoji_clip, images):
+    image = load_image(images / "food/noto-fish.png")
+    (feature,) = emoji_clip.encode_images([image])
+    texts = ["red", "fish", "blue fish", "sun", "a house", "tropical"]
+    bank = fluency_methods.usable(emoji_clip, texts, 4)
+    assert len(bank) == len(texts)
+    prompt = fluency_methods.PhraseBeams(emoji_clip, bank, 4).find(feature, 60.0)
+    prompts = [*texts, *(f"{a}, {b}" for a in texts for b in texts if a != b)]
+    fit = [one for one in prompts if len(emoji_clip.text.words.encode(one)) <= 4]
+    best = (emoji_clip.encode_texts(fit) @ feature).argmax()
+    assert prompt == fit[int(best)] and len(fit) < len(prompts)
 
 
 def test_remedies_are_compared(tmp_path, images, monkeypatch):
