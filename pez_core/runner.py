@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -394,14 +395,15 @@ class _Start:
 
     def prompts(self, seed: int) -> torch.Tensor:
         """(restarts * trials, prompt_len) ids, such that the first step is acceptable."""
-        source, rows = self._source(), []
+        rows = []
         for restart in range(self.options.restarts):
             generator = torch.Generator().manual_seed(restart_seed(seed, restart))
             given = self._given() if restart == 0 else []
             for _ in range(self.options.work.trials):
-                rows.append(self._prompt(source, generator, given))
+                rows.append(self._prompt(self._source, generator, given))
         return torch.cat(rows)
 
+    @cached_property
     def _source(self) -> TokenSpace:
         """The space to draw from: pieces of words are searched, but would fuse when drawn."""
         if self.options.published:

@@ -891,6 +891,13 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     assert "an image takes -30.0% of time with Ray" in text
     assert Image.open(tmp_path / "growth.png").width > 500
 
+    cases.clear()
+    growth.main(["--only", "images", "--images", "7", "--out", str(tmp_path / "part")])
+    text = (tmp_path / "part.md").read_text()
+    assert not cases and done[4:] == [(1, 7, "short", 0)] and "](part.png)" in text
+    measured = [line.split(" | ")[0] for line in text.splitlines() if " 7 | " in line]
+    assert measured == ["| images"] * 2 and "restarts |" not in text
+
 
 def test_a_job_is_timed_behind_its_first_images(tmp_path, monkeypatch):
     growth = pytest.importorskip("growth")
@@ -1145,8 +1152,8 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     cases = []
 
     def run(command, **options):
-        cases.append(command[-2:])
-        found = times | {"words": 9, "tflop": work[command[-1]]}
+        cases.append(command[-3:])
+        found = times | {"words": 9, "tflop": work[command[-2]]}
         return SimpleNamespace(stdout=json.dumps(found))
 
     def weights(model, folder):
@@ -1157,6 +1164,25 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(first_prompt, "weights", weights)
     monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run))
     first_prompt.main(["--models", "A", "B", "--out", str(tmp_path / "first")])
-    assert cases == [[model, effort] for model in "AB" for effort in work]
-    row = "| A | fast | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
+    dtypes = first_prompt.DTYPES
+    assert cases == [[model, effort, one] for model in "AB" for effort in work for one in dtypes]
+    row = "| A | fast | default | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
     assert row in (tmp_path / "first.md").read_text().splitlines()
+
+
+def test_the_first_step_of_the_node_is_reported(tmp_path, monkeypatch):
+    commands, seconds = [], {"first run": 2.5, "another seed": 0.25, "another image": 0.375}
+
+    def run(command, **options):
+        commands.append(command[-2:])
+        assert options["cwd"] == tmp_path and options["env"]["PYTHONPATH"] == str(tmp_path)
+        return SimpleNamespace(stdout="a line of ComfyUI\n" + json.dumps(seconds))
+
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    (tmp_path / "main.py").touch()
+    monkeypatch.setattr(first_prompt, "weights", lambda model, folder: f"{model}.safetensors")
+    monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    first_prompt.main(["--node", "--models", "emoji-clip", "B", "--out", str(tmp_path / "first")])
+    assert commands == [["--node-case", "emoji-clip"], ["--node-case", "B:B.safetensors"]]
+    rows = (tmp_path / "first-node.md").read_text().splitlines()
+    assert "| B | 2.50 | 0.25 | 0.38 |" in rows
