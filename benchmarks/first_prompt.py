@@ -10,13 +10,23 @@ nothing in any cache but the disk's. The second prompt is of another image in th
 time of PEZ as published, by this package's loop, is measured over a few steps and scaled up: its
 steps all cost the same.
 
+    python benchmarks/first_prompt.py --node [--models emoji-clip ViT-B-32]
+
+measures instead how long the ComfyUI node PEZ Image to Prompt takes from its call until its search
+reports the first step, with its own defaults: in the first run, then with another seed, and then
+with another image. It runs in ComfyUI's own modules (see tools/get_comfyui.py), without a server.
+Writes OUT-node.md.
+
 Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,11 +35,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 EFFORTS = ("fast", "balanced")
 DTYPES = ["default", "float32"]  # of the matrices in a search
 PUBLISHED, MEASURED = 3000, 12  # steps of PEZ as published, and those that are measured
 PARTS = ("imports", "load", "encode_image", "first", "second")
+NODE_RUNS = {"first run": (0, 0), "another seed": (1, 0), "another image": (1, 1)}  # seed, image
 
 
 def measure(path: Path, model: str, effort: str, dtype: str, prompt_len: int) -> dict[str, float]:
@@ -71,6 +86,79 @@ def measure(path: Path, model: str, effort: str, dtype: str, prompt_len: int) ->
         for name in ("first", "second"):
             found[name] += more * seconds
     return found
+
+
+def measure_node(clip_name: str) -> dict[str, float]:
+    """Seconds until the first report of each of `NODE_RUNS`, in this process, with ComfyUI's path.
+
+    Each run ends there, as with Finish now.
+    """
+    import torch
+
+    pack = _pack()
+    clip = pack["pez_core"].load_clip(clip_name, device="cpu")
+    cpu = torch.device("cpu")
+    loaded = pack["nodes.memory"].LoadedClip(clip, cpu, cpu)
+    images = torch.rand(2, 1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
+    live, reports = pack["nodes.live"].Live, []
+
+    def report(self, one) -> bool:
+        reports.append(time.perf_counter())
+        return True
+
+    found = {}
+    with patch.object(live, "report", report), torch.inference_mode():  # as ComfyUI calls nodes
+        for name, (seed, image) in NODE_RUNS.items():
+            reports.clear()
+            node = pack["nodes.image_to_prompt"].ImageToPrompt.PREPARE_CLASS_CLONE(None)
+            began = time.perf_counter()
+            node.EXECUTE_NORMALIZED(clip=[loaded], images=[images[image]], seed=[seed])
+            found[name] = reports[0] - began
+    return found
+
+
+def _pack() -> dict:
+    """Modules of the node pack, by their name in it, inside of ComfyUI's on the processor."""
+    cli_args = importlib.import_module("comfy.cli_args")
+    cli_args.args.cpu = True
+    importlib.import_module("server").PromptServer.instance = SimpleNamespace(client_id=None)
+    spec = importlib.util.spec_from_file_location(
+        "pez_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    pack = sys.modules["pez_pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    names = ("pez_core", "nodes.memory", "nodes.live", "nodes.image_to_prompt")
+    return {name: importlib.import_module(f"pez_pack.{name}") for name in names}
+
+
+def node_rows(models: Sequence[str], folder: Path) -> list[str]:
+    """The table of the node, each CLIP in a process of its own."""
+    from step_time import machine
+
+    sys.path.append(str(ROOT))
+    from tools.get_comfyui import comfyui_path
+
+    lines = [
+        "# The first step of the node",
+        "",
+        "Seconds from the call of PEZ Image to Prompt until its search reports the first step, "
+        f"three runs in one process. {machine().removesuffix(', fp32')}.",
+        "",
+        f"| CLIP | {' | '.join(NODE_RUNS)} |",
+        "|---" * (1 + len(NODE_RUNS)) + "|",
+    ]
+    source = comfyui_path()
+    for model in models:
+        name = model if model == "emoji-clip" else f"{model}:{weights(model, folder)}"
+        command = [sys.executable, __file__, "--node-case", name]
+        environment = os.environ | {"PYTHONPATH": str(source)}
+        done = subprocess.run(
+            command, cwd=source, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        lines.append(f"| {model} | {' | '.join(f'{found[one]:.2f}' for one in NODE_RUNS)} |")
+        print(lines[-1], file=sys.stderr)
+    return lines
 
 
 def weights(model: str, folder: Path) -> Path:
@@ -124,20 +212,32 @@ def report(rows: Sequence[dict], prompt_len: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-L-14"])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--node", action="store_true", help="measure the ComfyUI node instead")
     parser.add_argument("--efforts", nargs="+", default=[*EFFORTS, "paper"])
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/first_prompt")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--node-case", help=argparse.SUPPRESS)  # the same
     a = parser.parse_args(argv)
+    if a.node_case:
+        sys.path.remove(str(Path(__file__).resolve().parent))  # our names would hide ComfyUI's
+        print(json.dumps(measure_node(a.node_case)))
+        return
     if a.case:
         path, model, effort, dtype = a.case
         print(json.dumps(measure(Path(path), model, effort, dtype, a.prompt_len)))
         return
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    if a.node:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = node_rows(a.models or ["emoji-clip", "ViT-B-32"], Path(folder))
+        a.out.with_name(f"{a.out.name}-node.md").write_text("\n".join(lines) + "\n")
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in a.models:
+        for model in a.models or ["ViT-B-32", "ViT-L-14"]:
             path = weights(model, Path(folder))
             for effort, dtype in product(a.efforts, a.dtypes):
                 case = ["--prompt-len", str(a.prompt_len), "--case", str(path), model]
@@ -149,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(named | json.loads(done.stdout))
                 print(rows[-1], file=sys.stderr)
             path.unlink()
-    a.out.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(report(rows, a.prompt_len)) + "\n"
     a.out.with_suffix(".md").write_text(text)
     print(text)

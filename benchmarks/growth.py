@@ -1,6 +1,7 @@
 """How the cost of a search grows: a panel and a table for each quantity, from one run.
 
     python benchmarks/growth.py [--model emoji-clip] [--rounds 3] [--images 100 1000 10000] [--ray]
+    python benchmarks/growth.py --only images --out FILE       # a part, with a table of its own
 
 The time of a step by prompt_len, by batch (prompts that are searched side by side) and by the size
 of the vocabulary; the time of a whole search by restarts; and the time and the memory of a job of
@@ -122,15 +123,17 @@ def in_process(threads: int, *arguments: object) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """Milliseconds by quantity and its value, and megabytes of jobs."""
-    clip = clip_of(arguments.model)
+    clip, wanted = clip_of(arguments.model), arguments.only
     found: dict[str, dict] = {}
     for what, runs in {**steps(clip), "restarts": searches(clip)}.items():
-        found[what] = median_times(runs, arguments.rounds)
-        print(what, found[what], file=sys.stderr)
+        if what in wanted:
+            found[what] = median_times(runs, arguments.rounds)
+            print(what, found[what], file=sys.stderr)
+    counts = arguments.images if "images" in wanted else []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        images = noise(work / "images", max(*arguments.images, arguments.ray or 0))
-        jobs = {n: in_process(1, images, work / str(n), n, "short", 0) for n in arguments.images}
+        images = noise(work / "images", max([*counts, arguments.ray or 0]))
+        jobs = {n: in_process(1, images, work / str(n), n, "short", 0) for n in counts}
         if arguments.ray:
             count = arguments.ray
             found["ray"] = {
@@ -139,8 +142,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
                     1, images, work / "b", count, "fast", 2
                 ),
             }
-    found["images"] = {n: one["ms"] for n, one in jobs.items()}
-    found["memory"] = {n: one["megabytes"] for n, one in jobs.items()}
+    if jobs:
+        found["images"] = {n: one["ms"] for n, one in jobs.items()}
+        found["memory"] = {n: one["megabytes"] for n, one in jobs.items()}
     return found
 
 
@@ -152,12 +156,18 @@ UNITS = {
     "images": "ms per image of a job",
     "memory": "MB of a job",
 }
+QUANTITIES = [what for what in UNITS if what != "memory"]  # which comes with the images
 # the value of which each costs the same when the cost is proportional
 SHARED = ("batch", "restarts")
 
 
+def measured(found: dict[str, dict]) -> dict[str, str]:
+    """The unit of each quantity that was measured."""
+    return {what: unit for what, unit in UNITS.items() if what in found}
+
+
 def rows(found: dict[str, dict[int, float]]) -> Iterator[str]:
-    for what, unit in UNITS.items():
+    for what, unit in measured(found).items():
         (first, least), *_ = found[what].items()
         for value, cost in found[what].items():
             each = f"{cost / value:,.2f}" if what in SHARED else ""
@@ -179,7 +189,7 @@ def report(found: dict, arguments: argparse.Namespace) -> str:
         "benchmarks/growth.py.",
         *([arguments.note] if arguments.note else []),
         "",
-        "![How the cost of a search grows](growth.png)",
+        f"![How the cost of a search grows]({arguments.out.name}.png)",
         "",
         "| quantity | value | unit | cost | value / first | cost / first | cost of each |",
         "|---" * 7 + "|",
@@ -208,7 +218,9 @@ def draw(found: dict[str, dict[int, float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for (what, unit), axes in zip(UNITS.items(), panels.flat, strict=True):
+    for axes in panels.flat[len(measured(found)) :]:
+        axes.remove()
+    for (what, unit), axes in zip(measured(found).items(), panels.flat, strict=False):
         values, costs = zip(*found[what].items(), strict=True)
         axes.plot(values, costs, "o-")
         axes.set(xscale="log", xlabel="images" if what == "memory" else what, ylabel=unit)
@@ -230,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="emoji-clip")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", nargs="+", type=int, default=[100, 1_000, 10_000])
+    parser.add_argument("--only", nargs="*", choices=QUANTITIES, default=QUANTITIES)
     parser.add_argument(
         "--ray", nargs="?", type=int, const=640, metavar="IMAGES", help="compare with Ray"
     )

@@ -74,7 +74,9 @@ class ImageToPrompt(Learner):
             search_options(values, live), start_from=values["start_from"].strip() or None
         )
         captions = [caption.strip() for caption in values.every("caption")]
-        refused = {} if shared else _refused(images)
+        refused = {}
+        if not shared:
+            images, refused = _read(images)
         prunes = _prunes(values)
         groups = _groups(images, captions, shared, refused, prunes)
         avoid = [*lines(values["avoid"]), *values.pictures("avoid_images")]
@@ -205,24 +207,24 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _refused(images: list[Any]) -> dict[int, str]:
-    """What is wrong with images that cannot be read, by their places.
+def _read(images: list[Any]) -> tuple[list[Any], dict[int, str]]:
+    """The images as pictures, and what is wrong with those that cannot be read, by their places.
 
     Raises:
         ArgumentError: no image can be read.
     """
-    errors = {}
+    images, errors = list(images), {}
     for k, image in enumerate(images):
         if is_encoded(image):
             continue
         try:
-            load_image(image)
+            images[k] = load_image(image)
         except ArgumentError as error:
             errors[k] = error
     if len(errors) == len(images):
         raise errors[0]
     of = f"of {len(images)} has no prompt"
-    return {k: f"image {k + 1} {of}: {error}" for k, error in errors.items()}
+    return images, {k: f"image {k + 1} {of}: {error}" for k, error in errors.items()}
 
 
 def _encoded(

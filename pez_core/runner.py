@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -340,13 +341,21 @@ def _space(
     allowed = torch.tensor([token for (token,) in phrases])
     if options.may_repeat:
         return TokenSpace(table, allowed, parts)
-    decode, beside = clip.text.words.decode, frame.ids([])
-    once = [i for i in allowed.tolist() if any(map(str.isalnum, decode([i])))]
-    if _reads(options):  # language repeats "a" and "of"
-        once = [i for i in once if decode([i]) not in FUNCTION_WORDS]
+    once, beside = _once(clip, lexicon, _reads(options)), frame.ids([])
     if len(once) < _WORDS_PER_TOKEN * (prompt_len + len(beside)):
         return TokenSpace(table, allowed, parts)
     return TokenSpace(table, allowed, parts, torch.tensor(once), beside)
+
+
+def _once(clip: AnyClip, lexicon: Lexicon, reads: bool) -> list[int]:
+    """Sorted single tokens that a prompt holds once; the last ones are kept in `clip.cache`."""
+    wanted, last = (lexicon.phrases, reads), clip.cache.get("once")
+    if last is None or last[0] != wanted:
+        free = FUNCTION_WORDS if reads else ()  # language repeats "a" and "of"
+        printed = {i: clip.text.words.decode([i]) for (i,) in sorted(lexicon.phrases)}
+        once = [i for i, s in printed.items() if any(map(str.isalnum, s)) and s not in free]
+        clip.cache["once"] = last = (wanted, once)
+    return last[1]
 
 
 def _openings(clip: AnyClip, phrases: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -386,14 +395,15 @@ class _Start:
 
     def prompts(self, seed: int) -> torch.Tensor:
         """(restarts * trials, prompt_len) ids, such that the first step is acceptable."""
-        source, rows = self._source(), []
+        rows = []
         for restart in range(self.options.restarts):
             generator = torch.Generator().manual_seed(restart_seed(seed, restart))
             given = self._given() if restart == 0 else []
             for _ in range(self.options.work.trials):
-                rows.append(self._prompt(source, generator, given))
+                rows.append(self._prompt(self._source, generator, given))
         return torch.cat(rows)
 
+    @cached_property
     def _source(self) -> TokenSpace:
         """The space to draw from: pieces of words are searched, but would fuse when drawn."""
         if self.options.published:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .priors import FluencyPrior
 from .space import TokenSpace
@@ -94,7 +95,9 @@ def write(
 
 
 class _Beams:
-    """Beginnings of prompts, (problems * beams, n), those of the first problem first.
+    """Beginnings of prompts, those of the first problem first.
+
+    There is one of each problem before the first token, and `beams` behind it.
 
     Attributes:
         ids: their tokens.
@@ -112,14 +115,11 @@ class _Beams:
     ) -> None:
         self.space, self.objective, self.prior, self.settings = space, objective, prior, settings
         self.problems, device = len(seeds), space.table.device
-        rows = self.problems * settings.beams
         self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
-        self.ids = torch.empty(rows, 0, dtype=torch.long, device=device)
-        self.likely = torch.zeros(rows, device=device)
-        self.totals = torch.full((self.problems, settings.beams), -torch.inf, device=device)
-        self.totals[:, 0] = 0
-        self.totals = self.totals.flatten()
-        self.reader = prior.reader(rows)
+        self.ids = torch.empty(self.problems, 0, dtype=torch.long, device=device)
+        self.likely = torch.zeros(self.problems, device=device)
+        self.totals = torch.zeros(self.problems, device=device)
+        self.reader = prior.reader(self.problems)
 
     def write(self) -> None:
         """Put one more token behind each beginning."""
@@ -138,10 +138,13 @@ class _Beams:
 
     def _keep(self, tokens: torch.Tensor, likely: torch.Tensor, totals: torch.Tensor) -> None:
         """Keep the best of (rows, count) longer beginnings of each problem."""
-        beams, count = self.settings.beams, tokens.shape[1]
-        best = totals.view(self.problems, -1).topk(beams, dim=1)
+        beams, count = len(self.ids) // self.problems, tokens.shape[1]
+        totals = totals.view(self.problems, -1)
+        missing = max(0, self.settings.beams - totals.shape[1])
+        best = F.pad(totals, (0, missing), value=-torch.inf).topk(self.settings.beams, dim=1)
         first = torch.arange(self.problems, device=tokens.device)[:, None] * beams
-        parents, places = (first + best.indices // count).flatten(), best.indices % count
+        parents = (first + (best.indices // count).clamp(max=beams - 1)).flatten()
+        places = best.indices % count
         picks = parents, places.flatten()
         self.ids = torch.cat([self.ids[parents], tokens[picks][:, None]], dim=1)
         self.likely, self.totals = likely[picks], best.values.flatten()
@@ -166,7 +169,8 @@ class _Beams:
 
     def _noise(self, count: int) -> torch.Tensor:
         rows = [torch.randn(self.settings.beams, count, generator=g) for g in self.generators]
-        return torch.cat(rows).to(self.totals.device)
+        beams = len(self.ids) // self.problems
+        return torch.cat([some[:beams] for some in rows]).to(self.totals.device)
 
     @torch.no_grad()
     def finished(self, prompt_len: int, results: int = 1) -> torch.Tensor:
@@ -174,7 +178,7 @@ class _Beams:
 
         The language model alone continues those that are too short.
         """
-        beams = self.settings.beams
+        beams = len(self.ids) // self.problems
         best = self.totals.view(self.problems, beams).topk(results, dim=1).indices
         first = torch.arange(self.problems, device=best.device)[:, None] * beams
         rows = (first + best).flatten()

@@ -54,6 +54,7 @@ import remedies
 import step_time
 import style
 import text_to_image
+import tries
 from unseen import from_folder, unseen
 
 import examples
@@ -925,6 +926,13 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     assert "an image takes -30.0% of time with Ray" in text
     assert Image.open(tmp_path / "growth.png").width > 500
 
+    cases.clear()
+    growth.main(["--only", "images", "--images", "7", "--out", str(tmp_path / "part")])
+    text = (tmp_path / "part.md").read_text()
+    assert not cases and done[4:] == [(1, 7, "short", 0)] and "](part.png)" in text
+    measured = [line.split(" | ")[0] for line in text.splitlines() if " 7 | " in line]
+    assert measured == ["| images"] * 2 and "restarts |" not in text
+
 
 def test_a_job_is_timed_behind_its_first_images(tmp_path, monkeypatch):
     growth = pytest.importorskip("growth")
@@ -1224,8 +1232,8 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     cases = []
 
     def run(command, **options):
-        cases.append(command[-2:])
-        found = times | {"words": 9, "tflop": work[command[-1]]}
+        cases.append(command[-3:])
+        found = times | {"words": 9, "tflop": work[command[-2]]}
         return SimpleNamespace(stdout=json.dumps(found))
 
     def weights(model, folder):
@@ -1236,6 +1244,64 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(first_prompt, "weights", weights)
     monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run))
     first_prompt.main(["--models", "A", "B", "--out", str(tmp_path / "first")])
-    assert cases == [[model, effort] for model in "AB" for effort in work]
-    row = "| A | fast | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
+    dtypes = first_prompt.DTYPES
+    assert cases == [[model, effort, one] for model in "AB" for effort in work for one in dtypes]
+    row = "| A | fast | default | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
     assert row in (tmp_path / "first.md").read_text().splitlines()
+
+
+def test_the_first_step_of_the_node_is_reported(tmp_path, monkeypatch):
+    commands, seconds = [], {"first run": 2.5, "another seed": 0.25, "another image": 0.375}
+
+    def run(command, **options):
+        commands.append(command[-2:])
+        assert options["cwd"] == tmp_path and options["env"]["PYTHONPATH"] == str(tmp_path)
+        return SimpleNamespace(stdout="a line of ComfyUI\n" + json.dumps(seconds))
+
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    (tmp_path / "main.py").touch()
+    monkeypatch.setattr(first_prompt, "weights", lambda model, folder: f"{model}.safetensors")
+    monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    first_prompt.main(["--node", "--models", "emoji-clip", "B", "--out", str(tmp_path / "first")])
+    assert commands == [["--node-case", "emoji-clip"], ["--node-case", "B:B.safetensors"]]
+    rows = (tmp_path / "first-node.md").read_text().splitlines()
+    assert "| B | 2.50 | 0.25 | 0.38 |" in rows
+
+
+def test_what_was_tried_is_compared(tmp_path, monkeypatch, emoji_clip):
+    for name, value in {"FEW": 8, "MANY": 24, "BEST": 4, "LOOKED_AT": 12, "PROMPT_LEN": 4}.items():
+        monkeypatch.setattr(tries, name, value)
+    monkeypatch.setattr(tries, "PLACE", 2)
+    monkeypatch.setattr(tries, "random_clip", lambda name: emoji_clip)
+    monkeypatch.setattr(tries, "load_clip", lambda *_, **__: emoji_clip)
+    state = {"seconds": 60.0, "eager": 30.0, "compiled": 20.0}
+    failed = {"seconds": 5.0, "error": "InvalidCxxCompiler"}
+
+    def run(command, env, **options):
+        broken = env.get("CXX") == tries.NO_COMPILER["CXX"]
+        return SimpleNamespace(stdout=json.dumps(failed if broken else state))
+
+    monkeypatch.setattr(tries, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    tries.main(["--rounds", "1", "--out", str(tmp_path / "tries")])
+    text = (tmp_path / "tries.md").read_text()
+    for name in tries.ways(emoji_clip):
+        (row,) = [
+            line for line in text.splitlines() if line.startswith(f"| {name} | ") and "%" in line
+        ]
+        assert row.count("100%") == 2 or "int8" in row or "all in" in row
+    assert text.count("| full cache, new process | 1.50x | 60.0 | 30.0 | 20.0 |") == 3
+    assert text.count("InvalidCxxCompiler; 5.0 where errors are suppressed") == 3
+    assert "| int8 in the screening alone | " in text
+
+
+def test_the_ways_that_were_tried_multiply(emoji_clip):
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    linear = torch.nn.Linear(64, 32).requires_grad_(False)
+    matrix, exact = (linear.weight, linear.bias), linear(x)
+    for multiply in (tries.int8_of_torch(), tries.int8_by_rows(), tries.packed()):
+        rows = x.clone().requires_grad_(multiply.__qualname__.startswith("packed"))
+        found = multiply(rows, matrix).float()
+        assert 0 < (found - exact).abs().max() < 0.05
+        if rows.requires_grad:
+            found.sum().backward()
+            torch.testing.assert_close(rows.grad[0, 0], linear.weight.sum(0), atol=0.05, rtol=0.05)

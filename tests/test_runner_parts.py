@@ -267,7 +267,7 @@ def test_initial_prompts_are_drawn_from_words_that_round_trip(tiny_clip):
         start = _Start(
             tiny_clip, SearchOptions(), lexicon, single, space, 2, frame, Blocklist([]), None
         )
-        return start._source()
+        return start._source
 
     assert source(words) is space
     drawn = source(words[2:]).random(200, 2, torch.Generator().manual_seed(0))

@@ -158,6 +158,29 @@ def test_prompts_are_written_whole_and_do_not_depend_on_their_neighbours(emoji_c
         )
 
 
+def test_before_the_first_token_there_is_one_beginning(tiny_clip, model):
+    """As many candidates of one token are encoded as there are proposals, whatever the beams."""
+    prior, rows = make_prior(tiny_clip, model, length=2), []
+    encode = tiny_clip.text.encoder()
+
+    class Counted:
+        def __call__(self, embeddings):
+            rows.append(len(embeddings))
+            return encode(embeddings)
+
+        def given(self, embeddings):
+            return self if not embeddings.shape[1] else encode.given(embeddings)
+
+    objective = Similarity(Counted(), torch.randn(1, 1, tiny_clip.feature_size))
+    settings = WritingSettings(steps=2, beams=4, proposals=6)
+    found = write(prior.space, objective, prior, 2, settings, seeds=[0])
+    # the first guess, the probes of the gradient, the proposals, and the prompt that was written
+    assert rows == [1, 4, 6, 1] and found.ids.shape == (1, 2)
+    few = WritingSettings(steps=2, beams=8, proposals=3, results=8)  # more beams than beginnings
+    found = write(prior.space, objective, prior, 2, few, seeds=[0])
+    assert found.ids.shape == (8, 2) and found.scores.isfinite().all()
+
+
 def test_the_results_of_a_problem_differ(emoji_clip, model):
     _, found = written(emoji_clip, pictures(2), model, [5, 6])
     assert len({tuple(row) for row in found.ids.tolist()}) == 4

@@ -725,3 +725,36 @@ answer({
     assert shared.startswith(found["of both"]) and found["of both"] != cleaned
     assert found["pruned alone"][0].startswith(f"{found['alone']} ")
     assert "`prune_caption` keeps words that are similar" in found["message"]
+
+
+def test_a_second_run_of_the_node_reads_its_image_once_and_no_vocabulary():
+    loads, decoded = inside(
+        LOADED
+        + """
+from pez_pack.nodes.image_to_prompt import ImageToPrompt
+from pez_pack.pez_core.clip import images
+from pez_pack.pez_core.clip.text import Words
+
+def counted(owner, name, calls):
+    plain = getattr(owner, name)
+    def call(*given):
+        calls.append(name)
+        return plain(*given)
+    setattr(owner, name, call)
+
+loads, decoded = [], []
+counted(images, "_from_array", loads)
+counted(Words, "decode", decoded)
+counts = []
+for seed in (0, 1):
+    pixels = torch.rand(1, 64, 64, 3)
+    node = ImageToPrompt.PREPARE_CLASS_CLONE(None)
+    node.EXECUTE_NORMALIZED(
+        clip=[loaded], images=[pixels], seed=[seed], prompt_len=[3], effort=["fast"]
+    )
+    counts.append([len(loads), len(decoded)])
+answer([[b - a for a, b in zip([0, *part], part)] for part in zip(*counts)])
+"""
+    )
+    assert loads == [1, 1]
+    assert decoded[0] > 5000 and decoded[1] < 500  # each token of the vocabulary, or of the prompts
