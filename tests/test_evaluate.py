@@ -184,8 +184,14 @@ class Broken:
 
     def __init__(self, clip, monkeypatch):
         self.encode, self.broken = clip.model.encode_image, set()
-        self.calls = 0
+        self.calls, self.clip = 0, clip
+        clip.cache.clear()
         monkeypatch.setattr(clip.model, "encode_image", self)
+
+    def next(self, *calls):
+        """Break some of the next calls, without the features of images before."""
+        self.calls, self.broken = 0, set(calls)
+        self.clip.cache.clear()
 
     def __call__(self, *given, **keywords):
         features = self.encode(*given, **keywords)
@@ -202,7 +208,7 @@ def test_similarities_that_are_nan_raise_and_leave_what_was_finished(which, vit_
     with pytest.raises(FloatingPointError, match=f"similarities by {name} are NaN or infinite; "):
         evaluate(Album(), names, FISH, **clips, num_images_per_prompt=2)
 
-    broken.calls, broken.broken = 0, {3}  # the images of the second prompt
+    broken.next(2)  # the images of the second prompt; those of the first are the target
     with pytest.raises(EvaluationError, match="Prompt 2 of 3, 'parrot', failed") as caught:
         evaluate(Album(), names, FISH, **clips, num_images_per_prompt=2)
     assert isinstance(caught.value.__cause__, FloatingPointError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from ..errors import ArgumentError, check_choice
 from ..options import FITS
 from .device import pick_device, pick_precision
 from .images import trim_to_centre
+from .kept import KeptFeatures
 from .text import TextTower
 
 _IMAGE_BATCH = 64
@@ -133,6 +134,7 @@ class Clip:
         """RGB pictures -> (number of images, features) unit features in float32.
 
         Each is prepared as soon as `images` gives it, so that large ones need not exist together.
+        The features of the last images are kept, so that a search for the same image starts sooner.
 
         Args:
             images: of any size.
@@ -145,13 +147,31 @@ class Clip:
         """
         prepare = self._prepare_for(fit)
         prepared = (prepare(image) for image in images)
-        features = []
-        with self.image_tower():
-            device = next(self.model.visual.parameters()).device
+        kept, features = self._kept_features, []
+        with ExitStack() as stack, torch.inference_mode(False):
+            borrowed = False
             while few := list(islice(prepared, _IMAGE_BATCH)):
-                batch = torch.stack(few).to(device, self.dtype)
-                features.append(self.model.encode_image(batch).float())
-        return F.normalize(torch.cat(features), dim=-1).to(self.device)
+                keys, known = [kept.key(one) for one in few], kept.known()
+                found = {key: known[key] for key in keys if key in known}
+                new = {key: one for key, one in zip(keys, few, strict=True) if key not in found}
+                if new:
+                    if not borrowed:
+                        stack.enter_context(self.image_tower())
+                        borrowed = True
+                    encoded = self._encode_pixels(torch.stack(list(new.values())))
+                    found |= zip(new, encoded, strict=True)
+                    kept.keep({key: found[key] for key in new})
+                features += [found[key] for key in keys]
+        return torch.stack(features)
+
+    @property
+    def _kept_features(self) -> KeptFeatures:
+        return self.cache.setdefault("images", KeptFeatures(self.model.visual))
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        device = next(self.model.visual.parameters()).device
+        features = self.model.encode_image(pixels.to(device, self.dtype)).float()
+        return F.normalize(features, dim=-1).to(self.device)
 
     def _preparation(self, **changes: Any) -> Callable[[Image.Image], torch.Tensor]:
         """open_clip's preparation of images, with changes of its `PreprocessCfg`."""
