@@ -31,7 +31,7 @@ class KeptFeatures:
         """What stands for an image as the tower reads it."""
         return hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
 
-    def known(self) -> Mapping[bytes, torch.Tensor]:
+    def valid(self) -> Mapping[bytes, torch.Tensor]:
         """The (features,) that still hold."""
         if (state := self._state()) != self._weights:
             self._weights, self._features = state, {}

@@ -151,8 +151,8 @@ class Clip:
         with ExitStack() as stack, torch.inference_mode(False):
             borrowed = False
             while few := list(islice(prepared, _IMAGE_BATCH)):
-                keys, known = [kept.key(one) for one in few], kept.known()
-                found = {key: known[key] for key in keys if key in known}
+                keys, before = [kept.key(one) for one in few], kept.valid()
+                found = {key: before[key] for key in keys if key in before}
                 new = {key: one for key, one in zip(keys, few, strict=True) if key not in found}
                 if new:
                     if not borrowed:
