@@ -60,6 +60,7 @@ SHOWN = 6
 # a pass of SmolLM2 costs much more than one of the bundled model: few trials
 WRITTEN_BY_SMOLLM2 = {"wording": "sentence", "effort": "fast"}
 BEAMS, BEAMS_BEFORE_SWAPS = 16, 8
+STEPS, SWAPS = 150, 32  # of the two methods whose steps are given, not their time
 WARM_UP = 0.01  # seconds
 # images, seed, and the seconds of the whole search or None -> prompts
 Find = Callable[[Sequence[Image.Image], int, float | None], list[str]]
@@ -135,9 +136,11 @@ def searches(clip: Clip, count: int) -> dict[str, tuple[Callable[[], dict[str, A
         True,
     )
     found["written sentence, swaps by readability"] = (lambda: {"wording": "sentence"}, True)
-    found["Algorithm 1, swaps by readability, 150 + 32 steps"] = (lambda: readable, False)
-    found["Algorithm 1 with fluency loss, swaps by readability, 150 + 32 steps"] = (
-        lambda: readable | {"extra_loss": loss(middle, only)},
+    given = readable | {"steps": STEPS, "swaps": SWAPS}
+    name = f"swaps by readability, {STEPS} + {SWAPS} steps"
+    found[f"Algorithm 1, {name}"] = (lambda: given, False)
+    found[f"Algorithm 1 with fluency loss, {name}"] = (
+        lambda: given | {"extra_loss": loss(middle, only)},
         False,
     )
     return found

@@ -15,8 +15,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     torch.set_num_threads(1)
 
+LONG = {"slow", "sweep", "ray", "comfyui"}
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
+
+
+def pytest_collection_modifyitems(items):
+    """A slow machine may take ten times as long as a usual one; a test that hangs still ends."""
+    for item in items:
+        if item.get_closest_marker("timeout") is None and any(map(item.get_closest_marker, LONG)):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 def all_words(**fields) -> SearchOptions:

@@ -984,6 +984,8 @@ def test_readability_is_measured(tmp_path, images, monkeypatch):
 
 def test_the_ways_to_readable_prompts_are_measured(tmp_path, images, monkeypatch):
     monkeypatch.setattr(fluency, "JUDGE", "emoji-clip")
+    monkeypatch.setattr(fluency, "STEPS", 4)
+    monkeypatch.setattr(fluency, "SWAPS", 2)
     monkeypatch.setattr(fluency, "gemma", lambda: None)
     monkeypatch.setattr(fluency, "load_language_model", lambda *_, **__: make_lm())
     monkeypatch.setattr(fluency, "phrases", lambda: ["red fish", "a glass of wine", "food", "sun"])
