@@ -23,6 +23,11 @@ same seeds, scores all printed prompts by the CLIP in float32, and writes OUT-pr
 
 counts, without a card, the bytes of all tensors that a search holds at once, for the same models,
 tokens and batches, and writes OUT-memory.md.
+
+    python benchmarks/gpu.py --searches 200
+
+runs so many whole searches of the effort `fast` with the bundled CLIP in one process, each for other
+features, and writes the memory in use after each tenth of them to OUT-searches.md.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import sys
 import time
@@ -389,6 +395,31 @@ def added(clip: Clip, prompt_len: int, batch: int) -> int:
     return max(accumulate(change for _, change in changes))
 
 
+def searches(arguments: argparse.Namespace) -> str:
+    """The memory in use after many searches in one process."""
+    clip = load_clip("emoji-clip", device=arguments.device)
+    count, on_card = arguments.searches, clip.device.type == "cuda"
+    lines = [
+        "# Memory after many searches in one process",
+        "",
+        f"`emoji-clip`, effort `fast`, each search for other features. {machine()}.",
+        "",
+        "| searches | allocated MB | reserved MB | peak of the process MB |",
+        "|---|---|---|---|",
+    ]
+    torch.manual_seed(0)
+    for k, target in enumerate(targets_for(clip, count), start=1):
+        invert(clip, torch.nn.functional.normalize(target, dim=-1), SearchOptions(effort="fast"))
+        if k % max(1, count // 10) == 0:
+            gc.collect()
+            card = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()] if on_card else []
+            cells = [f"{one / 1e6:.1f}" for one in card] or ["-", "-"]
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            lines.append(f"| {k} | {' | '.join(cells)} | {peak:.1f} |")
+            print(lines[-1], file=sys.stderr)
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", type=Path)
@@ -402,6 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--copy-bytes", type=int, default=2**30, help="size of the copy")
     parser.add_argument("--precision", type=int, metavar="N", help="see above")
     parser.add_argument("--memory", action="store_true", help="see above")
+    parser.add_argument("--searches", type=int, metavar="N", help="see above")
     parser.add_argument("--out", type=Path, default=HERE / "results/gpu")
     arguments = parser.parse_args(argv)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -412,6 +444,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory:
         path = arguments.out.with_name(arguments.out.name + "-memory.md")
         path.write_text(memory(arguments), encoding="utf-8")
+        return
+    if arguments.searches:
+        path = arguments.out.with_name(arguments.out.name + "-searches.md")
+        path.write_text(searches(arguments), encoding="utf-8")
         return
     about = {"machine": machine(), "dtype": arguments.dtype, "steps": arguments.steps}
     rows = []

@@ -184,9 +184,9 @@ def report(found: dict, arguments: argparse.Namespace) -> str:
         "",
         f"{arguments.model}, prompt_len {PROMPT_LEN}, batch 1 and the default vocabulary where "
         f"nothing else is said, {STEPS} steps with their set-up, medians of {arguments.rounds} "
-        "runs. Searches with restarts are of the effort `fast`. Jobs have emoji-clip, one thread "
-        f"and two steps for 4 tokens; their start is left out. {machine()}. See "
-        "benchmarks/growth.py.",
+        "runs. Searches with restarts are of the effort `fast` and have 8 tokens. Jobs have "
+        "emoji-clip, one thread and two steps for 4 tokens; their start is left out. "
+        f"{machine()}. See benchmarks/growth.py.",
         *([arguments.note] if arguments.note else []),
         "",
         f"![How the cost of a search grows]({arguments.out.name}.png)",
@@ -197,12 +197,13 @@ def report(found: dict, arguments: argparse.Namespace) -> str:
     ]
     if "ray" in found:
         (plain, alone), (spread, many) = found["ray"].items()
+        ratio = many["ms"] / alone["ms"]
         lines += [
             "",
             f"## Ray ({arguments.ray:,} images, effort `fast`)",
             "",
-            f"After the start, an image takes {many['ms'] / alone['ms'] - 1:+.1%} of time with "
-            f"{spread} against {plain}.",
+            f"After the start, an image takes {abs(1 - ratio):.1%} {'more' if ratio > 1 else 'less'} "
+            f"time with {spread} than with {plain}.",
             "",
             "| way | ms per image after the start |",
             "|---|---|",

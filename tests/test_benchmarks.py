@@ -792,6 +792,14 @@ def test_memory_is_counted_without_a_card(tmp_path):
     assert one == pytest.approx(tower + vocabulary, abs=2e-3) and many > one + 5e-3
 
 
+def test_memory_is_read_after_many_searches(tmp_path):
+    gpu.main(["--searches", "3", "--device", "cpu", "--out", str(tmp_path / "gpu")])
+    rows = (tmp_path / "gpu-searches.md").read_text().splitlines()[-3:]
+    read = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:3] for row in read] == [[str(k), "-", "-"] for k in (1, 2, 3)]
+    assert 100 < float(read[0][3]) <= float(read[2][3])
+
+
 def test_speed_is_compared_with_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     sizes = "--models ViT-S-32-alt --prompt-len 2 3 --batch 1 2 --steps 3 --copy-bytes 4000000"
