@@ -26,8 +26,8 @@ tokens and batches, and writes OUT-memory.md.
 
     python benchmarks/gpu.py --searches 200
 
-runs so many whole searches of the effort `fast` with the bundled CLIP in one process, each for other
-features, and writes the memory in use after each tenth of them to OUT-searches.md.
+runs so many whole searches of the effort `fast` with the bundled CLIP in one process, each for
+other features, and writes the memory in use after each tenth of them to OUT-searches.md.
 """
 
 from __future__ import annotations

@@ -198,12 +198,13 @@ def report(found: dict, arguments: argparse.Namespace) -> str:
     if "ray" in found:
         (plain, alone), (spread, many) = found["ray"].items()
         ratio = many["ms"] / alone["ms"]
+        change = "more" if ratio > 1 else "less"
         lines += [
             "",
             f"## Ray ({arguments.ray:,} images, effort `fast`)",
             "",
-            f"After the start, an image takes {abs(1 - ratio):.1%} {'more' if ratio > 1 else 'less'} "
-            f"time with {spread} than with {plain}.",
+            f"After the start, an image takes {abs(1 - ratio):.1%} {change} time with {spread} than "
+            f"with {plain}.",
             "",
             "| way | ms per image after the start |",
             "|---|---|",
