@@ -203,8 +203,8 @@ def report(found: dict, arguments: argparse.Namespace) -> str:
             "",
             f"## Ray ({arguments.ray:,} images, effort `fast`)",
             "",
-            f"After the start, an image takes {abs(1 - ratio):.1%} {change} time with {spread} than "
-            f"with {plain}.",
+            f"After the start, an image takes {abs(1 - ratio):.1%} {change} time with {spread} "
+            f"than with {plain}.",
             "",
             "| way | ms per image after the start |",
             "|---|---|",
