@@ -323,9 +323,12 @@ OWN = {
         f"ours ({wording})": Method(partial(ours, wording=wording, **WRITTEN), budgeted=False)
         for wording in WORDINGS[1:]
     },
-    "ours (balanced), no repeats": Method(
-        partial(ours, effort="balanced", repeats=False), budgeted=False
-    ),
+    **{
+        f"ours ({effort}), no repeats": Method(
+            partial(ours, effort=effort, repeats=False), budgeted=False
+        )
+        for effort in ("fast", "balanced")
+    },
     **{
         f"ours ({wording}), readability 1": Method(
             partial(ours, wording=wording, readability=1.0, **WRITTEN), budgeted=False
