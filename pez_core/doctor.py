@@ -13,7 +13,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from . import __version__, capture
 from .clip import AnyClip
 from .clip.device import default_dtype, pick_device
 from .clip.load import load_clip
+from .errors import first_line
 from .objectives import Similarity
 from .pez import PezSettings, search
 from .precision import bfloat16_pays
@@ -45,9 +48,9 @@ class Check:
     """One comparison.
 
     Attributes:
-        name: what was compared.
+        name: what was compared; of a part of the self-test that ended with an error, its name.
         passed: the result; None: there is nothing to compare on this machine.
-        detail: the numbers.
+        detail: the numbers, or the error.
     """
 
     name: str
@@ -91,24 +94,37 @@ def examine(
         callback: called with each of `PARTS` before it begins.
 
     Returns:
-        An `Examination`. Where captured steps are equal and faster, that is noted for later
-        searches on this device.
+        An `Examination`. A part that ends with an error, such as that of an operation which the
+        device lacks, is a check that failed; the other parts go on. Where captured steps are equal
+        and faster, that is noted for later searches on this device.
 
     Raises:
         ArgumentError: the device does not exist or cannot be used here.
     """
-    begin = callback or (lambda part: None)
-    rates, compared, searched, captured = PARTS
     where = pick_device(device)
-    begin(rates)
-    facts = _versions() | _rates(where)
-    begin(compared)
-    clip = load_clip(CLIP, device=where)
-    checks = [*_compared(clip, load_clip(CLIP, device="cpu"))]
-    begin(searched)
-    checks.append(_searched(clip))
-    begin(captured)
-    checks.append(_captured(clip))
+    rates, compared, searched, captured = PARTS
+    facts, checks = _versions(), []
+    clip_on = cache(lambda device: load_clip(CLIP, device=device))
+
+    @contextmanager
+    def examined(part: str) -> Iterator[None]:
+        if callback is not None:
+            callback(part)
+        try:
+            yield
+        except Exception as error:
+            checks.append(Check(part, False, f"{type(error).__name__}: {first_line(error)}"))
+
+    with examined(rates):
+        for name, value in _rates(where):
+            facts[name] = value
+    with examined(compared):
+        for check in _compared(clip_on(where), clip_on(torch.device("cpu"))):
+            checks.append(check)
+    with examined(searched):
+        checks.append(_searched(clip_on(where)))
+    with examined(captured):
+        checks.append(_captured(clip_on(where)))
     return Examination(facts, checks)
 
 
@@ -126,27 +142,28 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _rates(device: torch.device) -> dict[str, str]:
+def _rates(device: torch.device) -> Iterator[tuple[str, str]]:
     """The device, and its rates of copying and multiplying."""
+    yield "device", capture.device_name(device)
+    yield "threads", str(torch.get_num_threads())
+    yield "cores", str(os.cpu_count())
+    precision = str(default_dtype(device)).removeprefix("torch.")
+    if device.type == "cpu" and bfloat16_pays():
+        precision += ", large CLIPs are searched in bfloat16"
+    yield "default precision", precision
     source = torch.ones(_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copies = _per_second(device, lambda: target.copy_(source))
-    rates = {"device": capture.device_name(device), "threads": str(torch.get_num_threads())}
-    rates["cores"] = str(os.cpu_count())
-    rates["default precision"] = str(default_dtype(device)).removeprefix("torch.")
-    if device.type == "cpu" and bfloat16_pays():
-        rates["default precision"] += ", large CLIPs are searched in bfloat16"
-    rates["copy"] = f"{2 * _BYTES * copies / 1e9:.1f} GB/s"
+    yield "copy", f"{2 * _BYTES * copies / 1e9:.1f} GB/s"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
         try:
             a = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
             products = _per_second(device, lambda a=a: a @ a)
         except (RuntimeError, TypeError) as error:  # a backend without this precision
-            rates[name] = f"not supported ({type(error).__name__})"
+            yield name, f"not supported ({type(error).__name__})"
         else:
-            rates[name] = f"{2 * _MATRIX**3 * products / 1e9:,.0f} GFLOP/s"
-    return rates
+            yield name, f"{2 * _MATRIX**3 * products / 1e9:,.0f} GFLOP/s"
 
 
 def _per_second(device: torch.device, run: Callable[[], object]) -> float:
@@ -180,17 +197,17 @@ def _compared(clip: AnyClip, expected: AnyClip) -> Iterator[Check]:
         yield Check(name, near >= least, f"cosine similarity with the CPU {near:.4f}")
 
 
-def _outputs(clip: AnyClip) -> list[torch.Tensor]:
+def _outputs(clip: AnyClip) -> Iterator[torch.Tensor]:
     """Features of texts and of images, and gradients of prompts, in float32 on the CPU."""
+    yield clip.encode_texts(TEXTS).float().cpu()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    yield clip.encode_images([Image.fromarray(one) for one in noise]).float().cpu()
     space, objective, ids = _problem(clip)
     with torch.enable_grad():
         embeddings = space.embed(ids).requires_grad_()
         loss, _ = objective(embeddings, 0)
         (gradients,) = torch.autograd.grad(loss.sum(), embeddings)
-    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    pictures = [Image.fromarray(one) for one in noise]
-    outputs = (clip.encode_texts(TEXTS), clip.encode_images(pictures), gradients)
-    return [one.detach().float().cpu() for one in outputs]
+    yield gradients.float().cpu()
 
 
 def _problem(clip: AnyClip) -> tuple[TokenSpace, Similarity, torch.Tensor]:

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_clip
+from test_backends import DEVICE, Device, _Factories
 from test_capture import Traced
 
 import pez_core.doctor as doctor
@@ -32,9 +34,54 @@ def test_what_a_bug_report_needs_is_printed(capsys):
 
 def test_rates_are_those_of_what_was_run(monkeypatch):
     monkeypatch.setattr(doctor, "_per_second", lambda device, run: 10.0)
-    rates = doctor._rates(torch.device("cpu"))
+    rates = dict(doctor._rates(torch.device("cpu")))
     assert rates["copy"] == f"{2 * 2**28 * 10 / 1e9:.1f} GB/s"  # read and written
     assert rates["matrix product, float32"] == f"{2 * 1024**3 * 10 / 1e9:,.0f} GFLOP/s"
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """The self-test of a device without some operations, by the command."""
+
+    def run(*hidden):
+        with _Factories(), Device(hidden):
+            return main(["doctor", "--device", str(DEVICE)])
+
+    monkeypatch.setattr(doctor, "_BYTES", 2**10)
+    monkeypatch.setattr(doctor, "_MATRIX", 4)
+    monkeypatch.setattr(doctor, "load_clip", lambda name, device: make_clip().to(device))
+    return run
+
+
+def test_what_a_device_lacks_is_named_beside_what_it_has(simulated, capsys):
+    assert simulated("addcdiv_") == 1  # of the optimiser
+    lines = capsys.readouterr().out.splitlines()
+    (failed,) = [line for line in lines if "FAILED" in line]
+    assert failed.startswith("search: FAILED (NotImplementedError: The operator 'aten::addcdiv_'")
+    found = {line.split(" (")[0] for line in lines}
+    assert {"texts: ok", "gradients: ok", "steps as CUDA graphs: not needed"} <= found
+
+
+def test_what_was_measured_before_an_error_is_printed(simulated, capsys, monkeypatch):
+    calls = []
+
+    def per_second(device, run):
+        calls.append(run)
+        if len(calls) > 1:
+            raise MemoryError("no memory\nand more")
+        return 1.0
+
+    def missing(name, device):
+        raise OSError("no weights")
+
+    monkeypatch.setattr(doctor, "_per_second", per_second)
+    monkeypatch.setattr(doctor, "load_clip", missing)
+    assert simulated() == 1
+    printed = capsys.readouterr().out
+    for wanted in (f"torch: {torch.__version__}", "device: meta", "copy: ", "search: FAILED"):
+        assert wanted in printed
+    assert printed.count("FAILED (OSError: no weights)") == len(doctor.PARTS) - 1
+    assert "rates: FAILED (MemoryError: no memory)" in printed
 
 
 def device(clip, **changes):
