@@ -1,5 +1,7 @@
 """The self-test of a machine."""
 
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -126,12 +128,14 @@ def test_a_search_that_finds_nothing_is_found(emoji_clip, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "difference, slower, passed", [(0, 0, True), (0.5, 0, False), (0, 9, False)]
+    "difference, slower, passed",
+    [(0, 0, True), (0.5, 0, False), (0.5, 9, False), (torch.nan, 0, False), (0, 9, None)],
 )
 def test_captured_steps_have_to_be_equal_and_faster(
     emoji_clip, monkeypatch, difference, slower, passed
 ):
     monkeypatch.setattr(capture, "recorder_for", lambda device: Traced())
+    monkeypatch.setattr(capture, "noted", lambda: nullcontext(capture.Captures(used=1)))
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock.now)
 
@@ -142,7 +146,43 @@ def test_captured_steps_have_to_be_equal_and_faster(
     monkeypatch.setattr(doctor, "_searches", searches)
     found = doctor._captured(emoji_clip)
     assert found.passed is passed
-    assert capture._trusted() == {capture._place(emoji_clip.device): passed}
+    assert capture._trusted() == {capture._place(emoji_clip.device): passed is True}
+    assert ("not used" in str(found)) == (passed is None)
+
+
+class Refuses(Traced):
+    def record(self, step):
+        raise RuntimeError("capturing is not permitted\nhere")
+
+
+def nothing(recorder):
+    """A recorder whose graphs do nothing."""
+    recorder.record = lambda step: lambda: None
+    return recorder
+
+
+@pytest.mark.parametrize(
+    "recorder, capturable, said",
+    [
+        (Traced, True, "similarities differ by 0.0000"),
+        (Refuses, True, "FAILED (capturing is not permitted)"),
+        (lambda: nothing(Traced()), True, "FAILED (the graph of a step gave another result"),
+        (Traced, False, "FAILED (no step was captured)"),
+    ],
+    ids=["captured", "refused", "wrong", "never tried"],
+)
+def test_eager_steps_do_not_pass_for_captured_ones(
+    tiny_clip, monkeypatch, recorder, capturable, said
+):
+    fused = partial(torch.optim.AdamW, fused=True)  # the one that CUDA gets
+    monkeypatch.setattr(doctor.PezSettings, "optimizer_of", lambda self, P: fused([P], lr=self.lr))
+    monkeypatch.setattr(capture, "recorder_for", lambda device: recorder())
+    monkeypatch.setattr(capture, "capturable", lambda *parts: capturable)
+    monkeypatch.setattr(doctor, "refine", lambda *_, **__: SimpleNamespace(scores=torch.ones(4)))
+    found = doctor._captured(tiny_clip)
+    assert said in str(found)
+    trusted = capture._trusted()[capture._place(tiny_clip.device)]
+    assert not trusted or "FAILED" not in said
 
 
 def test_without_graphs_there_is_nothing_to_compare(tmp_path):
