@@ -1,7 +1,8 @@
 """A self-test of this machine, and what to paste into a bug report.
 
-It measures how fast memory is copied and matrices are multiplied, which no search can exceed, and
-compares a device with the CPU: features, gradients and a search. On CUDA it also compares a search
+It measures how fast memory is copied and matrices are multiplied, which no search can exceed,
+compares a step with the least time by these rates, and compares a device with the CPU: features,
+gradients and a search. On CUDA it also compares a search
 whose steps are captured as CUDA graphs with one whose steps are not. Only where that has passed
 once are steps captured without being asked for (`pez_core.capture.wanted`).
 """
@@ -11,18 +12,20 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
 
 from . import __version__, capture
-from .clip import AnyClip
+from .clip import AnyClip, Clip
 from .clip.device import default_dtype, pick_device
 from .clip.load import load_clip
 from .errors import first_line
@@ -38,9 +41,11 @@ TEXTS = ("a red fish", "two green trees under a blue sky", "the number seven", "
 PROBLEMS, PROMPT_LEN, STEPS = 4, 8, 60
 # Cosine similarity with the CPU that each precision has to reach.
 _ALIKE = {torch.float32: 0.999, torch.bfloat16: 0.98, torch.float16: 0.98}
-PARTS = ("rates", "features and gradients", "search", "CUDA graphs")
+PARTS = ("rates", "features and gradients", "search", "CUDA graphs", "step")
 _PACKAGES = ("open_clip_torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 _MATRIX, _BYTES, _SECONDS = 1024, 2**28, 0.5
+# The step that is timed: tokens of its prompt, the steps of a short search, and its repetitions.
+_STEP_LEN, _FEW, _ROUNDS = 16, 6, 3
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,9 @@ def examine(
         ArgumentError: the device does not exist or cannot be used here.
     """
     where = pick_device(device)
-    rates, compared, searched, captured = PARTS
-    facts, checks = _versions(), []
-    clip_on = cache(lambda device: load_clip(CLIP, device=device))
+    rates, compared, searched, captured, step = PARTS
+    facts, checks, measured = _versions(), [], Rates()
+    clip_on = cache(lambda device: cast(Clip, load_clip(CLIP, device=device)))
 
     @contextmanager
     def examined(part: str) -> Iterator[None]:
@@ -117,7 +122,7 @@ def examine(
             checks.append(Check(part, False, f"{type(error).__name__}: {first_line(error)}"))
 
     with examined(rates):
-        for name, value in _rates(where):
+        for name, value in _rates(where, measured):
             facts[name] = value
     with examined(compared):
         for check in _compared(clip_on(where), clip_on(torch.device("cpu"))):
@@ -126,6 +131,8 @@ def examine(
         checks.append(_searched(clip_on(where)))
     with examined(captured):
         checks.append(_captured(clip_on(where)))
+    with examined(step):
+        facts[step] = _step(clip_on(where), measured)
     return Examination(facts, checks)
 
 
@@ -143,8 +150,59 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _rates(device: torch.device) -> Iterator[tuple[str, str]]:
-    """The device, and its rates of copying and multiplying."""
+@dataclass
+class Rates:
+    """What a device can do in a second.
+
+    Attributes:
+        moved: bytes that a copy reads and writes.
+        operations: floating-point operations in a product of large matrices, by dtype.
+    """
+
+    moved: float = 0.0
+    operations: dict[torch.dtype, float] = field(default_factory=dict)
+
+    def least(
+        self,
+        clip: Clip,
+        batch: int,
+        prompt_len: int,
+        dtype: torch.dtype | None = None,
+        compared: torch.dtype = torch.float32,
+    ) -> dict[str, float]:
+        """The least seconds of a step of Algorithm 1: by its memory traffic, by its arithmetic.
+
+        The traffic is the weights of the text tower, forward and backward, and the allowed
+        vocabulary once.
+
+        Args:
+            clip, batch, prompt_len: of the search.
+            dtype: of the tower; None: its own.
+            compared: dtype in which the tokens of the vocabulary are compared.
+        """
+        dtype = clip.dtype if dtype is None else dtype
+        tower = clip.text.tower
+        parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
+        projection = tower.text_projection
+        parts += [projection] if isinstance(projection, torch.Tensor) else []
+        weights = sum(part.numel() for part in parts)
+        # of the last block only keys and values are computed for all positions
+        last = sum(part.numel() for part in tower.transformer.resblocks[-1].parameters())
+        allowed, width = len(clip.vocabulary), clip.text.token_embedding.shape[1]
+        moved = 2 * weights * dtype.itemsize + allowed * width * compared.itemsize
+        # forward and backward, of the learned tokens and the end token
+        positions = prompt_len + 1
+        tower_operations = 4 * batch * ((weights - last) * positions + last * (positions + 5) / 6)
+        nearest = 2 * batch * prompt_len * allowed * width
+        return {
+            "memory": moved / self.moved,
+            "arithmetic": tower_operations / self.operations[dtype]
+            + nearest / self.operations[compared],
+        }
+
+
+def _rates(device: torch.device, measured: Rates) -> Iterator[tuple[str, str]]:
+    """The device, and its rates of copying and multiplying, which are also put into `measured`."""
     yield "device", capture.device_name(device)
     yield "threads", str(torch.get_num_threads())
     yield "cores", str(os.cpu_count())
@@ -154,8 +212,8 @@ def _rates(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "default precision", precision
     source = torch.ones(_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    copies = _per_second(device, lambda: target.copy_(source))
-    yield "copy", f"{2 * _BYTES * copies / 1e9:.1f} GB/s"
+    measured.moved = 2 * _BYTES * _per_second(device, lambda: target.copy_(source))
+    yield "copy", f"{measured.moved / 1e9:.1f} GB/s"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
         try:
@@ -164,7 +222,8 @@ def _rates(device: torch.device) -> Iterator[tuple[str, str]]:
         except (RuntimeError, TypeError) as error:  # a backend without this precision
             yield name, f"not supported ({type(error).__name__})"
         else:
-            yield name, f"{2 * _MATRIX**3 * products / 1e9:,.0f} GFLOP/s"
+            measured.operations[dtype] = 2 * _MATRIX**3 * products
+            yield name, f"{measured.operations[dtype] / 1e9:,.0f} GFLOP/s"
 
 
 def _per_second(device: torch.device, run: Callable[[], object]) -> float:
@@ -211,13 +270,15 @@ def _outputs(clip: AnyClip) -> Iterator[torch.Tensor]:
     yield gradients.float().cpu()
 
 
-def _problem(clip: AnyClip) -> tuple[TokenSpace, Similarity, torch.Tensor]:
+def _problem(
+    clip: AnyClip, problems: int = PROBLEMS, prompt_len: int = PROMPT_LEN
+) -> tuple[TokenSpace, Similarity, torch.Tensor]:
     """A small search for some texts."""
     space = TokenSpace(clip.text.token_embedding, clip.vocabulary)
-    goals = clip.encode_texts(TEXTS)[:PROBLEMS]
+    goals = clip.encode_texts(TEXTS)[:problems]
     objective = Similarity(clip.text.encoder(), goals[:, None])
     generator = torch.Generator().manual_seed(0)
-    return space, objective, space.random(PROBLEMS, PROMPT_LEN, generator).to(clip.device)
+    return space, objective, space.random(problems, prompt_len, generator).to(clip.device)
 
 
 def _searched(clip: AnyClip) -> Check:
@@ -262,3 +323,25 @@ def _searches(clip: AnyClip, captured: bool) -> Iterator[Progress]:
     yield search(space, objective, ids, PezSettings(steps=STEPS, capture=captured))
     settings = SwapSettings(steps=STEPS, trials=1, capture=captured)
     yield refine(space, objective, ids, settings, seeds=range(PROBLEMS))
+
+
+def _step(clip: Clip, measured: Rates) -> str:
+    """The time of a step as searches run it, and the longer of its limits."""
+    problem = _problem(clip, 1, _STEP_LEN)
+
+    def seconds(steps: int) -> float:
+        began = time.perf_counter()
+        search(*problem, PezSettings(steps=steps))
+        _wait(clip.device)
+        return time.perf_counter() - began
+
+    seconds(_FEW)  # warms up
+    taken = [seconds(_FEW + STEPS) - seconds(_FEW) for _ in range(_ROUNDS)]
+    step = statistics.median(taken) / STEPS
+    shown = f"{1e3 * step:.2f} ms for a prompt of {_STEP_LEN} tokens with {clip.name}"
+    if not measured.moved or not {clip.dtype, torch.float32} <= measured.operations.keys():
+        return shown
+    limits = measured.least(clip, 1, _STEP_LEN)
+    binds = max(limits, key=limits.__getitem__)
+    ratio, least = step / limits[binds], 1e3 * limits[binds]
+    return f"{shown}, {ratio:.1f} times the limit of {least:.2f} ms ({binds})"

@@ -27,7 +27,14 @@ def quick(monkeypatch, tmp_path):
 def test_what_a_bug_report_needs_is_printed(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
-    for wanted in (f"torch: {torch.__version__}", "device: cpu", "GB/s", "GFLOP/s", "search: ok"):
+    for wanted in (
+        f"torch: {torch.__version__}",
+        "device: cpu",
+        "GB/s",
+        "GFLOP/s",
+        "search: ok",
+        "times the limit of",
+    ):
         assert wanted in printed.out
     assert "testing: rates" in printed.err
     assert main(["doctor", "--device", "nothing"]) == 2
@@ -36,9 +43,59 @@ def test_what_a_bug_report_needs_is_printed(capsys):
 
 def test_rates_are_those_of_what_was_run(monkeypatch):
     monkeypatch.setattr(doctor, "_per_second", lambda device, run: 10.0)
-    rates = dict(doctor._rates(torch.device("cpu")))
+    measured = doctor.Rates()
+    rates = dict(doctor._rates(torch.device("cpu"), measured))
     assert rates["copy"] == f"{2 * 2**28 * 10 / 1e9:.1f} GB/s"  # read and written
     assert rates["matrix product, float32"] == f"{2 * 1024**3 * 10 / 1e9:,.0f} GFLOP/s"
+    assert (measured.moved, measured.operations[torch.float32]) == (
+        2 * 2**28 * 10,
+        2 * 1024**3 * 10,
+    )
+
+
+# Of width 32 (see conftest): weights and biases of a block, the last norm, the projection.
+BLOCK, REST = 12 * 32**2 + 13 * 32, 2 * 32 + 32 * 16
+
+
+def test_the_limit_of_a_step_is_that_of_its_memory_and_its_arithmetic(tiny_clip):
+    rates = doctor.Rates(1e6, {torch.float32: 1e9, torch.bfloat16: 4e9})
+    words = len(tiny_clip.vocabulary)
+    limits = rates.least(tiny_clip, 2, 7)
+    assert limits["memory"] == pytest.approx((2 * (3 * BLOCK + REST) + words * 32) * 4 / 1e6)
+    # eight positions with the end token; keys and values of all in the last block, all of one
+    tower = 2 * 4 * ((2 * BLOCK + REST) * 8 + BLOCK * (8 + 5) / 6)
+    compared = 2 * 2 * 7 * words * 32
+    assert limits["arithmetic"] == pytest.approx((tower + compared) / 1e9)
+    low = rates.least(tiny_clip, 2, 7, torch.bfloat16, torch.bfloat16)
+    assert low["memory"] == pytest.approx(limits["memory"] / 2)
+    assert low["arithmetic"] == pytest.approx(limits["arithmetic"] / 4)
+
+
+@pytest.mark.parametrize(
+    "rates, said",
+    [
+        (doctor.Rates(1e9, {torch.float32: 1e15}), "memory"),
+        (doctor.Rates(1e15, {torch.float32: 1e9}), "arithmetic"),
+        (doctor.Rates(1e9), None),
+        (doctor.Rates(0, {torch.float32: 1e9}), None),
+    ],
+)
+def test_a_step_is_compared_with_its_limit(tiny_clip, monkeypatch, rates, said):
+    clock = SimpleNamespace(now=0.0)
+
+    def search(space, objective, ids, settings):
+        assert ids.shape == (1, 16)
+        clock.now += 0.5 + 2e-3 * settings.steps
+
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(doctor, "search", search)
+    found = doctor._step(tiny_clip, rates)
+    assert found.startswith("2.00 ms for a prompt of 16 tokens with tiny")
+    if said is None:
+        assert "limit" not in found
+    else:
+        limit = rates.least(tiny_clip, 1, 16)[said]
+        assert f", {2e-3 / limit:.1f} times the limit of {1e3 * limit:.2f} ms ({said})" in found
 
 
 @pytest.fixture
@@ -58,8 +115,10 @@ def simulated(monkeypatch):
 def test_what_a_device_lacks_is_named_beside_what_it_has(simulated, capsys):
     assert simulated("addcdiv_") == 1  # of the optimiser
     lines = capsys.readouterr().out.splitlines()
-    (failed,) = [line for line in lines if "FAILED" in line]
-    assert failed.startswith("search: FAILED (NotImplementedError: The operator 'aten::addcdiv_'")
+    error = "FAILED (NotImplementedError: The operator 'aten::addcdiv_' is not implemented"
+    failed = [line.partition(": ") for line in lines if "FAILED" in line]
+    assert [name for name, _, _ in failed] == ["search", "step"]
+    assert all(text.startswith(error) for _, _, text in failed)
     found = {line.split(" (")[0] for line in lines}
     assert {"texts: ok", "gradients: ok", "steps as CUDA graphs: not needed"} <= found
 
