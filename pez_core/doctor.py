@@ -43,7 +43,8 @@ PROBLEMS, PROMPT_LEN, STEPS = 4, 8, 60
 _ALIKE = {torch.float32: 0.999, torch.bfloat16: 0.98, torch.float16: 0.98}
 PARTS = ("rates", "features and gradients", "search", "CUDA graphs", "step")
 _PACKAGES = ("open_clip_torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
-_MATRIX, _BYTES, _SECONDS = 1024, 2**28, 0.5
+# Rows of the products, bytes of the copy, and the least seconds of the runs that are timed.
+_MATRIX, _BYTES, _SECONDS = 1024, 2**28, 0.15
 # The step that is timed: tokens of its prompt, the steps of a short search, and its repetitions.
 _STEP_LEN, _FEW, _ROUNDS = 16, 6, 3
 
@@ -227,21 +228,24 @@ def _rates(device: torch.device, measured: Rates) -> Iterator[tuple[str, str]]:
 
 
 def _per_second(device: torch.device, run: Callable[[], object]) -> float:
-    """How often a function runs in a second."""
+    """How often a function runs in a second, in a row that ends with one wait for the device."""
     run()
     _wait(device)
-    began, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < _SECONDS:
-        run()
+    count = 1
+    while True:
+        began = time.perf_counter()
+        for _ in range(count):
+            run()
         _wait(device)
-        count += 1
-    return count / elapsed
+        if (elapsed := time.perf_counter() - began) >= _SECONDS:
+            return count / elapsed
+        count *= 2
 
 
 def _wait(device: torch.device) -> None:
-    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
-    if device.type != "cpu" and wait is not None:
-        wait()
+    """Wait until the device has done what was launched; not every backend has `synchronize`."""
+    if device.type != "cpu":
+        torch.zeros((), device=device).item()
 
 
 def _compared(clip: AnyClip, expected: AnyClip) -> Iterator[Check]:

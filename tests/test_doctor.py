@@ -53,6 +53,26 @@ def test_rates_are_those_of_what_was_run(monkeypatch):
     )
 
 
+def test_rates_are_not_those_of_launching(monkeypatch):
+    clock, launched = SimpleNamespace(now=0.0), []
+
+    def wait(device):
+        clock.now += 0.001 + 0.002 * len(launched)  # the wait itself, and what was launched
+        launched.clear()
+
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(doctor, "_wait", wait)
+    monkeypatch.setattr(doctor, "_SECONDS", 0.2)
+    rate = doctor._per_second(torch.device("cuda"), lambda: launched.append(1))
+    assert rate == pytest.approx(500, rel=0.01)
+
+
+def test_any_device_is_waited_for():
+    with _Factories(), Device() as device:  # torch has no module of its name
+        doctor._wait(DEVICE)
+    assert device.operations["_local_scalar_dense"] == 1
+
+
 # Of width 32 (see conftest): weights and biases of a block, the last norm, the projection.
 BLOCK, REST = 12 * 32**2 + 13 * 32, 2 * 32 + 32 * 16
 
