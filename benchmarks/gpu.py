@@ -61,6 +61,7 @@ from pez_core import (
     search,
 )
 from pez_core.clip.device import keep_image_tower_in_main_memory
+from pez_core.doctor import Rates
 from pez_core.objectives import Similarity
 
 HERE = Path(__file__).parent
@@ -173,32 +174,10 @@ class Limits:
         dtype: torch.dtype | None = None,
         compared: torch.dtype = torch.float32,
     ) -> dict[str, float]:
-        """The least time of a step by each limit.
-
-        Args:
-            clip, batch, prompt_len: of the search.
-            dtype: of the tower; None: its own.
-            compared: dtype in which the tokens of the vocabulary are compared.
-        """
-        dtype = clip.dtype if dtype is None else dtype
-        tower = clip.text.tower
-        parts = [*tower.transformer.parameters(), *tower.ln_final.parameters()]
-        projection = tower.text_projection
-        parts += [projection] if isinstance(projection, torch.Tensor) else []
-        weights = sum(part.numel() for part in parts)
-        # of the last block only keys and values are computed for all positions
-        last = sum(part.numel() for part in tower.transformer.resblocks[-1].parameters())
-        allowed, width = len(clip.vocabulary), clip.text.token_embedding.shape[1]
-        moved = 2 * weights * dtype.itemsize + allowed * width * compared.itemsize
-        # forward and backward, of the learned tokens and the end token
-        positions = prompt_len + 1
-        tower_operations = 4 * batch * ((weights - last) * positions + last * (positions + 5) / 6)
-        nearest = 2 * batch * prompt_len * allowed * width
-        return {
-            "memory": 1e3 * moved / self.bytes_per_second,
-            "arithmetic": 1e3
-            * (tower_operations / self.operations[dtype] + nearest / self.operations[compared]),
-        }
+        """The least time of a step by each limit, as `pez_core.doctor.Rates.least`."""
+        rates = Rates(self.bytes_per_second, self.operations)
+        seconds = rates.least(clip, batch, prompt_len, dtype, compared)
+        return {limit: 1e3 * one for limit, one in seconds.items()}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict]:

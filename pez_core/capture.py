@@ -15,7 +15,10 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +91,33 @@ def _trusted() -> dict[str, bool]:
     if not isinstance(found, dict):
         return {}
     return {place: passed is True for place, passed in found.items()}
+
+
+@dataclass
+class Captures:
+    """What became of the steps that were to be captured.
+
+    Attributes:
+        used: the number of graphs that are replayed.
+        failures: why others are not.
+    """
+
+    used: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+_NOTED: ContextVar[Captures | None] = ContextVar("captures", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[Captures]:
+    """Note what becomes of the captures until the end of the block, in this thread."""
+    captures = Captures()
+    token = _NOTED.set(captures)
+    try:
+        yield captures
+    finally:
+        _NOTED.reset(token)
 
 
 class Recorder(Protocol):
@@ -269,7 +299,8 @@ class Replay:
         before = _copies(changed)
         flops = 0.0
         try:
-            with tower_work.counted() as work:
+            # Python runs a step that is captured, but its kernels do not run
+            with tower_work.counted(alone=True) as work:
                 replayed = recorder.record(self._step)
                 flops = work.flops
         except RuntimeError as error:
@@ -284,6 +315,8 @@ class Replay:
         replayed()
         if all(map(_alike, changed, expected, before)):
             self._step = partial(_replay, replayed, flops)
+            if captures := _NOTED.get():
+                captures.used += 1
         else:
             _give_up(recorder, "the graph of a step gave another result than the step")
         put(changed, expected)
@@ -296,6 +329,8 @@ def _replay(replayed: Step, flops: float) -> None:
 
 def _give_up(recorder: Recorder, why: str) -> None:
     recorder.failed = True
+    if captures := _NOTED.get():
+        captures.failures.append(why)
     log.warning("the steps of this search are launched one kernel at a time (%s)", why)
 
 

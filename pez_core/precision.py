@@ -10,22 +10,26 @@ import torch.nn.functional as F
 
 # How much faster a product has to be; below that rounding costs more than is gained.
 _PAYS = 1.5
-# Rows and columns of the products that are timed. The second is long enough, some milliseconds,
-# that other programs on the processor hardly change the ratio.
-_SHORT, _LONG, _ROUNDS = (32, 512), (512, 1024), 4
+# Rows and columns of the products that are timed, and how often: of several samples the shortest
+# is taken, since other programs may interrupt each.
+_SHORT, _LONG, _ROUNDS = (32, 512), (512, 1024), 5
 
 
 @cache
 def bfloat16_pays() -> bool:
     """Whether this processor multiplies faster in bfloat16, measured once in 0.1 s."""
-    plain, low = _product(*_SHORT, torch.float32), _product(*_SHORT, torch.bfloat16)
-    for product in (plain, low):
-        _seconds(product)  # the first one of a dtype prepares
-    if _seconds(low) > 4 * _seconds(plain):  # without such instructions
+    plain, low = _shortest(*_SHORT)
+    if low > 4 * plain:  # without such instructions long products would take seconds
         return False
-    plain, low = _product(*_LONG, torch.float32), _product(*_LONG, torch.bfloat16)
+    plain, low = _shortest(*_LONG)
+    return plain >= _PAYS * low
+
+
+def _shortest(rows: int, width: int) -> tuple[float, float]:
+    """The seconds of a product in float32 and in bfloat16, the least of several samples."""
+    plain, low = (_product(rows, width, dtype) for dtype in (torch.float32, torch.bfloat16))
     rounds = [(_seconds(plain), _seconds(low)) for _ in range(_ROUNDS)]
-    return min(a for a, _ in rounds) >= _PAYS * min(b for _, b in rounds)
+    return min(a for a, _ in rounds), min(b for _, b in rounds)
 
 
 def _product(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

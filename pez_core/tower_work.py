@@ -26,13 +26,16 @@ _ACTIVE: ContextVar[tuple[TowerWork, ...]] = ContextVar("tower work", default=()
 
 
 @contextmanager
-def counted() -> Iterator[TowerWork]:
+def counted(alone: bool = False) -> Iterator[TowerWork]:
     """Count the work of text towers until the end of the block, in this thread.
 
     A block inside another one counts for both.
+
+    Args:
+        alone: the blocks around this one do not count its work.
     """
     work = TowerWork()
-    token = _ACTIVE.set((*_ACTIVE.get(), work))
+    token = _ACTIVE.set((work,) if alone else (*_ACTIVE.get(), work))
     try:
         yield work
     finally:

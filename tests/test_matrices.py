@@ -80,6 +80,22 @@ def test_the_measurement_decides(monkeypatch, plain, low, pays):
     precision.bfloat16_pays.cache_clear()
 
 
+@pytest.mark.parametrize("interrupted", range(8))
+def test_an_interruption_does_not_decide(monkeypatch, interrupted):
+    low = []
+
+    def sample(product):
+        if product[0].dtype == torch.float32:
+            return 2.0
+        low.append(product)
+        return 100.0 if len(low) - 1 == interrupted else 1.0
+
+    monkeypatch.setattr(precision, "_seconds", sample)
+    precision.bfloat16_pays.cache_clear()
+    assert precision.bfloat16_pays()
+    precision.bfloat16_pays.cache_clear()
+
+
 def test_a_given_dtype_is_that_of_the_search():
     assert load_clip(device="cpu").text.matrix_dtype is None
     clip = load_clip(device="cpu", dtype=torch.float32)

@@ -52,6 +52,9 @@ def test_blocks_count_for_the_blocks_around_them():
             count(3)
         count(4)
     assert (outer.flops, inner.flops) == (9, 3)
+    with counted() as outer, counted(alone=True) as inner:
+        count(6)
+    assert (outer.flops, inner.flops) == (0, 6)
     with counted() as outer, pytest.raises(KeyError), counted():
         count(5)
         raise KeyError
@@ -66,9 +69,8 @@ def test_a_replayed_step_counts_like_the_step():
             step()
 
         def record(self, step):
-            with counted():  # a graph launches kernels, and runs nothing of Python
-                step()
-            return lambda: total.add_(1)
+            step()
+            return lambda: total.add_(1)  # a graph launches kernels, and runs nothing of Python
 
     def step():
         total.add_(1)
@@ -76,12 +78,10 @@ def test_a_replayed_step_counts_like_the_step():
 
     total = torch.zeros(())
     replay = Replay(step, Recorder(), lambda: [total], warm_up=1)
-    replay()
-    replay()  # captures
-    with counted() as work:
-        replay()
-        replay()
-    assert work.flops == 20
+    for calls in range(1, 5):  # an eager one, the capture, and two of the graph
+        with counted() as work:
+            replay()
+        assert work.flops == 10 and total == calls
 
 
 def test_a_result_has_the_work_of_its_search(tiny_clip):

@@ -13,7 +13,8 @@ def add_commands(commands: Any) -> None:
         "doctor",
         help="test this machine, and print what a bug report needs",
         description="Test this machine for about ten seconds, and print what a bug report needs: "
-        "versions, rates, and whether the results of the device agree with those of the CPU.",
+        "versions, rates, the time of a step, and whether the results of the device agree with "
+        "those of the CPU.",
     )
     command.add_argument(
         "--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)"

@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+from torch.utils.weak import WeakIdRef
 
 LAST = 64  # images
 
 
 class KeptFeatures:
-    """The features of the last images that an image tower has read, by their pixels.
+    """The features of the last images that an image tower has read, on the CPU, by their pixels.
+
+    A copy of it, also by pickle, is empty.
 
     Args:
         tower: the image tower; its features are dropped when its weights change.
@@ -21,10 +24,20 @@ class KeptFeatures:
         self._tower, self._features = tower, {}
         self._weights = self._state()
 
-    def _state(self) -> list[tuple[int, int]]:
-        """Which tensors the weights are, and how often each was changed in place."""
+    def __reduce__(self) -> tuple[type, tuple[torch.nn.Module]]:
+        return type(self), (self._tower,)
+
+    def _state(self) -> list[tuple[WeakIdRef, torch.dtype, object]]:
+        """Which tensors the weights are, their dtypes, and how often each was changed in place.
+
+        Not where they are: a memory manager moves the tower for each use. Changes of tensors of
+        inference mode are not counted, so these are unequal to themselves.
+        """
         weights = [*self._tower.parameters(), *self._tower.buffers()]
-        return [(id(one), 0 if one.is_inference() else one._version) for one in weights]
+        return [
+            (WeakIdRef(one), one.dtype, object() if one.is_inference() else one._version)
+            for one in weights
+        ]
 
     @staticmethod
     def key(pixels: torch.Tensor) -> bytes:
@@ -32,7 +45,7 @@ class KeptFeatures:
         return hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
 
     def valid(self) -> Mapping[bytes, torch.Tensor]:
-        """The (features,) that still hold."""
+        """The (features,) that still hold, by the key of their image."""
         if (state := self._state()) != self._weights:
             self._weights, self._features = state, {}
         return self._features

@@ -129,7 +129,6 @@ class Clip:
         self.cache.clear()
         return self
 
-    @torch.no_grad()
     def encode_images(self, images: Iterable[Image.Image], fit: str = "crop") -> torch.Tensor:
         """RGB pictures -> (number of images, features) unit features in float32.
 
@@ -148,7 +147,8 @@ class Clip:
         prepare = self._prepare_for(fit)
         prepared = (prepare(image) for image in images)
         kept, features = self._kept_features, []
-        with ExitStack() as stack, torch.inference_mode(False):
+        # leaving inference mode turns gradients on again
+        with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
             borrowed = False
             while few := list(islice(prepared, _IMAGE_BATCH)):
                 keys, before = [kept.key(one) for one in few], kept.valid()
@@ -162,16 +162,18 @@ class Clip:
                     found |= zip(new, encoded, strict=True)
                     kept.keep({key: found[key] for key in new})
                 features += [found[key] for key in keys]
-        return torch.stack(features)
+        # behind the image tower's use: for that a memory manager may have moved the text tower
+        return torch.stack(features).to(self.device)
 
     @property
     def _kept_features(self) -> KeptFeatures:
         return self.cache.setdefault("images", KeptFeatures(self.model.visual))
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, height, width) pixels -> (n, features) unit features on the CPU."""
         device = next(self.model.visual.parameters()).device
         features = self.model.encode_image(pixels.to(device, self.dtype)).float()
-        return F.normalize(features, dim=-1).to(self.device)
+        return F.normalize(features, dim=-1).cpu()
 
     def _preparation(self, **changes: Any) -> Callable[[Image.Image], torch.Tensor]:
         """open_clip's preparation of images, with changes of its `PreprocessCfg`."""
