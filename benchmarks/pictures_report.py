@@ -10,18 +10,18 @@ from matplotlib.figure import Figure
 from quality_report import PUBLISHED, summary
 from step_time import machine
 
-BALANCED = "ours (balanced)"
+BALANCED = "ours (balanced), no repeats"
 BOUNDS = ("autoencoder", "another drawing's prompt")
 EXPLANATION = """\
 *Images* is the similarity of the images made of a prompt with their target, by the judge, which is
 not searched; *own* is the same by the CLIP of the search; *prompt* is the similarity of the prompt
-itself, by the judge. Behind ± is one standard error over the drawings, of the mean over images and
-seeds. Differences are with PEZ as published, paired by drawing, on all drawings and on each half:
-defaults are chosen on the first half (drawings of even place) and reported on the second. *Less
-balanced* is the difference with "ours (balanced)". *Alike*
-is the similarity of the images of one prompt with one another, by the judge. *GFLOP* is the
-work of the text tower (`pez_core.tower_work`) and *seconds* the time of the search for one drawing,
-with others searched side by side."""
+itself, by the judge, and *own prompt* by the CLIP of the search. Behind ± is one standard error
+over the drawings, of the mean over images and seeds. Differences are with PEZ as published, paired
+by drawing, on all drawings and on each half: defaults are chosen on the first half (drawings of
+even place) and reported on the second. *Less balanced* is the difference with "ours (balanced), no
+repeats", the default of `invert`. *Alike* is the similarity of the images of one prompt with one
+another, by the judge. *GFLOP* is the work of the text tower (`pez_core.tower_work`) and *seconds*
+the time of the search for one drawing, with others searched side by side."""
 
 
 def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
 def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
     """A line for each method."""
     head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
-    head = (*head, "less balanced", "own", "prompt", "alike", "GFLOP", "seconds")
+    head = (*head, "less balanced", "own", "prompt", "own prompt", "alike", "GFLOP", "seconds")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
@@ -74,7 +74,7 @@ def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
             with_error(rows, "own_images"),
             *(
                 with_error([row for row in rows if row[measure] is not None], measure)
-                for measure in ("judge_text", "alike")
+                for measure in ("judge_text", "own_text", "alike")
             ),
             f"{statistics.mean(row['gflop'] for row in rows):,.1f}",
             f"{statistics.mean(row['seconds'] for row in rows):.2f}",
