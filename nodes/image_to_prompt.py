@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..pez_core import Avoid, SearchOptions, invert, prepare_caption, prune_caption
 from ..pez_core.clip.images import load_image
+from ..pez_core.continuation import continuing
 from ..pez_core.errors import ArgumentError
 from ..pez_core.options import IMAGE_WORDING
 from ..pez_core.targets import encode_targets, is_encoded
@@ -87,16 +88,18 @@ class ImageToPrompt(Learner):
             for turns, (group, given) in countdown(groups):
                 targets = _encoded(clip, group, options.fit, always=prunes)
                 caption, remark = _caption(clip, given, options, values, targets)
+                own, change = continuing(options, caption)
                 results = invert(
                     clip,
                     targets,
-                    replace(options, time_limit=live.time_left(turns)),
+                    replace(own, time_limit=live.time_left(turns)),
                     caption=caption,
                     avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
                     shared=shared,
                     negative_prompt=values["negative_prompt"],
                     callback=live.turn(turns, caption),
                 )
+                remark = f"{remark} {change}"
                 found += [_with_remark(one, remark) for one in live.found(results)]
             return found
 
@@ -142,7 +145,8 @@ def _caption_inputs() -> list[io.Input]:
             tooltip="On: text that does not describe the image is left out, such as markdown, line "
             "breaks and the words The image shows. A caption that leaves no room for the learned "
             "words is cut. They follow behind a comma, or continue a sentence if `wording` is "
-            "sentence. Off: the caption stays as it is.",
+            "sentence. Off: the caption stays as it is. On or off, a list of tags is continued by "
+            "tags if `wording` is sentence.",
         ),
         io.Boolean.Input(
             "prune_caption",
@@ -260,7 +264,7 @@ def _caption(
 
 
 def _with_remark(found: Found, remark: str) -> Found:
-    return replace(found, note=f"{remark} {found.note}".strip())
+    return replace(found, note=" ".join(f"{remark} {found.note}".split()))
 
 
 def _groups(

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .continuation import OPEN_WORDS, behind
 from .errors import ArgumentError, check_integer, check_string
 from .options import SearchOptions
 from .prompt_text import SLOT, all_pieces, kept_spans, read
@@ -30,8 +31,8 @@ def prepare_caption(
     """The text of a captioner as the `caption` of `invert`: `clean_caption` to `fit_caption`.
 
     The learned words go where the text has `{}`, else behind it: after a space where they continue
-    a sentence, which is so with the wording "sentence" and behind a word such as "of"; else after a
-    comma.
+    a sentence, which is so with the wording "sentence" and behind a word such as "of"; else, and
+    behind a list of tags, after a comma. `caption_wording` tells a list of tags from a sentence.
 
     Args:
         clip: from `load_clip`.
@@ -58,14 +59,8 @@ def prepare_caption(
         caption = clean_caption(prune_caption(clip, caption, prune_for, options.fit))
     if not caption.replace(SLOT, "").strip(" ,;."):
         return "", ""
-    placed = caption if SLOT in caption else caption + _place_behind(caption, options.wording)
+    placed = caption if SLOT in caption else caption + behind(caption, options.wording) + SLOT
     return fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
-
-
-def _place_behind(text: str, wording: str) -> str:
-    """The place of the learned words behind a text, with what stands between."""
-    open_end = text[-1] in ":!?" or text.split()[-1].lower() in _OPEN_WORDS
-    return f" {SLOT}" if wording == "sentence" or open_end else f", {SLOT}"
 
 
 def text_of_caption(caption: str) -> str:
@@ -316,11 +311,6 @@ def prune_caption(
 
 # --- fit
 
-# Words at which no phrase ends.
-_OPEN_WORDS = {
-    *("a", "an", "the", "and", "or", "but", "of", "in", "on", "at", "by", "to", "with", "for"),
-    *("from", "into", "its", "his", "her", "their", "is", "are", "that", "which", "as", "very"),
-}
 # How much of a cut caption has to be left where it ends with a phrase.
 _PHRASE_SHARE = 0.6
 
@@ -400,6 +390,6 @@ def _phrase_end(units: list[tuple[str, bool]], count: int) -> int:
     for end in range(count, max(1, int(count * _PHRASE_SHARE)), -1):
         if units[end - 1][0][-1] in ",;:.!?":
             return end
-    while count > 1 and units[count - 1][0].lower() in _OPEN_WORDS:
+    while count > 1 and units[count - 1][0].lower() in OPEN_WORDS:
         count -= 1
     return count

@@ -16,6 +16,7 @@ from test_readability import WORDS, tokenizers, transformers
 from pez_core import (
     ArgumentError,
     SearchOptions,
+    caption_wording,
     captioners,
     clean_caption,
     explain,
@@ -25,7 +26,7 @@ from pez_core import (
     prepare_caption,
     prune_caption,
 )
-from pez_core.caption import Caption
+from pez_core.caption import Caption, check_caption
 from pez_core.cli import main
 from pez_core.clip.images import load_image
 from pez_core.prompt_text import kept_spans, read
@@ -185,6 +186,7 @@ def test_whatever_a_caption_holds_its_place_stays(tiny_clip, text):
         ("tags", "The image shows a dog.", "a dog, {}"),
         ("free", "a dog, a cat,", "a dog, a cat, {}"),
         ("sentence", "The image shows a dog.", "a dog {}"),
+        ("sentence", "1girl, solo, blue hair", "1girl, solo, blue hair, {}"),
         ("tags", "a photo of", "a photo of {}"),
         ("free", "Style:", "Style: {}"),
         ("tags", "(a dog:1.2)", "(a dog:1.2), {}"),
@@ -197,6 +199,42 @@ def test_whatever_a_caption_holds_its_place_stays(tiny_clip, text):
 def test_the_text_of_any_captioner_becomes_a_caption(tiny_clip, wording, text, expected):
     options = SearchOptions(wording=wording)
     assert prepare_caption(tiny_clip, text, options) == (expected, "")
+
+
+TAGS = [
+    *("1girl, solo, blue hair", "a dog, a cat", "long_hair", "long_hair blue_eyes 1girl"),
+    *("(masterpiece:1.2), best quality, <lora:x:1>, black and white", "red \\(fate\\), hat, sky"),
+    "portrait of a woman, oil painting, sharp focus",
+]
+SENTENCES = [
+    *("a dog", "", "a brown dog, sitting on the green grass", "A dog. A cat, a bird, a car."),
+    *("a man, a woman, and a dog", "a dog, which is red, runs", "In Paris, a man walks"),
+    "a small brown dog on the green grass, a red ball, a tree",
+]
+
+
+@pytest.mark.parametrize("text", [*TAGS, *SENTENCES])
+def test_the_style_of_a_caption(text):
+    assert caption_wording(text) == ("tags" if text in TAGS else "sentence")
+
+
+@pytest.mark.parametrize(
+    "wording, caption, expected",
+    [
+        ("tags", "a dog", "a dog, "),
+        ("tags", "a dog, ", "a dog, "),
+        ("tags", "a photo of", "a photo of "),
+        ("tags", "a dog {}", "a dog "),
+        ("sentence", "a dog", "a dog "),
+        ("sentence", "1girl, solo", "1girl, solo, "),
+        ("free", "a dog, a cat", "a dog, a cat "),
+    ],
+)
+def test_what_stands_behind_a_caption_of_ones_own(tiny_clip, wording, caption, expected):
+    assert check_caption(caption, wording).removesuffix("{}").rstrip() == expected.rstrip()
+    options = SearchOptions(prompt_len=2, steps=None, swaps=1, wording=wording, effort="fast")
+    (result,) = invert(tiny_clip, IMAGE, options, caption=caption)
+    assert result.prompt == expected + result.learned
 
 
 def test_a_caption_leaves_room_for_the_prompt_len_of_the_search(tiny_clip):
@@ -413,6 +451,52 @@ def test_a_batch_continues_the_texts_of_a_captioner(blip, tmp_path):
         assert row["caption"] and whole.startswith(row["caption"])
         assert row["prompt"].startswith(f"{row['caption']}, ")
         assert ("cut from" in (row["note"] or "")) == (row["caption"] != whole)
+
+
+def wordings_of(monkeypatch, *command):
+    """The exit status of `pez invert`, and the wording of each search."""
+    found = []
+
+    def searched(clip, images, options, caption, **others):
+        found.append(options.wording)
+        return invert(clip, images, options, caption=caption, **others)
+
+    monkeypatch.setattr("pez_core.invert", searched)
+    return main(["invert", *command, "--effort", "fast", "--swaps", "1", "--json"]), found
+
+
+def test_the_command_continues_each_caption_in_its_style(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    texts = {"1": "1girl, solo, blue hair", "2": "The image shows a dog on the grass."}
+    monkeypatch.setattr(
+        "pez_core.load_captioner", lambda name, **options: lambda image: texts[str(image.width)]
+    )
+    for number in texts:
+        Image.new("RGB", (int(number), 2), "red").save(f"{number}.png")
+    command = ["1.png", "2.png", "--captioner", "x", "--prompt-len", "2"]
+    assert wordings_of(monkeypatch, *command) == (0, ["tags", "sentence"])
+    tags, sentence = json.loads(capsys.readouterr().out)
+    assert tags["prompt"].startswith("1girl, solo, blue hair, ")
+    assert tags["note"] == "The caption is a list of tags, so the learned words are tags, too."
+    assert sentence["prompt"].startswith("a dog on the grass ") and "note" not in sentence
+    assert wordings_of(monkeypatch, *command, "--wording", "sentence")[1] == ["sentence"] * 2
+    command = ["1.png", "--prompt-len", "2", "--caption"]
+    assert wordings_of(monkeypatch, *command, "blue hair, solo") == (0, ["tags"])
+    assert wordings_of(monkeypatch, *command, "a dog") == (0, ["sentence"])
+
+
+def test_a_batch_continues_tags_by_tags(tmp_path):
+    (tmp_path / "images").mkdir()
+    for path, text in zip(EXAMPLES[:2], ("1girl, solo, blue hair", "a dog"), strict=True):
+        shutil.copy(path, tmp_path / "images")
+        (tmp_path / "images" / path.name).with_suffix(".txt").write_text(text)
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--captions"]
+    quick = ["--effort", "fast", "--swaps", "1", "--prompt-len", "2", "--wording", "sentence"]
+    assert main([*command, *quick, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    tags, sentence = (rows[path.name] for path in EXAMPLES[:2])
+    assert tags["prompt"].startswith("1girl, solo, blue hair, ") and "tags, too" in tags["note"]
+    assert sentence["prompt"].startswith("a dog ") and sentence["note"] is None
 
 
 def test_the_command_prunes_the_caption(monkeypatch, capsys):

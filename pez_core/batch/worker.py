@@ -18,6 +18,7 @@ from ..captions import prepare_caption, text_of_caption
 from ..clip import load_clip
 from ..clip.device import default_dtype
 from ..clip.images import ImageInput, load_image, load_image_at
+from ..continuation import continuing
 from ..errors import ArgumentError
 from ..names import name_of, printable
 from ..priors import needed_language_model
@@ -251,9 +252,10 @@ class Worker:
         target = feature if self.job.prune_caption else None
         caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
         steering = {**self._steering, "caption": caption}
+        options, change = continuing(options, caption)
         (result,) = invert(self.clip, feature, options, **steering)
         row = _row(result, seed) | {"caption": text_of_caption(caption)}
-        return row | {"note": " ".join(filter(None, [remark, row["note"]])) or None}
+        return row | {"note": " ".join(filter(None, [remark, change, row["note"]])) or None}
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
         ((item, prompt),) = group

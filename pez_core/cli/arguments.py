@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..clip.models import ACTIVATIONS
+from ..continuation import caption_wording
 from ..errors import ArgumentError
 from ..options import EFFORTS, FITS, WORDINGS, SearchOptions
 from ..vocabulary import Vocabulary
@@ -242,8 +243,11 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
 
 def _usual_wording(arguments: argparse.Namespace) -> str:
     """The wording where none is given."""
-    without_swaps = arguments.effort == "paper" or arguments.swaps == 0
-    return "free" if without_swaps else arguments.usual_wording
+    usual = arguments.usual_wording
+    if arguments.effort == "paper" or arguments.swaps == 0:
+        return "free"
+    caption = getattr(arguments, "caption", "")
+    return caption_wording(caption) if usual == "sentence" and caption else usual
 
 
 def check_language_model(path: str, options: SearchOptions) -> None:

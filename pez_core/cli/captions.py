@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..captions import prepare_caption, text_of_caption
+from ..continuation import continuing
 from ..prompt_text import SLOT
 
 if TYPE_CHECKING:
@@ -41,21 +42,27 @@ class Captions:
         from ..captioners import naming_captioner
 
         self._prune, self._naming = arguments.prune_caption, naming_captioner
+        self._takes_wording = arguments.wording is None  # nobody chose another one
         with naming_captioner():
             self._write = load_captioner(
                 arguments.captioner, device=arguments.device, download=arguments.download
             )
 
-    def add(self, row: dict[str, Any], image: Image, clip: AnyClip, options: SearchOptions) -> str:
-        """Write the caption of an image into its row, and a remark where it was cut.
+    def add(
+        self, row: dict[str, Any], image: Image, clip: AnyClip, options: SearchOptions
+    ) -> tuple[str, SearchOptions]:
+        """Write the caption of an image into its row, and a remark about what was changed.
 
         Returns:
-            The caption with the place of the learned words.
+            The caption with the place of the learned words, and the options of their search.
         """
         with self._naming():
             text = self._write(image).replace(SLOT, "")
         caption, remark = prepare_caption(clip, text, options, image if self._prune else None)
         row["caption"] = text_of_caption(caption)
-        if remark:
-            row["note"] = remark
-        return caption
+        change = ""
+        if self._takes_wording:
+            options, change = continuing(options, caption)
+        if remark or change:
+            row["note"] = f"{remark} {change}".strip()
+        return caption, options

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     Callback = Callable[[Report], bool]
     Interrupted = Callable[[], bool]
+    AddCaption = Callable[[dict[str, Any], Image], tuple[str, SearchOptions]]
     Drawn = list[dict[str, Any]]
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
@@ -192,7 +193,7 @@ def _invert_each(
     options: SearchOptions,
     search: Callable[..., list[Result]],
     pictures: Pictures,
-    add_caption: Callable[..., str] | None = None,
+    add_caption: AddCaption | None = None,
 ) -> int:
     """Search a prompt for each image, some side by side, and print each as soon as it is found.
 
@@ -202,7 +203,7 @@ def _invert_each(
         search: the task without images, options and callback.
         pictures: of the command.
         add_caption: writes the caption of an image into its row, and returns it with the place of
-            the learned words.
+            the learned words, and the options of its search.
     """
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
     count = 1 if add_caption else _images_side_by_side(options)
@@ -214,8 +215,8 @@ def _invert_each(
                     break
                 group = rows[start : start + count]
                 loaded = _load(arguments, group)
-                captions = _with_captions(loaded, add_caption)
-                limited = _with_share(options, began, len(group) / (len(rows) - start))
+                captions, own = _with_caption(loaded, options, add_caption)
+                limited = _with_share(own, began, len(group) / (len(rows) - start))
                 with search_bar(limited, _label(start, len(group), len(rows))) as show:
                     watched = partial(
                         search,
@@ -296,20 +297,23 @@ def _load(
     return loaded
 
 
-def _with_captions(
-    loaded: list[tuple[dict[str, Any], Image]], add_caption: Callable[..., str] | None
-) -> dict[str, str]:
-    """The caption of a single image as an argument of the search.
+def _with_caption(
+    loaded: list[tuple[dict[str, Any], Image]],
+    options: SearchOptions,
+    add_caption: AddCaption | None,
+) -> tuple[dict[str, str], SearchOptions]:
+    """The caption of a single image as an argument of the search, and the options for it.
 
     Where the captioner fails, the row gets an error, and the image is taken out of `loaded`.
     """
     if not loaded or add_caption is None:
-        return {}
+        return {}, options
     try:
-        return {"caption": add_caption(*loaded[0])}
+        caption, options = add_caption(*loaded[0])
+        return {"caption": caption}, options
     except _FAILURES as error:
         loaded.pop()[0]["error"] = str(error) or type(error).__name__
-        return {}
+        return {}, options
 
 
 def _fill(
@@ -331,6 +335,8 @@ def _fill(
             row["error"] = str(error) or type(error).__name__
         return []
     for row, result, fields in zip(rows, results, found, strict=True):
+        if "note" in row and "note" in fields:
+            fields["note"] = f"{row['note']} {fields['note']}"
         row |= fields | {"seconds": round(result.seconds / len(rows), 3)}
     return list(zip(rows, results, strict=True))
 

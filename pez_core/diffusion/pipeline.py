@@ -597,7 +597,7 @@ class PezPipeline(DiffusionPipeline):
 
             def search(clip: AnyClip) -> Any:
                 if self.pipeline is not None and kwargs.get("caption"):
-                    _check_length(clip, kwargs["caption"], options.prompt_len or 1)
+                    _check_length(clip, kwargs["caption"], options)
                 return TASKS[task](clip, targets, options, callback=report, **kwargs)
 
             found = self.clip(search)
@@ -934,9 +934,10 @@ def _read_index(index: Any, path: str | os.PathLike | None) -> tuple[str, bool]:
         ) from error
 
 
-def _check_length(clip: AnyClip, caption: str, prompt_len: int) -> None:
+def _check_length(clip: AnyClip, caption: str, options: SearchOptions) -> None:
     """Raise where a text encoder of the image pipeline would cut the prompt."""
-    room, size = Caption(clip, check_caption(caption)).room, clip.text.max_prompt_len
+    fixed, prompt_len = check_caption(caption, options.wording), options.prompt_len or 1
+    room, size = Caption(clip, fixed).room, clip.text.max_prompt_len
     if room < prompt_len <= size:
         raise ArgumentError(
             "caption",

@@ -54,9 +54,10 @@ def invert(
         options: see `SearchOptions`. By default 8 tokens are learned, or fewer where the caption
             leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
-            where it holds `{}`, else behind it. It may have any length and hold weights and tags;
-            `pez_core.prompt_text` says how these are read. A result whose prompt is longer than the
-            context has a `note`.
+            where it holds `{}`, else behind it; with the wording "tags", and behind a list of tags
+            with "sentence", a comma stands between. It may have any length and hold weights and
+            tags; `pez_core.prompt_text` says how these are read. A result whose prompt is longer
+            than the context has a `note`.
         avoid: one text or image, or a list of them, to stay away from. A string is always a text;
             an image file is given as `Path("cat.png")`. The mean similarity with them is subtracted
             from that with the image, with weight 0.5; `Avoid(targets, weight)` sets another weight.
@@ -96,7 +97,7 @@ def invert(
             "leave `negative_prompt` out",
         )
     signed, avoided = _signed_weights(weights, away, negative_prompt)
-    fixed = check_caption(caption)
+    fixed = check_caption(caption, options.wording)
     options, spoken = _as_read(options, fixed)
     with torch.inference_mode(False):
         features = (
