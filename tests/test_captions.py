@@ -528,13 +528,23 @@ def test_options_that_do_not_go_together(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_image_without_a_caption_has_an_error(monkeypatch, capsys):
-    def write(image):
-        raise RuntimeError("out of order")
+def test_an_image_without_a_caption_has_an_error(blip, monkeypatch, capsys):
+    """Of a captioner that fails on one image: the others have prompts."""
+    written, images = captioners._written, []
 
-    monkeypatch.setattr("pez_core.load_captioner", lambda name, **options: write)
-    assert main(["invert", IMAGE, "--captioner", "x", *QUICK, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)[0]["error"] == "out of order"
+    def write(model, processor, image):
+        images.append(image)
+        if len(images) == 1:
+            raise RuntimeError("out of order")
+        return written(model, processor, image)
+
+    monkeypatch.setattr(captioners, "_written", write)
+    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK, "--json"]
+    assert main([*command, "--wording", "free"]) == 1
+    failed, found = json.loads(capsys.readouterr().out)
+    message = f"--captioner is {str(blip)!r}, which writes no caption (out of order)"
+    assert failed["error"].startswith(message) and "prompt" not in failed
+    assert found["prompt"] and "error" not in found
 
 
 def test_kept_spans_are_those_of_the_syntax():

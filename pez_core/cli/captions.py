@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..captions import prepare_caption, text_of_caption
 from ..continuation import continuing
+from ..errors import ArgumentError
 from ..prompt_text import SLOT
+from .arguments import option_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +45,7 @@ class Captions:
         from ..captioners import naming_captioner
 
         self._prune, self._naming = arguments.prune_caption, naming_captioner
+        self._option = partial(option_name, arguments)
         self._takes_wording = arguments.wording is None  # nobody chose another one
         with naming_captioner():
             self._write = load_captioner(
@@ -55,9 +59,15 @@ class Captions:
 
         Returns:
             The caption with the place of the learned words, and the options of their search.
+
+        Raises:
+            RuntimeError: the model writes no caption for this image.
         """
-        with self._naming():
-            text = self._write(image).replace(SLOT, "")
+        try:
+            with self._naming():
+                text = self._write(image).replace(SLOT, "")
+        except ArgumentError as error:  # the model fails on this image, and may not on others
+            raise RuntimeError(error.render(self._option)) from error
         caption, remark = prepare_caption(clip, text, options, image if self._prune else None)
         row["caption"] = text_of_caption(caption)
         change = ""
