@@ -100,9 +100,12 @@ _EXCLUDED = {
 
 # What models write for themselves. Names of embeddings like `<cat-toy>` are none of these.
 _THOUGHT = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL)
+# the instruction may have opened it, and the longest text may end before it is closed
+_THOUGHT_BEFORE = re.compile(r"\A.*</(?:think|thinking)>", re.DOTALL)
+_THOUGHT_BEHIND = re.compile(r"<(?:think|thinking)>.*\Z", re.DOTALL)
 _SPECIAL = re.compile(
     r"<[|｜][^<>|｜]{1,40}[|｜]>|<0x[0-9A-F]{2}>|<loc_\d+>|</?[A-Z][A-Z_]+>"
-    r"|</?(?:s|p|b|i|em|strong|pad|unk|bos|eos|mask|cls|sep|image|caption|(?:start|end)_of_\w+)>"
+    r"|</?(?:s|p|b|i|em|strong|pad|unk|bos|eos|mask|cls|sep|image|caption|answer|(?:start|end)_of_\w+)>"
     r"|<br ?/?>|\[/?(?:INST|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]"
 )
 # BLIP writes "arafed" without any meaning
@@ -162,11 +165,12 @@ _KEPT = re.compile(r"\x00(\d+)\x00")
 def clean_caption(text: str) -> str:
     """The text of a captioner as a caption for a prompt: what does not describe the image goes.
 
-    These go: openings such as "Sure! Here is a caption:" and "The image shows" (the kind of an
-    image stays: "This oil painting depicts a dog" becomes "an oil painting of a dog"), questions
-    and offers at the end, markdown, quotation marks around the whole, special tokens such as
-    `</s>` and `<CAPTION>`, and the full stop at the end. Lines become one; between the items of a
-    list stand commas. Weights, tags, wildcards and `{}` stay; see `pez_core.prompt_text`.
+    These go: thoughts that end with `</think>` or begin with `<think>`, openings such as "Sure!
+    Here is a caption:" and "The image shows" (the kind of an image stays: "This oil painting
+    depicts a dog" becomes "an oil painting of a dog"), questions and offers at the end, markdown,
+    quotation marks around the whole, special tokens such as `</s>` and `<CAPTION>`, and the full
+    stop at the end. Lines become one; between the items of a list stand commas. Weights, tags,
+    wildcards and `{}` stay; see `pez_core.prompt_text`.
 
     Args:
         text: of any captioner.
@@ -186,7 +190,8 @@ def clean_caption(text: str) -> str:
 
 def _cleaned(text: str) -> str:
     """The text after each rule was used once."""
-    text = _THOUGHT.sub(" ", text.replace("\r\n", "\n"))
+    text = _THOUGHT_BEFORE.sub("", _THOUGHT.sub(" ", text.replace("\r\n", "\n")))
+    text = _THOUGHT_BEHIND.sub("", text)
     text = _MEANINGLESS.sub("", _SPECIAL.sub(" ", text))
     text, kept = _without_syntax(text)
     text = re.sub(r"\n\s*\n", "\n\n", re.sub(r"[ \t]+", " ", text))

@@ -71,6 +71,10 @@ CLEANED = {
     "A dog\n\nsnow, winter,": "A dog, snow, winter",
     "A dog in\nthe   snow": "A dog in the snow",
     "<think>The user wants a caption.\nOK.</think>\n\nA dog.": "A dog",
+    "The user wants a caption.\n</think>\n\nA dog.": "A dog",
+    "<think>One.</think> Two. </think><answer>A dog.</answer>": "A dog",
+    "A dog. <think>The user wants": "A dog",
+    "<thinking>The user wants a short": "",
     "A dog in the snow.<|im_end|>": "A dog in the snow",
     "[INST] a dog [/INST]": "a dog",
     "<start_of_turn>A dog<end_of_turn>": "A dog",
@@ -116,7 +120,7 @@ def test_a_clean_caption_stays_and_is_one_line(text):
     assert clean_caption(cleaned) == cleaned == cleaned.strip() and "\n" not in cleaned
 
 
-@given(st.lists(st.sampled_from(PARTS[:18]), max_size=8).map("".join))
+@given(st.lists(st.sampled_from(PARTS[:16]), max_size=8).map("".join))
 def test_weights_and_tags_stay(text):
     kept = "(red dog:1.2) <lora:x:0.8> {} {a|b} [cat:dog:0.5]"
     assert kept in clean_caption(f"{text} dog {kept} cat")
@@ -398,6 +402,28 @@ def test_an_instruction_is_no_part_of_the_text(llava, monkeypatch):
     text = load_captioner(llava, device="cpu")(IMAGE)
     assert asked[0]["input_ids"].shape[1] > 10 and "pixel_values" in asked[0]
     assert text and len(text.split()) <= captioners._LONGEST and "[UNK] [UNK] [UNK]" not in text
+
+
+def test_a_captioner_is_told_not_to_think(llava, monkeypatch):
+    read = captioners._read
+
+    def thinking(*args):
+        model, processor = read(*args)
+        processor.chat_template += "{% if enable_thinking is false %}Describe USER{% endif %}"
+        return model, processor
+
+    lengths, inputs = [], captioners._inputs
+
+    def measured(*args):
+        found = inputs(*args)
+        lengths.append(found["input_ids"].shape[1])
+        return found
+
+    monkeypatch.setattr(captioners, "_inputs", measured)
+    load_captioner(llava, device="cpu")(IMAGE)
+    monkeypatch.setattr(captioners, "_read", thinking)
+    load_captioner(llava, device="cpu")(IMAGE)
+    assert lengths[1] == lengths[0] + 2
 
 
 def test_a_captioner_writes_the_same_text_again(blip):
