@@ -71,9 +71,7 @@ class ImageToPrompt(Learner):
         images, shared = values.pictures("images"), values["shared"]
         if not images:
             raise ArgumentError("images", "is empty", "connect an image")
-        options = replace(
-            search_options(values, live), start_from=values["start_from"].strip() or None
-        )
+        options = search_options(values, live)
         captions = [caption.strip() for caption in values.every("caption")]
         refused = {}
         if not shared:
@@ -100,7 +98,7 @@ class ImageToPrompt(Learner):
                     callback=live.turn(turns, caption),
                 )
                 remark = f"{remark} {change}"
-                found += [_with_remark(one, remark) for one in live.found(results)]
+                found += [one.with_remark(remark) for one in live.found(results)]
             return found
 
         found = values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
@@ -261,10 +259,6 @@ def _caption(
         if values["clean_caption"]:
             return prepare_caption(clip, given, options, images if prunes else None)
         return prune_caption(clip, given, images, options.fit) if prunes else given, ""
-
-
-def _with_remark(found: Found, remark: str) -> Found:
-    return replace(found, note=" ".join(f"{remark} {found.note}".split()))
 
 
 def _groups(

@@ -452,8 +452,8 @@ def test_a_captioner_that_is_not_there(blip, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wording, behind", [("tags", ", "), ("free", ", "), ("sentence", " ")])
 def test_the_command_continues_the_text_of_a_captioner(blip, capsys, wording, behind):
-    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK]
-    command += ["--wording", wording]
+    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), "--wording", wording]
+    command += ["--effort", "fast", "--swaps", "1", "--prompt-len", "2"]
     assert main([*command, "--device", "cpu", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     for row, path in zip(rows, EXAMPLES, strict=False):

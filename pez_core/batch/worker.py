@@ -147,7 +147,9 @@ class Worker:
         if self.job.task == "score":
             return
         work = self.job.options.work
-        options = replace(self._options, steps=1, swaps=min(1, work.swaps))
+        options = replace(self._options, swaps=min(1, work.swaps))
+        if options.wording == "free" or options.start_from is not None:
+            options = replace(options, steps=1)
         if self.job.task == "distill":
             longer = "bird " * min(2 * (options.prompt_len or 8), self.clip.text.max_prompt_len)
             distill(self.clip, longer, options, ratio=self.job.ratio)

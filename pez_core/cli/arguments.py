@@ -71,7 +71,12 @@ def add_search(
         + ", ".join(f"{name} {work.steps} + {work.swaps}" for name, work in EFFORTS.items())
         + " (default: balanced)",
     )
-    group.add_argument("--steps", type=int, metavar="N", help="steps of PEZ (default: by --effort)")
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of PEZ, which another --wording than free replaces (default: by --effort)",
+    )
     group.add_argument(
         "--swaps", type=int, metavar="N", help="swaps, 0 for none (default: by --effort)"
     )
@@ -103,7 +108,11 @@ def _add_wording(group: Any, wording: str) -> None:
         choices=WORDINGS,
         help="what a prompt reads like: any words in any order, short phrases with commas, or a "
         f"description; a bundled language model writes the last two (default: {wording}"
-        + ("" if wording == "free" else "; free without swaps, or without CLIP's own tokenizer")
+        + (
+            ""
+            if wording == "free"
+            else "; free with --steps, without swaps, or without CLIP's own tokenizer"
+        )
         + ")",
     )
     group.add_argument(
@@ -246,6 +255,8 @@ def _usual_wording(arguments: argparse.Namespace) -> str:
     usual = arguments.usual_wording
     if arguments.effort == "paper" or arguments.swaps == 0:
         return "free"
+    if arguments.steps is not None and getattr(arguments, "start_from", None) is None:
+        return "free"  # they belong to Algorithm 1, which another wording replaces
     caption = getattr(arguments, "caption", "")
     return caption_wording(caption) if usual == "sentence" and caption else usual
 
