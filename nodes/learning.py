@@ -216,10 +216,15 @@ def _start_from(values: Values) -> str | None:
 
 def unused(values: Values) -> str:
     """A remark on widgets that were set and have no effect, "" where there are none."""
+    wording = values["wording"]
+    if wording != _wording(values):
+        is_paper = values["effort"] == PAPER
+        cause = "`effort` is paper" if is_paper else "the CLIP has another tokenizer"
+        return f"Without effect: `wording` {wording}, since {cause}; the prompt is free."
     changed = [name for name in _OPTIMISER if values[name] != getattr(SearchOptions, name)]
     if changed and _writes(values):
         names = " and ".join(f"`{name}`" for name in changed)
-        return f"Without effect: {names}, since `wording` is {values['wording']}."
+        return f"Without effect: {names}, since `wording` is {wording}."
     return ""
 
 

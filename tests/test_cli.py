@@ -624,6 +624,8 @@ def test_another_tokenizer_has_another_language_model(
     call("invert", IMAGES[0], "--readability", "0.5")
     call("invert", IMAGES[0], "--wording", "tags")  # which the search itself refuses
     assert language_models == [None]
+    done = call("invert", IMAGES[0], "--language-model", "x")  # for the free words of this CLIP
+    assert done.code == 2 and "--language-model requires --readability above 0" in done.err
     assert [search.options.language_model is None for search in searches] == [False, True]
 
 

@@ -382,6 +382,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
 
     if arguments.wording is None and not reads_like_clip(clip.text.words):
         options = replace(options, wording="free")
+        if arguments.language_model is not None:
+            check_language_model(arguments.language_model, options)
     given, words = options.language_model, clip.text.words
     # by `readability` alone: a wording has the bundled one
     model = needed_language_model(options.readability, given, clip.device, words)
