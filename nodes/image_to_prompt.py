@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from comfy_api.latest import io
 
-from ..pez_core import Avoid, SearchOptions, invert, prepare_caption, prune_caption
+from ..pez_core import Avoid, SearchOptions, invert, prepare_caption
+from ..pez_core.captions import pruned
 from ..pez_core.clip.images import load_image
 from ..pez_core.continuation import continuing
 from ..pez_core.errors import ArgumentError
@@ -253,12 +254,12 @@ def _prunes(values: Values) -> bool:
 def _caption(
     clip: Any, given: str, options: SearchOptions, values: Values, images: list[Any] | torch.Tensor
 ) -> tuple[str, str]:
-    """A caption as the node is set to change it, and a remark about what was cut."""
+    """A caption as the node is set to change it, and a remark about what was left out."""
     prunes = values["prune_caption"] and given
     with cancellable(clip):
         if values["clean_caption"]:
             return prepare_caption(clip, given, options, images if prunes else None)
-        return prune_caption(clip, given, images, options.fit) if prunes else given, ""
+        return pruned(clip, given, images, options.fit) if prunes else (given, "")
 
 
 def _groups(

@@ -42,8 +42,8 @@ def prepare_caption(
             does; None: keep all.
 
     Returns:
-        The caption, "" where nothing is left of the text, and a remark for the user about what was
-        cut, "" where all of it fits.
+        The caption, "" where nothing is left of the text, and a remark for the user, which names
+        the words that were pruned or cut, or says that nothing is left; "" where neither happened.
 
     Raises:
         ArgumentError: an image cannot be read, the text has `{}` twice, or not even the text behind
@@ -54,13 +54,19 @@ def prepare_caption(
     from .tasks.invert import PROMPT_LEN
 
     check_caption(text)
-    caption = clean_caption(text)
+    caption, remark = clean_caption(text), ""
     if prune_for is not None and read(caption.replace(SLOT, "")):
-        caption = clean_caption(prune_caption(clip, caption, prune_for, options.fit))
+        caption, remark = pruned(clip, caption, prune_for, options.fit)
+        caption = clean_caption(caption)
     if not caption.replace(SLOT, "").strip(" ,;."):
-        return "", ""
+        given = text.replace(SLOT, "").strip(" \t\n,;.")
+        return "", _NOTHING if given else ""
     placed = caption if SLOT in caption else caption + behind(caption, options.wording) + SLOT
-    return fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
+    fitting, cut = fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
+    return fitting, f"{remark} {cut}".strip()
+
+
+_NOTHING = "The caption holds no description, so the prompt has none."
 
 
 def text_of_caption(caption: str) -> str:
@@ -291,27 +297,52 @@ def prune_caption(
         ArgumentError: the caption is empty, or an image cannot be read.
         FloatingPointError: a similarity is NaN or infinite.
     """
+    return pruned(clip, caption, images, fit)[0]
+
+
+def pruned(
+    clip: AnyClip,
+    caption: str,
+    images: ImageInput | Sequence[ImageInput] | torch.Tensor,
+    fit: str = "crop",
+) -> tuple[str, str]:
+    """`prune_caption`, and a remark for the user that names the words, "" where all are left."""
     import torch
 
     from .scoring import split, towards
     from .tasks.invert import encode_images
 
-    words = split(caption, "caption")
+    given = split(caption, "caption")
+    words = dict(enumerate(given))
     with torch.inference_mode(False):
         feature = encode_images(clip, images, fit).mean(0)
         while True:
             # a tag changes nothing here, but the image
-            places = [k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word]
+            places = [k for k, (word, is_read) in words.items() if is_read and SLOT not in word]
             if len(places) < 2:
                 break
-            texts = [[word.replace(SLOT, "").strip() for word, _ in words]]
-            texts += [texts[0][:k] + texts[0][k + 1 :] for k in places]
-            whole, *without = towards(clip, [list(filter(None, text)) for text in texts], feature)
+            plain = {k: word.replace(SLOT, "").strip() for k, (word, _) in words.items()}
+            texts = [[word for n, word in plain.items() if word and n != k] for k in [-1, *places]]
+            whole, *without = towards(clip, texts, feature)
             worst = max(range(len(places)), key=without.__getitem__)
             if without[worst] <= whole:
                 break
             del words[places[worst]]
-    return " ".join(word for word, _ in words)
+    left = " ".join(word for word, _ in words.values())
+    dropped = _quoted([word for k, (word, _) in enumerate(given) if k not in words])
+    return left, dropped and f"Dropped, since they lower the similarity: {dropped}."
+
+
+def _quoted(words: Sequence[str]) -> str:
+    """Words for a remark, without the middle where they are many; "" where there are none."""
+    text = " ".join(words)
+    if len(text) > _LONGEST_QUOTE:
+        begin, end = text[: 2 * _LONGEST_QUOTE // 3], text[-_LONGEST_QUOTE // 3 :]
+        text = f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
+    return text and f'"{text}"'
+
+
+_LONGEST_QUOTE = 90  # characters
 
 
 # --- fit
@@ -332,7 +363,7 @@ def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]
         prompt_len: tokens to learn.
 
     Returns:
-        The caption, and a remark for the user about what was cut, "" where all of it fits.
+        The caption, and a remark for the user that names what was cut, "" where all of it fits.
 
     Raises:
         ArgumentError: an argument is out of range, or not even the text behind `{}` fits.
@@ -359,11 +390,12 @@ def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]
     _as_read(clip, with_first(0)).check_room(prompt_len, one_context=True)
     # tokens become more with each word
     fitting = bisect_left(range(1, len(units)), True, key=is_too_long)
-    cut = with_first(_phrase_end(units, fitting))
+    kept = _phrase_end(units, fitting)
+    cut, left_out = with_first(kept), [unit for unit, is_tag in units[kept:] if not is_tag]
     size, room = clip.text.max_prompt_len, _as_read(clip, cut).room
     remark = (
         f"The caption was cut from {size - whole.room} to {size - room} tokens: the context of the "
-        f"CLIP has {size}, and {prompt_len} are learned."
+        f"CLIP has {size}, and {prompt_len} are learned. Left out: {_quoted(left_out)}."
     )
     return (cut if SLOT in caption else cut.replace(SLOT, "").rstrip()), remark
 

@@ -197,6 +197,7 @@ def test_whatever_a_caption_holds_its_place_stays(tiny_clip, text):
         ("sentence", "The image shows {} in a\nhouse.", "{} in a house"),
         ("sentence", "**{}, a dog**", "{}, a dog"),
         ("free", " \n.", ""),
+        ("free", "", ""),
         ("free", " {} ", ""),
     ],
 )
@@ -245,6 +246,33 @@ def test_a_caption_leaves_room_for_the_prompt_len_of_the_search(tiny_clip):
     for options, learned in [(SearchOptions(prompt_len=40), 40), (SearchOptions(), 8)]:
         caption, remark = prepare_caption(tiny_clip, LONG, options)
         assert room(tiny_clip, caption) >= learned and f"and {learned} are learned" in remark
+
+
+def test_what_is_lost_of_a_caption_is_named(tiny_clip):
+    assert prepare_caption(tiny_clip, "<think>What is it") == (
+        "",
+        "The caption holds no description, so the prompt has none.",
+    )
+    given = "a red dog on a boat in the rain"
+    caption, remark = prepare_caption(tiny_clip, given, prune_for=IMAGE)
+    left = caption.removesuffix("{}").rstrip(", ").split()
+    assert left != given.split() and remark.startswith("Dropped, since they lower the similarity: ")
+    dropped = remark.partition(': "')[2].removesuffix('".').split()
+    assert sorted(left + dropped) == sorted(given.split())
+    caption, remark = fit_caption(tiny_clip, "a dog, " * 20 + "a cat", 40)
+    assert remark.endswith('40 are learned. Left out: "' + "a dog, " * 8 + 'a cat".')
+    assert len(fit_caption(tiny_clip, LONG * 9, 40)[1]) < 260
+
+
+def test_a_caption_that_leaves_less_than_the_usual_room_is_told(tiny_clip):
+    options = SearchOptions(steps=2, swaps=0)
+    (result,) = invert(tiny_clip, IMAGE, options, caption="dog " * 72)
+    number = room(tiny_clip, "dog " * 72)
+    assert 0 < number < 8
+    message = f"Beside the caption there is room for {number} learned tokens, not for 8."
+    assert result.note == message
+    (result,) = invert(tiny_clip, IMAGE, options, caption="dog")
+    assert result.note == ""
 
 
 def test_a_caption_is_pruned_for_an_image_as_it_is_fit(tiny_clip):

@@ -1018,7 +1018,10 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--readability", ".5", "--swaps", "0"], "--readability is 0.5"),
         (["invert", IMAGES[0], "--wording", "prose"], "'tags', 'sentence'"),
         (["invert", IMAGES[0], "--wording", "tags", "--swaps", "0"], "--wording is 'tags'"),
-        (["invert", IMAGES[0], "--wording", "tags", "--steps", "9"], "--steps is 9, but belongs to"),
+        (
+            ["invert", IMAGES[0], "--wording", "tags", "--steps", "9"],
+            "--steps is 9, but belongs to",
+        ),
         (["invert", IMAGES[0], "--wording", "tags", "--effort", "paper"], "--wording is 'tags'"),
         (["style", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),

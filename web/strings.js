@@ -147,6 +147,16 @@ const CHINESE_NOTES = [
     (_, before, after, size, learned) =>
       `固定文本从 ${before} 个 token 截短到 ${after} 个：CLIP 的上下文有 ${size} 个，其中 ${learned} 个用于学习。`,
   ],
+  [/Left out: (".*?")\./, (_, words) => `去掉的部分：${words}。`],
+  [
+    /Dropped, since they lower the similarity: (".*?")\./,
+    (_, words) => `去掉了降低相似度的词：${words}。`,
+  ],
+  [/The caption holds no description, so the prompt has none\./, "固定文本没有描述图像，因此提示词没有固定文本。"],
+  [
+    /Beside the caption there is room for (\d+) learned tokens, not for (\d+)\./,
+    (_, room, wanted) => `固定文本旁边只有学习 ${room} 个 token 的位置，而不是 ${wanted} 个。`,
+  ],
   [
     /The caption is a list of tags, so the learned words are tags, too\./,
     "固定文本是标签列表，因此学到的词也是标签。",
