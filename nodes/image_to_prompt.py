@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pez_core import Avoid, SearchOptions, invert, prepare_caption
-from ..pez_core.captions import pruned
+from ..pez_core.captions import in_time, pruned
 from ..pez_core.clip.images import load_image
 from ..pez_core.continuation import continuing
 from ..pez_core.errors import ArgumentError
@@ -86,7 +86,8 @@ class ImageToPrompt(Learner):
             found = []
             for turns, (group, given) in countdown(groups):
                 targets = _encoded(clip, group, options.fit, always=prunes)
-                caption, remark = _caption(clip, given, options, values, targets)
+                limited = replace(options, time_limit=live.time_left(turns))
+                caption, remark = _caption(clip, given, limited, values, targets, live)
                 own, change = continuing(options, caption)
                 results = invert(
                     clip,
@@ -252,14 +253,25 @@ def _prunes(values: Values) -> bool:
 
 
 def _caption(
-    clip: Any, given: str, options: SearchOptions, values: Values, images: list[Any] | torch.Tensor
+    clip: Any,
+    given: str,
+    options: SearchOptions,
+    values: Values,
+    images: list[Any] | torch.Tensor,
+    live: Live,
 ) -> tuple[str, str]:
     """A caption as the node is set to change it, and a remark about what was left out."""
     prunes = values["prune_caption"] and given
+
+    def is_finished() -> bool:
+        return live.finished
+
     with cancellable(clip):
         if values["clean_caption"]:
-            return prepare_caption(clip, given, options, images if prunes else None)
-        return pruned(clip, given, images, options.fit) if prunes else (given, "")
+            return prepare_caption(clip, given, options, images if prunes else None, is_finished)
+        if not prunes:
+            return given, ""
+        return pruned(clip, given, images, options.fit, in_time(options, is_finished))
 
 
 def _groups(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .continuation import OPEN_WORDS, behind
@@ -27,6 +29,7 @@ def prepare_caption(
     text: str,
     options: SearchOptions = SearchOptions(),
     prune_for: ImageInput | Sequence[ImageInput] | torch.Tensor | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[str, str]:
     """The text of a captioner as the `caption` of `invert`: `clean_caption` to `fit_caption`.
 
@@ -37,9 +40,10 @@ def prepare_caption(
     Args:
         clip: from `load_clip`.
         text: of any captioner, with or without `{}`.
-        options: of the search, whose `wording` and `prompt_len` count.
+        options: of the search, whose `wording`, `prompt_len`, `fit` and `time_limit` count.
         prune_for: drop the words that lower the similarity with these images, as `prune_caption`
-            does; None: keep all.
+            does; None: keep all. It takes half of the time limit at most.
+        stop: called before each round of this; a true value keeps the other words.
 
     Returns:
         The caption, "" where nothing is left of the text, and a remark for the user, which names
@@ -56,7 +60,7 @@ def prepare_caption(
     check_caption(text)
     caption, remark = clean_caption(text), ""
     if prune_for is not None and read(caption.replace(SLOT, "")):
-        caption, remark = pruned(clip, caption, prune_for, options.fit)
+        caption, remark = pruned(clip, caption, prune_for, options.fit, in_time(options, stop))
         caption = clean_caption(caption)
     if not caption.replace(SLOT, "").strip(" ,;."):
         given = text.replace(SLOT, "").strip(" \t\n,;.")
@@ -64,6 +68,12 @@ def prepare_caption(
     placed = caption if SLOT in caption else caption + behind(caption, options.wording) + SLOT
     fitting, cut = fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
     return fitting, f"{remark} {cut}".strip()
+
+
+def in_time(options: SearchOptions, stop: Callable[[], bool]) -> Callable[[], bool]:
+    """`stop`, which is also true when half of the time limit is over, counted from this call."""
+    limit, began = options.time_limit, time.monotonic()
+    return lambda: stop() or (limit is not None and time.monotonic() - began > limit / 2)
 
 
 _NOTHING = "The caption holds no description, so the prompt has none."
@@ -280,9 +290,9 @@ def prune_caption(
 ) -> str:
     """Drop the words of a caption that lower its similarity with an image.
 
-    The word that does most harm goes first, until no word does harm. `prune` goes further: it also
-    drops words that help, down to the similarity of the whole prompt. Tags stay, and weights like
-    `(two words:1.2)` stay or go whole.
+    Those that do most harm go first, several in a round while the similarity rises, until no word
+    does harm. `prune` goes further: it also drops words that help, down to the similarity of the
+    whole prompt. Tags stay, and weights like `(two words:1.2)` stay or go whole.
 
     Args:
         clip: from `load_clip`.
@@ -305,32 +315,49 @@ def pruned(
     caption: str,
     images: ImageInput | Sequence[ImageInput] | torch.Tensor,
     fit: str = "crop",
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[str, str]:
-    """`prune_caption`, and a remark for the user that names the words, "" where all are left."""
+    """`prune_caption`, and a remark for the user that names the words, "" where all are left.
+
+    Args:
+        clip, caption, images, fit: as in `prune_caption`.
+        stop: called before each round; a true value leaves the other words.
+    """
     import torch
 
     from .scoring import split, towards
     from .tasks.invert import encode_images
 
-    given = split(caption, "caption")
-    words = dict(enumerate(given))
+    words = split(caption, "caption")
+    plain = [word.replace(SLOT, "").strip() for word, _ in words]
+    # a tag changes nothing here, but the image
+    places = {k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word}
+    gone: set[int] = set()
     with torch.inference_mode(False):
         feature = encode_images(clip, images, fit).mean(0)
-        while True:
-            # a tag changes nothing here, but the image
-            places = [k for k, (word, is_read) in words.items() if is_read and SLOT not in word]
-            if len(places) < 2:
+
+        def similarities(more: Sequence[set[int]]) -> list[float]:
+            """Of the words that are left when more of them go."""
+            texts = [
+                [word for k, word in enumerate(plain) if word and k not in gone | some]
+                for some in more
+            ]
+            return towards(clip, texts, feature)
+
+        while len(left := sorted(places - gone)) > 1 and not stop():
+            whole, *without = similarities([set(), *({k} for k in left)])
+            gains = {k: one - whole for k, one in zip(left, without, strict=True) if one > whole}
+            if not gains:
                 break
-            plain = {k: word.replace(SLOT, "").strip() for k, (word, _) in words.items()}
-            texts = [[word for n, word in plain.items() if word and n != k] for k in [-1, *places]]
-            whole, *without = towards(clip, texts, feature)
-            worst = max(range(len(places)), key=without.__getitem__)
-            if without[worst] <= whole:
-                break
-            del words[places[worst]]
-    left = " ".join(word for word, _ in words.values())
-    dropped = _quoted([word for k, (word, _) in enumerate(given) if k not in words])
-    return left, dropped and f"Dropped, since they lower the similarity: {dropped}."
+            # those do no more harm that gain nothing behind worse ones; one word has to stay
+            worst = sorted(gains, key=lambda k: -gains[k])[: len(left) - 1]
+            firsts = [set(worst[:count]) for count in range(1, len(worst) + 1)]
+            found = similarities(firsts)
+            rises = [b > a for a, b in pairwise(found)]
+            gone |= firsts[[*rises, False].index(False)]
+    remaining = " ".join(word for k, (word, _) in enumerate(words) if k not in gone)
+    dropped = _quoted([words[k][0] for k in sorted(gone)])
+    return remaining, dropped and f"Dropped, since they lower the similarity: {dropped}."
 
 
 def _quoted(words: Sequence[str]) -> str:

@@ -171,8 +171,8 @@ class SearchOptions:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
             `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
             `"free"`, without swaps; `trajectory` or `extra_loss` with such a wording; `steps`, `lr`
-            or `weight_decay` where such a wording replaces PEZ; a denoising loss or `method` with swaps (set `swaps=0` or
-            `effort="paper"`); `method` and `trajectory`.
+            or `weight_decay` where such a wording replaces PEZ; a denoising loss or `method` with
+            swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
     prompt_len: int | None = None

@@ -27,9 +27,12 @@ from pez_core import (
     prune_caption,
 )
 from pez_core.caption import Caption, check_caption
+from pez_core.captions import pruned
 from pez_core.cli import main
 from pez_core.clip.images import load_image
 from pez_core.prompt_text import kept_spans, read
+from pez_core.scoring import towards
+from pez_core.targets import encode_prompt
 
 IMAGE = str(EXAMPLES[0])
 QUICK = ["--effort", "fast", "--steps", "2", "--swaps", "2", "--prompt-len", "2"]
@@ -161,6 +164,30 @@ def test_the_place_of_the_learned_words_stays(tiny_clip):
     plain = prune_caption(tiny_clip, text.replace("{} ", ""), IMAGE)
     assert " ".join([*before, *behind]) == plain
     assert prune_caption(tiny_clip, "{} dog", IMAGE) == "{} dog"
+
+
+def test_pruning_ends_where_it_has_to(tiny_clip):
+    text, rounds = "a red dog on a boat in the rain", []
+    assert prepare_caption(tiny_clip, text, prune_for=IMAGE, stop=lambda: True)[1] == ""
+    hurried = SearchOptions(time_limit=1e-9)
+    assert prepare_caption(tiny_clip, text, hurried, prune_for=IMAGE)[1] == ""
+    caption, _ = pruned(tiny_clip, text, IMAGE, stop=lambda: rounds.append(1) or False)
+    assert caption == prune_caption(tiny_clip, text, IMAGE) != text and rounds
+
+
+def test_long_captions_are_pruned_side_by_side(tiny_clip, monkeypatch):
+    """Several words in a round, and many texts in each pass through the text tower."""
+    text = "a red dog on a boat, (in the:1.2) rain, a tree " * 10
+    feature = tiny_clip.encode_images([load_image(IMAGE)])[0]
+    passes, rounds, encode = [], [], tiny_clip.model.encode_text
+    (together,) = towards(tiny_clip, [text.split()], feature)
+    assert together == pytest.approx((encode_prompt(tiny_clip, text) @ feature).item(), abs=1e-6)
+    monkeypatch.setattr(
+        tiny_clip.model, "encode_text", lambda ids: passes.append(len(ids)) or encode(ids)
+    )
+    caption, _ = pruned(tiny_clip, text, IMAGE, stop=lambda: rounds.append(1) or False)
+    dropped = len(text.split()) - len(caption.split())
+    assert 1 < len(rounds) <= dropped and len(passes) < 20 * len(rounds), (dropped, rounds, passes)
 
 
 def test_a_caption_for_several_images_is_pruned_by_their_mean(tiny_clip):

@@ -13,6 +13,8 @@ from ..prompt_text import SLOT
 from .arguments import option_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
 
     from ..clip import AnyClip
@@ -53,9 +55,21 @@ class Captions:
             )
 
     def add(
-        self, row: dict[str, Any], image: Image, clip: AnyClip, options: SearchOptions
+        self,
+        row: dict[str, Any],
+        image: Image,
+        options: SearchOptions,
+        interrupted: Callable[[], bool],
+        clip: AnyClip,
     ) -> tuple[str, SearchOptions]:
         """Write the caption of an image into its row, and a remark about what was changed.
+
+        Args:
+            row: of the image.
+            image: to write it for.
+            options: of the search.
+            interrupted: whether pruning has to end.
+            clip: of the search.
 
         Returns:
             The caption with the place of the learned words, and the options of their search.
@@ -68,7 +82,9 @@ class Captions:
                 text = self._write(image).replace(SLOT, "")
         except ArgumentError as error:  # the model fails on this image, and may not on others
             raise RuntimeError(error.render(self._option)) from error
-        caption, remark = prepare_caption(clip, text, options, image if self._prune else None)
+        caption, remark = prepare_caption(
+            clip, text, options, image if self._prune else None, interrupted
+        )
         row["caption"] = text_of_caption(caption)
         change = ""
         if self._takes_wording:

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
     Callback = Callable[[Report], bool]
     Interrupted = Callable[[], bool]
-    AddCaption = Callable[[dict[str, Any], Image], tuple[str, SearchOptions]]
+    AddCaption = Callable[
+        [dict[str, Any], Image, SearchOptions, Interrupted], tuple[str, SearchOptions]
+    ]
     Drawn = list[dict[str, Any]]
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
@@ -171,7 +173,7 @@ def _invert(arguments: argparse.Namespace) -> int:
         negative_prompt=arguments.negative_prompt,
     )
     if not arguments.shared:
-        add = None if captions is None else partial(captions.add, clip=clip, options=options)
+        add = None if captions is None else partial(captions.add, clip=clip)
         return _invert_each(arguments, options, search, pictures, add)
     if arguments.weight:
         arguments.names["shared"] = "--weight"
@@ -215,8 +217,10 @@ def _invert_each(
                     break
                 group = rows[start : start + count]
                 loaded = _load(arguments, group)
-                captions, own = _with_caption(loaded, options, add_caption)
-                limited = _with_share(own, began, len(group) / (len(rows) - start))
+                share = len(group) / (len(rows) - start)
+                limited = _with_share(options, began, share)
+                captions, own = _with_caption(loaded, limited, interrupted, add_caption)
+                limited = _with_share(replace(own, time_limit=options.time_limit), began, share)
                 with search_bar(limited, _label(start, len(group), len(rows))) as show:
                     watched = partial(
                         search,
@@ -300,6 +304,7 @@ def _load(
 def _with_caption(
     loaded: list[tuple[dict[str, Any], Image]],
     options: SearchOptions,
+    interrupted: Interrupted,
     add_caption: AddCaption | None,
 ) -> tuple[dict[str, str], SearchOptions]:
     """The caption of a single image as an argument of the search, and the options for it.
@@ -309,7 +314,7 @@ def _with_caption(
     if not loaded or add_caption is None:
         return {}, options
     try:
-        caption, options = add_caption(*loaded[0])
+        caption, options = add_caption(*loaded[0], options, interrupted)
         return {"caption": caption}, options
     except _FAILURES as error:
         loaded.pop()[0]["error"] = str(error) or type(error).__name__
