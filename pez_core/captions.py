@@ -89,12 +89,20 @@ def check_captioner(captioner: str | None, prune_caption: bool, **others: object
 
     Args:
         captioner: name of the model; None: there is none.
-        prune_caption: drop words of its caption.
+        prune_caption: drop words of its caption, or of that of the user.
         others: the values of arguments in `_EXCLUDED` that the front end has.
     """
     if captioner is None:
-        if prune_caption:
-            raise ArgumentError("prune_caption", "requires `captioner`", "add it")
+        if prune_caption and not others.get("caption"):
+            raise ArgumentError(
+                "prune_caption", "requires `captioner` or `caption`", "add one of them"
+            )
+        if prune_caption and others.get("negative_prompt"):
+            raise ArgumentError(
+                "prune_caption",
+                "keeps words that are similar to the images, which a negative prompt must not be",
+                "leave `prune_caption` or `negative_prompt` out",
+            )
         return
     for name, value in others.items():
         if value:

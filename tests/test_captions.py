@@ -23,6 +23,7 @@ from pez_core import (
     fit_caption,
     invert,
     load_captioner,
+    load_clip,
     prepare_caption,
     prune_caption,
 )
@@ -591,6 +592,67 @@ def test_the_command_prunes_the_caption(monkeypatch, capsys):
     assert before == "a boat" and after in ("a", "boat", "a boat")
 
 
+OWN = "a red dog on {} a boat in the rain"
+
+
+def test_a_caption_of_ones_own_is_pruned_for_each_image(tiny_clip, monkeypatch, capsys):
+    monkeypatch.setattr("pez_core.load_clip", lambda *_, **__: tiny_clip)
+    images = list(map(str, EXAMPLES[:2]))
+    command = ["invert", *images, "--caption", OWN, "--prune-caption", *QUICK, "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row, image in zip(rows, images, strict=True):
+        before, after = prune_caption(tiny_clip, OWN, image).split("{}")
+        assert row["prompt"].startswith(before) and row["prompt"].endswith(after)
+        assert row["note"].startswith("Dropped, since they lower the similarity: ")
+    assert main([*command, "--shared"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    before, after = prune_caption(tiny_clip, OWN, images).split("{}")
+    assert row["prompt"].startswith(before) and row["prompt"].endswith(after)
+    assert row["note"].startswith("Dropped, since they lower the similarity: ")
+
+
+def test_a_caption_of_ones_own_is_pruned_in_a_batch(tmp_path):
+    (tmp_path / "images").mkdir()
+    for path in EXAMPLES[:2]:
+        shutil.copy(path, tmp_path / "images")
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--caption", OWN]
+    assert main([*command, "--prune-caption", *QUICK, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    clip = load_clip("emoji-clip", device="cpu")
+    for path in EXAMPLES[:2]:
+        before, after = prune_caption(clip, OWN, path).split("{}")
+        prompt = rows[path.name]["prompt"]
+        assert prompt.startswith(before) and prompt.endswith(after)
+        assert rows[path.name]["note"].startswith("Dropped, since")
+
+
+def test_the_pipeline_takes_the_text_of_any_captioner(tiny_clip):
+    from pez_core import PezPipeline
+
+    prior = PezPipeline(tiny_clip)
+    prior.set_progress_bar_config(disable=True)
+    options = SearchOptions(prompt_len=2, effort="fast", steps=2, swaps=1)
+    text, images = "The image shows a red dog on a boat in the rain.", list(EXAMPLES[:2])
+    changes = {"clean_caption": True, "prune_caption": True}
+    found = prior(image=images, prompt=text, options=options, task_kwargs=changes).results
+    for result, image in zip(found, images, strict=True):
+        caption, remark = prepare_caption(tiny_clip, text, options, image)
+        assert result.prompt.startswith(caption.removesuffix("{}")) and result.note == remark
+    (pruned_alone,) = prior(
+        image=images,
+        prompt=OWN,
+        options=options,
+        task_kwargs={"prune_caption": True, "shared": True},
+    ).results
+    assert pruned_alone.prompt.startswith(prune_caption(tiny_clip, OWN, images).split("{}")[0])
+    with pytest.raises(ArgumentError, match="leave `prune_caption` or `negative_prompt` out"):
+        both = {"prune_caption": True, "negative_prompt": True}
+        prior(image=images, prompt=OWN, options=options, task_kwargs=both)
+    with pytest.raises(ArgumentError, match="`clean_caption` has to be True or False"):
+        prior(image=images, prompt=OWN, options=options, task_kwargs={"clean_caption": 1})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -600,7 +662,11 @@ def test_the_command_prunes_the_caption(monkeypatch, capsys):
         ),
         (["--captioner", "x", "--shared"], "--captioner cannot be combined with --shared"),
         (["--captioner", "x", "--negative-prompt"], "cannot be combined with --negative-prompt"),
-        (["--prune-caption"], "--prune-caption requires --captioner; add it"),
+        (["--prune-caption"], "--prune-caption requires --captioner or --caption; add one of them"),
+        (
+            ["--prune-caption", "--caption", "a dog", "--negative-prompt"],
+            "leave --prune-caption or --negative-prompt out",
+        ),
         (["--captioner", "some/model"], "--captioner is 'some/model', which is not on this disk"),
     ],
 )

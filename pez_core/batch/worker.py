@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..captioners import load_captioner, naming_captioner
-from ..captions import prepare_caption, text_of_caption
+from ..captions import prepare_caption, pruned, text_of_caption
 from ..clip import load_clip
 from ..clip.device import default_dtype
 from ..clip.images import ImageInput, load_image, load_image_at
@@ -251,8 +251,11 @@ class Worker:
         """Search the words behind the caption of an item, whose (1, features) image this is."""
         seed = self.job.seed_of(item["id"])
         options = replace(self._options, seed=seed)
-        target = feature if self.job.prune_caption else None
-        caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
+        if self.job.caption:  # of the user, whose other words stay as they are
+            caption, remark = pruned(self.clip, self.job.caption, feature, options.fit)
+        else:
+            target = feature if self.job.prune_caption else None
+            caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
         steering = {**self._steering, "caption": caption}
         options, change = continuing(options, caption)
         (result,) = invert(self.clip, feature, options, **steering)

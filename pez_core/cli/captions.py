@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..captions import prepare_caption, text_of_caption
+from ..captions import in_time, prepare_caption, pruned, text_of_caption
 from ..continuation import continuing
 from ..errors import ArgumentError
 from ..prompt_text import SLOT
@@ -31,12 +31,12 @@ def add_captioner(group: Any) -> None:
     group.add_argument(
         "--prune-caption",
         action="store_true",
-        help="drop the words of this caption that lower its similarity with the image",
+        help="drop the words of the caption that lower its similarity with the image",
     )
 
 
 class Captions:
-    """The captions of images, by the model of `--captioner`.
+    """The captions of images: by the model of `--captioner`, or that of `--caption` to be pruned.
 
     Args:
         arguments: of the command.
@@ -49,6 +49,9 @@ class Captions:
         self._prune, self._naming = arguments.prune_caption, naming_captioner
         self._option = partial(option_name, arguments)
         self._takes_wording = arguments.wording is None  # nobody chose another one
+        self._given, self._write = arguments.caption, None
+        if arguments.captioner is None:
+            return
         with naming_captioner():
             self._write = load_captioner(
                 arguments.captioner, device=arguments.device, download=arguments.download
@@ -72,19 +75,18 @@ class Captions:
             clip: of the search.
 
         Returns:
-            The caption with the place of the learned words, and the options of their search.
+            The caption, and the options of the search.
 
         Raises:
             RuntimeError: the model writes no caption for this image.
         """
-        try:
-            with self._naming():
-                text = self._write(image).replace(SLOT, "")
-        except ArgumentError as error:  # the model fails on this image, and may not on others
-            raise RuntimeError(error.render(self._option)) from error
-        caption, remark = prepare_caption(
-            clip, text, options, image if self._prune else None, interrupted
-        )
+        if self._write is None:
+            stop = in_time(options, interrupted)
+            caption, remark = pruned(clip, self._given, image, options.fit, stop)
+        else:
+            target = image if self._prune else None
+            text = self._text(self._write, image)
+            caption, remark = prepare_caption(clip, text, options, target, interrupted)
         row["caption"] = text_of_caption(caption)
         change = ""
         if self._takes_wording:
@@ -92,3 +94,11 @@ class Captions:
         if remark or change:
             row["note"] = f"{remark} {change}".strip()
         return caption, options
+
+    def _text(self, write: Callable[[Image], str], image: Image) -> str:
+        """The text of the model, in which no place for the learned words is meant."""
+        try:
+            with self._naming():
+                return write(image).replace(SLOT, "")
+        except ArgumentError as error:  # the model fails on this image, and may not on others
+            raise RuntimeError(error.render(self._option)) from error

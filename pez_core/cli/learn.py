@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..captions import check_captioner
+from ..captions import check_captioner, in_time, pruned
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
@@ -160,7 +160,8 @@ def _invert(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
         negative_prompt=arguments.negative_prompt,
     )
-    captions = None if arguments.captioner is None else Captions(arguments)
+    needs_captions = arguments.captioner is not None or arguments.prune_caption
+    captions = Captions(arguments) if needs_captions and not arguments.shared else None
     clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert
 
@@ -180,7 +181,14 @@ def _invert(arguments: argparse.Namespace) -> int:
     shared = arguments.weight or True
 
     def task(callback: Callback) -> Result:
-        return search(arguments.images, options, shared=shared, callback=callback)[0]
+        if not arguments.prune_caption:
+            return search(arguments.images, options, shared=shared, callback=callback)[0]
+        began, stop = time.monotonic(), in_time(options, lambda: False)
+        caption, remark = pruned(clip, arguments.caption, arguments.images, options.fit, stop)
+        left = _with_share(options, began, 1)
+        chosen = partial(search, caption=caption, shared=shared, callback=callback)
+        result = chosen(arguments.images, left)[0]
+        return replace(result, note=f"{remark} {result.note}".strip())
 
     images, weights = list(map(Path, arguments.images)), arguments.weight or None
 
