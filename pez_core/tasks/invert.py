@@ -128,7 +128,12 @@ def invert(
         )
     if options.prompt_len or length == PROMPT_LEN or not caption:
         return results
-    remark = f"Beside the caption there is room for {length} learned tokens, not for {PROMPT_LEN}."
+    return _with_room(results, length)
+
+
+def _with_room(results: list[Result], room: int) -> list[Result]:
+    """The results with a remark that the caption leaves less room than usual."""
+    remark = f"Beside the caption there is room for {room} learned tokens, not for {PROMPT_LEN}."
     return [replace(one, note=f"{remark} {one.note}".strip()) for one in results]
 
 
