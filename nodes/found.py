@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -54,6 +54,10 @@ class Found:
             note=result.note,
             each=[c.similarities for c in candidates] if len(result.similarities) > 1 else [],
         )
+
+    def with_remark(self, remark: str) -> Found:
+        """The same with a remark in front of its note."""
+        return replace(self, note=" ".join(f"{remark} {self.note}".split()))
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with numbers rounded to five digits."""

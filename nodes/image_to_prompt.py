@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from comfy_api.latest import io
 
-from ..pez_core import Avoid, SearchOptions, invert, prepare_caption, prune_caption
+from ..pez_core import Avoid, SearchOptions, invert, prepare_caption
+from ..pez_core.captions import in_time, pruned
 from ..pez_core.clip.images import load_image
+from ..pez_core.continuation import continuing
 from ..pez_core.errors import ArgumentError
 from ..pez_core.options import IMAGE_WORDING
 from ..pez_core.targets import encode_targets, is_encoded
@@ -70,9 +72,7 @@ class ImageToPrompt(Learner):
         images, shared = values.pictures("images"), values["shared"]
         if not images:
             raise ArgumentError("images", "is empty", "connect an image")
-        options = replace(
-            search_options(values, live), start_from=values["start_from"].strip() or None
-        )
+        options = search_options(values, live)
         captions = [caption.strip() for caption in values.every("caption")]
         refused = {}
         if not shared:
@@ -86,18 +86,21 @@ class ImageToPrompt(Learner):
             found = []
             for turns, (group, given) in countdown(groups):
                 targets = _encoded(clip, group, options.fit, always=prunes)
-                caption, remark = _caption(clip, given, options, values, targets)
+                limited = replace(options, time_limit=live.time_left(turns))
+                caption, remark = _caption(clip, given, limited, values, targets, live)
+                own, change = continuing(options, caption)
                 results = invert(
                     clip,
                     targets,
-                    replace(options, time_limit=live.time_left(turns)),
+                    replace(own, time_limit=live.time_left(turns)),
                     caption=caption,
                     avoid=Avoid(avoid, values["avoid_weight"]) if avoid else (),
                     shared=shared,
                     negative_prompt=values["negative_prompt"],
                     callback=live.turn(turns, caption),
                 )
-                found += [_with_remark(one, remark) for one in live.found(results)]
+                remark = f"{remark} {change}"
+                found += [one.with_remark(remark) for one in live.found(results)]
             return found
 
         found = values["clip"].search(run, options, 1 if shared else len(groups[0][0]))
@@ -142,7 +145,8 @@ def _caption_inputs() -> list[io.Input]:
             tooltip="On: text that does not describe the image is left out, such as markdown, line "
             "breaks and the words The image shows. A caption that leaves no room for the learned "
             "words is cut. They follow behind a comma, or continue a sentence if `wording` is "
-            "sentence. Off: the caption stays as it is.",
+            "sentence. Off: the caption stays as it is. On or off, a list of tags is continued by "
+            "tags if `wording` is sentence.",
         ),
         io.Boolean.Input(
             "prune_caption",
@@ -249,18 +253,25 @@ def _prunes(values: Values) -> bool:
 
 
 def _caption(
-    clip: Any, given: str, options: SearchOptions, values: Values, images: list[Any] | torch.Tensor
+    clip: Any,
+    given: str,
+    options: SearchOptions,
+    values: Values,
+    images: list[Any] | torch.Tensor,
+    live: Live,
 ) -> tuple[str, str]:
-    """A caption as the node is set to change it, and a remark about what was cut."""
+    """A caption as the node is set to change it, and a remark about what was left out."""
     prunes = values["prune_caption"] and given
+
+    def is_finished() -> bool:
+        return live.finished
+
     with cancellable(clip):
         if values["clean_caption"]:
-            return prepare_caption(clip, given, options, images if prunes else None)
-        return prune_caption(clip, given, images, options.fit) if prunes else given, ""
-
-
-def _with_remark(found: Found, remark: str) -> Found:
-    return replace(found, note=f"{remark} {found.note}".strip())
+            return prepare_caption(clip, given, options, images if prunes else None, is_finished)
+        if not prunes:
+            return given, ""
+        return pruned(clip, given, images, options.fit, in_time(options, is_finished))
 
 
 def _groups(

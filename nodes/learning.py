@@ -22,6 +22,9 @@ from .reading import language_model
 from .saved import store_in_prompt, store_in_workflow
 from .values import Values, phrases, widget_names
 
+_OPTIMISER = ("lr", "weight_decay")
+"""Settings of Algorithm 1, which prompts that are written do without."""
+
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
@@ -67,7 +70,8 @@ class Learner(io.ComfyNode):
         live = Live(cls.hidden, values["time_limit"], learned_from)
         with live, naming_widgets(cls.WIDGETS):
             cls._check_wires(values)
-            learned = Kept(cls.learn(live, values), learned_from)
+            found, remark = cls.learn(live, values), unused(values)
+            learned = Kept([one.with_remark(remark) for one in found], learned_from)
             outputs = cls.outputs(learned.found, values)
         text = learned.to_text()
         store_in_workflow(cls.hidden.extra_pnginfo, node, widget_names(schema), text)
@@ -163,9 +167,8 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         ArgumentError: two widgets do not go together.
         ValueError: the package with the language model is missing.
     """
-    effort, wording, readability = values["effort"], values["wording"], values["readability"]
-    if effort == PAPER or not values["clip"].reads_like_clip:
-        wording = "free"  # nothing is written there
+    effort, readability = values["effort"], values["readability"]
+    optimiser = () if _writes(values) else _OPTIMISER
     if effort == PAPER and readability:
         raise ArgumentError(
             "readability",
@@ -182,16 +185,47 @@ def search_options(values: Values, live: Live) -> SearchOptions:
         vocabulary=allowed(vocabulary, values["block"], effort),
         repeats=values["repeats"],
         block_unsafe=vocabulary is None,  # a connected vocabulary has its own switch for that
-        wording=wording,
+        start_from=_start_from(values),
+        wording=_wording(values),
         readability=readability,
         fit=values.get("fit", SearchOptions.fit),
         steps=values["steps"] if effort == PAPER else None,
-        lr=values["lr"],
-        weight_decay=values["weight_decay"],
         patience=values["patience"] or None,
+        **{name: values[name] for name in optimiser},
     )
     model = language_model(readability, values["clip"], live)
     return replace(options, language_model=model)
+
+
+def _wording(values: Values) -> str:
+    """The wording of a search: "free" where nothing can be written."""
+    writes = values["effort"] != PAPER and values["clip"].reads_like_clip
+    return values["wording"] if writes else "free"
+
+
+def _writes(values: Values) -> bool:
+    """Whether prompts are written in place of Algorithm 1."""
+    vocabulary = values["vocabulary"]
+    lists_phrases = vocabulary is not None and vocabulary.lists_phrases
+    return _wording(values) != "free" and not _start_from(values) and not lists_phrases
+
+
+def _start_from(values: Values) -> str | None:
+    return values.get("start_from", "").strip() or None
+
+
+def unused(values: Values) -> str:
+    """A remark on widgets that were set and have no effect, "" where there are none."""
+    wording = values["wording"]
+    if wording != _wording(values):
+        is_paper = values["effort"] == PAPER
+        cause = "`effort` is paper" if is_paper else "the CLIP has another tokenizer"
+        return f"Without effect: `wording` {wording}, since {cause}; the prompt is free."
+    changed = [name for name in _OPTIMISER if values[name] != getattr(SearchOptions, name)]
+    if changed and _writes(values):
+        names = " and ".join(f"`{name}`" for name in changed)
+        return f"Without effect: {names}, since `wording` is {wording}."
+    return ""
 
 
 def allowed(vocabulary: Vocabulary | None, block: str, effort: str) -> Vocabulary:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .captioners import load_captioner
     from .captions import clean_caption, fit_caption, prepare_caption, prune_caption
     from .clip import PRESETS, AnyClip, Clip, JointClip, clip_from_encoders, load_clip
+    from .continuation import caption_wording
     from .diffusion import PezPipeline as PezPipeline
     from .errors import ArgumentError, ArgumentTypeError
     from .options import SearchOptions
@@ -57,6 +58,7 @@ __all__ = [
     "Trajectory",
     "Vocabulary",
     "WordContribution",
+    "caption_wording",
     "clean_caption",
     "clip_from_encoders",
     "distill",
@@ -81,6 +83,7 @@ __all__ = [
 _MODULES = {
     "captioners": ("load_captioner",),
     "captions": ("clean_caption", "fit_caption", "prepare_caption", "prune_caption"),
+    "continuation": ("caption_wording",),
     "clip": ("PRESETS", "AnyClip", "Clip", "JointClip", "clip_from_encoders", "load_clip"),
     "diffusion": ("PezPipeline",),
     "errors": ("ArgumentError", "ArgumentTypeError"),

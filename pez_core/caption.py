@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .continuation import behind
 from .errors import ArgumentError, check_string
 from .prompt_text import SLOT, all_pieces, chunks, has_syntax, read
 from .readability import as_written as written_form
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 _EXAMPLE = "a"  # an ordinary word
 
 
-def check_caption(caption: object) -> str:
+def check_caption(caption: object, wording: str = "free") -> str:
     """The caption with `{}` in the place of the learned words: at its end, unless it has `{}`.
+
+    Args:
+        caption: of the user.
+        wording: of the learned words; another one than "free" may put a comma between.
 
     Raises:
         ArgumentError: it is no string, or holds `{}` twice.
@@ -29,7 +34,11 @@ def check_caption(caption: object) -> str:
             "caption",
             f"has to hold {{}} once at most, where the learned words go, but is {text!r}",
         )
-    return text if "{}" in text else f"{text} {{}}".strip()
+    if SLOT in text:
+        return text
+    if wording == "free":
+        return f"{text} {SLOT}".strip()
+    return f"{text.rstrip()}{behind(text, wording)}{SLOT}".strip()
 
 
 def spoken_caption(caption: str) -> str | None:

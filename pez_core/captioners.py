@@ -129,12 +129,15 @@ def _inputs(model: Any, processor: Any, image: Image.Image) -> Any:
     """The image as the model takes it, with an instruction where it follows one."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": _INSTRUCTION}]
+        # a thought would take all of the tokens
+        thinks = "enable_thinking" in str(processor.chat_template)
         return processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **({"enable_thinking": False} if thinks else {}),
         )
     task = _TASKS.get(model.config.model_type)
     return processor(images=image, return_tensors="pt", **({"text": task} if task else {}))

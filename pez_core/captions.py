@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from .continuation import OPEN_WORDS, behind
 from .errors import ArgumentError, check_integer, check_string
 from .options import SearchOptions
 from .prompt_text import SLOT, all_pieces, kept_spans, read
@@ -26,23 +29,25 @@ def prepare_caption(
     text: str,
     options: SearchOptions = SearchOptions(),
     prune_for: ImageInput | Sequence[ImageInput] | torch.Tensor | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[str, str]:
     """The text of a captioner as the `caption` of `invert`: `clean_caption` to `fit_caption`.
 
     The learned words go where the text has `{}`, else behind it: after a space where they continue
-    a sentence, which is so with the wording "sentence" and behind a word such as "of"; else after a
-    comma.
+    a sentence, which is so with the wording "sentence" and behind a word such as "of"; else, and
+    behind a list of tags, after a comma. `caption_wording` tells a list of tags from a sentence.
 
     Args:
         clip: from `load_clip`.
         text: of any captioner, with or without `{}`.
-        options: of the search, whose `wording` and `prompt_len` count.
+        options: of the search, whose `wording`, `prompt_len`, `fit` and `time_limit` count.
         prune_for: drop the words that lower the similarity with these images, as `prune_caption`
-            does; None: keep all.
+            does; None: keep all. It takes half of the time limit at most.
+        stop: called before each round of this; a true value keeps the other words.
 
     Returns:
-        The caption, "" where nothing is left of the text, and a remark for the user about what was
-        cut, "" where all of it fits.
+        The caption, "" where nothing is left of the text, and a remark for the user, which names
+        the words that were pruned or cut, or says that nothing is left; "" where neither happened.
 
     Raises:
         ArgumentError: an image cannot be read, the text has `{}` twice, or not even the text behind
@@ -53,19 +58,25 @@ def prepare_caption(
     from .tasks.invert import PROMPT_LEN
 
     check_caption(text)
-    caption = clean_caption(text)
+    caption, remark = clean_caption(text), ""
     if prune_for is not None and read(caption.replace(SLOT, "")):
-        caption = clean_caption(prune_caption(clip, caption, prune_for, options.fit))
+        caption, remark = pruned(clip, caption, prune_for, options.fit, in_time(options, stop))
+        caption = clean_caption(caption)
     if not caption.replace(SLOT, "").strip(" ,;."):
-        return "", ""
-    placed = caption if SLOT in caption else caption + _place_behind(caption, options.wording)
-    return fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
+        given = text.replace(SLOT, "").strip(" \t\n,;.")
+        return "", _NOTHING if given else ""
+    placed = caption if SLOT in caption else caption + behind(caption, options.wording) + SLOT
+    fitting, cut = fit_caption(clip, placed, options.prompt_len or PROMPT_LEN)
+    return fitting, f"{remark} {cut}".strip()
 
 
-def _place_behind(text: str, wording: str) -> str:
-    """The place of the learned words behind a text, with what stands between."""
-    open_end = text[-1] in ":!?" or text.split()[-1].lower() in _OPEN_WORDS
-    return f" {SLOT}" if wording == "sentence" or open_end else f", {SLOT}"
+def in_time(options: SearchOptions, stop: Callable[[], bool]) -> Callable[[], bool]:
+    """`stop`, which is also true when half of the time limit is over, counted from this call."""
+    limit, began = options.time_limit, time.monotonic()
+    return lambda: stop() or (limit is not None and time.monotonic() - began > limit / 2)
+
+
+_NOTHING = "The caption holds no description, so the prompt has none."
 
 
 def text_of_caption(caption: str) -> str:
@@ -78,12 +89,20 @@ def check_captioner(captioner: str | None, prune_caption: bool, **others: object
 
     Args:
         captioner: name of the model; None: there is none.
-        prune_caption: drop words of its caption.
+        prune_caption: drop words of its caption, or of that of the user.
         others: the values of arguments in `_EXCLUDED` that the front end has.
     """
     if captioner is None:
-        if prune_caption:
-            raise ArgumentError("prune_caption", "requires `captioner`", "add it")
+        if prune_caption and not others.get("caption"):
+            raise ArgumentError(
+                "prune_caption", "requires `captioner` or `caption`", "add one of them"
+            )
+        if prune_caption and others.get("negative_prompt"):
+            raise ArgumentError(
+                "prune_caption",
+                "keeps words that are similar to the images, which a negative prompt must not be",
+                "leave `prune_caption` or `negative_prompt` out",
+            )
         return
     for name, value in others.items():
         if value:
@@ -105,9 +124,12 @@ _EXCLUDED = {
 
 # What models write for themselves. Names of embeddings like `<cat-toy>` are none of these.
 _THOUGHT = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL)
+# the instruction may have opened it, and the longest text may end before it is closed
+_THOUGHT_BEFORE = re.compile(r"\A.*</(?:think|thinking)>", re.DOTALL)
+_THOUGHT_BEHIND = re.compile(r"<(?:think|thinking)>.*\Z", re.DOTALL)
 _SPECIAL = re.compile(
     r"<[|｜][^<>|｜]{1,40}[|｜]>|<0x[0-9A-F]{2}>|<loc_\d+>|</?[A-Z][A-Z_]+>"
-    r"|</?(?:s|p|b|i|em|strong|pad|unk|bos|eos|mask|cls|sep|image|caption|(?:start|end)_of_\w+)>"
+    r"|</?(?:s|p|b|i|em|strong|pad|unk|bos|eos|mask|cls|sep|image|caption|answer|(?:start|end)_of_\w+)>"
     r"|<br ?/?>|\[/?(?:INST|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]"
 )
 # BLIP writes "arafed" without any meaning
@@ -167,11 +189,12 @@ _KEPT = re.compile(r"\x00(\d+)\x00")
 def clean_caption(text: str) -> str:
     """The text of a captioner as a caption for a prompt: what does not describe the image goes.
 
-    These go: openings such as "Sure! Here is a caption:" and "The image shows" (the kind of an
-    image stays: "This oil painting depicts a dog" becomes "an oil painting of a dog"), questions
-    and offers at the end, markdown, quotation marks around the whole, special tokens such as
-    `</s>` and `<CAPTION>`, and the full stop at the end. Lines become one; between the items of a
-    list stand commas. Weights, tags, wildcards and `{}` stay; see `pez_core.prompt_text`.
+    These go: thoughts that end with `</think>` or begin with `<think>`, openings such as "Sure!
+    Here is a caption:" and "The image shows" (the kind of an image stays: "This oil painting
+    depicts a dog" becomes "an oil painting of a dog"), questions and offers at the end, markdown,
+    quotation marks around the whole, special tokens such as `</s>` and `<CAPTION>`, and the full
+    stop at the end. Lines become one; between the items of a list stand commas. Weights, tags,
+    wildcards and `{}` stay; see `pez_core.prompt_text`.
 
     Args:
         text: of any captioner.
@@ -191,7 +214,8 @@ def clean_caption(text: str) -> str:
 
 def _cleaned(text: str) -> str:
     """The text after each rule was used once."""
-    text = _THOUGHT.sub(" ", text.replace("\r\n", "\n"))
+    text = _THOUGHT_BEFORE.sub("", _THOUGHT.sub(" ", text.replace("\r\n", "\n")))
+    text = _THOUGHT_BEHIND.sub("", text)
     text = _MEANINGLESS.sub("", _SPECIAL.sub(" ", text))
     text, kept = _without_syntax(text)
     text = re.sub(r"\n\s*\n", "\n\n", re.sub(r"[ \t]+", " ", text))
@@ -274,9 +298,9 @@ def prune_caption(
 ) -> str:
     """Drop the words of a caption that lower its similarity with an image.
 
-    The word that does most harm goes first, until no word does harm. `prune` goes further: it also
-    drops words that help, down to the similarity of the whole prompt. Tags stay, and weights like
-    `(two words:1.2)` stay or go whole.
+    Those that do most harm go first, several in a round while the similarity rises, until no word
+    does harm. `prune` goes further: it also drops words that help, down to the similarity of the
+    whole prompt. Tags stay, and weights like `(two words:1.2)` stay or go whole.
 
     Args:
         clip: from `load_clip`.
@@ -291,36 +315,73 @@ def prune_caption(
         ArgumentError: the caption is empty, or an image cannot be read.
         FloatingPointError: a similarity is NaN or infinite.
     """
+    return pruned(clip, caption, images, fit)[0]
+
+
+def pruned(
+    clip: AnyClip,
+    caption: str,
+    images: ImageInput | Sequence[ImageInput] | torch.Tensor,
+    fit: str = "crop",
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[str, str]:
+    """`prune_caption`, and a remark for the user that names the words, "" where all are left.
+
+    Args:
+        clip, caption, images, fit: as in `prune_caption`.
+        stop: called before each round; a true value leaves the other words.
+    """
     import torch
 
     from .scoring import split, towards
     from .tasks.invert import encode_images
 
     words = split(caption, "caption")
+    plain = [word.replace(SLOT, "").strip() for word, _ in words]
+    # a tag changes nothing here, but the image
+    places = {k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word}
+    gone: set[int] = set()
     with torch.inference_mode(False):
         feature = encode_images(clip, images, fit).mean(0)
-        while True:
-            # a tag changes nothing here, but the image
-            places = [k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word]
-            if len(places) < 2:
+
+        def similarities(more: Sequence[set[int]]) -> list[float]:
+            """Of the words that are left when more of them go."""
+            texts = [
+                [word for k, word in enumerate(plain) if word and k not in gone | some]
+                for some in more
+            ]
+            return towards(clip, texts, feature)
+
+        while len(left := sorted(places - gone)) > 1 and not stop():
+            whole, *without = similarities([set(), *({k} for k in left)])
+            gains = {k: one - whole for k, one in zip(left, without, strict=True) if one > whole}
+            if not gains:
                 break
-            texts = [[word.replace(SLOT, "").strip() for word, _ in words]]
-            texts += [texts[0][:k] + texts[0][k + 1 :] for k in places]
-            whole, *without = towards(clip, [list(filter(None, text)) for text in texts], feature)
-            worst = max(range(len(places)), key=without.__getitem__)
-            if without[worst] <= whole:
-                break
-            del words[places[worst]]
-    return " ".join(word for word, _ in words)
+            # those do no more harm that gain nothing behind worse ones; one word has to stay
+            worst = sorted(gains, key=lambda k: -gains[k])[: len(left) - 1]
+            firsts = [set(worst[:count]) for count in range(1, len(worst) + 1)]
+            found = similarities(firsts)
+            rises = [b > a for a, b in pairwise(found)]
+            gone |= firsts[[*rises, False].index(False)]
+    remaining = " ".join(word for k, (word, _) in enumerate(words) if k not in gone)
+    dropped = _quoted([words[k][0] for k in sorted(gone)])
+    return remaining, dropped and f"Dropped, since they lower the similarity: {dropped}."
+
+
+def _quoted(words: Sequence[str]) -> str:
+    """Words for a remark, without the middle where they are many; "" where there are none."""
+    text = " ".join(words)
+    if len(text) > _LONGEST_QUOTE:
+        begin, end = text[: 2 * _LONGEST_QUOTE // 3], text[-_LONGEST_QUOTE // 3 :]
+        text = f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
+    return text and f'"{text}"'
+
+
+_LONGEST_QUOTE = 90  # characters
 
 
 # --- fit
 
-# Words at which no phrase ends.
-_OPEN_WORDS = {
-    *("a", "an", "the", "and", "or", "but", "of", "in", "on", "at", "by", "to", "with", "for"),
-    *("from", "into", "its", "his", "her", "their", "is", "are", "that", "which", "as", "very"),
-}
 # How much of a cut caption has to be left where it ends with a phrase.
 _PHRASE_SHARE = 0.6
 
@@ -337,7 +398,7 @@ def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]
         prompt_len: tokens to learn.
 
     Returns:
-        The caption, and a remark for the user about what was cut, "" where all of it fits.
+        The caption, and a remark for the user that names what was cut, "" where all of it fits.
 
     Raises:
         ArgumentError: an argument is out of range, or not even the text behind `{}` fits.
@@ -364,11 +425,12 @@ def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]
     _as_read(clip, with_first(0)).check_room(prompt_len, one_context=True)
     # tokens become more with each word
     fitting = bisect_left(range(1, len(units)), True, key=is_too_long)
-    cut = with_first(_phrase_end(units, fitting))
+    kept = _phrase_end(units, fitting)
+    cut, left_out = with_first(kept), [unit for unit, is_tag in units[kept:] if not is_tag]
     size, room = clip.text.max_prompt_len, _as_read(clip, cut).room
     remark = (
         f"The caption was cut from {size - whole.room} to {size - room} tokens: the context of the "
-        f"CLIP has {size}, and {prompt_len} are learned."
+        f"CLIP has {size}, and {prompt_len} are learned. Left out: {_quoted(left_out)}."
     )
     return (cut if SLOT in caption else cut.replace(SLOT, "").rstrip()), remark
 
@@ -400,6 +462,6 @@ def _phrase_end(units: list[tuple[str, bool]], count: int) -> int:
     for end in range(count, max(1, int(count * _PHRASE_SHARE)), -1):
         if units[end - 1][0][-1] in ",;:.!?":
             return end
-    while count > 1 and units[count - 1][0].lower() in _OPEN_WORDS:
+    while count > 1 and units[count - 1][0].lower() in OPEN_WORDS:
         count -= 1
     return count

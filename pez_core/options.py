@@ -170,9 +170,9 @@ class SearchOptions:
     Raises:
         ArgumentError: a value is out of range or of the wrong type, or two exclude each other:
             `effort="paper"` and `swaps` above 0; `readability` above 0, or another `wording` than
-            `"free"`, without swaps; `trajectory` with such a wording; `extra_loss`
-            with such a wording; a denoising loss or `method` with swaps (set `swaps=0` or
-            `effort="paper"`); `method` and `trajectory`.
+            `"free"`, without swaps; `trajectory` or `extra_loss` with such a wording; `steps`, `lr`
+            or `weight_decay` where such a wording replaces PEZ; a denoising loss or `method` with
+            swaps (set `swaps=0` or `effort="paper"`); `method` and `trajectory`.
     """
 
     prompt_len: int | None = None
@@ -276,6 +276,7 @@ class SearchOptions:
                 f"records Algorithm 1, which the `wording` {self.wording!r} replaces",
                 'leave it out, or take the `wording` "free"',
             )
+        self._check_writing()
         if self.readability and not swaps:
             raise ArgumentError(
                 "readability",
@@ -307,6 +308,24 @@ class SearchOptions:
                 "records Algorithm 1, which `method` replaces",
                 "leave it out",
             )
+
+    def _check_writing(self) -> None:
+        """Raise where settings of Algorithm 1 are given, and prompts are written in its place."""
+        if self.wording == "free" or self.start_from is not None or self.words.lists_phrases:
+            return
+        for name in self.settings_of_pez[:1]:
+            raise ArgumentError(
+                name,
+                f"is {getattr(self, name)}, but belongs to Algorithm 1, which the `wording` "
+                f"{self.wording!r} replaces",
+                'leave it out, or take the `wording` "free"',
+            )
+
+    @property
+    def settings_of_pez(self) -> list[str]:
+        """Names of the settings of Algorithm 1 that are not at their default."""
+        names = ("steps", "lr", "weight_decay")
+        return [name for name in names if getattr(self, name) != getattr(SearchOptions, name)]
 
     @property
     def published(self) -> bool:

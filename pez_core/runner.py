@@ -764,7 +764,7 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
     seconds = time.monotonic() - problem.began
-    results = []
+    results, note = [], f"{caption.note(problem.prompt_len)} {_note(problem)}".strip()
     for k in range(len(problem.targets)):
         span = slice(k * restarts, (k + 1) * restarts)
         kept = [*best.trajectories[span], *[None] * restarts][:restarts]  # some were not reached
@@ -781,10 +781,20 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
                 candidates=ranked,
                 history=best.history[k],
                 seconds=seconds,
-                note=caption.note(problem.prompt_len),
+                note=note,
             )
         )
     return results
+
+
+def _note(problem: Problem) -> str:
+    """A remark on settings that had no effect, "" where there are none."""
+    unused = problem.options.settings_of_pez if problem.writer else []
+    names = " and ".join(f"`{name}`" for name in unused)
+    return names and (
+        f"Without effect: {names}, since the prompt was written in place of Algorithm 1, and all "
+        "phrases of the vocabulary are single tokens."
+    )
 
 
 def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from .clip.images import ImageInput, load_images
 from .errors import ArgumentError, ArgumentTypeError, check_number
-from .prompt_text import all_pieces, read
-from .targets import Target, as_list, check_clip, check_text, encode_prompt, encode_targets
+from .prompt_text import all_pieces, contexts, read
+from .targets import Target, as_list, check_clip, check_text, encode_targets
 
 if TYPE_CHECKING:
     from .clip import AnyClip
@@ -270,7 +270,9 @@ def towards(clip: AnyClip, texts: list[list[str]], feature: torch.Tensor) -> lis
     if max(len(clip.text.words.encode(text)) for text in plain) <= clip.text.max_prompt_len:
         features = clip.encode_texts(plain)
     else:
-        (nothing,) = clip.encode_texts([""])
-        encoded = [encode_prompt(clip, prompt) for prompt in prompts]
-        features = torch.stack([nothing if one is None else one for one in encoded])
+        words, size = clip.text.words, clip.text.max_prompt_len
+        parts = [contexts(words.encode, words.encode_behind, one, size) for one in prompts]
+        features = clip.encode_texts([""]).repeat(len(prompts), 1)
+        read_ones = [k for k, one in enumerate(parts) if one]
+        features[read_ones] = clip.encode_long_texts([parts[k] for k in read_ones])
     return check_finite(features @ feature, clip).tolist()

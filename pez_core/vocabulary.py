@@ -207,6 +207,11 @@ class Vocabulary:
     def _reads_weights(self) -> bool:
         return self.min_embedding_std > 0
 
+    @property
+    def lists_phrases(self) -> bool:
+        """Whether it has a list `only`, whose phrases may have several tokens."""
+        return self.only is not None
+
     def __and__(self, other: Vocabulary) -> Vocabulary:
         return _Combination(operation="&", left=self, right=other)
 
@@ -328,6 +333,10 @@ class _Combination(Vocabulary):
     @property
     def _reads_weights(self) -> bool:
         return self.left._reads_weights or self.right._reads_weights
+
+    @property
+    def lists_phrases(self) -> bool:
+        return self.left.lists_phrases or self.right.lists_phrases
 
     def _resolve(self, clip: AnyClip) -> _Rules:
         a, b = self.left._resolve(clip), self.right._resolve(clip)

@@ -48,6 +48,6 @@ def test_only_prompts_that_read_are_corrected(emoji_clip, wording, monkeypatch):
     monkeypatch.setattr(
         "pez_core.runner.with_right_articles", lambda ids, *_: seen.append(ids) or list(ids)
     )
-    options = SearchOptions(prompt_len=3, steps=2, swaps=1, wording=wording)
+    options = SearchOptions(prompt_len=3, effort="fast", swaps=1, wording=wording)
     invert(emoji_clip, emoji_clip.encode_texts(["an orange"]), options)
     assert bool(seen) == (wording == "sentence")

@@ -410,7 +410,7 @@ def test_a_damaged_table_is_an_item_with_a_problem(tmp_path, suffix):
         ({"captions": True, "caption": "a"}, "`captions` cannot be combined with `caption`"),
         ({"captions": True, "captioner": "x"}, "`captioner` cannot be combined with `captions`"),
         ({"task": "score", "captions": True}, "`captions` is given, but task 'score'"),
-        ({"prune_caption": True}, "`prune_caption` requires `captions` or `captioner`; add one"),
+        ({"prune_caption": True}, "`prune_caption` requires `caption`, `captions` or"),
         ({"task": "distill", "captioner": "x"}, "`captioner` is given, but task 'distill'"),
         ({"avoid": [3]}, "`avoid` has to be a string"),
         ({"avoid": str(EXAMPLES[0])}, "`avoid` is the text .* image file"),

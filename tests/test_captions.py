@@ -16,19 +16,24 @@ from test_readability import WORDS, tokenizers, transformers
 from pez_core import (
     ArgumentError,
     SearchOptions,
+    caption_wording,
     captioners,
     clean_caption,
     explain,
     fit_caption,
     invert,
     load_captioner,
+    load_clip,
     prepare_caption,
     prune_caption,
 )
-from pez_core.caption import Caption
+from pez_core.caption import Caption, check_caption
+from pez_core.captions import pruned
 from pez_core.cli import main
 from pez_core.clip.images import load_image
 from pez_core.prompt_text import kept_spans, read
+from pez_core.scoring import towards
+from pez_core.targets import encode_prompt
 
 IMAGE = str(EXAMPLES[0])
 QUICK = ["--effort", "fast", "--steps", "2", "--swaps", "2", "--prompt-len", "2"]
@@ -70,6 +75,10 @@ CLEANED = {
     "A dog\n\nsnow, winter,": "A dog, snow, winter",
     "A dog in\nthe   snow": "A dog in the snow",
     "<think>The user wants a caption.\nOK.</think>\n\nA dog.": "A dog",
+    "The user wants a caption.\n</think>\n\nA dog.": "A dog",
+    "<think>One.</think> Two. </think><answer>A dog.</answer>": "A dog",
+    "A dog. <think>The user wants": "A dog",
+    "<thinking>The user wants a short": "",
     "A dog in the snow.<|im_end|>": "A dog in the snow",
     "[INST] a dog [/INST]": "a dog",
     "<start_of_turn>A dog<end_of_turn>": "A dog",
@@ -115,7 +124,7 @@ def test_a_clean_caption_stays_and_is_one_line(text):
     assert clean_caption(cleaned) == cleaned == cleaned.strip() and "\n" not in cleaned
 
 
-@given(st.lists(st.sampled_from(PARTS[:18]), max_size=8).map("".join))
+@given(st.lists(st.sampled_from(PARTS[:16]), max_size=8).map("".join))
 def test_weights_and_tags_stay(text):
     kept = "(red dog:1.2) <lora:x:0.8> {} {a|b} [cat:dog:0.5]"
     assert kept in clean_caption(f"{text} dog {kept} cat")
@@ -158,6 +167,30 @@ def test_the_place_of_the_learned_words_stays(tiny_clip):
     assert prune_caption(tiny_clip, "{} dog", IMAGE) == "{} dog"
 
 
+def test_pruning_ends_where_it_has_to(tiny_clip):
+    text, rounds = "a red dog on a boat in the rain", []
+    assert prepare_caption(tiny_clip, text, prune_for=IMAGE, stop=lambda: True)[1] == ""
+    hurried = SearchOptions(time_limit=1e-9)
+    assert prepare_caption(tiny_clip, text, hurried, prune_for=IMAGE)[1] == ""
+    caption, _ = pruned(tiny_clip, text, IMAGE, stop=lambda: rounds.append(1) or False)
+    assert caption == prune_caption(tiny_clip, text, IMAGE) != text and rounds
+
+
+def test_long_captions_are_pruned_side_by_side(tiny_clip, monkeypatch):
+    """Several words in a round, and many texts in each pass through the text tower."""
+    text = "a red dog on a boat, (in the:1.2) rain, a tree " * 10
+    feature = tiny_clip.encode_images([load_image(IMAGE)])[0]
+    passes, rounds, encode = [], [], tiny_clip.model.encode_text
+    (together,) = towards(tiny_clip, [text.split()], feature)
+    assert together == pytest.approx((encode_prompt(tiny_clip, text) @ feature).item(), abs=1e-6)
+    monkeypatch.setattr(
+        tiny_clip.model, "encode_text", lambda ids: passes.append(len(ids)) or encode(ids)
+    )
+    caption, _ = pruned(tiny_clip, text, IMAGE, stop=lambda: rounds.append(1) or False)
+    dropped = len(text.split()) - len(caption.split())
+    assert 1 < len(rounds) <= dropped and len(passes) < 20 * len(rounds), (dropped, rounds, passes)
+
+
 def test_a_caption_for_several_images_is_pruned_by_their_mean(tiny_clip):
     text, images = "a red dog on a boat in the rain", list(EXAMPLES[:3])
     features = tiny_clip.encode_images([load_image(path) for path in images])
@@ -185,12 +218,14 @@ def test_whatever_a_caption_holds_its_place_stays(tiny_clip, text):
         ("tags", "The image shows a dog.", "a dog, {}"),
         ("free", "a dog, a cat,", "a dog, a cat, {}"),
         ("sentence", "The image shows a dog.", "a dog {}"),
+        ("sentence", "1girl, solo, blue hair", "1girl, solo, blue hair, {}"),
         ("tags", "a photo of", "a photo of {}"),
         ("free", "Style:", "Style: {}"),
         ("tags", "(a dog:1.2)", "(a dog:1.2), {}"),
         ("sentence", "The image shows {} in a\nhouse.", "{} in a house"),
         ("sentence", "**{}, a dog**", "{}, a dog"),
         ("free", " \n.", ""),
+        ("free", "", ""),
         ("free", " {} ", ""),
     ],
 )
@@ -199,10 +234,73 @@ def test_the_text_of_any_captioner_becomes_a_caption(tiny_clip, wording, text, e
     assert prepare_caption(tiny_clip, text, options) == (expected, "")
 
 
+TAGS = [
+    *("1girl, solo, blue hair", "a dog, a cat", "long_hair", "long_hair blue_eyes 1girl"),
+    *("(masterpiece:1.2), best quality, <lora:x:1>, black and white", "red \\(fate\\), hat, sky"),
+    "portrait of a woman, oil painting, sharp focus",
+]
+SENTENCES = [
+    *("a dog", "", "a brown dog, sitting on the green grass", "A dog. A cat, a bird, a car."),
+    *("a man, a woman, and a dog", "a dog, which is red, runs", "In Paris, a man walks"),
+    "a small brown dog on the green grass, a red ball, a tree",
+]
+
+
+@pytest.mark.parametrize("text", [*TAGS, *SENTENCES])
+def test_the_style_of_a_caption(text):
+    assert caption_wording(text) == ("tags" if text in TAGS else "sentence")
+
+
+@pytest.mark.parametrize(
+    "wording, caption, expected",
+    [
+        ("tags", "a dog", "a dog, "),
+        ("tags", "a dog, ", "a dog, "),
+        ("tags", "a photo of", "a photo of "),
+        ("tags", "a dog {}", "a dog "),
+        ("sentence", "a dog", "a dog "),
+        ("sentence", "1girl, solo", "1girl, solo, "),
+        ("free", "a dog, a cat", "a dog, a cat "),
+    ],
+)
+def test_what_stands_behind_a_caption_of_ones_own(tiny_clip, wording, caption, expected):
+    assert check_caption(caption, wording).removesuffix("{}").rstrip() == expected.rstrip()
+    options = SearchOptions(prompt_len=2, steps=None, swaps=1, wording=wording, effort="fast")
+    (result,) = invert(tiny_clip, IMAGE, options, caption=caption)
+    assert result.prompt == expected + result.learned
+
+
 def test_a_caption_leaves_room_for_the_prompt_len_of_the_search(tiny_clip):
     for options, learned in [(SearchOptions(prompt_len=40), 40), (SearchOptions(), 8)]:
         caption, remark = prepare_caption(tiny_clip, LONG, options)
         assert room(tiny_clip, caption) >= learned and f"and {learned} are learned" in remark
+
+
+def test_what_is_lost_of_a_caption_is_named(tiny_clip):
+    assert prepare_caption(tiny_clip, "<think>What is it") == (
+        "",
+        "The caption holds no description, so the prompt has none.",
+    )
+    given = "a red dog on a boat in the rain"
+    caption, remark = prepare_caption(tiny_clip, given, prune_for=IMAGE)
+    left = caption.removesuffix("{}").rstrip(", ").split()
+    assert left != given.split() and remark.startswith("Dropped, since they lower the similarity: ")
+    dropped = remark.partition(': "')[2].removesuffix('".').split()
+    assert sorted(left + dropped) == sorted(given.split())
+    caption, remark = fit_caption(tiny_clip, "a dog, " * 20 + "a cat", 40)
+    assert remark.endswith('40 are learned. Left out: "' + "a dog, " * 8 + 'a cat".')
+    assert len(fit_caption(tiny_clip, LONG * 9, 40)[1]) < 260
+
+
+def test_a_caption_that_leaves_less_than_the_usual_room_is_told(tiny_clip):
+    options = SearchOptions(steps=2, swaps=0)
+    (result,) = invert(tiny_clip, IMAGE, options, caption="dog " * 72)
+    number = room(tiny_clip, "dog " * 72)
+    assert 0 < number < 8
+    message = f"Beside the caption there is room for {number} learned tokens, not for 8."
+    assert result.note == message
+    (result,) = invert(tiny_clip, IMAGE, options, caption="dog")
+    assert result.note == ""
 
 
 def test_a_caption_is_pruned_for_an_image_as_it_is_fit(tiny_clip):
@@ -362,6 +460,28 @@ def test_an_instruction_is_no_part_of_the_text(llava, monkeypatch):
     assert text and len(text.split()) <= captioners._LONGEST and "[UNK] [UNK] [UNK]" not in text
 
 
+def test_a_captioner_is_told_not_to_think(llava, monkeypatch):
+    read = captioners._read
+
+    def thinking(*args):
+        model, processor = read(*args)
+        processor.chat_template += "{% if enable_thinking is false %}Describe USER{% endif %}"
+        return model, processor
+
+    lengths, inputs = [], captioners._inputs
+
+    def measured(*args):
+        found = inputs(*args)
+        lengths.append(found["input_ids"].shape[1])
+        return found
+
+    monkeypatch.setattr(captioners, "_inputs", measured)
+    load_captioner(llava, device="cpu")(IMAGE)
+    monkeypatch.setattr(captioners, "_read", thinking)
+    load_captioner(llava, device="cpu")(IMAGE)
+    assert lengths[1] == lengths[0] + 2
+
+
 def test_a_captioner_writes_the_same_text_again(blip):
     write = load_captioner(blip, device="cpu")
     text = write(IMAGE)
@@ -388,8 +508,8 @@ def test_a_captioner_that_is_not_there(blip, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wording, behind", [("tags", ", "), ("free", ", "), ("sentence", " ")])
 def test_the_command_continues_the_text_of_a_captioner(blip, capsys, wording, behind):
-    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK]
-    command += ["--wording", wording]
+    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), "--wording", wording]
+    command += ["--effort", "fast", "--swaps", "1", "--prompt-len", "2"]
     assert main([*command, "--device", "cpu", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     for row, path in zip(rows, EXAMPLES, strict=False):
@@ -415,6 +535,52 @@ def test_a_batch_continues_the_texts_of_a_captioner(blip, tmp_path):
         assert ("cut from" in (row["note"] or "")) == (row["caption"] != whole)
 
 
+def wordings_of(monkeypatch, *command):
+    """The exit status of `pez invert`, and the wording of each search."""
+    found = []
+
+    def searched(clip, images, options, caption, **others):
+        found.append(options.wording)
+        return invert(clip, images, options, caption=caption, **others)
+
+    monkeypatch.setattr("pez_core.invert", searched)
+    return main(["invert", *command, "--effort", "fast", "--swaps", "1", "--json"]), found
+
+
+def test_the_command_continues_each_caption_in_its_style(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    texts = {"1": "1girl, solo, blue hair", "2": "The image shows a dog on the grass."}
+    monkeypatch.setattr(
+        "pez_core.load_captioner", lambda name, **options: lambda image: texts[str(image.width)]
+    )
+    for number in texts:
+        Image.new("RGB", (int(number), 2), "red").save(f"{number}.png")
+    command = ["1.png", "2.png", "--captioner", "x", "--prompt-len", "2"]
+    assert wordings_of(monkeypatch, *command) == (0, ["tags", "sentence"])
+    tags, sentence = json.loads(capsys.readouterr().out)
+    assert tags["prompt"].startswith("1girl, solo, blue hair, ")
+    assert tags["note"] == "The caption is a list of tags, so the learned words are tags, too."
+    assert sentence["prompt"].startswith("a dog on the grass ") and "note" not in sentence
+    assert wordings_of(monkeypatch, *command, "--wording", "sentence")[1] == ["sentence"] * 2
+    command = ["1.png", "--prompt-len", "2", "--caption"]
+    assert wordings_of(monkeypatch, *command, "blue hair, solo") == (0, ["tags"])
+    assert wordings_of(monkeypatch, *command, "a dog") == (0, ["sentence"])
+
+
+def test_a_batch_continues_tags_by_tags(tmp_path):
+    (tmp_path / "images").mkdir()
+    for path, text in zip(EXAMPLES[:2], ("1girl, solo, blue hair", "a dog"), strict=True):
+        shutil.copy(path, tmp_path / "images")
+        (tmp_path / "images" / path.name).with_suffix(".txt").write_text(text)
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--captions"]
+    quick = ["--effort", "fast", "--swaps", "1", "--prompt-len", "2", "--wording", "sentence"]
+    assert main([*command, *quick, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    tags, sentence = (rows[path.name] for path in EXAMPLES[:2])
+    assert tags["prompt"].startswith("1girl, solo, blue hair, ") and "tags, too" in tags["note"]
+    assert sentence["prompt"].startswith("a dog ") and sentence["note"] is None
+
+
 def test_the_command_prunes_the_caption(monkeypatch, capsys):
     monkeypatch.setattr(
         "pez_core.load_captioner", lambda name, **options: lambda image: "The image shows a boat."
@@ -426,6 +592,67 @@ def test_the_command_prunes_the_caption(monkeypatch, capsys):
     assert before == "a boat" and after in ("a", "boat", "a boat")
 
 
+OWN = "a red dog on {} a boat in the rain"
+
+
+def test_a_caption_of_ones_own_is_pruned_for_each_image(tiny_clip, monkeypatch, capsys):
+    monkeypatch.setattr("pez_core.load_clip", lambda *_, **__: tiny_clip)
+    images = list(map(str, EXAMPLES[:2]))
+    command = ["invert", *images, "--caption", OWN, "--prune-caption", *QUICK, "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row, image in zip(rows, images, strict=True):
+        before, after = prune_caption(tiny_clip, OWN, image).split("{}")
+        assert row["prompt"].startswith(before) and row["prompt"].endswith(after)
+        assert row["note"].startswith("Dropped, since they lower the similarity: ")
+    assert main([*command, "--shared"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    before, after = prune_caption(tiny_clip, OWN, images).split("{}")
+    assert row["prompt"].startswith(before) and row["prompt"].endswith(after)
+    assert row["note"].startswith("Dropped, since they lower the similarity: ")
+
+
+def test_a_caption_of_ones_own_is_pruned_in_a_batch(tmp_path):
+    (tmp_path / "images").mkdir()
+    for path in EXAMPLES[:2]:
+        shutil.copy(path, tmp_path / "images")
+    command = ["batch", str(tmp_path / "images"), str(tmp_path / "out"), "--caption", OWN]
+    assert main([*command, "--prune-caption", *QUICK, "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in parquet.read_table(tmp_path / "out").to_pylist()}
+    clip = load_clip("emoji-clip", device="cpu")
+    for path in EXAMPLES[:2]:
+        before, after = prune_caption(clip, OWN, path).split("{}")
+        prompt = rows[path.name]["prompt"]
+        assert prompt.startswith(before) and prompt.endswith(after)
+        assert rows[path.name]["note"].startswith("Dropped, since")
+
+
+def test_the_pipeline_takes_the_text_of_any_captioner(tiny_clip):
+    from pez_core import PezPipeline
+
+    prior = PezPipeline(tiny_clip)
+    prior.set_progress_bar_config(disable=True)
+    options = SearchOptions(prompt_len=2, effort="fast", steps=2, swaps=1)
+    text, images = "The image shows a red dog on a boat in the rain.", list(EXAMPLES[:2])
+    changes = {"clean_caption": True, "prune_caption": True}
+    found = prior(image=images, prompt=text, options=options, task_kwargs=changes).results
+    for result, image in zip(found, images, strict=True):
+        caption, remark = prepare_caption(tiny_clip, text, options, image)
+        assert result.prompt.startswith(caption.removesuffix("{}")) and result.note == remark
+    (pruned_alone,) = prior(
+        image=images,
+        prompt=OWN,
+        options=options,
+        task_kwargs={"prune_caption": True, "shared": True},
+    ).results
+    assert pruned_alone.prompt.startswith(prune_caption(tiny_clip, OWN, images).split("{}")[0])
+    with pytest.raises(ArgumentError, match="leave `prune_caption` or `negative_prompt` out"):
+        both = {"prune_caption": True, "negative_prompt": True}
+        prior(image=images, prompt=OWN, options=options, task_kwargs=both)
+    with pytest.raises(ArgumentError, match="`clean_caption` has to be True or False"):
+        prior(image=images, prompt=OWN, options=options, task_kwargs={"clean_caption": 1})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -435,7 +662,11 @@ def test_the_command_prunes_the_caption(monkeypatch, capsys):
         ),
         (["--captioner", "x", "--shared"], "--captioner cannot be combined with --shared"),
         (["--captioner", "x", "--negative-prompt"], "cannot be combined with --negative-prompt"),
-        (["--prune-caption"], "--prune-caption requires --captioner; add it"),
+        (["--prune-caption"], "--prune-caption requires --captioner or --caption; add one of them"),
+        (
+            ["--prune-caption", "--caption", "a dog", "--negative-prompt"],
+            "leave --prune-caption or --negative-prompt out",
+        ),
         (["--captioner", "some/model"], "--captioner is 'some/model', which is not on this disk"),
     ],
 )
@@ -444,13 +675,23 @@ def test_options_that_do_not_go_together(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_image_without_a_caption_has_an_error(monkeypatch, capsys):
-    def write(image):
-        raise RuntimeError("out of order")
+def test_an_image_without_a_caption_has_an_error(blip, monkeypatch, capsys):
+    """Of a captioner that fails on one image: the others have prompts."""
+    written, images = captioners._written, []
 
-    monkeypatch.setattr("pez_core.load_captioner", lambda name, **options: write)
-    assert main(["invert", IMAGE, "--captioner", "x", *QUICK, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)[0]["error"] == "out of order"
+    def write(model, processor, image):
+        images.append(image)
+        if len(images) == 1:
+            raise RuntimeError("out of order")
+        return written(model, processor, image)
+
+    monkeypatch.setattr(captioners, "_written", write)
+    command = ["invert", IMAGE, str(EXAMPLES[1]), "--captioner", str(blip), *QUICK, "--json"]
+    assert main([*command, "--wording", "free"]) == 1
+    failed, found = json.loads(capsys.readouterr().out)
+    message = f"--captioner is {str(blip)!r}, which writes no caption (out of order)"
+    assert failed["error"].startswith(message) and "prompt" not in failed
+    assert found["prompt"] and "error" not in found
 
 
 def test_kept_spans_are_those_of_the_syntax():

@@ -469,9 +469,14 @@ def test_defaults_are_those_of_python(run):
     assert run("invert").search.options == SearchOptions(wording=IMAGE_WORDING)
 
 
-@pytest.mark.parametrize("given", [["--effort", "paper"], ["--swaps", "0"]])
-def test_the_default_wording_needs_swaps(run, given):
+@pytest.mark.parametrize("given", [["--effort", "paper"], ["--swaps", "0"], ["--steps", "9"]])
+def test_the_default_wording_needs_swaps_and_no_steps_of_pez(run, given):
     assert run("invert", *given).search.options.wording == "free"
+
+
+def test_a_given_beginning_takes_steps_with_any_wording(run):
+    options = run("invert", "--steps", "9", "--start-from", "dog").search.options
+    assert options.wording == IMAGE_WORDING and options.work.steps == 9
 
 
 def test_the_default_wording_needs_the_tokenizer_of_clip(call, searches, another_tokenizer):
@@ -619,13 +624,16 @@ def test_another_tokenizer_has_another_language_model(
     call("invert", IMAGES[0], "--readability", "0.5")
     call("invert", IMAGES[0], "--wording", "tags")  # which the search itself refuses
     assert language_models == [None]
+    done = call("invert", IMAGES[0], "--language-model", "x")  # for the free words of this CLIP
+    assert done.code == 2 and "--language-model requires --readability above 0" in done.err
     assert [search.options.language_model is None for search in searches] == [False, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wording", ["tags", "sentence"])
 def test_a_wording_is_that_of_the_core(as_json, loads, tiny, wording):
-    (row,) = as_json("invert", IMAGES[0], *QUICK, "--wording", wording)
+    quick = ["--effort", "fast", "--swaps", "2", "--prompt-len", "2"]
+    (row,) = as_json("invert", IMAGES[0], *quick, "--wording", wording)
     options = SearchOptions(effort="fast", swaps=2, prompt_len=2, wording=wording)
     (expected,) = pez_core.invert(tiny[0], IMAGES[0], options)
     assert row["prompt"] == expected.prompt
@@ -1010,6 +1018,10 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--readability", ".5", "--swaps", "0"], "--readability is 0.5"),
         (["invert", IMAGES[0], "--wording", "prose"], "'tags', 'sentence'"),
         (["invert", IMAGES[0], "--wording", "tags", "--swaps", "0"], "--wording is 'tags'"),
+        (
+            ["invert", IMAGES[0], "--wording", "tags", "--steps", "9"],
+            "--steps is 9, but belongs to",
+        ),
         (["invert", IMAGES[0], "--wording", "tags", "--effort", "paper"], "--wording is 'tags'"),
         (["style", IMAGES[0], "--language-model", "x"], "requires --readability above 0"),
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),

@@ -143,6 +143,10 @@ class Letters:
         ({"swaps": 0, "readability": 0.5}, "readability", "this search has none"),
         ({"effort": "paper", "wording": "tags"}, "wording", "is 'tags', which needs swaps"),
         ({"swaps": 0, "wording": "sentence"}, "wording", "is 'sentence', which needs swaps"),
+        ({"wording": "tags", "steps": 3}, "steps", "is 3, but belongs to Algorithm 1, which"),
+        ({"wording": "sentence", "lr": 1.0}, "lr", 'take the `wording` "free"'),
+        ({"wording": "tags", "weight_decay": 0.0}, "weight_decay", "is 0.0, but belongs to"),
+        ({"wording": "tags", "steps": 3, "vocabulary": Vocabulary()}, "steps", "the `wording`"),
         ({"extra_loss": "of the test"}, "extra_loss", "cannot be refined by swaps"),
         ({"extra_loss": "of the test", "swaps": 1}, "extra_loss", "set `swaps` to 0"),
     ],
@@ -157,6 +161,9 @@ def test_fields_that_do_not_go_together(given, argument, message, tiny_clip):
 
 def test_fields_that_go_together(tiny_clip):
     assert SearchOptions(effort="paper", swaps=0).work.swaps == 0
+    listed = PETS & Vocabulary(ascii_only=True)
+    for given in ({"start_from": "cat"}, {"vocabulary": PETS}, {"vocabulary": listed}):
+        assert SearchOptions(wording="tags", steps=3, lr=1.0, **given).work.steps == 3
     for given in ({"effort": "paper"}, {"swaps": 0}):
         assert SearchOptions(extra_loss=Loss(tiny_clip), **given).work.swaps == 0
 
@@ -298,7 +305,7 @@ FIELD_CASES = {
     "repeats": (FIRST | {"start_from": "cat cat cat"}, False),
     "start_from": (FIRST, "cat dog fish"),
     "fit": ({}, "pad"),
-    "wording": ({}, "tags"),
+    "wording": ({"steps": None}, "tags"),
     "readability": ({"language_model": Letters("e")}, 1.0),
     "language_model": ({"readability": 1.0, "language_model": Letters("e")}, Letters("o")),
     "batch_size": ({"restarts": 2}, 1),

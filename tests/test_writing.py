@@ -371,14 +371,22 @@ def test_phrases_and_a_given_beginning_are_searched_by_pez(emoji_clip, monkeypat
         raise AssertionError("nothing is written here")
 
     monkeypatch.setattr("pez_core.runner.write", refused)
-    options = SearchOptions(prompt_len=3, effort="fast", wording="tags", steps=4)
     words = Vocabulary(only=["traffic light", "red", "car", "on", "blue", "house", "old"])
-    (one,) = invert(emoji_clip, EXAMPLES[0], replace(options, vocabulary=words))
-    assert one.perplexity > 1 and len(one.token_ids) == 3
-    (two,) = invert(emoji_clip, EXAMPLES[0], replace(options, start_from="red house"))
+    options = SearchOptions(prompt_len=3, effort="fast", wording="tags", steps=4, vocabulary=words)
+    (one,) = invert(emoji_clip, EXAMPLES[0], options)
+    assert one.perplexity > 1 and len(one.token_ids) == 3 and one.note == ""
+    begun = replace(options, start_from="red house", vocabulary=None)
+    (two,) = invert(emoji_clip, EXAMPLES[0], begun)
     assert two.perplexity > 1 and two.history[-1][0] == 4 + EFFORTS["fast"].swaps
     with pytest.raises(AssertionError, match="written"):
-        invert(emoji_clip, EXAMPLES[0], options)
+        invert(emoji_clip, EXAMPLES[0], replace(begun, start_from=None, steps=None))
+
+
+def test_steps_beside_a_list_of_single_tokens_are_named(emoji_clip):
+    words = Vocabulary(only=["red", "car", "on", "blue", "house", "old", "dog"])
+    options = SearchOptions(prompt_len=2, wording="sentence", steps=4, vocabulary=words, swaps=1)
+    (result,) = invert(emoji_clip, EXAMPLES[0], options)
+    assert result.note.startswith("Without effect: `steps`, since the prompt was written")
 
 
 def test_another_tokenizer_is_named(emoji_clip, monkeypatch):

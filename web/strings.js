@@ -118,6 +118,8 @@ const CHINESE_WIDGETS = {
 
 const place = (section) => (section ? `第 ${section} 段` : "提示词");
 
+const CHINESE_WORDINGS = { tags: "标签", sentence: "句子" };
+
 /** Notes of the server about single prompts, of which one text may hold several. */
 const CHINESE_NOTES = [
   [/^There was no text\./, () => "没有文本。"],
@@ -144,6 +146,44 @@ const CHINESE_NOTES = [
     /The caption was cut from (\d+) to (\d+) tokens: the context of the CLIP has (\d+), and (\d+) are learned\./,
     (_, before, after, size, learned) =>
       `固定文本从 ${before} 个 token 截短到 ${after} 个：CLIP 的上下文有 ${size} 个，其中 ${learned} 个用于学习。`,
+  ],
+  [/Left out: (".*?")\./, (_, words) => `去掉的部分：${words}。`],
+  [
+    /Dropped, since they lower the similarity: (".*?")\./,
+    (_, words) => `去掉了降低相似度的词：${words}。`,
+  ],
+  [/The caption holds no description, so the prompt has none\./, "固定文本没有描述图像，因此提示词没有固定文本。"],
+  [
+    /Beside the caption there is room for (\d+) learned tokens, not for (\d+)\./,
+    (_, room, wanted) => `固定文本旁边只有学习 ${room} 个 token 的位置，而不是 ${wanted} 个。`,
+  ],
+  [
+    /The caption is a list of tags, so the learned words are tags, too\./,
+    "固定文本是标签列表，因此学到的词也是标签。",
+  ],
+  [
+    /Without effect: `wording` (tags|sentence), since (.*?); the prompt is free\./,
+    (_, wording, cause) =>
+      `措辞 ${CHINESE_WORDINGS[wording]}不起作用，因为${
+        cause.includes("effort") ? "搜索力度是论文算法" : "这个 CLIP 的分词器不同"
+      }；提示词是任意的词。`,
+  ],
+  [
+    /Without effect: (.*?), since `wording` is (tags|sentence)\./,
+    (_, names, wording) =>
+      `措辞为${CHINESE_WORDINGS[wording]}时，${names
+        .replace("`lr`", "学习率")
+        .replace("`weight_decay`", "权重衰减")
+        .replace(" and ", "和")}不起作用。`,
+  ],
+  [
+    /Without effect: (.*?), since the prompt was written in place of Algorithm 1, and all phrases of the vocabulary are single tokens\./,
+    (_, names) =>
+      `提示词由语言模型写成，而词表中的短语都是单个 token，因此${names
+        .replace("`steps`", "步数")
+        .replace("`lr`", "学习率")
+        .replace("`weight_decay`", "权重衰减")
+        .replaceAll(" and ", "和")}不起作用。`,
   ],
   [
     /^The join has (\d+) tokens, more than max_tokens (\d+); one prompt was learned instead\./,

@@ -70,8 +70,8 @@ class Job:
             of texts. It goes through `prepare_caption`.
         captioner: name or path of a model, as `load_captioner` takes it, that writes the caption of
             each image; it goes through `prepare_caption`, too. None: there is none.
-        prune_caption: drop the words of the caption of an item that lower its similarity with the
-            image.
+        prune_caption: drop the words of the caption that lower its similarity with the image of an
+            item.
         avoid, avoid_weight: texts to stay away from, and their weight, as in `invert`.
         ratio: as in `distill`.
 
@@ -122,7 +122,9 @@ class Job:
         """Raise where there are two captions, or none to prune."""
         if self.prune_caption and not self.captioned:
             raise ArgumentError(
-                "prune_caption", "requires `captions` or `captioner`", "add one of them"
+                "prune_caption",
+                "requires `caption`, `captions` or `captioner`",
+                "add one of them",
             )
         check_captioner(self.captioner, False, caption=self.caption, captions=self.captions)
         if self.captions and self.caption:
@@ -134,8 +136,9 @@ class Job:
 
     @property
     def captioned(self) -> bool:
-        """Whether each item has a caption of its own."""
-        return self.captions or self.captioner is not None
+        """Whether each item has a caption of its own, if only by pruning."""
+        pruned = self.prune_caption and bool(self.caption)
+        return self.captions or self.captioner is not None or pruned
 
     def _check_use(self) -> None:
         """Raise where something is given that the task does not use."""

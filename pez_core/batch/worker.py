@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from ..captioners import load_captioner, naming_captioner
-from ..captions import prepare_caption, text_of_caption
+from ..captions import prepare_caption, pruned, text_of_caption
 from ..clip import load_clip
 from ..clip.device import default_dtype
 from ..clip.images import ImageInput, load_image, load_image_at
+from ..continuation import continuing
 from ..errors import ArgumentError
 from ..names import name_of, printable
 from ..priors import needed_language_model
@@ -146,7 +147,9 @@ class Worker:
         if self.job.task == "score":
             return
         work = self.job.options.work
-        options = replace(self._options, steps=1, swaps=min(1, work.swaps))
+        options = replace(self._options, swaps=min(1, work.swaps))
+        if options.wording == "free" or options.start_from is not None:
+            options = replace(options, steps=1)
         if self.job.task == "distill":
             longer = "bird " * min(2 * (options.prompt_len or 8), self.clip.text.max_prompt_len)
             distill(self.clip, longer, options, ratio=self.job.ratio)
@@ -248,12 +251,16 @@ class Worker:
         """Search the words behind the caption of an item, whose (1, features) image this is."""
         seed = self.job.seed_of(item["id"])
         options = replace(self._options, seed=seed)
-        target = feature if self.job.prune_caption else None
-        caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
+        if self.job.caption:  # of the user, whose other words stay as they are
+            caption, remark = pruned(self.clip, self.job.caption, feature, options.fit)
+        else:
+            target = feature if self.job.prune_caption else None
+            caption, remark = prepare_caption(self.clip, item["prompt"], options, target)
         steering = {**self._steering, "caption": caption}
+        options, change = continuing(options, caption)
         (result,) = invert(self.clip, feature, options, **steering)
         row = _row(result, seed) | {"caption": text_of_caption(caption)}
-        return row | {"note": " ".join(filter(None, [remark, row["note"]])) or None}
+        return row | {"note": " ".join(filter(None, [remark, change, row["note"]])) or None}
 
     def _distill(self, group: Sequence[tuple[dict, str]]) -> list[dict[str, Any]]:
         ((item, prompt),) = group

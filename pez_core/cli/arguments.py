@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..clip.models import ACTIVATIONS
+from ..continuation import caption_wording
 from ..errors import ArgumentError
 from ..options import EFFORTS, FITS, WORDINGS, SearchOptions
 from ..vocabulary import Vocabulary
@@ -70,7 +71,12 @@ def add_search(
         + ", ".join(f"{name} {work.steps} + {work.swaps}" for name, work in EFFORTS.items())
         + " (default: balanced)",
     )
-    group.add_argument("--steps", type=int, metavar="N", help="steps of PEZ (default: by --effort)")
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of PEZ, which another --wording than free replaces (default: by --effort)",
+    )
     group.add_argument(
         "--swaps", type=int, metavar="N", help="swaps, 0 for none (default: by --effort)"
     )
@@ -102,7 +108,11 @@ def _add_wording(group: Any, wording: str) -> None:
         choices=WORDINGS,
         help="what a prompt reads like: any words in any order, short phrases with commas, or a "
         f"description; a bundled language model writes the last two (default: {wording}"
-        + ("" if wording == "free" else "; free without swaps, or without CLIP's own tokenizer")
+        + (
+            ""
+            if wording == "free"
+            else "; free with --steps, without swaps, or without CLIP's own tokenizer"
+        )
         + ")",
     )
     group.add_argument(
@@ -242,8 +252,13 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
 
 def _usual_wording(arguments: argparse.Namespace) -> str:
     """The wording where none is given."""
-    without_swaps = arguments.effort == "paper" or arguments.swaps == 0
-    return "free" if without_swaps else arguments.usual_wording
+    usual = arguments.usual_wording
+    if arguments.effort == "paper" or arguments.swaps == 0:
+        return "free"
+    if arguments.steps is not None and getattr(arguments, "start_from", None) is None:
+        return "free"  # they belong to Algorithm 1, which another wording replaces
+    caption = getattr(arguments, "caption", "")
+    return caption_wording(caption) if usual == "sentence" and caption else usual
 
 
 def check_language_model(path: str, options: SearchOptions) -> None:
@@ -367,6 +382,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[AnyClip, SearchOptions]:
 
     if arguments.wording is None and not reads_like_clip(clip.text.words):
         options = replace(options, wording="free")
+        if arguments.language_model is not None:
+            check_language_model(arguments.language_model, options)
     given, words = options.language_model, clip.text.words
     # by `readability` alone: a wording has the bundled one
     model = needed_language_model(options.readability, given, clip.device, words)

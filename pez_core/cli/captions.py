@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..captions import prepare_caption, text_of_caption
+from ..captions import in_time, prepare_caption, pruned, text_of_caption
+from ..continuation import continuing
+from ..errors import ArgumentError
 from ..prompt_text import SLOT
+from .arguments import option_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
 
     from ..clip import AnyClip
@@ -25,12 +31,12 @@ def add_captioner(group: Any) -> None:
     group.add_argument(
         "--prune-caption",
         action="store_true",
-        help="drop the words of this caption that lower its similarity with the image",
+        help="drop the words of the caption that lower its similarity with the image",
     )
 
 
 class Captions:
-    """The captions of images, by the model of `--captioner`.
+    """The captions of images: by the model of `--captioner`, or that of `--caption` to be pruned.
 
     Args:
         arguments: of the command.
@@ -41,21 +47,58 @@ class Captions:
         from ..captioners import naming_captioner
 
         self._prune, self._naming = arguments.prune_caption, naming_captioner
+        self._option = partial(option_name, arguments)
+        self._takes_wording = arguments.wording is None  # nobody chose another one
+        self._given, self._write = arguments.caption, None
+        if arguments.captioner is None:
+            return
         with naming_captioner():
             self._write = load_captioner(
                 arguments.captioner, device=arguments.device, download=arguments.download
             )
 
-    def add(self, row: dict[str, Any], image: Image, clip: AnyClip, options: SearchOptions) -> str:
-        """Write the caption of an image into its row, and a remark where it was cut.
+    def add(
+        self,
+        row: dict[str, Any],
+        image: Image,
+        options: SearchOptions,
+        interrupted: Callable[[], bool],
+        clip: AnyClip,
+    ) -> tuple[str, SearchOptions]:
+        """Write the caption of an image into its row, and a remark about what was changed.
+
+        Args:
+            row: of the image.
+            image: to write it for.
+            options: of the search.
+            interrupted: whether pruning has to end.
+            clip: of the search.
 
         Returns:
-            The caption with the place of the learned words.
+            The caption, and the options of the search.
+
+        Raises:
+            RuntimeError: the model writes no caption for this image.
         """
-        with self._naming():
-            text = self._write(image).replace(SLOT, "")
-        caption, remark = prepare_caption(clip, text, options, image if self._prune else None)
+        if self._write is None:
+            stop = in_time(options, interrupted)
+            caption, remark = pruned(clip, self._given, image, options.fit, stop)
+        else:
+            target = image if self._prune else None
+            text = self._text(self._write, image)
+            caption, remark = prepare_caption(clip, text, options, target, interrupted)
         row["caption"] = text_of_caption(caption)
-        if remark:
-            row["note"] = remark
-        return caption
+        change = ""
+        if self._takes_wording:
+            options, change = continuing(options, caption)
+        if remark or change:
+            row["note"] = f"{remark} {change}".strip()
+        return caption, options
+
+    def _text(self, write: Callable[[Image], str], image: Image) -> str:
+        """The text of the model, in which no place for the learned words is meant."""
+        try:
+            with self._naming():
+                return write(image).replace(SLOT, "")
+        except ArgumentError as error:  # the model fails on this image, and may not on others
+            raise RuntimeError(error.render(self._option)) from error

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..captions import check_captioner
+from ..captions import check_captioner, in_time, pruned
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
     Callback = Callable[[Report], bool]
     Interrupted = Callable[[], bool]
+    AddCaption = Callable[
+        [dict[str, Any], Image, SearchOptions, Interrupted], tuple[str, SearchOptions]
+    ]
     Drawn = list[dict[str, Any]]
 
 # Variants of prompts that are searched side by side, of all images and restarts: enough to share
@@ -157,7 +160,8 @@ def _invert(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
         negative_prompt=arguments.negative_prompt,
     )
-    captions = None if arguments.captioner is None else Captions(arguments)
+    needs_captions = arguments.captioner is not None or arguments.prune_caption
+    captions = Captions(arguments) if needs_captions and not arguments.shared else None
     clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert
 
@@ -170,14 +174,21 @@ def _invert(arguments: argparse.Namespace) -> int:
         negative_prompt=arguments.negative_prompt,
     )
     if not arguments.shared:
-        add = None if captions is None else partial(captions.add, clip=clip, options=options)
+        add = None if captions is None else partial(captions.add, clip=clip)
         return _invert_each(arguments, options, search, pictures, add)
     if arguments.weight:
         arguments.names["shared"] = "--weight"
     shared = arguments.weight or True
 
     def task(callback: Callback) -> Result:
-        return search(arguments.images, options, shared=shared, callback=callback)[0]
+        if not arguments.prune_caption:
+            return search(arguments.images, options, shared=shared, callback=callback)[0]
+        began, stop = time.monotonic(), in_time(options, lambda: False)
+        caption, remark = pruned(clip, arguments.caption, arguments.images, options.fit, stop)
+        left = _with_share(options, began, 1)
+        chosen = partial(search, caption=caption, shared=shared, callback=callback)
+        result = chosen(arguments.images, left)[0]
+        return replace(result, note=f"{remark} {result.note}".strip())
 
     images, weights = list(map(Path, arguments.images)), arguments.weight or None
 
@@ -192,7 +203,7 @@ def _invert_each(
     options: SearchOptions,
     search: Callable[..., list[Result]],
     pictures: Pictures,
-    add_caption: Callable[..., str] | None = None,
+    add_caption: AddCaption | None = None,
 ) -> int:
     """Search a prompt for each image, some side by side, and print each as soon as it is found.
 
@@ -202,7 +213,7 @@ def _invert_each(
         search: the task without images, options and callback.
         pictures: of the command.
         add_caption: writes the caption of an image into its row, and returns it with the place of
-            the learned words.
+            the learned words, and the options of its search.
     """
     rows: list[dict[str, Any]] = [{"image": path} for path in arguments.images]
     count = 1 if add_caption else _images_side_by_side(options)
@@ -214,8 +225,10 @@ def _invert_each(
                     break
                 group = rows[start : start + count]
                 loaded = _load(arguments, group)
-                captions = _with_captions(loaded, add_caption)
-                limited = _with_share(options, began, len(group) / (len(rows) - start))
+                share = len(group) / (len(rows) - start)
+                limited = _with_share(options, began, share)
+                captions, own = _with_caption(loaded, limited, interrupted, add_caption)
+                limited = _with_share(replace(own, time_limit=options.time_limit), began, share)
                 with search_bar(limited, _label(start, len(group), len(rows))) as show:
                     watched = partial(
                         search,
@@ -296,20 +309,24 @@ def _load(
     return loaded
 
 
-def _with_captions(
-    loaded: list[tuple[dict[str, Any], Image]], add_caption: Callable[..., str] | None
-) -> dict[str, str]:
-    """The caption of a single image as an argument of the search.
+def _with_caption(
+    loaded: list[tuple[dict[str, Any], Image]],
+    options: SearchOptions,
+    interrupted: Interrupted,
+    add_caption: AddCaption | None,
+) -> tuple[dict[str, str], SearchOptions]:
+    """The caption of a single image as an argument of the search, and the options for it.
 
     Where the captioner fails, the row gets an error, and the image is taken out of `loaded`.
     """
     if not loaded or add_caption is None:
-        return {}
+        return {}, options
     try:
-        return {"caption": add_caption(*loaded[0])}
+        caption, options = add_caption(*loaded[0], options, interrupted)
+        return {"caption": caption}, options
     except _FAILURES as error:
         loaded.pop()[0]["error"] = str(error) or type(error).__name__
-        return {}
+        return {}, options
 
 
 def _fill(
@@ -331,6 +348,8 @@ def _fill(
             row["error"] = str(error) or type(error).__name__
         return []
     for row, result, fields in zip(rows, results, found, strict=True):
+        if "note" in row and "note" in fields:
+            fields["note"] = f"{row['note']} {fields['note']}"
         row |= fields | {"seconds": round(result.seconds / len(rows), 3)}
     return list(zip(rows, results, strict=True))
 

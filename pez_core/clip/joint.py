@@ -177,6 +177,10 @@ class JointClip:
         """As `Clip.encode_chunks`; joint features."""
         return self.text.join([clip.encode_chunks(chunks) for clip in self.clips])
 
+    def encode_long_texts(self, texts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
+        """As `Clip.encode_long_texts`; joint features."""
+        return self.text.join([clip.encode_long_texts(texts) for clip in self.clips])
+
     def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Joint features -> the unit features of each encoder."""
         parts = features.split([clip.feature_size for clip in self.clips], dim=-1)

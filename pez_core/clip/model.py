@@ -21,7 +21,7 @@ from .images import trim_to_centre
 from .kept import KeptFeatures
 from .text import TextTower
 
-_IMAGE_BATCH = 64
+_IMAGE_BATCH = _CHUNK_BATCH = 64
 
 
 class Clip:
@@ -207,20 +207,41 @@ class Clip:
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     @torch.no_grad()
+    def _encode_chunks(self, chunks: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids of chunks -> (len(chunks), features) unit features."""
+        text, length = self.text, self.text.context_length
+        rows = [[*text.ids_before, *chunk, *text.ids_behind] for chunk in chunks]
+        # with one token the row is as long as the context, so no row is too short
+        ids = torch.tensor([row[:length] for row in rows], device=self.device)
+        self.text.count(len(ids), ids.shape[1])
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+    @torch.no_grad()
     def encode_chunks(self, chunks: Sequence[Sequence[int]]) -> torch.Tensor:
         """Token ids of one text, cut to fit the context -> (features,) unit feature of all of it.
 
         Each chunk is encoded by itself, between a start and an end token of its own, as ComfyUI
         does; the features are averaged by their number of tokens.
         """
-        text, length = self.text, self.text.context_length
-        rows = [[*text.ids_before, *chunk, *text.ids_behind] for chunk in chunks]
-        # with one token the row is as long as the context, so no row is too short
-        ids = torch.tensor([row[:length] for row in rows], device=self.device)
-        self.text.count(len(ids), ids.shape[1])
-        each = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        each = self._encode_chunks(chunks)
         counts = torch.tensor([float(len(chunk)) for chunk in chunks], device=self.device)
         return F.normalize((each * counts[:, None]).sum(0), dim=-1)
+
+    @torch.no_grad()
+    def encode_long_texts(self, texts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
+        """Texts in chunks, as `encode_chunks` takes one -> (len(texts), features) unit features.
+
+        Equal chunks of several texts are encoded once, and many side by side.
+        """
+        chunks = list(dict.fromkeys(tuple(chunk) for text in texts for chunk in text))
+        few = [chunks[k : k + _CHUNK_BATCH] for k in range(0, len(chunks), _CHUNK_BATCH)]
+        each = torch.cat([self._encode_chunks(some) for some in few])
+        places = {chunk: k for k, chunk in enumerate(chunks)}
+        found = []
+        for text in texts:
+            rows = each[[places[tuple(chunk)] for chunk in text]]
+            found.append((rows * rows.new_tensor([[len(chunk)] for chunk in text])).sum(0))
+        return F.normalize(torch.stack(found), dim=-1)
 
     def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features by the name of their encoder, of which there is one."""

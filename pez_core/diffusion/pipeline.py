@@ -55,7 +55,15 @@ from .inputs import (
     search_seeds,
 )
 from .pipeline_output import PezPipelineOutput, PezPriorOutput
-from .tasks import TASKS, apply_style, calls_of, check_task, count_prompts, task_keywords
+from .tasks import (
+    TASKS,
+    apply_style,
+    calls_of,
+    change_caption,
+    check_task,
+    count_prompts,
+    task_keywords,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -557,6 +565,9 @@ class PezPipeline(DiffusionPipeline):
         Returns:
             One result per learned prompt; fewer where the search was interrupted.
         """
+        prunes = task_kwargs.get("prune_caption") and not is_shared(task_kwargs)
+        if prunes and isinstance(prompt, str):  # each image may get another caption
+            prompt = [prompt] * len(images)
         calls = list(calls_of(task, images, prompt))
         given, words = options.language_model, self.clip.clip.text.words
         # by `readability` alone: a wording has the bundled one
@@ -596,9 +607,13 @@ class PezPipeline(DiffusionPipeline):
                 return self._interrupt
 
             def search(clip: AnyClip) -> Any:
-                if self.pipeline is not None and kwargs.get("caption"):
-                    _check_length(clip, kwargs["caption"], options.prompt_len or 1)
-                return TASKS[task](clip, targets, options, callback=report, **kwargs)
+                own, remark = change_caption(clip, targets, options, kwargs)
+                if self.pipeline is not None and own.get("caption"):
+                    _check_length(clip, own["caption"], options)
+                found = TASKS[task](clip, targets, options, callback=report, **own)
+                if remark:
+                    found = [replace(one, note=f"{remark} {one.note}".strip()) for one in found]
+                return found
 
             found = self.clip(search)
         found = found if isinstance(found, list) else [found]
@@ -704,11 +719,11 @@ class PezPipeline(DiffusionPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 For `"invert"` the caption, which stays in the prompt: the learned words go where it
                 holds `{}`, else behind it. A list has one caption per image.
-                `pez_core.prepare_caption` makes one of the text of any captioner. For `"style"` the
-                subjects that get the style, with one prompt each; for `"distill"` the prompts to
-                shorten; for `"fuse"` further sources beside the images. Pipelines of diffusers read
-                the syntax of ComfyUI as plain words; so `"distill"` and `"fuse"` drop it: of
-                `(word:1.2)` the word stays, `BREAK` and tags go.
+                With `clean_caption` in `task_kwargs` it may be the text of any captioner. For
+                `"style"` the subjects that get the style, with one prompt each; for `"distill"` the
+                prompts to shorten; for `"fuse"` further sources beside the images. Pipelines of
+                diffusers read the syntax of ComfyUI as plain words; so `"distill"` and `"fuse"`
+                drop it: of `(word:1.2)` the word stays, `BREAK` and tags go.
             task (`str`, *optional*, defaults to `"invert"`):
                 `"invert"`: a prompt for each image. `"style"`: one prompt for the style of all
                 images. `"distill"`: a shorter prompt for each prompt. `"fuse"`: one prompt for all
@@ -719,10 +734,12 @@ class PezPipeline(DiffusionPipeline):
                 other, each with an equal share of the `time_limit`.
             task_kwargs (`dict`, *optional*):
                 Further arguments of the task, which is a function of `pez_core`: `avoid`, `shared`
-                and `negative_prompt` of `"invert"`; `keep_content`, `content` and `images_per_step`
-                of `"style"`; `ratio` of `"distill"`; `weights` (those of the prompts first),
-                `max_tokens` and `always_learn` of `"fuse"`. For `"style"` with a `prompt` also
-                `style_template`, the text around subject and style, by default
+                and `negative_prompt` of `"invert"`, for which `clean_caption=True` makes the
+                captions fit with [`pez_core.prepare_caption`], and `prune_caption=True` drops their
+                words that lower the similarity with the image; `keep_content`, `content` and
+                `images_per_step` of `"style"`; `ratio` of `"distill"`; `weights` (those of the
+                prompts first), `max_tokens` and `always_learn` of `"fuse"`. For `"style"` with a
+                `prompt` also `style_template`, the text around subject and style, by default
                 `"{subject}, {style}"`. Words that are learned with `negative_prompt` are drawn as
                 any prompt here; for the negative prompt of images learn them with
                 [`pez_core.invert`] and pass them as `negative_prompt="..."`.
@@ -934,9 +951,10 @@ def _read_index(index: Any, path: str | os.PathLike | None) -> tuple[str, bool]:
         ) from error
 
 
-def _check_length(clip: AnyClip, caption: str, prompt_len: int) -> None:
+def _check_length(clip: AnyClip, caption: str, options: SearchOptions) -> None:
     """Raise where a text encoder of the image pipeline would cut the prompt."""
-    room, size = Caption(clip, check_caption(caption)).room, clip.text.max_prompt_len
+    fixed, prompt_len = check_caption(caption, options.wording), options.prompt_len or 1
+    room, size = Caption(clip, fixed).room, clip.text.max_prompt_len
     if room < prompt_len <= size:
         raise ArgumentError(
             "caption",

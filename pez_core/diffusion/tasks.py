@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..errors import ArgumentError, ArgumentTypeError, check_choice, check_string
+from ..captions import check_captioner, in_time, prepare_caption, pruned
+from ..errors import ArgumentError, ArgumentTypeError, check_bool, check_choice, check_string
+from ..options import SearchOptions
 from ..prompt_text import read
 from ..tasks import StyleResult, check_style_template, distill, fuse, invert, style
 from .inputs import check_keywords, is_shared, keywords_of
 
+if TYPE_CHECKING:
+    from ..clip import AnyClip
+
 TASKS = {"invert": invert, "style": style, "distill": distill, "fuse": fuse}
 Prompt = str | list[str] | None
+
+CHANGES = ("clean_caption", "prune_caption")
+"""Keys of `task_kwargs` for `"invert"` that change the caption before the search."""
 
 
 def check_task(
@@ -31,6 +39,12 @@ def check_task(
     if task == "fuse" and len(images) + len(_texts(prompt)) < 2:
         raise ArgumentError("prompt", "and `image` have to hold two sources or more together")
     check_keywords("task_kwargs", task_kwargs, f"the task {task!r}", task_keywords(task))
+    if task == "invert" and task_kwargs:
+        for name in CHANGES:
+            check_bool(name, task_kwargs.get(name, False))
+        negative = task_kwargs.get("negative_prompt", False)
+        prunes = task_kwargs.get("prune_caption", False)
+        check_captioner(None, prunes, caption=True, negative_prompt=negative)
     if task == "invert" and isinstance(prompt, list):
         _check_captions(prompt, len(images), is_shared(task_kwargs))
     if task_kwargs and "style_template" in task_kwargs:
@@ -60,6 +74,8 @@ def task_keywords(task: str) -> list[str]:
     """The keys that `task_kwargs` may have."""
     own = ("caption", "callback")  # `prompt` and `pez_callback_on_step_end`
     names = [name for name in keywords_of(TASKS[task]) if name not in own]
+    if task == "invert":
+        return [*names, *CHANGES]
     return [*names, "style_template"] if task == "style" else names
 
 
@@ -99,6 +115,28 @@ def calls_of(
         yield from (([image], {"caption": text}) for image, text in zip(images, texts, strict=True))
     else:
         yield images, {"caption": prompt or ""}
+
+
+def change_caption(
+    clip: AnyClip, images: Any, options: SearchOptions, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """The arguments of a task whose caption is changed as `CHANGES` among them say, and a remark.
+
+    Args:
+        clip: of the search.
+        images: of the call.
+        options: of the search.
+        arguments: of the task, and `CHANGES`, which are left out.
+    """
+    cleans, prunes = (bool(arguments.get(name)) for name in CHANGES)
+    own, remark = {k: v for k, v in arguments.items() if k not in CHANGES}, ""
+    if own.get("caption") and cleans:
+        target = images if prunes else None
+        own["caption"], remark = prepare_caption(clip, own["caption"], options, target)
+    elif own.get("caption") and prunes:
+        stop = in_time(options, lambda: False)
+        own["caption"], remark = pruned(clip, own["caption"], images, options.fit, stop)
+    return own, remark
 
 
 def apply_style(result: StyleResult, subjects: str | list[str], style_template: str) -> list[str]:

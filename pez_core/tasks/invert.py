@@ -54,9 +54,10 @@ def invert(
         options: see `SearchOptions`. By default 8 tokens are learned, or fewer where the caption
             leaves less of the context.
         caption: text that stays in the prompt, such as that of a captioner. The learned words go
-            where it holds `{}`, else behind it. It may have any length and hold weights and tags;
-            `pez_core.prompt_text` says how these are read. A result whose prompt is longer than the
-            context has a `note`.
+            where it holds `{}`, else behind it; with the wording "tags", and behind a list of tags
+            with "sentence", a comma stands between. It may have any length and hold weights and
+            tags; `pez_core.prompt_text` says how these are read. A result whose prompt is longer
+            than the context, or shorter than wanted for the caption, has a `note`.
         avoid: one text or image, or a list of them, to stay away from. A string is always a text;
             an image file is given as `Path("cat.png")`. The mean similarity with them is subtracted
             from that with the image, with weight 0.5; `Avoid(targets, weight)` sets another weight.
@@ -96,8 +97,9 @@ def invert(
             "leave `negative_prompt` out",
         )
     signed, avoided = _signed_weights(weights, away, negative_prompt)
-    fixed = check_caption(caption)
+    fixed = check_caption(caption, options.wording)
     options, spoken = _as_read(options, fixed)
+    length = options.prompt_len or default_len(clip, PROMPT_LEN, spoken or fixed)
     with torch.inference_mode(False):
         features = (
             clip.encode_images(pictures, options.fit)
@@ -107,7 +109,7 @@ def invert(
         targets = as_list(away.targets)
         others = encode_targets("avoid", clip, targets, options.fit) if targets else features[:0]
         groups = [features] if shared else features.split(1)
-        return learn(
+        results = learn(
             clip,
             [
                 PromptTarget(
@@ -118,12 +120,21 @@ def invert(
                 for group in groups
             ],
             options,
-            options.prompt_len or default_len(clip, PROMPT_LEN, spoken or fixed),
+            length,
             callback,
             caption=fixed,
             encoded=spoken,
             word_weight=WORD_WEIGHT,
         )
+    if options.prompt_len or length == PROMPT_LEN or not caption:
+        return results
+    return _with_room(results, length)
+
+
+def _with_room(results: list[Result], room: int) -> list[Result]:
+    """The results with a remark that the caption leaves less room than usual."""
+    remark = f"Beside the caption there is room for {room} learned tokens, not for {PROMPT_LEN}."
+    return [replace(one, note=f"{remark} {one.note}".strip()) for one in results]
 
 
 def _as_read(options: SearchOptions, caption: str) -> tuple[SearchOptions, str | None]:

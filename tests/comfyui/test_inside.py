@@ -714,10 +714,15 @@ answer({
     assert found["as it is"][0][0].startswith("**Caption:** The image shows a red dog")
     ((sentence, note),) = found["sentence"]
     assert sentence.startswith(f"{cleaned} ") and note == ""
+    free = "Without effect: `wording` sentence, since `effort` is paper; the prompt is free."
+    assert found["clean"][0][1] == free
     assert all(prompt.endswith(" in a house") for prompt, _ in found["placed"])
     for _, note in [*found["cut"], found["each"][1]]:
-        assert note.startswith("The caption was cut from ") and note.endswith("2 are learned.")
-    assert found["each"][0][1] == ""
+        note = note.removeprefix(f"{free} ")
+        assert (
+            note.startswith("The caption was cut from ") and '2 are learned. Left out: "a' in note
+        )
+    assert found["each"][0][1] == free
     for name in ("pruned", "encoded"):
         pairs = zip(found[name], found["expected"], strict=True)
         assert all(prompt.startswith(start) for (prompt, _), start in pairs), name
@@ -725,6 +730,41 @@ answer({
     assert shared.startswith(found["of both"]) and found["of both"] != cleaned
     assert found["pruned alone"][0].startswith(f"{found['alone']} ")
     assert "`prune_caption` keeps words that are similar" in found["message"]
+
+
+def test_widgets_without_effect_are_named():
+    """A run goes on with them, since workflows from before have them."""
+    found = inside(
+        """
+from pez_pack.nodes import ImageToPrompt, models
+from pez_pack.nodes.kept import Kept
+from pez_pack.nodes.memory import LoadedClip
+cpu = torch.device("cpu")
+clip = LoadedClip(models.load(models.BUNDLED, False, device=cpu), cpu, cpu)
+picture = torch.rand(1, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+def run(**others):
+    given = {"clip": clip, "images": picture, "effort": "fast", "prompt_len": 2, "time_limit": 3.0}
+    given = {name: [value] for name, value in (given | others).items()}
+    done = ImageToPrompt.PREPARE_CLASS_CLONE(None).execute(**given)
+    (one,) = Kept.from_text(done.ui["pez"][0]["kept"]).found
+    assert one.prompt
+    return one.note
+answer({
+    "optimiser": run(wording="tags", lr=0.5, weight_decay=0.0),
+    "begun": run(wording="tags", lr=0.5, start_from="red"),
+    "paper": run(wording="tags", effort="paper", steps=2),
+    "free": run(wording="free", lr=0.5),
+    "tags": run(wording="sentence", caption="red fish, blue hat"),
+})
+"""
+    )
+    assert found == {
+        "optimiser": "Without effect: `lr` and `weight_decay`, since `wording` is tags.",
+        "begun": "",
+        "paper": "Without effect: `wording` tags, since `effort` is paper; the prompt is free.",
+        "free": "",
+        "tags": "The caption is a list of tags, so the learned words are tags, too.",
+    }
 
 
 def test_a_second_run_of_the_node_reads_its_image_once_and_no_vocabulary():

@@ -6,16 +6,28 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pez_core import SearchOptions, fuse, load_clip
+from pez_core import (
+    SearchOptions,
+    Vocabulary,
+    fit_caption,
+    fuse,
+    invert,
+    load_clip,
+    prepare_caption,
+)
+from pez_core.captions import pruned
+from pez_core.continuation import continuing
 from pez_core.errors import ArgumentError
 from pez_core.tasks.distill import _Section
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FISH = ROOT / "examples/noto-fish.png"
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 
@@ -63,6 +75,20 @@ def notes() -> list[str]:
     options = SearchOptions(effort="paper", steps=1, prompt_len=1)
     clip = load_clip("emoji-clip", device="cpu")
     found.append(fuse(clip, ["a red car", "a blue fish"], options, max_tokens=2).note)
+    (long,) = invert(clip, FISH, replace(options, prompt_len=None), caption="dog " * 72)
+    found.append(long.note)
+    tags = SearchOptions(wording="sentence")
+    red = Vocabulary(only=["red", "dog"])
+    found.append(continuing(tags, "1, 2, 3")[1])
+    found.append(prepare_caption(clip, "<think>", options)[1])
+    found.append(fit_caption(clip, "1 " * 80, 8)[1])
+    found.append(pruned(clip, "2 1 3 4 5 6 7 8 9", FISH)[1])
+    written = SearchOptions(
+        wording="sentence", swaps=1, steps=2, prompt_len=1, vocabulary=red, lr=1.0
+    )
+    found.append(invert(clip, FISH, written)[0].note)
+    found += ["Without effect: `wording` tags, since `effort` is paper; the prompt is free."]
+    found += ["Without effect: `lr` and `weight_decay`, since `wording` is tags."]
     ours = [
         "There was no text.",
         "Finished before its turn; a first guess.",
@@ -78,7 +104,7 @@ def test_every_note_is_translated(javascript):
     english = notes()
     assert javascript("given.map(strings.translateNote)", english, "en") == english
     for note in javascript("given.map(strings.translateNote)", english):
-        words = set(re.findall("[A-Za-z]+", note)) - {"token"}
+        words = set(re.findall("[A-Za-z]+", note)) - {"token", "CLIP"}
         assert not words and re.search("[\u4e00-\u9fff]", note), note
     pruned = "without words that do not help: 0.3000  The prompt is red"
     assert javascript("strings.translateNote(given)", pruned).endswith(" 0.3000  The prompt is red")
