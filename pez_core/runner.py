@@ -93,7 +93,8 @@ class Problem:
         caption: the fixed text.
         word_weight: of the prior of single words.
         space: the allowed tokens.
-        acceptable: a check of prompts that may become the best; None: all pass.
+        acceptable: a check of prompts that may become the best, and of what these may begin with;
+            None: all pass.
         seeds: one per target.
         ids: (searches, trials, prompt_len) initial prompts.
         readability: the prior of `options.read_weight`; None: there is none.
@@ -241,9 +242,10 @@ def prepare(
     )
 
     def acceptable(rows: torch.Tensor) -> torch.Tensor:
+        around = frame if rows.shape[1] == prompt_len else frame.without_end()
         good = [
-            (all_round_trip or frame.round_trips(row))
-            and not (blocked and frame.blocked_word(row, blocked))
+            (all_round_trip or around.round_trips(row))
+            and not (blocked and around.blocked_word(row, blocked))
             for row in rows.tolist()
         ]
         return torch.tensor(good, device=rows.device)
@@ -523,6 +525,7 @@ def _written(
         callback and (lambda progress: callback(best.report(span, progress))),
         problem.space.only_allowed(problem.acceptable),
         seeds=problem.search_seeds[span],
+        start=problem.ids[span].flatten(0, 1),
     )
     best.take(span, found)
     return found
@@ -757,9 +760,7 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     else:
         rows = [_round_trip(clip, caption, row) for row in rows]
     if _reads(problem.options):
-        words, allowed = clip.text.words, frozenset(problem.space.allowed.tolist())
-        good = [with_right_articles(row, words.decode, words.encode, allowed) for row in rows]
-        rows = [b if caption.round_trips(b) else a for a, b in zip(rows, good, strict=True)]
+        rows = [_with_right_articles(problem, row) for row in rows]
     texts = [caption.text(row) for row in rows]
     features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
@@ -785,6 +786,20 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
             )
         )
     return results
+
+
+def _with_right_articles(problem: Problem, ids: list[int]) -> list[int]:
+    """The learned tokens with the right articles, unless the prompt cannot be printed so."""
+    words, allowed = problem.clip.text.words, frozenset(problem.space.allowed.tolist())
+    right = with_right_articles(ids, words.decode, words.encode, allowed)
+    return right if _passes(problem, right) else ids
+
+
+def _passes(problem: Problem, ids: list[int]) -> bool:
+    """Whether learned tokens round-trip and are acceptable."""
+    good = problem.space.only_allowed(problem.acceptable)
+    rows = torch.tensor([ids], device=problem.space.table.device)
+    return problem.caption.round_trips(ids) and (good is None or bool(good(rows).all()))
 
 
 def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:
