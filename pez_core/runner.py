@@ -35,6 +35,7 @@ from .seeds import child_seed, restart_seed
 from .single_words import SingleWordPrior, WordFeatures, sample_of
 from .space import PhraseSpace, TokenSpace
 from .swaps import Prior, SwapSettings, refine
+from .tags import Tags
 from .token_lm import load_token_lm
 from .tower_work import counted
 from .tracker import Progress
@@ -53,6 +54,8 @@ _ENDLESS = 10**9
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
+# Prompts that are encoded at once to find the order of tags.
+_ROWS = 2048
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -759,6 +762,8 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
             )
     else:
         rows = [_round_trip(clip, caption, row) for row in rows]
+    if problem.options.wording == "tags" and not caption.inserts:
+        rows = _by_importance(problem, rows)
     if _reads(problem.options):
         rows = [_with_right_articles(problem, row) for row in rows]
     texts = [caption.text(row) for row in rows]
@@ -786,6 +791,38 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
             )
         )
     return results
+
+
+def _by_importance(problem: Problem, rows: list[list[int]]) -> list[list[int]]:
+    """Tags in order, each before those whose loss would cost less similarity."""
+    caption = problem.caption
+    (comma,) = problem.clip.text.words.encode_behind(",")
+    tags = [Tags.of(row, comma, caption.before, caption.after) for row in rows]
+    shorter = [one.without() for one in tags]
+    owners = [k for k, few in zip(problem.owners, shorter, strict=True) for _ in few]
+    scores = iter(_similarities(problem, [row for few in shorter for row in few], owners))
+    ordered = [
+        one.ordered([next(scores) for _ in few]) for one, few in zip(tags, shorter, strict=True)
+    ]
+    return [b if _passes(problem, b) else a for a, b in zip(rows, ordered, strict=True)]
+
+
+@torch.no_grad()
+def _similarities(
+    problem: Problem, rows: Sequence[list[int]], owners: Sequence[int]
+) -> list[float]:
+    """Similarities of learned tokens, of any lengths, with the targets of these numbers."""
+    found = [0.0] * len(rows)
+    for n in {len(row) for row in rows}:
+        places = [k for k, row in enumerate(rows) if len(row) == n]
+        ids = torch.tensor([rows[k] for k in places], device=problem.ids.device)
+        encode = replace(problem, prompt_len=n).encoder
+        parts = [encode(problem.space.embed(part)).float() for part in ids.split(_ROWS)]
+        towards = torch.stack([problem.targets[owners[k]].towards for k in places])
+        values = (F.normalize(torch.cat(parts), dim=-1) * towards).sum(dim=1)
+        for k, value in zip(places, values.tolist(), strict=True):
+            found[k] = value
+    return found
 
 
 def _with_right_articles(problem: Problem, ids: list[int]) -> list[int]:
