@@ -34,7 +34,7 @@ from .scoring import contributions
 from .seeds import child_seed, restart_seed
 from .single_words import SingleWordPrior, WordFeatures, sample_of
 from .space import PhraseSpace, TokenSpace
-from .swaps import Prior, SwapSettings, refine
+from .swaps import ROWS, Prior, SwapSettings, refine
 from .tags import Tags
 from .token_lm import load_token_lm
 from .tower_work import counted
@@ -54,8 +54,6 @@ _ENDLESS = 10**9
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
-# Prompts that are encoded at once to find the order of tags.
-_ROWS = 2048
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -817,7 +815,7 @@ def _similarities(
         places = [k for k, row in enumerate(rows) if len(row) == n]
         ids = torch.tensor([rows[k] for k in places], device=problem.ids.device)
         encode = replace(problem, prompt_len=n).encoder
-        parts = [encode(problem.space.embed(part)).float() for part in ids.split(_ROWS)]
+        parts = [encode(problem.space.embed(part)).float() for part in ids.split(ROWS)]
         towards = torch.stack([problem.targets[owners[k]].towards for k in places])
         values = (F.normalize(torch.cat(parts), dim=-1) * towards).sum(dim=1)
         for k, value in zip(places, values.tolist(), strict=True):

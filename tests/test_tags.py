@@ -60,7 +60,9 @@ def in_order(clip, row, images, before="", behind="", weights=(1.0,)):
     if len(full) > 1:
         texts = [before + ", ".join(phrases[:k] + phrases[k + 1 :]) + behind for k in full]
         pairs = zip(images, weights, strict=True)
-        left = sum(w * score(clip, texts, Path(image)).similarity[:, 0] for image, w in pairs)
+        left = torch.zeros(len(full))
+        for image, weight in pairs:
+            left += weight * score(clip, texts, Path(image)).similarity[:, 0]
         ordered = [phrases[full[k]] for k in left.argsort(stable=True).tolist()]
         phrases = [ordered.pop(0) if phrase else "" for phrase in phrases]
     return without_articles(", ".join(phrases))

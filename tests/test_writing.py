@@ -181,6 +181,31 @@ def test_before_the_first_token_there_is_one_beginning(tiny_clip, model):
     assert found.ids.shape == (8, 2) and found.scores.isfinite().all()
 
 
+@pytest.mark.parametrize("problems", [3, 100])
+def test_many_searches_take_no_more_memory_than_swaps(emoji_clip, model, problems):
+    prior = make_prior(emoji_clip, model, length=2)
+    encode, rows, learned = emoji_clip.text.encoder(), [], []
+
+    class Counted:
+        def __init__(self, encode):
+            self.encode = encode
+
+        def __call__(self, embeddings):
+            (learned if embeddings.requires_grad else rows).append(len(embeddings))
+            return self.encode(embeddings)
+
+        def given(self, embeddings):
+            return Counted(self.encode.given(embeddings))
+
+    objective = Similarity(Counted(encode), torch.randn(problems, 1, emoji_clip.feature_size))
+    settings = WritingSettings(steps=2, proposals=24)
+    write(prior.space, objective, prior, 2, settings, seeds=range(problems))
+    assert max(rows) <= max(2048, 8 * problems) and max(learned) <= max(256, 8 * problems)
+    # every beginning is compared with every proposal, and every probe is taken
+    assert sum(rows) == problems * (1 + 24 + 8 * 24 + 1)
+    assert sum(learned) == problems * 4 * (1 + 8)
+
+
 def test_the_results_of_a_problem_differ(emoji_clip, model):
     _, found = written(emoji_clip, pictures(2), model, [5, 6])
     assert len({tuple(row) for row in found.ids.tolist()}) == 4
