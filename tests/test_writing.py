@@ -413,6 +413,27 @@ def test_long_captions_are_read_as_far_as_the_model_can(emoji_clip, words):
             assert one.learned and one.perplexity > 1
 
 
+def test_where_the_end_is_cut_off_no_other_token_has_its_weight(tiny_clip, model):
+    prior = make_prior(tiny_clip, model, "{} " + " ".join(["red blue green old"] * 20))
+    ids = prior.space.random(2, 5, torch.Generator().manual_seed(1))
+    for row, score in zip(ids.tolist(), prior.score(ids).tolist(), strict=True):
+        read = torch.tensor([prior.caption.ids(row)[: model.shape.context]])
+        query, state = model.start(torch.tensor([KINDS.index("tags")]))
+        queries = torch.cat([query, model.extend(read, state)[0][:, :-1]], dim=1)
+        expected = model.likelihoods(queries, read).mean().item()
+        assert score == pytest.approx(0.8 * 0.1 * expected, abs=1e-5)
+
+
+def test_more_tokens_than_the_language_model_reads_are_refused(tiny_clip):
+    model = TokenLM(replace(Shape(), table_width=8, width=16, heads=2, layers=2, context=6))
+    assert make_prior(tiny_clip, model, length=6).slots.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ArgumentError, match="`prompt_len` is 7, but the language model reads 6"):
+        make_prior(tiny_clip, model, length=7)
+    inserts = [(4, "and then", "and then")]
+    with pytest.raises(ArgumentError, match="with the fixed text between the learned ones"):
+        make_prior(tiny_clip, model, inserts=inserts)
+
+
 def test_what_stands_directly_before_is_read_of_a_long_caption(emoji_clip, model):
     last = " ".join(["old"] * 30)
     ids = torch.tensor([WORDS[:5]])
