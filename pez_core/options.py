@@ -142,7 +142,8 @@ class SearchOptions:
             cost most similarity. `"sentence"`: a description. For these two a small language model
             and the CLIP write the prompt from left to right in place of PEZ (`pez_core.writing`),
             and swaps follow. Phrases keep their places where they go on in fixed text, where fixed
-            text stands between learned words, and where the order is not acceptable. With
+            text stands between learned words. Where the order spells a blocked word or costs more
+            than 0.01 of the similarity, only the first phrase is moved, or none. With
             `start_from`, or phrases of several tokens in the vocabulary, PEZ stays and the language
             model compares the swaps. They need a CLIP with CLIP's own tokenizer.
         readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,

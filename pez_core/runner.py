@@ -54,6 +54,8 @@ _ENDLESS = 10**9
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
+# Similarity that the order of tags may cost. More is lost in few prompts, but much in these.
+_ORDER_COSTS = 0.01
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -792,35 +794,43 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
 
 
 def _by_importance(problem: Problem, rows: list[list[int]]) -> list[list[int]]:
-    """Tags in order, each before those whose loss would cost less similarity."""
+    """Tags in order, each before those whose loss would cost less similarity.
+
+    Where this costs too much or is refused, only the first of them is moved, or none.
+    """
     caption = problem.caption
     (comma,) = problem.clip.text.words.encode_behind(",")
     tags = [Tags.of(row, comma, caption.before, caption.after) for row in rows]
-    shorter = [one.without() for one in tags]
-    owners = [k for k, few in zip(problem.owners, shorter, strict=True) for _ in few]
-    scores = iter(_similarities(problem, [row for few in shorter for row in few], owners))
-    ordered = [
-        one.ordered([next(scores) for _ in few]) for one, few in zip(tags, shorter, strict=True)
-    ]
-    return [b if _passes(problem, b) else a for a, b in zip(rows, ordered, strict=True)]
+    without = _similarities(problem, [one.without() for one in tags])
+    orders = [one.orders(scores) for one, scores in zip(tags, without, strict=True)]
+    orders = [[*few, row] for few, row in zip(orders, rows, strict=True)]
+
+    def best(few: list[list[int]], scores: list[float]) -> list[int]:
+        least = scores[-1] - _ORDER_COSTS
+        good = (row for row, score in zip(few, scores, strict=True) if score >= least)
+        return next((row for row in good if _passes(problem, row)), few[-1])
+
+    found = zip(orders, _similarities(problem, orders), strict=True)
+    return [best(few, scores) for few, scores in found]
 
 
 @torch.no_grad()
-def _similarities(
-    problem: Problem, rows: Sequence[list[int]], owners: Sequence[int]
-) -> list[float]:
-    """Similarities of learned tokens, of any lengths, with the targets of these numbers."""
+def _similarities(problem: Problem, groups: Sequence[list[list[int]]]) -> list[list[float]]:
+    """Similarities of learned tokens, of any lengths: a group of each search, with its target."""
+    pairs = zip(problem.owners, groups, strict=True)
+    rows = [(row, owner) for owner, group in pairs for row in group]
     found = [0.0] * len(rows)
-    for n in {len(row) for row in rows}:
-        places = [k for k, row in enumerate(rows) if len(row) == n]
-        ids = torch.tensor([rows[k] for k in places], device=problem.ids.device)
+    for n in {len(row) for row, _ in rows}:
+        places = [k for k, (row, _) in enumerate(rows) if len(row) == n]
+        ids = torch.tensor([rows[k][0] for k in places], device=problem.ids.device)
         encode = replace(problem, prompt_len=n).encoder
         parts = [encode(problem.space.embed(part)).float() for part in ids.split(ROWS)]
-        towards = torch.stack([problem.targets[owners[k]].towards for k in places])
+        towards = torch.stack([problem.targets[rows[k][1]].towards for k in places])
         values = (F.normalize(torch.cat(parts), dim=-1) * towards).sum(dim=1)
         for k, value in zip(places, values.tolist(), strict=True):
             found[k] = value
-    return found
+    scores = iter(found)
+    return [[next(scores) for _ in group] for group in groups]
 
 
 def _with_right_articles(problem: Problem, ids: list[int]) -> list[int]:

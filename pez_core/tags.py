@@ -47,15 +47,20 @@ class Tags:
             return []
         return [self._joined(self.phrases[:k] + self.phrases[k + 1 :]) for k in self.movable]
 
-    def ordered(self, scores: Sequence[float]) -> list[int]:
-        """The tokens with the movable phrases in order.
+    def orders(self, scores: Sequence[float]) -> list[list[int]]:
+        """The tokens with all movable phrases in order, and with the first of these moved alone.
 
         Args:
             scores: of `without`. The lower one is, the more is lost with its phrase, and the
                 earlier the phrase comes.
         """
-        phrases = list(self.phrases)
         order = sorted(range(len(scores)), key=scores.__getitem__)
+        return [
+            self._reordered(one) for one in (order, sorted(order, key=lambda k: (k != order[0], k)))
+        ]
+
+    def _reordered(self, order: Sequence[int]) -> list[int]:
+        phrases = list(self.phrases)
         for place, k in zip(self.movable, order, strict=False):
             phrases[place] = self.phrases[self.movable[k]]
         return self._joined(phrases)

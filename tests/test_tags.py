@@ -19,14 +19,16 @@ OPTIONS = SearchOptions(prompt_len=10, effort="fast", wording="tags")
 def test_phrases_change_places_and_commas_stay():
     tags = Tags.of([5, 6, 0, 7, 0, 8, 9], 0, [], [])
     assert tags.without() == [[7, 0, 8, 9], [5, 6, 0, 8, 9], [5, 6, 0, 7]]
-    assert tags.ordered([0.3, 0.1, 0.2]) == [7, 0, 8, 9, 0, 5, 6]
-    assert tags.ordered([0.2, 0.2, 0.2]) == [5, 6, 0, 7, 0, 8, 9]  # equals as they were written
+    assert tags.orders([0.3, 0.1, 0.2]) == [[7, 0, 8, 9, 0, 5, 6], [7, 0, 5, 6, 0, 8, 9]]
+    assert (
+        tags.orders([0.2, 0.2, 0.2]) == [[5, 6, 0, 7, 0, 8, 9]] * 2
+    )  # equals as they were written
 
 
 def test_places_without_a_phrase_stay():
     tags = Tags.of([0, 5, 0, 0, 6, 0], 0, [], [])
     assert tags.without() == [[0, 0, 6, 0], [0, 5, 0, 0]]
-    assert tags.ordered([0.2, 0.1]) == [0, 6, 0, 0, 5, 0]
+    assert tags.orders([0.2, 0.1]) == [[0, 6, 0, 0, 5, 0]] * 2
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_places_without_a_phrase_stay():
 def test_a_phrase_that_goes_on_in_the_fixed_text_keeps_its_place(before, behind, ordered):
     tags = Tags.of([1, 0, 2, 0, 3], 0, before, behind)
     scores = [3.0 - k for k in tags.movable] if tags.without() else []
-    assert tags.ordered(scores) == ordered
+    assert tags.orders(scores)[0] == ordered
 
 
 @pytest.fixture
@@ -54,7 +56,10 @@ def written(monkeypatch):
 
 
 def in_order(clip, row, images, before="", behind="", weights=(1.0,)):
-    """The words of `row`, its phrases by the similarity that is left without each."""
+    """The words of `row`, its phrases by the similarity that is left without each.
+
+    Where this costs more than 0.01, the first of them is moved alone, or none.
+    """
     phrases = [phrase.strip() for phrase in clip.text.words.decode(row).split(",")]
     full = [k for k, phrase in enumerate(phrases) if phrase]
     if len(full) > 1:
@@ -63,8 +68,18 @@ def in_order(clip, row, images, before="", behind="", weights=(1.0,)):
         left = torch.zeros(len(full))
         for image, weight in pairs:
             left += weight * score(clip, texts, Path(image)).similarity[:, 0]
-        ordered = [phrases[full[k]] for k in left.argsort(stable=True).tolist()]
-        phrases = [ordered.pop(0) if phrase else "" for phrase in phrases]
+        order = left.argsort(stable=True).tolist()
+        first = [order[0], *(k for k in range(len(full)) if k != order[0])]
+        found = []
+        for one in (order, first, range(len(full))):
+            ordered = [phrases[full[k]] for k in one]
+            found.append(", ".join(ordered.pop(0) if phrase else "" for phrase in phrases))
+        scores = torch.zeros(3)
+        for image, weight in zip(images, weights, strict=True):
+            texts = [f"{before}{text}{behind}" for text in found]
+            scores += weight * score(clip, texts, Path(image)).similarity[:, 0]
+        good = [k for k in range(3) if scores[k] >= scores[2] - 0.01]
+        return without_articles(found[good[0]])
     return without_articles(", ".join(phrases))
 
 
@@ -123,6 +138,23 @@ def test_an_order_that_is_refused_is_not_taken(emoji_clip):
         return torch.tensor([one != ordered for one in rows.tolist()])
 
     assert _by_importance(replace(problem, acceptable=acceptable), [row]) == [row]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.491, 0.6, 0.5], "c , b , a"),
+        ([0.489, 0.491, 0.5], "c , a , b"),
+        ([0.489, 0.489, 0.5], "a , b , c"),
+    ],
+)
+def test_an_order_that_costs_too_much_is_not_taken(emoji_clip, monkeypatch, scores, expected):
+    row = emoji_clip.text.words.encode("a, b, c")
+    problem = replace(problem_of(emoji_clip, row), acceptable=None)
+    values = [[[0.3, 0.2, 0.1]], [scores]]  # without each phrase, and of each order
+    monkeypatch.setattr("pez_core.runner._similarities", lambda *_: values.pop(0))
+    (found,) = _by_importance(problem, [row])
+    assert emoji_clip.text.words.decode(found) == expected
 
 
 def test_tags_behind_a_caption_longer_than_the_context_are_in_order(emoji_clip):
