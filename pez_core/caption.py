@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from .continuation import behind
@@ -125,6 +126,13 @@ class Caption:
                 f"is {caption!r}, whose text would fuse with the learned words",
                 "put a space on both sides of {}",
             )
+
+    def without_end(self) -> Caption:
+        """The same without the text behind the learned words."""
+        other = copy(self)
+        other._printed, other._encoded = (self._printed[0], ""), (self._encoded[0], "")
+        other.after, other._words_around = [], (self._words_around[0], 0)
+        return other
 
     def check_room(self, prompt_len: int, one_context: bool) -> None:
         """Raise unless `prompt_len` tokens fit.

@@ -96,10 +96,14 @@ class FluencyLoss:
 
     @torch.no_grad()
     def losses(self, texts: Sequence[str], goals: Sequence[int]) -> torch.Tensor:
-        """See `ExtraLoss`. All tokens of a text count, those of a caption before it, too."""
+        """See `ExtraLoss`. All tokens of a text count, those of a caption before it, too.
+
+        Of a text that is longer than the context of the language model the last tokens count.
+        """
         table, loss, found = self.token_embedding, self.objective([], [], goals), []
+        room = self._model.shape.context - 1  # one place is the end's
         for text in texts:
-            ids = torch.tensor([self._words.encode(text)], device=table.device)
+            ids = torch.tensor([self._words.encode(text)[-room:]], device=table.device)
             found.append(loss(table[ids]))
         return torch.cat(found)
 
@@ -132,17 +136,15 @@ class FluentTokens:
         """(rows, prompt_len, columns) -> (rows,) mean negative log-likelihoods, in nats."""
         first = 0 if self._before is None else self._before.shape[1]
         fixed = self._fixed_of(first + embeddings.shape[1])
-        learned = len(fixed.slots)  # fewer than all where the language model has less context
         (query, state), total = fixed.start, embeddings.new_zeros(1)
         if self._before is not None and first:
             with torch.no_grad():
-                before = self._before[:, :learned]
-                query, state = _in_each(before, query, state)
-                likely, query, state = self._read(before, query, state)
+                query, state = _in_each(self._before, query, state)
+                likely, query, state = self._read(self._before, query, state)
                 total = likely @ fixed.shares[: likely.shape[1]]
         total = total.repeat_interleave(len(embeddings) // len(total))
-        after = fixed.embedded[learned:].expand(len(embeddings), -1, -1)
-        rest = torch.cat([embeddings[:, : max(0, learned - first)], after], dim=1)
+        after = fixed.embedded[len(fixed.slots) :].expand(len(embeddings), -1, -1)
+        rest = torch.cat([embeddings, after], dim=1)
         if rest.shape[1]:
             query, state = _in_each(rest, query, state)
             likely, _, _ = self._read(rest, query, state, ends=True)

@@ -138,11 +138,14 @@ class SearchOptions:
         start_from: text that the first restart starts from, at most `prompt_len` tokens; random
             tokens fill the rest. Other restarts start from random tokens alone. None: all do.
         wording: what the prompt reads like. `"free"`: any words in any order. `"tags"`: short
-            phrases with commas between them. `"sentence"`: a description. For these two a small
-            language model and the CLIP write the prompt from left to right in place of PEZ
-            (`pez_core.writing`), and swaps follow. With `start_from`, or phrases of several tokens
-            in the vocabulary, PEZ stays and the language model compares the swaps. They need a
-            CLIP with CLIP's own tokenizer.
+            phrases with commas between them, the most important one first: that whose loss would
+            cost most similarity. `"sentence"`: a description. For these two a small language model
+            and the CLIP write the prompt from left to right in place of PEZ (`pez_core.writing`),
+            and swaps follow. Phrases keep their places where they go on in fixed text, where fixed
+            text stands between learned words. Where the order spells a blocked word or costs more
+            than 0.01 of the similarity, only the first phrase is moved, or none. With
+            `start_from`, or phrases of several tokens in the vocabulary, PEZ stays and the language
+            model compares the swaps. They need a CLIP with CLIP's own tokenizer.
         readability: weight, from 0 to 1, of the likelihood of the prompt under a language model,
             which is added to the similarity when prompts are compared. Above 0 only whole words are
             used, in at most 4 trials. 0: none with the wording `"free"`, and 0.5 with the others.

@@ -132,6 +132,9 @@ class FluencyPrior:
         prompt_len: tokens to learn.
         kind: one of `KINDS`.
         readability: from 0 to 1, the weight of the likelihood.
+
+    Raises:
+        ArgumentError: the model reads fewer tokens than are learned.
     """
 
     capturable = False
@@ -168,7 +171,7 @@ class FluencyPrior:
     def tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) learned ids -> (rows, n) with the fixed ones between and behind."""
         whole = self.fixed.repeat(len(ids), 1)
-        whole[:, self.slots] = ids.cpu()[:, : len(self.slots)]
+        whole[:, self.slots] = ids.cpu()
         return whole
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
@@ -176,8 +179,6 @@ class FluencyPrior:
 
         Scaled like `score`, as a token's part in the mean.
         """
-        if position >= len(self.slots):
-            return torch.zeros(len(ids), len(self.allowed), device=ids.device)
         before = self.tokens(ids)[:, : int(self.slots[position])]
         query, state = self.start
         queries = query.expand(len(ids), -1, -1)
@@ -273,8 +274,6 @@ class FluentReader:
         """Read (n,) tokens, each behind the prompt of one of (n,) `parents`; None: in order."""
         if parents is not None:
             self._state = chosen(self._state, parents.cpu())
-        if self._place >= len(self._prior.slots):
-            return  # a prompt that is longer than the model's context
         self._extend(tokens.cpu()[:, None])
         self._place += 1
         self._skip_fixed()

@@ -34,7 +34,8 @@ from .scoring import contributions
 from .seeds import child_seed, restart_seed
 from .single_words import SingleWordPrior, WordFeatures, sample_of
 from .space import PhraseSpace, TokenSpace
-from .swaps import Prior, SwapSettings, refine
+from .swaps import ROWS, Prior, SwapSettings, refine
+from .tags import Tags
 from .token_lm import load_token_lm
 from .tower_work import counted
 from .tracker import Progress
@@ -53,6 +54,8 @@ _ENDLESS = 10**9
 _DRAWS = (0, 0)
 # A vocabulary of fewer words per token of the prompt needs some of them twice.
 _WORDS_PER_TOKEN = 2
+# Similarity that the order of tags may cost. More is lost in few prompts, but much in these.
+_ORDER_COSTS = 0.01
 # Random initial prompts that are tried until one is acceptable.
 _TRIES = 100
 
@@ -93,7 +96,8 @@ class Problem:
         caption: the fixed text.
         word_weight: of the prior of single words.
         space: the allowed tokens.
-        acceptable: a check of prompts that may become the best; None: all pass.
+        acceptable: a check of prompts that may become the best, and of what these may begin with;
+            None: all pass.
         seeds: one per target.
         ids: (searches, trials, prompt_len) initial prompts.
         readability: the prior of `options.read_weight`; None: there is none.
@@ -241,9 +245,10 @@ def prepare(
     )
 
     def acceptable(rows: torch.Tensor) -> torch.Tensor:
+        around = frame if rows.shape[1] == prompt_len else frame.without_end()
         good = [
-            (all_round_trip or frame.round_trips(row))
-            and not (blocked and frame.blocked_word(row, blocked))
+            (all_round_trip or around.round_trips(row))
+            and not (blocked and around.blocked_word(row, blocked))
             for row in rows.tolist()
         ]
         return torch.tensor(good, device=rows.device)
@@ -523,6 +528,7 @@ def _written(
         callback and (lambda progress: callback(best.report(span, progress))),
         problem.space.only_allowed(problem.acceptable),
         seeds=problem.search_seeds[span],
+        start=problem.ids[span].flatten(0, 1),
     )
     best.take(span, found)
     return found
@@ -756,10 +762,10 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
             )
     else:
         rows = [_round_trip(clip, caption, row) for row in rows]
+    if problem.options.wording == "tags" and not caption.inserts:
+        rows = _by_importance(problem, rows)
     if _reads(problem.options):
-        words, allowed = clip.text.words, frozenset(problem.space.allowed.tolist())
-        good = [with_right_articles(row, words.decode, words.encode, allowed) for row in rows]
-        rows = [b if caption.round_trips(b) else a for a, b in zip(rows, good, strict=True)]
+        rows = [_with_right_articles(problem, row) for row in rows]
     texts = [caption.text(row) for row in rows]
     features, extra = _features_of(problem, rows, texts), problem.options.extra_loss
     losses = None if extra is None else extra.losses(texts, problem.owners).tolist()
@@ -795,6 +801,60 @@ def _note(problem: Problem) -> str:
         f"Without effect: {names}, since the prompt was written in place of Algorithm 1, and all "
         "phrases of the vocabulary are single tokens."
     )
+
+
+def _by_importance(problem: Problem, rows: list[list[int]]) -> list[list[int]]:
+    """Tags in order, each before those whose loss would cost less similarity.
+
+    Where this costs too much or is refused, only the first of them is moved, or none.
+    """
+    caption = problem.caption
+    (comma,) = problem.clip.text.words.encode_behind(",")
+    tags = [Tags.of(row, comma, caption.before, caption.after) for row in rows]
+    without = _similarities(problem, [one.without() for one in tags])
+    orders = [one.orders(scores) for one, scores in zip(tags, without, strict=True)]
+    orders = [[*few, row] for few, row in zip(orders, rows, strict=True)]
+
+    def best(few: list[list[int]], scores: list[float]) -> list[int]:
+        least = scores[-1] - _ORDER_COSTS
+        good = (row for row, score in zip(few, scores, strict=True) if score >= least)
+        return next((row for row in good if _passes(problem, row)), few[-1])
+
+    found = zip(orders, _similarities(problem, orders), strict=True)
+    return [best(few, scores) for few, scores in found]
+
+
+@torch.no_grad()
+def _similarities(problem: Problem, groups: Sequence[list[list[int]]]) -> list[list[float]]:
+    """Similarities of learned tokens, of any lengths: a group of each search, with its target."""
+    pairs = zip(problem.owners, groups, strict=True)
+    rows = [(row, owner) for owner, group in pairs for row in group]
+    found = [0.0] * len(rows)
+    for n in {len(row) for row, _ in rows}:
+        places = [k for k, (row, _) in enumerate(rows) if len(row) == n]
+        ids = torch.tensor([rows[k][0] for k in places], device=problem.ids.device)
+        encode = replace(problem, prompt_len=n).encoder
+        parts = [encode(problem.space.embed(part)).float() for part in ids.split(ROWS)]
+        towards = torch.stack([problem.targets[rows[k][1]].towards for k in places])
+        values = (F.normalize(torch.cat(parts), dim=-1) * towards).sum(dim=1)
+        for k, value in zip(places, values.tolist(), strict=True):
+            found[k] = value
+    scores = iter(found)
+    return [[next(scores) for _ in group] for group in groups]
+
+
+def _with_right_articles(problem: Problem, ids: list[int]) -> list[int]:
+    """The learned tokens with the right articles, unless the prompt cannot be printed so."""
+    words, allowed = problem.clip.text.words, frozenset(problem.space.allowed.tolist())
+    right = with_right_articles(ids, words.decode, words.encode, allowed)
+    return right if _passes(problem, right) else ids
+
+
+def _passes(problem: Problem, ids: list[int]) -> bool:
+    """Whether learned tokens round-trip and are acceptable."""
+    good = problem.space.only_allowed(problem.acceptable)
+    rows = torch.tensor([ids], device=problem.space.table.device)
+    return problem.caption.round_trips(ids) and (good is None or bool(good(rows).all()))
 
 
 def _features_of(problem: Problem, rows: list[list[int]], texts: list[str]) -> torch.Tensor:

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 # Steps per position below which capturing costs more than it saves: a graph is captured at the
 # second step of a position, and pays from the fourth on.
 _STEPS_PER_POSITION = 5
-# Candidates encoded at once.
-_ROWS = 2048
+# Candidates encoded at once, which `nodes/memory.py` and `batch/worker.py` count on.
+ROWS = 2048
 
 
 class RefinableObjective(Protocol):
@@ -267,25 +267,25 @@ def _swaps(
         likely = None if task.prior is None else task.prior.screen(lead, i)
         swaps, bonus = space.swaps(lead, gradient, i, settings.screened, likely)
         alone = task.objective.given(space.embed(lead[:, :i]))
-        promise = _scores_behind(space, alone, space.swapped(lead, swaps, i), i)
+        promise = scores_behind(space, alone, space.swapped(lead, swaps, i), i)
         if bonus is not None and task.prior is not None:
             promise = promise + bonus + task.prior.corrections(swaps)
         picks = promise.topk(min(settings.candidates, promise.shape[1]), dim=1).indices
         swaps = swaps.gather(1, picks[..., None].expand(-1, -1, swaps.shape[2]))
 
         swapped = space.swapped(x, swaps.repeat_interleave(settings.trials, dim=0), i)
-        scores = totals = _scores_behind(space, rest, swapped, i)
+        scores = totals = scores_behind(space, rest, swapped, i)
         if task.prior is not None:
             totals = scores + task.prior.score(swapped.flatten(0, 1)).view(scores.shape)
         # a token that the leading trial lacks may be in another
         return (swapped, scores, totals.masked_fill(space.repeated(swapped), -torch.inf)), gradient
 
 
-def _scores_behind(
+def scores_behind(
     space: TokenSpace, rest: Objective, swapped: torch.Tensor, i: int
 ) -> torch.Tensor:
     """(rows, candidates) scores of prompts by an objective of their tokens from position i on."""
-    few = max(1, _ROWS // len(swapped))
+    few = max(1, ROWS // len(swapped))
     parts = [
         rest(space.embed(part[:, :, i:].flatten(0, 1)), 0)[1].view(len(swapped), -1)
         for part in swapped.split(few, dim=1)

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .errors import ArgumentError
+
 FOLDER = Path(__file__).parent / "models" / "token-lm"
 """The weights that come with the package."""
 KINDS = ("text", "sentence", "tags")
@@ -161,10 +163,14 @@ class FixedText:
         behind: ids of everything behind it, -1 in the place of each learned token, without the end.
         kind: one of `KINDS`.
 
+    Raises:
+        ArgumentError: the learned tokens do not fit the context of the model.
+
     Attributes:
         tokens: (n,) `behind` and the end, cut to the context of the model.
         slots: (learned,) the places of the learned tokens among them.
-        shares: (n,) the weight of each token in the likelihood of a prompt.
+        shares: (n,) the weight of each token in the likelihood of a prompt; that of the end, where
+            it is not cut off, is `END_SHARE`.
         embedded: (n, table_width + 1) their embeddings and biases, those of id 0 in the slots.
         start: (1, 1, table_width) query for the first of `tokens`, and the state.
     """
@@ -173,10 +179,18 @@ class FixedText:
         self, model: TokenLM, before: Sequence[int], behind: Sequence[int], kind: str
     ) -> None:
         device, context = model.bias.device, model.shape.context
+        if -1 in behind[context:]:
+            raise ArgumentError(
+                "prompt_len",
+                f"is {behind.count(-1)}, but the language model reads {context} tokens, with the "
+                "fixed text between the learned ones",
+                'learn fewer, or take the `wording` "free" without `readability`',
+            )
         self.tokens = torch.tensor([*behind, END][:context], device=device)
         self.slots = (self.tokens < 0).nonzero()[:, 0]
         self.shares = torch.ones(len(self.tokens), device=device)
-        self.shares[-1] = END_SHARE
+        if len(behind) < context:
+            self.shares[-1] = END_SHARE
         # of a long caption, what stands directly before
         before = before[max(0, len(before) + len(self.tokens) - context) :]
         with torch.inference_mode(False), torch.no_grad():

@@ -9,7 +9,7 @@ the language model alone finds unlikely, and nothing changes what is written onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,17 @@ import torch.nn.functional as F
 
 from .priors import FluencyPrior
 from .space import TokenSpace
-from .swaps import RefinableObjective
+from .swaps import ROWS, RefinableObjective, scores_behind
 from .tracker import Acceptable, Budget, Callback, Progress, Tracker
 
 # A proposed token is at most this much less likely than the likeliest one, in nats.
 _UNLIKELY = 9.0
 # Likeliest tokens at which the gradient is taken; their mean is a better guide than one of them.
 _PROBES = 4
+# Probes of all searches whose gradients are taken at once. They hold about as much memory as the
+# candidates of swaps; where there are more searches, one probe of each of 8 beginnings holds less
+# than the 4 trials of PEZ (three quarters with 8 tokens, a third with 75).
+_PROBED = ROWS // 8
 # Standard deviation of the noise in the similarities, by which restarts differ.
 _NOISE = 0.004
 
@@ -53,6 +57,7 @@ def write(
     acceptable: Acceptable | None = None,
     *,
     seeds: Sequence[int],
+    start: torch.Tensor | None = None,
 ) -> Progress:
     """Write a prompt for each problem.
 
@@ -64,15 +69,21 @@ def write(
         settings: see `WritingSettings`; `steps` has to be `prompt_len`.
         callback: as in `pez_core.search`. Until the end its prompts are those that the language
             model alone would write.
-        acceptable: as in `pez_core.search`.
+        acceptable: as in `pez_core.search`. Of fewer than `prompt_len` ids it says whether a
+            prompt may begin with them.
         seeds: one int per problem, for the differences between restarts.
+        start: (problems * results, prompt_len) acceptable ids, in the place of prompts that the
+            language model alone would write and that are not acceptable. None: these stay, with
+            the score -inf.
 
     Returns:
         A `Progress` with (problems * results, prompt_len) ids, those of the first problem first.
     """
     results = settings.results
-    beams = _Beams(space, objective, prior, settings, seeds)
+    beams = _Beams(space, objective, prior, settings, acceptable, seeds)
     plain = beams.finished(prompt_len).repeat_interleave(results, dim=0)
+    if acceptable is not None and start is not None:
+        plain = torch.where(acceptable(plain)[:, None], plain, start)
     tracker = Tracker(plain, settings, callback, acceptable)
 
     @torch.no_grad()
@@ -111,9 +122,11 @@ class _Beams:
         objective: RefinableObjective,
         prior: FluencyPrior,
         settings: WritingSettings,
+        acceptable: Acceptable | None,
         seeds: Sequence[int],
     ) -> None:
         self.space, self.objective, self.prior, self.settings = space, objective, prior, settings
+        self.acceptable = acceptable
         self.problems, device = len(seeds), space.table.device
         self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
         self.ids = torch.empty(self.problems, 0, dtype=torch.long, device=device)
@@ -124,12 +137,10 @@ class _Beams:
     def write(self) -> None:
         """Put one more token behind each beginning."""
         tokens, likely = self._proposals()
-        rows, count = tokens.shape
-        embeddings = self.space.embed(tokens)[:, :, None]
         with torch.no_grad():
             rest = self.objective.given(self.space.embed(self.ids))
-            _, scores = rest(embeddings.flatten(0, 1), 0)
-        scores = scores.view(rows, count) + _NOISE * self._noise(count)
+            scores = scores_behind(self.space, rest, tokens[:, :, None], 0)
+        scores = scores + _NOISE * self._noise(tokens.shape[1])
         likely = self.likely[:, None] + likely
         written = self.ids.shape[1] + 1
         totals = scores + self.prior.weight * likely / written
@@ -140,15 +151,48 @@ class _Beams:
         """Keep the best of (rows, count) longer beginnings of each problem."""
         beams, count = len(self.ids) // self.problems, tokens.shape[1]
         totals = totals.view(self.problems, -1)
-        missing = max(0, self.settings.beams - totals.shape[1])
-        best = F.pad(totals, (0, missing), value=-torch.inf).topk(self.settings.beams, dim=1)
+        totals = F.pad(totals, (0, max(0, self.settings.beams - totals.shape[1])), value=-torch.inf)
         first = torch.arange(self.problems, device=tokens.device)[:, None] * beams
-        parents = (first + (best.indices // count).clamp(max=beams - 1)).flatten()
-        places = best.indices % count
-        picks = parents, places.flatten()
-        self.ids = torch.cat([self.ids[parents], tokens[picks][:, None]], dim=1)
-        self.likely, self.totals = likely[picks], best.values.flatten()
-        self.reader.read(tokens[picks], parents)
+
+        def picks(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return first + (places // count).clamp(max=beams - 1), places % count
+
+        def longer(places: torch.Tensor) -> torch.Tensor:
+            parents, _ = found = picks(places)
+            return torch.cat([self.ids[parents], tokens[found][..., None]], dim=2)
+
+        best, places = self._best(totals, self.settings.beams, longer)
+        parents, _ = found = picks(places)
+        self.ids = longer(places).flatten(0, 1)
+        self.likely, self.totals = likely[found].flatten(), best.flatten()
+        self.reader.read(tokens[found].flatten(), parents.flatten())
+
+    def _best(
+        self, totals: torch.Tensor, count: int, longer: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of some beginnings that a prompt may have.
+
+        Args:
+            totals: (rows, n) what they are ranked by.
+            count: how many of each row are the best.
+            longer: (rows, k) places -> (rows, k, tokens) beginnings. Only those that may be kept
+                are checked, since a check costs more than a comparison.
+
+        Returns:
+            (rows, count) totals, -inf where there are fewer that are acceptable, and their places.
+        """
+        checked = torch.zeros_like(totals, dtype=torch.bool)
+        while True:
+            best, places = totals.topk(count, dim=1)
+            if self.acceptable is None:
+                return best, places
+            new = best.isfinite() & ~checked.gather(1, places)
+            if not new.any():
+                return best, places
+            refused = new.clone()
+            refused[new] = ~self.acceptable(longer(places)[new])
+            checked.scatter_(1, places, True)
+            totals = totals.scatter(1, places, best.masked_fill(refused, -torch.inf))
 
     def _proposals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, proposals) tokens to compare behind each beginning, and their log-likelihoods."""
@@ -156,11 +200,14 @@ class _Beams:
         likely = self.reader.next_tokens().masked_fill(space.taken(self.ids), -torch.inf)
         usual = likely.topk(min(_PROBES, likely.shape[1]), dim=1).indices
         rest = self.objective.given(space.embed(self.ids))
-        with torch.enable_grad():
-            probes = space.embed(space.allowed[usual])[:, :, None].requires_grad_()
-            loss, _ = rest(probes.flatten(0, 1), 0)
-            (gradient,) = torch.autograd.grad(loss.sum(), probes)
-        promise = -space.products(gradient[:, :, 0].mean(dim=1))
+        gradient = torch.zeros_like(space.embed(usual[:, :1]))
+        for part in usual.split(max(1, _PROBED // len(usual)), dim=1):
+            with torch.enable_grad():
+                probes = space.embed(space.allowed[part])[:, :, None].requires_grad_()
+                loss, _ = rest(probes.flatten(0, 1), 0)
+                (one,) = torch.autograd.grad(loss.sum(), probes)
+            gradient += one.sum(dim=1)
+        promise = -space.products(gradient[:, 0] / usual.shape[1])
         promise = promise + self.prior.weight * likely / (self.ids.shape[1] + 1)
         least = likely.max(dim=1, keepdim=True).values - _UNLIKELY
         promise = promise.masked_fill(likely < least, -torch.inf)
@@ -185,7 +232,10 @@ class _Beams:
         ids, reader = self.ids[rows], self.reader.of(rows)
         while ids.shape[1] < prompt_len:
             likely = reader.next_tokens().masked_fill(self.space.taken(ids), -torch.inf)
-            token = self.space.allowed[likely.argmax(dim=1)]
-            reader.read(token)
-            ids = torch.cat([ids, token[:, None]], dim=1)
+
+            def longer(places: torch.Tensor, ids: torch.Tensor = ids) -> torch.Tensor:
+                return torch.cat([ids, self.space.allowed[places]], dim=1)[:, None]
+
+            ids = longer(self._best(likely, 1, longer)[1])[:, 0]
+            reader.read(ids[:, -1])
         return ids

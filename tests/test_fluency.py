@@ -56,12 +56,12 @@ def test_the_loss_is_minus_the_score_of_the_prior(tiny_clip, model, caption):
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-@pytest.mark.parametrize("context", [77, 6])
+@pytest.mark.parametrize("context", [77, 9])
 def test_tokens_that_are_given_count_as_before(tiny_clip, monkeypatch, caption, context):
     model = make_model(context=context)
     monkeypatch.setattr(fluency, "_on", lambda device: model)
     loss, objective = objective_of(tiny_clip, caption)
-    length = 7  # more than the smaller context holds
+    length = 7  # with what stands behind more than the smaller context holds
     ids = some_ids(6, length)
     for n in range(length):
         ids[:, :n] = ids[::3, :n].repeat_interleave(3, dim=0)
@@ -92,6 +92,15 @@ def test_the_loss_of_a_text_is_that_of_its_tokens(tiny_clip, model):
     rows = [loss.token_embedding[torch.tensor([tiny_clip.text.words.encode(t)])] for t in texts]
     expected = torch.cat([objective(row) for row in rows])
     assert torch.allclose(loss.losses(texts, [0, 0]), expected)
+
+
+def test_of_a_long_text_the_last_tokens_count(tiny_clip, monkeypatch):
+    monkeypatch.setattr(fluency, "_on", lambda device: make_model(context=6))
+    loss, last = FluencyLoss(tiny_clip), "small dogs in a house"
+    found = loss.losses([f"two {last}", f"one red fish and {last}", last], [0, 0, 0])
+    assert torch.allclose(found[:2], found[2])
+    with pytest.raises(ArgumentError, match="`prompt_len` is 7, but the language model reads 6"):
+        loss.objective([], [], [0])(loss.token_embedding[some_ids(1, 7)])
 
 
 def test_the_kind_of_text_counts(tiny_clip, model):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import all_words, make_clip, paper
 from test_readability import make_lm
 
-from pez_core import ArgumentError, SearchOptions, Vocabulary, invert, search
+from pez_core import ArgumentError, SearchOptions, TokenSpace, Vocabulary, invert, search
 from pez_core.caption import Caption
 from pez_core.objectives import SampledSimilarity
 from pez_core.prompt_text import chunks
@@ -22,6 +22,7 @@ from pez_core.runner import (
     _similarity,
     _space,
     _Start,
+    _with_right_articles,
     default_len,
     learn,
     with_share_of_time,
@@ -275,3 +276,19 @@ def test_initial_prompts_are_drawn_from_words_that_round_trip(tiny_clip):
         *((a, b) for a in words[2:] for b in words[2:]),
         tuple(words[:2]),
     }
+
+
+@pytest.mark.parametrize(("blocked", "printed"), [((), "an apple"), (("an apple",), "a apple")])
+def test_an_article_that_would_spell_a_blocked_word_stays(emoji_clip, blocked, printed):
+    words, caption, block = emoji_clip.text.words, Caption(emoji_clip), Blocklist(blocked)
+
+    def acceptable(rows):
+        return torch.tensor([not caption.blocked_word(row, block) for row in rows.tolist()])
+
+    ids = words.encode("a apple")
+    allowed = torch.tensor(sorted([*ids, *words.encode("an")]))
+    space = TokenSpace(emoji_clip.text.token_embedding, allowed)
+    problem = SimpleNamespace(
+        clip=emoji_clip, caption=caption, space=space, acceptable=acceptable if blocked else None
+    )
+    assert words.decode(_with_right_articles(problem, ids)) == printed

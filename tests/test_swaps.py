@@ -300,7 +300,7 @@ def test_few_prompts_are_compared_at_once(linear, monkeypatch):
     found = []
     for rows in (2048, 6, 1):
         objective.rows.clear()
-        monkeypatch.setattr("pez_core.swaps._ROWS", rows)
+        monkeypatch.setattr("pez_core.swaps.ROWS", rows)
         found.append(refine(space, objective, ids, settings, seeds=[0]))
         assert max(objective.rows) == {2048: 8, 6: 6, 1: 2}[rows]
     assert found[0].history == found[1].history == found[2].history

@@ -181,6 +181,31 @@ def test_before_the_first_token_there_is_one_beginning(tiny_clip, model):
     assert found.ids.shape == (8, 2) and found.scores.isfinite().all()
 
 
+@pytest.mark.parametrize("problems", [3, 100])
+def test_many_searches_take_no_more_memory_than_swaps(emoji_clip, model, problems):
+    prior = make_prior(emoji_clip, model, length=2)
+    encode, rows, learned = emoji_clip.text.encoder(), [], []
+
+    class Counted:
+        def __init__(self, encode):
+            self.encode = encode
+
+        def __call__(self, embeddings):
+            (learned if embeddings.requires_grad else rows).append(len(embeddings))
+            return self.encode(embeddings)
+
+        def given(self, embeddings):
+            return Counted(self.encode.given(embeddings))
+
+    objective = Similarity(Counted(encode), torch.randn(problems, 1, emoji_clip.feature_size))
+    settings = WritingSettings(steps=2, proposals=24)
+    write(prior.space, objective, prior, 2, settings, seeds=range(problems))
+    assert max(rows) <= max(2048, 8 * problems) and max(learned) <= max(256, 8 * problems)
+    # every beginning is compared with every proposal, and every probe is taken
+    assert sum(rows) == problems * (1 + 24 + 8 * 24 + 1)
+    assert sum(learned) == problems * 4 * (1 + 8)
+
+
 def test_the_results_of_a_problem_differ(emoji_clip, model):
     _, found = written(emoji_clip, pictures(2), model, [5, 6])
     assert len({tuple(row) for row in found.ids.tolist()}) == 4
@@ -224,16 +249,66 @@ def test_a_search_that_ends_early_returns_whole_prompts(emoji_clip, model):
     assert limited.step == 1 and not limited.stopped and limited.ids.shape == (2, 5)
 
 
-def test_a_prompt_that_is_not_acceptable_is_not_returned(emoji_clip, model):
-    space, objective, prior = task(emoji_clip, pictures(1), model)
-    settings = WritingSettings(steps=5, beams=4, proposals=12)
-    free = write(space, objective, prior, 5, settings, seeds=[1])
+def test_what_a_prompt_must_not_begin_with_leaves_the_search_early(emoji_clip, model):
+    space, objective, prior = task(emoji_clip, pictures(2), model)
+    settings = WritingSettings(steps=5, beams=4, proposals=12, results=4)
+    free = write(space, objective, prior, 5, settings, seeds=[1, 2])
+    usual = free.ids[:, 0].unique()
+    asked = []
 
     def acceptable(ids):
-        return (ids != free.ids[0]).any(dim=1)
+        asked.append(ids)
+        return ~torch.isin(ids[:, 0], usual)
 
-    other = write(space, objective, prior, 5, settings, None, acceptable, seeds=[1])
-    assert other.ids.tolist() != free.ids.tolist() and other.scores.isfinite().all()
+    other = write(space, objective, prior, 5, settings, None, acceptable, seeds=[1, 2])
+    assert acceptable(other.ids).all() and other.scores.isfinite().all()
+    # the search goes on from other beginnings, and not from what the language model alone writes
+    assert len({tuple(row) for row in other.ids.tolist()}) == 8
+    assert other.scores.mean() > 0.5 * free.scores.mean()
+    # few are checked: of 24 to 96 beginnings of a step those that would stay
+    assert max(map(len, asked)) == 2 * 4
+    assert {ids.shape[1] for ids in asked} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("end", [1, 3, None])
+def test_where_nothing_can_be_written_the_first_prompts_stay(emoji_clip, model, end):
+    space, objective, prior = task(emoji_clip, pictures(2), model)
+    settings, seen = WritingSettings(steps=5, beams=4, proposals=12), []
+    start = space.random(2, 5, torch.Generator().manual_seed(0))
+
+    def acceptable(ids):
+        if ids.shape[1] < 5:
+            return torch.zeros(len(ids), dtype=torch.bool)
+        return (ids[:, None] == start).all(dim=2).any(dim=1)
+
+    def note(progress):
+        seen.append(progress.ids.tolist())
+        return progress.step == end
+
+    found = write(space, objective, prior, 5, settings, note, acceptable, seeds=[1, 2], start=start)
+    assert found.ids.tolist() == start.tolist() and seen == [start.tolist()] * (end or 5)
+    torch.testing.assert_close(found.scores, objective(space.embed(start), 0)[1])
+
+
+def test_the_language_model_alone_writes_no_refused_word(emoji_clip, model):
+    space, objective, prior = task(emoji_clip, pictures(1), model, once=torch.tensor(WORDS))
+    settings = WritingSettings(steps=5, beams=4, proposals=12)
+    plain = []
+
+    def end(progress):
+        plain.append(progress.ids[0])
+        return True
+
+    write(space, objective, prior, 5, settings, end, seeds=[1])
+
+    def acceptable(ids):
+        return ~torch.isin(ids, plain[0][2:]).any(dim=1)
+
+    found = write(space, objective, prior, 5, settings, end, acceptable, seeds=[1])
+    # the same as far as it is acceptable
+    assert plain[1][:2].tolist() == plain[0][:2].tolist()
+    assert acceptable(torch.stack([plain[1], found.ids[0]])).all()
+    assert found.scores.isfinite().all()
 
 
 def test_words_that_may_occur_once_do(emoji_clip, model):
@@ -284,6 +359,30 @@ def test_a_wording_reads_better_and_is_similar(emoji_clip, wording):
     assert found[0].history[0][0] == 1 and found[0].history[-1][0] == 8 + EFFORTS["fast"].swaps
 
 
+@pytest.mark.parametrize("end", [1, 4, None])
+@pytest.mark.parametrize("caption", ["{}", "a photo of {} ,"])
+def test_no_prompt_that_is_reported_has_a_blocked_phrase(emoji_clip, caption, end):
+    options = SearchOptions(prompt_len=6, effort="fast", wording="sentence")
+    seen = []
+
+    def note(report):
+        seen.extend(report.prompts)
+        return report.step == end
+
+    def first_words(prompts):
+        before = caption.split("{}")[0].split()
+        return {" ".join(prompt.split()[len(before) :][:2]) for prompt in prompts}
+
+    (free,) = invert(emoji_clip, EXAMPLES[0], options, callback=note, caption=caption)
+    blocked = first_words([*seen, *(c.prompt for c in free.candidates)])
+    seen.clear()
+    words = Vocabulary(dictionary=False, block=blocked)
+    given = replace(options, vocabulary=words)
+    (one,) = invert(emoji_clip, EXAMPLES[0], given, callback=note, caption=caption)
+    assert not blocked & first_words([*seen, one.prompt])
+    assert end or one.similarity > 0.5 * free.similarity
+
+
 def test_tags_have_commas_and_sentences_do_not(emoji_clip):
     options = SearchOptions(prompt_len=12, effort="fast")
     commas = {}
@@ -312,6 +411,27 @@ def test_long_captions_are_read_as_far_as_the_model_can(emoji_clip, words):
         for text in (" ".join(caption) + " {}", "{} " + " ".join(caption)):
             (one,) = invert(emoji_clip, EXAMPLES[0], given, caption=text)
             assert one.learned and one.perplexity > 1
+
+
+def test_where_the_end_is_cut_off_no_other_token_has_its_weight(tiny_clip, model):
+    prior = make_prior(tiny_clip, model, "{} " + " ".join(["red blue green old"] * 20))
+    ids = prior.space.random(2, 5, torch.Generator().manual_seed(1))
+    for row, score in zip(ids.tolist(), prior.score(ids).tolist(), strict=True):
+        read = torch.tensor([prior.caption.ids(row)[: model.shape.context]])
+        query, state = model.start(torch.tensor([KINDS.index("tags")]))
+        queries = torch.cat([query, model.extend(read, state)[0][:, :-1]], dim=1)
+        expected = model.likelihoods(queries, read).mean().item()
+        assert score == pytest.approx(0.8 * 0.1 * expected, abs=1e-5)
+
+
+def test_more_tokens_than_the_language_model_reads_are_refused(tiny_clip):
+    model = TokenLM(replace(Shape(), table_width=8, width=16, heads=2, layers=2, context=6))
+    assert make_prior(tiny_clip, model, length=6).slots.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ArgumentError, match="`prompt_len` is 7, but the language model reads 6"):
+        make_prior(tiny_clip, model, length=7)
+    inserts = [(4, "and then", "and then")]
+    with pytest.raises(ArgumentError, match="with the fixed text between the learned ones"):
+        make_prior(tiny_clip, model, inserts=inserts)
 
 
 def test_what_stands_directly_before_is_read_of_a_long_caption(emoji_clip, model):
