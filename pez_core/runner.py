@@ -224,14 +224,8 @@ def prepare(
 ) -> Problem:
     """Everything that is fixed before the first step: caption, allowed tokens, initial prompts."""
     began = time.monotonic()
-    extra = options.extra_loss
-    if extra is not None and extra.prompts != len(targets):
-        raise ArgumentError(
-            "extra_loss",
-            f"is made for {extra.prompts} prompts, but {len(targets)} are learned",
-            "make it of the same images, with the same `shared`",
-        )
-    frame.check_room(prompt_len, one_context=extra is not None)
+    _check_extra_loss(options, len(targets))
+    frame.check_room(prompt_len, one_context=options.extra_loss is not None)
     if note := frame.note(prompt_len):
         log.info(note)
     lexicon = _lexicon(clip, options)
@@ -275,6 +269,16 @@ def prepare(
         writer=fluent if _can_write(options, space) else None,
         began=began,
     )
+
+
+def _check_extra_loss(options: SearchOptions, prompts: int) -> None:
+    extra = options.extra_loss
+    if extra is not None and extra.prompts != prompts:
+        raise ArgumentError(
+            "extra_loss",
+            f"is made for {extra.prompts} prompts, but {prompts} are learned",
+            "make it of the same images, with the same `shared`",
+        )
 
 
 def _can_write(options: SearchOptions, space: TokenSpace) -> bool:
