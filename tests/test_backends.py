@@ -211,7 +211,7 @@ def pictures():
 PHRASES = Vocabulary(only=["red fish", "blue bird", "green", "tall tree"])
 SEARCHES = {
     "free": lambda c, p: invert(c, p[0], options()),
-    "sentence": lambda c, p: invert(c, p[0], options(wording="sentence")),
+    "sentence": lambda c, p: invert(c, p[0], options(wording="sentence", steps=None)),
     "style": lambda c, p: [style(c, p, options(prompt_len=2))],
 }
 MORE = {

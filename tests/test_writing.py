@@ -402,12 +402,12 @@ def test_a_caption_is_continued(emoji_clip):
     assert learned[0] not in ("of", "drawing", "on")
 
 
-@pytest.mark.parametrize("words", [60, 66, 72, 75, 76, 150])
+@pytest.mark.parametrize("words", [66, 75, 76, 150])
 def test_long_captions_are_read_as_far_as_the_model_can(emoji_clip, words):
     caption = " ".join(["red blue green old"] * 40).split()[:words]
-    options = SearchOptions(prompt_len=8, effort="fast", steps=2, swaps=9)
-    for wording, readability in (("tags", 0), ("free", 0.5)):
-        given = replace(options, wording=wording, readability=readability)
+    options = SearchOptions(prompt_len=8, effort="fast", swaps=1)
+    for wording, readability, steps in (("tags", 0, None), ("free", 0.5, 2)):
+        given = replace(options, wording=wording, readability=readability, steps=steps)
         for text in (" ".join(caption) + " {}", "{} " + " ".join(caption)):
             (one,) = invert(emoji_clip, EXAMPLES[0], given, caption=text)
             assert one.learned and one.perplexity > 1
