@@ -218,7 +218,9 @@ MORE = {
     "restarts": lambda c, p: invert(c, p, options(restarts=2, patience=2, batch_size=2)),
     "repeats": lambda c, p: invert(c, p, options(repeats=True, block_unsafe=False)),
     "phrases": lambda c, p: invert(c, p, options(vocabulary=PHRASES)),
-    "tags": lambda c, p: invert(c, p, options(wording="tags"), caption="a photo of {}, red"),
+    "tags": lambda c, p: invert(
+        c, p, options(wording="tags", steps=None), caption="a photo of {}, red"
+    ),
     "long caption": lambda c, p: invert(c, p[0], options(), caption="a red fish " * 30 + "{}"),
     "readability": lambda c, p: invert(c, p[0], options(readability=0.5)),
     "paper": lambda c, p: invert(c, p[0], options(effort="paper", swaps=None, trajectory=True)),
