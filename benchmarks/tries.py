@@ -294,7 +294,7 @@ def searches(clip: Clip, rounds: int) -> dict[str, float]:
     """Seconds of a search of the effort `fast`, by what is used in it, and of its screening."""
     target = F.normalize(targets_for(clip, 1)[0], dim=-1)
     options = SearchOptions(prompt_len=PROMPT_LEN, effort="fast")
-    tried, shipped = ways(clip), swaps._scores_behind
+    tried, shipped = ways(clip), swaps.scores_behind
     screenings: list[float] = []  # of the last search
 
     def screening_in(way: Way) -> Callable:
@@ -313,7 +313,7 @@ def searches(clip: Clip, rounds: int) -> dict[str, float]:
         def run() -> None:
             clip.text.matrix_dtype = None
             screenings.clear()
-            with way.used(), patch.object(swaps, "_scores_behind", screening_in(screened_by)):
+            with way.used(), patch.object(swaps, "scores_behind", screening_in(screened_by)):
                 invert(clip, target, options)
 
         return run

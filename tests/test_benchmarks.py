@@ -931,7 +931,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     ):
         assert line in text.splitlines()
     assert text.count("| restarts | ") == 2 and "Other programs ran." in text
-    assert "an image takes -30.0% of time with Ray" in text
+    assert "an image takes 30.0% less time with Ray" in text
     assert Image.open(tmp_path / "growth.png").width > 500
 
     cases.clear()
