@@ -223,9 +223,7 @@ class Clip:
         Each chunk is encoded by itself, between a start and an end token of its own, as ComfyUI
         does; the features are averaged by their number of tokens.
         """
-        each = self._encode_chunks(chunks)
-        counts = torch.tensor([float(len(chunk)) for chunk in chunks], device=self.device)
-        return F.normalize((each * counts[:, None]).sum(0), dim=-1)
+        return self.encode_long_texts([chunks])[0]
 
     @torch.no_grad()
     def encode_long_texts(self, texts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
