@@ -237,8 +237,9 @@ class Clip:
         places = {chunk: k for k, chunk in enumerate(chunks)}
         found = []
         for text in texts:
-            rows = each[[places[tuple(chunk)] for chunk in text]]
-            found.append((rows * rows.new_tensor([[len(chunk)] for chunk in text])).sum(0))
+            rows = torch.tensor([places[tuple(chunk)] for chunk in text], device=each.device)
+            counts = torch.tensor([float(len(chunk)) for chunk in text], device=each.device)
+            found.append((each[rows] * counts[:, None]).sum(0))
         return F.normalize(torch.stack(found), dim=-1)
 
     def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
