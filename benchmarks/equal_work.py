@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from bench import ENDLESS, HERE, Bench, Found, append
+from drafts import METHODS as DRAFTED
 from pictures import subjects
-from quality import METHODS
+from quality import METHODS as FINDERS
 from remedies import mean_and_error
 from step_time import machine
 from unseen import ROOT
@@ -43,7 +44,8 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DRAWN = (0.1, 1.0)
 PUBLISHED = "PEZ as published"
 NAMES = [PUBLISHED, "PEZ", "AutoPrompt SGD", "GCG", "ours"]
-NAMES += ["ours (fast)", "ours (balanced)", "ours (best)"]
+NAMES += ["ours (fast)", "ours (balanced)", "ours (best)", *DRAFTED]
+METHODS = FINDERS | DRAFTED
 RATE = 1.0  # of AutoPrompt SGD, tuned by quality.py
 
 

@@ -27,12 +27,14 @@ from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
 from pez_core.readability import as_written
+from pez_core.tower_work import counted
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench
+import drafts
 import draw_icon
 import draw_results
 import edits
@@ -451,6 +453,31 @@ def test_methods_are_read_at_the_same_work(images, image_model, tmp_path, monkey
     shown = f"{statistics.mean(a - b for a, b in zip(fast, base, strict=True)):.4f}"
     (line,) = [one for one in out.with_suffix(".md").read_text().splitlines() if "(fast)" in one]
     assert f"| {statistics.mean(fast):.3f} | {shown} ± " in line
+
+
+@pytest.mark.parametrize("name", [name for name in drafts.METHODS if "then" in name])
+def test_a_draft_is_refined_on_the_clip_itself(images, emoji_clip, name):
+    few = bench.Bench(emoji_clip, from_folder(images)[:2], {}, [4], range(1), [], 8, images)
+    method, plain = drafts.METHODS[name], quality.METHODS["ours (fast)"]
+    with counted() as work:
+        found = method.run(few.problems(method, [0, 1], 4, 0), lambda *_: None)
+    with counted() as usual:
+        plain.run(few.problems(plain, [0, 1], 4, 0), lambda *_: None)
+    # half of the work of `fast`, and half of its swaps
+    assert 0.5 * usual.flops < work.flops < (2 if "emoji" in name else 1) * usual.flops
+    own = (emoji_clip.encode_texts([one.prompt for one in found]) * few.features).sum(1)
+    torch.testing.assert_close(own, torch.tensor([one.score for one in found]))
+
+
+def test_a_draft_is_like_its_clip_and_leaves_it_alone(emoji_clip):
+    texts = ["a blue fish", "three red hearts", "a man with a beard"]
+    before = emoji_clip.encode_texts(texts)
+    for make, least in ((drafts.first_half, -1.0), (drafts.low_rank, 0.5)):
+        draft = make(emoji_clip)
+        after = draft.clip.encode_texts(texts)
+        assert ((before * after).sum(1) < 0.9999).all() and ((before * after).sum(1) > least).all()
+        assert draft.clip.vocabulary.tolist() == emoji_clip.vocabulary.tolist()
+    assert torch.equal(before, emoji_clip.encode_texts(texts))
 
 
 def test_the_edits_of_prompts_are_judged(draws, images, image_model, emoji_clip, tmp_path):
