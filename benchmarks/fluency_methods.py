@@ -25,11 +25,14 @@ from unseen import ROOT
 
 from pez_core import Clip, LanguageModel, SearchOptions, Vocabulary
 from pez_core.baselines.interrogator import load_bank
+from pez_core.best import BestSoFar
 from pez_core.caption import Caption
 from pez_core.objectives import Similarity
 from pez_core.priors import ReadabilityPrior
+from pez_core.problem import PromptTarget, prepare
 from pez_core.readability import as_written
-from pez_core.runner import BestSoFar, PromptTarget, prepare, refine_span, verify
+from pez_core.runner import refine_span
+from pez_core.verify import verify
 from pez_core.writing import WritingSettings, write
 
 SAMPLED = ROOT / "build/token-lm/sampled.jsonl"

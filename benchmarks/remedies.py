@@ -34,7 +34,8 @@ from unseen import EVERY_WORD, Unseen, from_folder, unseen
 
 from pez_core import Clip, SearchOptions, load_clip, load_language_model, single_words
 from pez_core.options import EFFORTS
-from pez_core.runner import PromptTarget, learn
+from pez_core.problem import PromptTarget
+from pez_core.runner import learn
 from pez_core.single_words import WORD_WEIGHT
 
 JUDGE = Path(__file__).parent / "models" / "emoji-clip-judge"

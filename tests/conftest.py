@@ -65,7 +65,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     """The clock of every search."""
     clock = Clock()
-    for module in ("runner", "single_words", "tracker"):
+    for module in ("best", "problem", "single_words", "tracker", "verify"):
         monkeypatch.setattr(f"pez_core.{module}.time", clock)
     return clock
 

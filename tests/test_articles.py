@@ -46,7 +46,7 @@ def test_articles_follow_the_next_word(tiny_clip):
 def test_only_prompts_that_read_are_corrected(emoji_clip, wording, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "pez_core.runner.with_right_articles", lambda ids, *_: seen.append(ids) or list(ids)
+        "pez_core.verify.with_right_articles", lambda ids, *_: seen.append(ids) or list(ids)
     )
     options = SearchOptions(prompt_len=3, effort="fast", swaps=1, wording=wording)
     invert(emoji_clip, emoji_clip.encode_texts(["an orange"]), options)

@@ -26,7 +26,7 @@ from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.errors import ArgumentError
 from pez_core.objectives import Similarity
-from pez_core.runner import PromptTarget, prepare
+from pez_core.problem import PromptTarget, prepare
 from pez_core.seeds import child_seed, restart_seed
 
 BASELINES = {
@@ -116,7 +116,7 @@ def test_unsafe_words_stay_blocked_unless_they_are_allowed(clip, monkeypatch):
     encoder = clip.text.words.tokenizer.encoder
     pieces = torch.tensor(sorted([encoder["nu"], encoder["de</w>"]]))
     monkeypatch.setattr(
-        "pez_core.runner._space", lambda clip, *_: TokenSpace(clip.text.token_embedding, pieces)
+        "pez_core.problem._space", lambda clip, *_: TokenSpace(clip.text.token_embedding, pieces)
     )
     options = published(prompt_len=3, steps=30, lr=1.0, seed=range(24))
     pictures = [

@@ -9,26 +9,15 @@ from conftest import all_words, make_clip, paper
 from test_readability import make_lm
 
 from pez_core import ArgumentError, SearchOptions, TokenSpace, Vocabulary, invert, search
+from pez_core.best import BestSoFar
 from pez_core.caption import Caption
 from pez_core.objectives import SampledSimilarity
+from pez_core.problem import Problem, PromptTarget, _openings, _space, _Start, default_len
 from pez_core.prompt_text import chunks
-from pez_core.runner import (
-    BestSoFar,
-    Problem,
-    PromptTarget,
-    _openings,
-    _round_trip,
-    _shares,
-    _similarity,
-    _space,
-    _Start,
-    _with_right_articles,
-    default_len,
-    learn,
-    with_share_of_time,
-)
+from pez_core.runner import _similarity, learn, with_share_of_time
 from pez_core.seeds import child_seed, restart_seed
 from pez_core.tracker import Progress
+from pez_core.verify import _round_trip, _shares, _with_right_articles
 from pez_core.vocabulary import Blocklist, Lexicon
 
 

@@ -10,8 +10,9 @@ from conftest import EXAMPLES
 from pez_core import Avoid, SearchOptions, distill, invert, score
 from pez_core.caption import Caption
 from pez_core.clip.images import load_images
-from pez_core.runner import PromptTarget, _by_importance, prepare
+from pez_core.problem import PromptTarget, prepare
 from pez_core.tags import Tags
+from pez_core.verify import _by_importance
 
 OPTIONS = SearchOptions(prompt_len=10, effort="fast", wording="tags")
 
@@ -152,7 +153,7 @@ def test_an_order_that_costs_too_much_is_not_taken(emoji_clip, monkeypatch, scor
     row = emoji_clip.text.words.encode("a, b, c")
     problem = replace(problem_of(emoji_clip, row), acceptable=None)
     values = [[[0.3, 0.2, 0.1]], [scores]]  # without each phrase, and of each order
-    monkeypatch.setattr("pez_core.runner._similarities", lambda *_: values.pop(0))
+    monkeypatch.setattr("pez_core.verify._similarities", lambda *_: values.pop(0))
     (found,) = _by_importance(problem, [row])
     assert emoji_clip.text.words.decode(found) == expected
 

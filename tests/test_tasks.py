@@ -19,9 +19,10 @@ from pez_core import (
 )
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
+from pez_core.problem import default_len
 from pez_core.prompt_text import chunks, read
-from pez_core.runner import _round_trip, default_len
 from pez_core.seeds import restart_seed
+from pez_core.verify import _round_trip
 
 STEPS = 40
 

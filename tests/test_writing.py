@@ -510,7 +510,7 @@ def test_steps_beside_a_list_of_single_tokens_are_named(emoji_clip):
 
 
 def test_another_tokenizer_is_named(emoji_clip, monkeypatch):
-    monkeypatch.setattr("pez_core.runner.reads_like_clip", lambda words: False)
+    monkeypatch.setattr("pez_core.problem.reads_like_clip", lambda words: False)
     options = all_words(prompt_len=3, effort="fast", wording="tags")
     with pytest.raises(ArgumentError, match="CLIP's own tokenizer"):
         invert(emoji_clip, EXAMPLES[0], options)

@@ -52,10 +52,19 @@ TESTS = {
     "pez_core/pez.py": ("tests/test_pez.py",),
     "pez_core/tracker.py": ("tests/test_pez.py",),
     "pez_core/swaps.py": ("tests/test_swaps.py",),
-    "pez_core/runner.py": (
-        "tests/test_runner_parts.py",
-        "tests/test_runner.py",
-        "tests/test_research.py",
+    **dict.fromkeys(
+        (
+            "pez_core/problem.py",
+            "pez_core/runner.py",
+            "pez_core/best.py",
+            "pez_core/verify.py",
+        ),
+        (
+            "tests/test_runner_parts.py",
+            "tests/test_runner.py",
+            "tests/test_research.py",
+            "tests/test_tags.py",
+        ),
     ),
     "pez_core/vocabulary.py": ("tests/test_vocabulary.py",),
     "pez_core/prompt_text.py": ("tests/test_prompt_text.py",),

@@ -10,9 +10,10 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, check_number, check_string, check_type
 from ..options import SearchOptions
+from ..problem import PromptTarget
 from ..prompt_text import SYNTAX, Piece, chunks, pieces, read, sections, separators
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, learn, with_share_of_time
+from ..runner import learn, with_share_of_time
 from ..targets import check_callback, check_clip, check_text
 from .jobs import in_turn, one_by_one
 

@@ -10,9 +10,10 @@ import torch
 
 from ..errors import ArgumentError, check_bool, check_integer, check_type, check_weights
 from ..options import SearchOptions
+from ..problem import PromptTarget
 from ..prompt_text import SYNTAX, read, tags
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, learn
+from ..runner import learn
 from ..scoring import check_finite
 from ..targets import Target, as_list, check_callback, check_clip, check_text, encode_targets
 from .jobs import one_by_one

@@ -12,9 +12,10 @@ from ..caption import check_caption, spoken_caption
 from ..clip.images import ImageInput, load_images
 from ..errors import ArgumentError, check_bool, check_type, check_weights
 from ..options import SearchOptions
+from ..problem import PromptTarget, default_len
 from ..prompt_text import SYNTAX
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, default_len, learn
+from ..runner import learn
 from ..single_words import WORD_WEIGHT
 from ..targets import Avoid, Target, as_list, check_callback, check_clip, encode_targets
 

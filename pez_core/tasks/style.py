@@ -18,8 +18,9 @@ from ..errors import (
     check_type,
 )
 from ..options import SearchOptions
+from ..problem import PromptTarget, default_len
 from ..results import ReportCallback, Result
-from ..runner import PromptTarget, default_len, learn
+from ..runner import learn
 from ..style_direction import style_direction
 from ..targets import check_callback, check_clip
 

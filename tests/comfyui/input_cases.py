@@ -18,7 +18,7 @@ import torch
 from own_models import ImageTower, emoji_clip
 from pez_pack import nodes
 from pez_pack.nodes import emoji_diffusion, learning, live, loading, memory, models
-from pez_pack.pez_core import Vocabulary, load_clip, options, runner, tracker
+from pez_pack.pez_core import Vocabulary, best, load_clip, options, problem, tracker, verify
 from pez_pack.pez_core.clip.images import load_image
 from server import PromptServer
 from tiny_diffusion import export_emoji_diffusion
@@ -326,7 +326,7 @@ def _searching(node: type, given: dict[str, list]) -> list:
         wanted = here.check_lazy_status(**(given | missing))
         given = {name: value for name, value in given.items() if name not in lazy or name in wanted}
     server = PromptServer.instance = Page()
-    for module in (live, runner, tracker):
+    for module in (live, best, problem, tracker, verify):
         module.time = server.clock
     outputs = map(_plain, here.execute(**given).args)
     steps = [(data["step"], data["steps"]) for data in server.events if data.get("steps")]
