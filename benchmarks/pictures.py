@@ -53,6 +53,8 @@ from pez_core import (
     invert,
     load_clip,
     load_language_model,
+    prepare_caption,
+    prune_caption,
 )
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
@@ -169,6 +171,28 @@ def by_caption_and_words(setup: Setup, places: list[int], seed: int) -> list[Mad
         options = own_options(place, seed, prompt_len=LEARNED)
         (found,) = invert(setup.bench.clip, one.image, options, caption=f"{one.caption} {{}}")
         made.append(Made(found.prompt))
+    return made
+
+
+def by_written_caption(
+    setup: Setup, places: list[int], seed: int, wording: str, pruned: bool
+) -> list[Made]:
+    """The caption, without words that do harm where it is pruned, and words that continue it.
+
+    Args:
+        setup, places, seed: as for every maker.
+        wording: of the words; "": there are none.
+        pruned: drop the caption's own words that lower its similarity with the drawing.
+    """
+    clip, made = setup.bench.clip, []
+    for place in places:
+        one = setup.bench.images[place]
+        caption = prune_caption(clip, one.caption, one.image) if pruned else one.caption
+        if wording:
+            options = own_options(place, seed, prompt_len=LEARNED, wording=wording)
+            text, _ = prepare_caption(clip, caption, options)
+            caption = invert(clip, one.image, options, caption=text)[0].prompt
+        made.append(Made(caption))
     return made
 
 
@@ -394,11 +418,19 @@ METHODS: dict[str, Maker] = {
     "true name": by_name,
     "true caption": by_caption,
     f"true caption + {LEARNED} learned": by_caption_and_words,
+    "true caption, pruned": partial(by_written_caption, wording="", pruned=True),
+    **{
+        f"{caption} + {LEARNED} learned ({wording})": partial(
+            by_written_caption, wording=wording, pruned="pruned" in caption
+        )
+        for caption in ("true caption", "true caption, pruned")
+        for wording in WORDINGS[1:]
+    },
     "autoencoder": by_autoencoder,
     "another drawing's prompt": by_another,
 }
 UNSEEDED = ("phrases", "Interrogator, 8 tokens", "Interrogator, 75 tokens")
-NEED_CAPTION = ("true caption", f"true caption + {LEARNED} learned")
+NEED_CAPTION = tuple(name for name in METHODS if name.startswith("true caption"))
 
 
 def subjects(folder: Path, count: int) -> list[Subject]:

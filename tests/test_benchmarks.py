@@ -22,7 +22,15 @@ from test_lm import make_llama, make_tokenizer, snippets
 from test_readability import make_lm
 from tiny_diffusion import export_emoji_diffusion, stable_diffusion
 
-from pez_core import PezSettings, SearchOptions, TokenSpace, baselines, explain, search
+from pez_core import (
+    PezSettings,
+    SearchOptions,
+    TokenSpace,
+    baselines,
+    explain,
+    prune_caption,
+    search,
+)
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
@@ -345,6 +353,8 @@ PICTURED = [
     "true name",
     "true caption",
     "true caption + 4 learned",
+    "true caption, pruned",
+    "true caption, pruned + 4 learned (tags)",
     "autoencoder",
     "another drawing's prompt",
 ]
@@ -406,6 +416,10 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert found["autoencoder", 1]["alike"] is None  # one image
     assert found["true name", 1]["prompt"] == "wine glass"
     assert found["true caption + 4 learned", 1]["prompt"].startswith("wine glass ")
+    pruned = prune_caption(emoji_clip, "wine glass", drawings[1].image)
+    assert found["true caption, pruned", 1]["prompt"] == pruned
+    tags = found["true caption, pruned + 4 learned (tags)", 1]["prompt"]
+    assert tags.startswith(f"{pruned}, ")
     for place in range(3):
         other = found["ours (balanced)", (place + 1) % 3]["prompt"]
         assert found["another drawing's prompt", place]["prompt"] == other
