@@ -28,7 +28,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from pictures_report import report
 from PIL import Image
 from quality import METHODS as FINDERS
 from quality import default_words, ours
-from unseen import ROOT, Unseen, from_folder, prepare, unseen, words_of
+from unseen import ROOT, Unseen, content_words, from_folder, prepare, unseen
 
 from pez_core import (
     Clip,
@@ -443,7 +443,7 @@ def subjects(folder: Path, count: int) -> list[Subject]:
     for row in map(json.loads, CAPTIONS.read_text("utf-8").splitlines()):
         at = place[row["style"], row["icon"]]
         image = load_image(Image.fromarray(pixels[at]))
-        words = frozenset(words_of(" ".join([drawings[at].name, *drawings[at].keywords])))
+        words = frozenset(content_words(drawings[at]))
         found.append(Subject(row["style"], drawings[at].name, words, image, row["caption"]))
     rest = -(-max(count - len(found), 0) // 3) * 3
     others = unseen(rest, apart=found, folder=folder) if rest else []
@@ -561,7 +561,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup = Setup(bench, pipeline, judge, arguments.steps, arguments.images)
         measure_all(setup, arguments.methods)
     names = {"images": arguments.pipeline, "search": clip.name, "judge": judge.name}
-    report(bench.rows(), replace(bench, methods={}).out, names, list(METHODS))
+    words = [one.words for one in bench.images]
+    report(bench.rows(), bench.out, names, list(METHODS), words)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from quality_report import PUBLISHED, summary
 from step_time import machine
+from unseen import words_of
 
 BALANCED = "ours (balanced), no repeats"
 BOUNDS = ("autoencoder", "another drawing's prompt")
@@ -19,12 +20,19 @@ itself, by the judge, and *own prompt* by the CLIP of the search. Behind ± is o
 over the drawings, of the mean over images and seeds. Differences are with PEZ as published, paired
 by drawing, on all drawings and on each half: defaults are chosen on the first half (drawings of
 even place) and reported on the second. *Less balanced* is the difference with "ours (balanced), no
-repeats", the default of `invert`. *Alike* is the similarity of the images of one prompt with one
+repeats", the default of `invert`. *True word* is the share of prompts with a word of the drawing's
+own name or keywords. *Alike* is the similarity of the images of one prompt with one
 another, by the judge. *GFLOP* is the work of the text tower (`pez_core.tower_work`) and *seconds*
 the time of the search for one drawing, with others searched side by side."""
 
 
-def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Sequence[str]) -> None:
+def report(
+    rows: Sequence[dict],
+    out: Path,
+    names: Mapping[str, str],
+    order: Sequence[str],
+    words: Sequence[frozenset[str]],
+) -> None:
     """Write OUT.md and OUT.png.
 
     Args:
@@ -32,10 +40,12 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
         out: path without suffix.
         names: of the pipeline, the CLIP of the search and the judge.
         order: of the methods.
+        words: that are true of each drawing.
     """
     cells: dict[str, list[dict]] = {name: [] for name in order}
     for row in rows:
         means = {"images": statistics.mean(row["judge"]), "own_images": statistics.mean(row["own"])}
+        means["true_word"] = not words[row["place"]].isdisjoint(words_of(row["prompt"]))
         cells[row["method"]].append(row | means)
     cells = {name: found for name, found in cells.items() if found}
     drawings = {row["place"] for row in rows}
@@ -61,7 +71,8 @@ def report(rows: Sequence[dict], out: Path, names: Mapping[str, str], order: Seq
 def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
     """A line for each method."""
     head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
-    head = (*head, "less balanced", "own", "prompt", "own prompt", "alike", "GFLOP", "seconds")
+    head = (*head, "less balanced", "own", "prompt", "own prompt", "true word", "alike")
+    head = (*head, "GFLOP", "seconds")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
@@ -72,10 +83,9 @@ def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
             *(difference(half(rows, k), half(base, k)) for k in (None, 0, 1)),
             difference(rows, cells.get(BALANCED, ())),
             with_error(rows, "own_images"),
-            *(
-                with_error([row for row in rows if row[measure] is not None], measure)
-                for measure in ("judge_text", "own_text", "alike")
-            ),
+            *(with_error(given(rows, measure), measure) for measure in ("judge_text", "own_text")),
+            share(rows, "true_word") if any(row["prompt"] for row in rows) else "-",
+            with_error(given(rows, "alike"), "alike"),
             f"{statistics.mean(row['gflop'] for row in rows):,.1f}",
             f"{statistics.mean(row['seconds'] for row in rows):.2f}",
         ]
@@ -102,6 +112,16 @@ def difference(rows: Sequence[dict], base: Sequence[dict]) -> str:
         return "-"
     mean, error = summary(one, "images", other)
     return f"{mean:+.3f} ± {error:.3f}"
+
+
+def given(rows: Sequence[dict], measure: str) -> list[dict]:
+    """The rows that have a value of a measure."""
+    return [row for row in rows if row[measure] is not None]
+
+
+def share(rows: Sequence[dict], measure: str) -> str:
+    mean, error = summary(rows, measure)
+    return f"{mean:.0%} ± {error:.0%}"
 
 
 def with_error(rows: Sequence[dict], measure: str) -> str:

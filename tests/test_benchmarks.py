@@ -391,6 +391,10 @@ def load_tiny(load, name, **options):
     return make_clip(seed=1) if name == "judge" else load(name, **options)
 
 
+def pruned_words(found, place):
+    return set(found["true caption, pruned", place]["prompt"].split())
+
+
 def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_clip, tmp_path):
     rows = draws(*PICTURED)
     assert Counter(row["method"] for row in rows) == dict.fromkeys(PICTURED, 3)
@@ -435,6 +439,13 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     error = statistics.stdev(differences) / 3**0.5
     expected = f"{statistics.mean(differences):+.3f} ± {error:.3f}"
     assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
+    (head,) = [line for line in table.splitlines() if line.startswith("| method |")]
+    column = head.split(" | ").index("true word")
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    shares = {cell[0]: cell[column] for cell in cells}
+    assert shares["| true name"] == "100% ± 0%" and shares["| autoencoder"] == "-"
+    named = [place for place in range(3) if pruned_words(found, place) & drawings[place].words]
+    assert shares["| true caption, pruned"].startswith(f"{len(named) / 3:.0%} ± ")
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
 
