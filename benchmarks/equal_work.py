@@ -180,7 +180,8 @@ def report(bench: Bench, units: dict[str, float]) -> None:
         f"time. {machine()}. See benchmarks/equal_work.py.",
     ]
     for clip in dict.fromkeys(row["clip"] for row in rows):
-        lines += ["", f"## {clip}: PEZ as published is {units.get(clip, 0) / 1e12:.2f} TFLOP", ""]
+        unit = f": PEZ as published is {units[clip] / 1e12:.2f} TFLOP" if clip in units else ""
+        lines += ["", f"## {clip}{unit}", ""]
         lines += ["| work | method | own | | judge | | images | | s |", "|---" * 9 + "|"]
         of_clip = [row for row in rows if row["clip"] == clip]
         base = [row for row in of_clip if (row["method"], row["share"]) == (PUBLISHED, 1.0)]
