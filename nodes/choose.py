@@ -162,7 +162,7 @@ def _similarities(values: Values, made: Sequence[torch.Tensor]) -> list[float]:
     """The mean similarity of each prompt's images with the targets."""
     with values["clip"].in_use() as model, cancellable(model):
         goals = encode_targets("images", model, values.pictures("images"), values["fit"])
-        features = [encode_targets("images", model, list(images)) for images in made]
+        features = [encode_targets("images", model, list(one), values["fit"]) for one in made]
     return [float((one @ goals.T).mean()) for one in features]
 
 

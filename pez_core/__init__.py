@@ -115,15 +115,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if name != "PezPipeline":
-            raise
-        raise ImportError(
-            f"PezPipeline needs the package {error.name}; install the extra `diffusers`: "
-            "pip install -e '.[diffusers]' in the clone."
-        ) from error
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -126,6 +126,11 @@ class Problem:
         """The number of the target of each search."""
         return [k for k in range(len(self.targets)) for _ in range(self.options.restarts)]
 
+    @property
+    def firsts(self) -> list[bool]:
+        """Whether each search is the first restart of its target."""
+        return [k % self.options.restarts == 0 for k in range(len(self.ids))]
+
     def time_left(self, turns: int) -> float | None:
         """Seconds for the next of `turns` turns, each with an equal share."""
         limit = self.options.time_limit

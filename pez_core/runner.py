@@ -151,6 +151,7 @@ def _written(
         callback and (lambda progress: callback(best.report(span, progress))),
         problem.space.only_allowed(problem.acceptable),
         seeds=problem.search_seeds[span],
+        firsts=problem.firsts[span],
         start=problem.ids[span].flatten(0, 1),
     )
     best.take(span, found)

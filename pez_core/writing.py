@@ -28,8 +28,9 @@ _PROBES = 4
 # candidates of swaps; where there are more searches, one probe of each of 8 beginnings holds less
 # than the 4 trials of PEZ (three quarters with 8 tokens, a third with 75).
 _PROBED = ROWS // 8
-# Standard deviation of the noise in the similarities, by which restarts differ.
-_NOISE = 0.004
+# Standard deviations of the noise in the similarities, by which seeds and restarts differ. More
+# makes restarts more different, and each of them a little worse.
+_NOISE, _NOISE_OF_RESTARTS = 0.004, 0.03
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def write(
     acceptable: Acceptable | None = None,
     *,
     seeds: Sequence[int],
+    firsts: Sequence[bool] | None = None,
     start: torch.Tensor | None = None,
 ) -> Progress:
     """Write a prompt for each problem.
@@ -72,6 +74,8 @@ def write(
         acceptable: as in `pez_core.search`. Of fewer than `prompt_len` ids it says whether a
             prompt may begin with them.
         seeds: one int per problem, for the differences between restarts.
+        firsts: which problems are no further restarts, whose prompts have to differ more. None:
+            all of them.
         start: (problems * results, prompt_len) acceptable ids, in the place of prompts that the
             language model alone would write and that are not acceptable. None: these stay, with
             the score -inf.
@@ -80,7 +84,8 @@ def write(
         A `Progress` with (problems * results, prompt_len) ids, those of the first problem first.
     """
     results = settings.results
-    beams = _Beams(space, objective, prior, settings, acceptable, seeds)
+    noise = [_NOISE if first else _NOISE_OF_RESTARTS for first in firsts or [True] * len(seeds)]
+    beams = _Beams(space, objective, prior, settings, acceptable, seeds, noise)
     plain = beams.finished(prompt_len).repeat_interleave(results, dim=0)
     if acceptable is not None and start is not None:
         plain = torch.where(acceptable(plain)[:, None], plain, start)
@@ -124,11 +129,13 @@ class _Beams:
         settings: WritingSettings,
         acceptable: Acceptable | None,
         seeds: Sequence[int],
+        noise: Sequence[float],
     ) -> None:
         self.space, self.objective, self.prior, self.settings = space, objective, prior, settings
         self.acceptable = acceptable
         self.problems, device = len(seeds), space.table.device
         self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        self.noise = noise
         self.ids = torch.empty(self.problems, 0, dtype=torch.long, device=device)
         self.likely = torch.zeros(self.problems, device=device)
         self.totals = torch.zeros(self.problems, device=device)
@@ -140,7 +147,7 @@ class _Beams:
         with torch.no_grad():
             rest = self.objective.given(self.space.embed(self.ids))
             scores = scores_behind(self.space, rest, tokens[:, :, None], 0)
-        scores = scores + _NOISE * self._noise(tokens.shape[1])
+        scores = scores + self._noise(tokens.shape[1])
         likely = self.likely[:, None] + likely
         written = self.ids.shape[1] + 1
         totals = scores + self.prior.weight * likely / written
@@ -215,7 +222,9 @@ class _Beams:
         return space.allowed[places], likely.gather(1, places)
 
     def _noise(self, count: int) -> torch.Tensor:
-        rows = [torch.randn(self.settings.beams, count, generator=g) for g in self.generators]
+        """(rows, count)."""
+        pairs = zip(self.noise, self.generators, strict=True)
+        rows = [s * torch.randn(self.settings.beams, count, generator=g) for s, g in pairs]
         beams = len(self.ids) // self.problems
         return torch.cat([some[:beams] for some in rows]).to(self.totals.device)
 

@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
-from conftest import make_clip
+from conftest import EXAMPLES, make_clip
 from tiny_diffusion import stable_diffusion, stable_diffusion_xl, text_config
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pez_core import JointClip, PezPipeline
+from pez_core.cli.main import main
+from pez_core.diffusion import make_gallery
 
 
 def as_text_encoder(clip, layers=None, **config):
@@ -92,6 +94,24 @@ def test_another_clip_gives_a_warning(clip, warnings_of, emoji_clip):
     config.eos_token_id = 48999
     pipeline.register_modules(text_encoder=CLIPTextModel(config))
     assert "a vocabulary of 49000 tokens, not 49408" in warnings_of(clip, pipeline)[0]
+
+
+def test_a_gallery_and_the_command_warn(clip, caplog, monkeypatch, tmp_path, capsys):
+    pipeline = stable_diffusion()
+    make_gallery(pipeline, "a", "a fish", clip, num_inference_steps=1, num_images_per_prompt=1)
+    assert "tiny does not belong to this StableDiffusionPipeline" in caplog.text
+    pipeline.save_pretrained(tmp_path / "foreign")
+    for pipeline, message in [
+        (str(tmp_path / "foreign"), "pez: warning: emoji-clip does not belong to this"),
+        ("emoji-diffusion", ""),
+    ]:
+        given = (
+            f"invert {EXAMPLES[0]} --images 1 --num-inference-steps 1 --effort fast --prompt-len"
+        )
+        page = tmp_path / f"page{len(message)}"
+        assert main([*given.split(), "2", "--pipeline", pipeline, "--page", str(page)]) == 0
+        error = capsys.readouterr().err
+        assert message in error and ("Name that with --clip." in error) == bool(message)
 
 
 @pytest.mark.slow

@@ -78,6 +78,26 @@ def test_several_targets_count_as_their_mean(emoji_clip):
         assert chosen.prompt == expected
 
 
+def test_targets_have_weights(emoji_clip):
+    result = candidates_of(emoji_clip, restarts=2)
+    first, second = (one.prompt for one in result.candidates)
+    pictures = [load_image(path) for path in (FISH, GLASSES)]
+    for weights, expected in [([3, 1], second), ([1, 3], first)]:
+        album = Album({first: GLASSES, second: FISH})
+        chosen = choose_by_image(album, emoji_clip, result, pictures, [0], weights=weights)
+        assert chosen.prompt == expected
+
+
+def test_equal_prompts_are_drawn_once(emoji_clip):
+    result = candidates_of(emoji_clip, restarts=2)
+    result = replace(result, candidates=[*result.candidates, *result.candidates])
+    first, second = (one.prompt for one in result.candidates[:2])
+    album = Album({first: GLASSES, second: FISH})
+    chosen = choose_by_image(album, emoji_clip, result, [load_image(FISH)], [0])
+    assert [one.prompt for one in chosen.candidates] == [second, second, first, first]
+    assert album.calls == [[first], [second]]
+
+
 @pytest.fixture
 def pipe(emoji_clip):
     pez = PezPipeline.from_pipe(stable_diffusion(), emoji_clip)
@@ -147,6 +167,21 @@ def test_each_prompt_has_its_own_negative_prompt(pipe, monkeypatch):
 def test_a_shared_prompt_is_chosen_by_all_images(pipe):
     output = pipe(image=[FISH, GLASSES], choose_by="image", task_kwargs={"shared": True}, **QUICK)
     assert len(output.prompts) == 1 and len(output.images) == 2
+
+
+@pytest.mark.slow
+def test_the_images_of_a_shared_prompt_have_its_weights(pipe, emoji_clip, monkeypatch):
+    given = []
+
+    def recorded(*arguments):
+        given.append(arguments[-1])
+        return choose_by_image(*arguments)
+
+    monkeypatch.setattr("pez_core.diffusion.pipeline.choose_by_image", recorded)
+    for shared, expected in [([2, 1], [2, 1]), (True, None)]:
+        kwargs = {"task_kwargs": {"shared": shared}}
+        pipe(image=[FISH, GLASSES], choose_by="image", **kwargs, **QUICK)
+        assert given.pop() == expected
 
 
 def test_an_interrupted_search_is_not_chosen_by_images(pipe, monkeypatch):

@@ -464,10 +464,16 @@ def test_words_given_by_the_user_are_used(emoji_clip):
     assert set(one.prompt.split()) <= set(only)
 
 
-def test_restarts_differ_and_results_repeat(emoji_clip):
-    options = SearchOptions(prompt_len=6, effort="fast", wording="tags", restarts=3, seed=4)
-    (one,) = invert(emoji_clip, EXAMPLES[1], options)
-    assert len({c.prompt for c in one.candidates}) > 1
+@pytest.mark.parametrize("wording", ["tags", "sentence"])
+def test_restarts_differ_and_results_repeat(emoji_clip, wording):
+    options = SearchOptions(prompt_len=6, effort="fast", wording=wording, restarts=4, seed=4)
+    results = invert(emoji_clip, EXAMPLES[:3], options)
+    assert min(len({c.prompt for c in one.candidates}) for one in results) >= 3
+    one = results[1]
+    (alone,) = invert(emoji_clip, EXAMPLES[1], replace(options, restarts=1))
+    assert alone.prompt in [c.prompt for c in one.candidates]
+    # by similarity and likelihood together, so a better one need not be more similar
+    assert one.prompt == alone.prompt or one.similarity != alone.similarity
     (again,) = invert(emoji_clip, EXAMPLES[:2][1], options)
     assert [c.prompt for c in again.candidates] == [c.prompt for c in one.candidates]
 

@@ -102,14 +102,19 @@ class Pictures:
         return None if self.page is None else str(self.page)
 
     def use(self, clip: AnyClip) -> None:
-        """Measure similarities by this CLIP, that of the search.
+        """Measure similarities by this CLIP, that of the search; warn where it is a wrong one.
 
         Raises:
             ArgumentError: the judge is the same.
         """
         self._clip = clip
-        if self.makes_images and self._judge is not None:
-            _diffusion().evaluation.check_held_out(self._judge, clip)
+        if not self.makes_images:
+            return
+        diffusion = _diffusion()
+        if self._judge is not None:
+            diffusion.evaluation.check_held_out(self._judge, clip)
+        if problem := diffusion.belonging.foreign(clip, self._pipeline):
+            print(f"pez: warning: {problem} Name that with --clip.", file=sys.stderr)
 
     def make(
         self,
@@ -200,13 +205,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _diffusion() -> Any:
     """The room for diffusers; raise where that is not installed."""
-    try:
-        from .. import diffusion
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"images need the package {error.name}; install the extra `diffusers`: "
-            "pip install -e '.[diffusers]' in the clone."
-        ) from error
+    from .. import diffusion
+
     return diffusion
 
 

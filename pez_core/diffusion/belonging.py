@@ -23,28 +23,38 @@ _TOLERANCE = 0.1
 
 
 def warn_where_foreign(clip: AnyClip, pipeline: DiffusionPipeline) -> None:
-    """Log a warning where no text encoder of the pipeline is that of a CLIP.
+    """Log a warning where no text encoder of the pipeline is that of a CLIP."""
+    if problem := foreign(clip, pipeline):
+        logger.warning("%s", problem)
 
-    Prompts of such a search mean something else to the pipeline. Nothing is compared where the
-    pipeline has no text encoder of CLIP.
+
+def foreign(clip: AnyClip, pipeline: DiffusionPipeline) -> str:
+    """How a CLIP differs from the text encoders of a pipeline, "" where one of them is its own.
+
+    Prompts of a search on such a CLIP mean something else to the pipeline. Nothing is compared
+    where the pipeline has no text encoder of CLIP.
     """
     encoders = text_encoders(pipeline)
     for one in clip.clips if isinstance(clip, JointClip) else [clip]:
         found = [(_difference(one.text, *pair), name) for name, pair in encoders.items()]
         if found and all(problem for problem, _ in found):
-            logger.warning(
-                "%s does not belong to this %s: %s. Its prompts may mean something else there; "
-                "search with the CLIP that the pipeline was trained with.",
-                one.name,
-                type(pipeline).__name__,
-                ", and ".join(f"its `{name}` has {problem}" for problem, name in found),
+            differences = ", and ".join(f"its `{name}` has {problem}" for problem, name in found)
+            return (
+                f"{one.name} does not belong to this {type(pipeline).__name__}: {differences}. Its "
+                "prompts may mean something else there; search with the CLIP that the pipeline was "
+                "trained with."
             )
+    return ""
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
     """The text encoders of CLIP that a pipeline has, each with its tokenizer, by their names."""
     found = {}
-    for name, part in pipeline.components.items():
+    try:
+        components = pipeline.components
+    except (AttributeError, ValueError):  # of a class that does not register its modules
+        return found
+    for name, part in components.items():
         # not by class, which would import transformers' models for pipelines without one
         if name.startswith("text_encoder") and type(part).__name__.startswith("CLIPText"):
             tokenizer = pipeline.components.get(name.replace("text_encoder", "tokenizer"))

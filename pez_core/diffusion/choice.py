@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -28,11 +29,12 @@ def choose_by_image(
     settings: Mapping[str, Any] = {},
     ended: Callable[[], bool] = lambda: False,
     fit: str = "crop",
+    weights: Sequence[float] | None = None,
 ) -> Result:
     """The result with the candidate whose images are most similar to the targets.
 
-    Every candidate gets the same noise. Similarity is that of images with images by `clip`, the
-    mean over images and targets.
+    Every candidate gets the same noise, and equal prompts are drawn once. Similarity is that of
+    images with images by `clip`, the mean over images and targets.
 
     Args:
         pipeline: a text-to-image pipeline.
@@ -44,20 +46,25 @@ def choose_by_image(
         ended: asked before the images of each candidate; once it is true, the candidates that are
             left are not considered.
         fit: how images become squares, as in `SearchOptions`.
+        weights: of the targets; None: all the same.
 
     Returns:
         The result with its `candidates` in the order of their images, best first; those without
         images come last.
     """
     goals = use(clip, lambda one: one.encode_images(targets, fit)).cpu()
+    shares = torch.ones(len(targets)) if weights is None else torch.tensor(list(weights)).float()
     given = default_settings(pipeline) | dict(settings)
     scored: list[tuple[float, Candidate]] = []
+    known: dict[str, float] = {}
     for candidate in result.candidates:
         if ended():
             break
-        images = draw(pipeline, candidate.prompt, seeds, given)
-        features = use(clip, lambda one, made=images: one.encode_images(made, fit)).cpu()
-        scored.append((float((features @ goals.T).mean()), candidate))
+        if candidate.prompt not in known:
+            images = draw(pipeline, candidate.prompt, seeds, given)
+            features = use(clip, lambda one, made=images: one.encode_images(made, fit)).cpu()
+            known[candidate.prompt] = float((features @ goals.T).mean(0) @ shares / shares.sum())
+        scored.append((known[candidate.prompt], candidate))
     scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: those of equal score stay
     order = [one for _, one in scored] + result.candidates[len(scored) :]
     return _with_candidates(result, order)

@@ -21,6 +21,7 @@ from ..errors import ArgumentError, check_integer, check_string, check_weights
 from ..prompt_text import read
 from ..targets import as_list, encode_targets
 from ..version import __version__
+from .belonging import warn_where_foreign
 from .clip_model import PezClipModel
 from .evaluation import accepted_arguments, check_held_out, clip_of, use
 from .image_models import Stopped, default_settings, draw, origin
@@ -102,6 +103,7 @@ def make_gallery(
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
     clips = [clip] if judge is None else [clip, judge]
+    warn_where_foreign(clip_of(clip), pipeline)
     if judge is not None:
         check_held_out(judge, clip)
     entries = _Entries(texts, _listed(targets, len(texts)), clips, weights, titles, fit)

@@ -631,6 +631,7 @@ class PezPipeline(DiffusionPipeline):
         options: SearchOptions,
         seeds: Sequence[int],
         image_kwargs: Mapping[str, Any],
+        weights: Sequence[float] | None = None,
     ) -> None:
         """Replace the results by the candidates whose images are most similar to the targets.
 
@@ -639,6 +640,7 @@ class PezPipeline(DiffusionPipeline):
             shared: all of them are the targets of one prompt.
             options, seeds: of the search. The noise has the first seed and the numbers behind it.
             image_kwargs: arguments of the image pipeline.
+            weights: of the targets of one prompt; None: all the same.
         """
         settings = {k: v for k, v in image_kwargs.items() if k not in _OF_THE_OUTPUT}
         each = image_kwargs["num_images_per_prompt"]
@@ -654,6 +656,7 @@ class PezPipeline(DiffusionPipeline):
                 of_prompt(settings, k),
                 lambda: self._interrupt,
                 options.fit,
+                weights,
             )
             for k, result in enumerate(self._results)
         ]
@@ -844,7 +847,9 @@ class PezPipeline(DiffusionPipeline):
 
         # 4. Make images
         if choose_by == "image":
-            self.choose_candidates(images, shared, options, seeds, image_kwargs)
+            weights = (task_kwargs or {}).get("shared")
+            weights = None if isinstance(weights, bool) else weights
+            self.choose_candidates(images, shared, options, seeds, image_kwargs, weights)
         output = self.make_output(image_kwargs)
         return output if return_dict else output.to_tuple()
 

@@ -126,6 +126,12 @@ alone = {{one: choose([one])[1:4:2] for one in prompts}}
 with torch.no_grad():
     picture = encode_targets("images", clip.clip, [target[0]])
     features = encode_targets("images", clip.clip, list(images))
+given |= dict(latent_image=dict(samples=torch.zeros(1, 4, 16, 40)))
+wide = choose(prompts[:1])[1]
+fits = []
+for given["fit"] in ("crop", "pad", "stretch"):
+    given["images"] = wide
+    fits += choose(prompts[:1])[3]
 try:
     choose([" "])
     message = ""
@@ -133,14 +139,14 @@ except Exception as error:
     message = str(error)
 answer([
     best, ordered, similarities, [alone[one][1][0] for one in ordered],
-    torch.equal(images, alone[best][0]), (features @ picture.T).mean().item(), message,
+    torch.equal(images, alone[best][0]), (features @ picture.T).mean().item(), message, fits,
 ])
 """
 
 
 def test_the_prompt_with_the_most_similar_images_is_chosen(exported):
     code = CHOSEN.format(folder=str(exported))
-    best, ordered, similarities, alone, same, expected, message = inside(code)
+    best, ordered, similarities, alone, same, expected, message, fits = inside(code)
     assert sorted(ordered) == ["a green hat", "a red fish", "the sun"]  # each one once
     assert best == ordered[0] and similarities == sorted(similarities, reverse=True)
     assert len({*similarities}) == 3
@@ -148,6 +154,8 @@ def test_the_prompt_with_the_most_similar_images_is_chosen(exported):
     assert same
     assert similarities[0] == pytest.approx(expected, abs=1e-4)
     assert "prompts" in message and "is empty" in message
+    # wide images with themselves as the target
+    assert fits == pytest.approx([1.0] * 3, abs=1e-3)
 
 
 def graph(image: str) -> dict[str, Any]:
