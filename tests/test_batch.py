@@ -259,7 +259,7 @@ def test_an_id_counts_once(tmp_path):
     [
         ("nowhere", "invert", "does not exist"),
         ("*.bmp", "invert", "matches no file"),
-        ("images", "distill", "holds nothing for distill, which takes prompt"),
+        ("images", "distill", "holds nothing for distill, which takes prompts"),
     ],
 )
 def test_sources_that_hold_nothing(images, name, task, message):

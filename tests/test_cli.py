@@ -16,6 +16,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -726,6 +727,29 @@ def test_ctrl_c_accounts_for_every_image(call, searches, monkeypatch):
     assert all("not searched" in row["error"] for row in rows[2:])
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--prompt-len", "100"], "--prompt-len has to be from 1 to 75"),
+        (["--avoid-image", "missing.png"], "--avoid or --avoid-image holds 'missing.png'"),
+    ],
+)
+def test_an_error_of_the_whole_command_is_said_once(call, loads, option, message):
+    done = call("invert", *IMAGES, *option)
+    assert done.code == 2 and done.err.count("pez: error: ") == 1 and message in done.err
+
+
+def test_patterns_of_files_are_replaced(call, searches, tmp_path):
+    for name in ("a b.png", "c.png", "[d].png"):
+        shutil.copy(IMAGES[0], tmp_path / name)
+    given = [str(tmp_path / "*.png"), str(tmp_path / "[d].png"), "no/*.png"]
+    done = call("invert", *given, "--json")
+    names = [Path(row["image"]).name for row in json.loads(done.out)]
+    assert names == ["[d].png", "a b.png", "c.png", "[d].png", "*.png"]
+    assert done.code == 1 and "prompt" in json.loads(done.out)[3]
+    assert "which does not exist" in json.loads(done.out)[4]["error"]
+
+
 def test_ctrl_c_keeps_the_best_of_one_result(call, searches, monkeypatch):
     stub = pez_core.style
 
@@ -937,7 +961,8 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
     stable_diffusion().save_pretrained(tmp_path / "model")
     given = ["--images", "2", "--pipeline", "model", "--num-inference-steps", "2"]
     done = call("invert", IMAGES[0], *QUICK, *given, "--device", "cpu", "--judge", "judge")
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0 and done.err.count("pez: ") == 1
+    assert done.err.startswith("pez: warning: tiny-0 does not belong to this")
     page = (tmp_path / "pez-pictures/index.html").read_text()
     assert page.count("data:image/png") == 3 and "images by: model" in page
     assert "num inference steps: 2" in page and "guidance scale: 9" in page
@@ -1036,14 +1061,15 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         ),
         (["invert", IMAGES[0], "--avoid", IMAGES[1]], "give the image with --avoid-image"),
         (["invert", IMAGES[0], "--avoid", "x", "--avoid-weight", "-1"], "--avoid-weight"),
-        (["style", IMAGES[0]], "IMAGE has to hold at least two images"),
+        (["style", IMAGES[0]], "for a single image use pez invert"),
+        (["distill", IMAGES[0]], "for a prompt of an image use pez invert"),
         (["style", "missing.png", IMAGES[0]], "missing.png"),
         (["style", *IMAGES[:2], "--style-template", "x"], "--style-template has to hold"),
         (["style", *IMAGES[:2], "--images-per-step", "1"], "set --keep-content"),
         (["distill", ""], "PROMPT holds no words"),
         (["distill", "&nbsp;"], "PROMPT holds no words"),
         (["distill", "a dog", "--ratio", "2"], "--ratio has to be above 0 and at most 1"),
-        (["fuse", "one"], "PROMPT has to hold at least two"),
+        (["fuse", "one"], "PROMPT or --image has to hold at least two"),
         (["fuse", "one", IMAGES[0]], "give the image with --image"),
         (["fuse", "one", "--image", "missing.png"], "missing.png"),
         (["fuse", "one", "two", "--max-tokens", "0"], "--max-tokens has to be from 1 to 75"),
@@ -1065,6 +1091,8 @@ def test_errors_name_options(call, loads, arguments, message):
     "arguments, message",
     [
         (["--clip", "ViT-H-41"], "ViT-H-41"),
+        (["--clip", "SDXL"], "the command 'pez models' lists all"),
+        (["--clip", str(Path(__file__))], "a file that is not named like one of weights"),
         (["--clip", "ViT-H-14:laion2b_s32b_b79k"], "3.94 GB"),
         (["--clip", "ViT-B-32:/no/such.safetensors"], "/no/such.safetensors"),
         (["--device", "abacus"], "--device"),

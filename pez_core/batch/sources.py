@@ -101,8 +101,13 @@ def find_items(
     while some := [row for _, row in zip(range(_ROWS), rows, strict=False)]:
         batches.append(pa.RecordBatch.from_pylist(some, ITEMS))
     if not batches:
-        wanted = " and ".join(sorted(needs))
-        raise ArgumentError("source", f"{source!r} holds nothing for {task}, which takes {wanted}")
+        kinds = {"image": "images (PNG, JPEG, WebP, ...)", "prompt": "prompts"}
+        wanted = " and ".join(kinds[need] for need in sorted(needs))
+        raise ArgumentError(
+            "source",
+            f"{source!r} holds nothing for {task}, which takes {wanted}",
+            "give a folder, a tar file or a table that has them",
+        )
     return _once(pa.Table.from_batches(batches, ITEMS), columns.id)
 
 

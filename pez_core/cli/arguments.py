@@ -6,6 +6,8 @@ Parsing imports neither torch nor open_clip; what needs them is imported where i
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ _NAMES = {
     "path": "--vocabulary",
     "folder": "--page",
     "images": "IMAGE",
+    "invert": "pez invert",
     "num_images_per_prompt": "--images",
     "prompt": "PROMPT",
     "prompts": "PROMPT",
@@ -43,6 +46,24 @@ def option_name(arguments: argparse.Namespace, name: str) -> str:
     """The option of the command line that stands for an argument of `pez_core`."""
     names = _NAMES | getattr(arguments, "names", {})
     return names.get(name, "--" + name.replace("_", "-"))
+
+
+class Files(argparse.Action):
+    """Names of files, with patterns such as `*.png` replaced, which shells of Windows leave."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        found = [
+            file
+            for name in values
+            for file in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])
+        ]
+        setattr(namespace, self.dest, found)
 
 
 def add_search(

@@ -17,6 +17,7 @@ from ..interrupts import interruptible
 from ..names import as_utf8
 from ..options import IMAGE_WORDING
 from .arguments import (
+    Files,
     add_clip,
     add_search,
     add_vocabulary,
@@ -70,7 +71,9 @@ def _add_invert(commands: Any) -> None:
         help="find a prompt for each image",
         description="Find a short text prompt for each image. Ctrl-C keeps the best so far.",
     )
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    command.add_argument(
+        "images", nargs="+", action=Files, metavar="IMAGE", help="image file, or a pattern of files"
+    )
     add_search(command, prompt_len="8", wording=IMAGE_WORDING)
     add_steering(command)
     group = command.add_argument_group("several images")
@@ -85,7 +88,8 @@ def _add_invert(commands: Any) -> None:
     add_vocabulary(command)
     add_pictures(command)
     add_clip(command)
-    command.set_defaults(run=_invert, names={"weights": "--weight"})
+    names = {"weights": "--weight", "avoid": "--avoid or --avoid-image"}
+    command.set_defaults(run=_invert, names=names)
 
 
 def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
@@ -242,10 +246,13 @@ def _invert_each(
             _add_pictures(rows, pictures, interrupted)
             was_interrupted = interrupted()
     finally:  # results are printed whatever ends the search
+        # an error of the whole command is said once, by its caller
+        said_once = sys.exc_info()[0] is not None and not any("prompt" in row for row in rows)
         for row in rows:
             if "prompt" not in row:
-                row.setdefault("error", "not searched: the command ended before")
-                if not arguments.json:
+                is_known = "error" in row
+                row.setdefault("error", "not searched: the command ended before this image")
+                if not arguments.json and (is_known or not said_once):
                     print(f"pez: error: {as_utf8(_naming(row))}", file=sys.stderr)
         if arguments.json:
             print_json(rows)
@@ -413,7 +420,9 @@ def _add_style(commands: Any) -> None:
         help="find one prompt for the style of several images",
         description="Find one prompt for the style that several images share.",
     )
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files of one style")
+    command.add_argument(
+        "images", nargs="+", action=Files, metavar="IMAGE", help="image files of one style"
+    )
     add_search(command, prompt_len="8")
     group = command.add_argument_group("style")
     group.add_argument(
@@ -593,7 +602,8 @@ def _add_fuse(commands: Any) -> None:
     add_vocabulary(command)
     add_pictures(command)
     add_clip(command)
-    command.set_defaults(run=_fuse, names={"weights": "--weight"})
+    names = {"weights": "--weight", "sources": "PROMPT or --image"}
+    command.set_defaults(run=_fuse, names=names)
 
 
 def _fuse(arguments: argparse.Namespace) -> int:

@@ -201,6 +201,12 @@ def _load_one(
     is_file = path.suffix.lower() in TORCH_SUFFIXES and path.is_file()
     if pretrained is None and (is_file or is_safetensors(path)):
         return _load_file(path, activation, precision, device)
+    if pretrained is None and path.is_file():
+        raise ArgumentError(
+            "name",
+            f"is {name!r}, a file that is not named like one of weights",
+            f"give one that ends with {', '.join(sorted({*SUFFIXES, *TORCH_SUFFIXES}))}",
+        )
     return _load_architecture(name, pretrained, activation, precision, device, download)
 
 
@@ -453,4 +459,5 @@ def _other_name(name: str, others: Sequence[str]) -> str:
         return "fetch its files into a folder and give that, or write ARCHITECTURE:TAG"
     close = difflib.get_close_matches(name.replace("/", "-"), others, n=5, cutoff=0.4)
     close = close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]
-    return f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ..."
+    known = f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ..."
+    return f"{known}; the command 'pez models' lists all"
