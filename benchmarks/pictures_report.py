@@ -13,6 +13,10 @@ from unseen import words_of
 
 BALANCED = "ours (balanced), no repeats"
 BOUNDS = ("autoencoder", "another drawing's prompt")
+COLUMNS = (
+    *("method", "drawings", "seeds", "tokens", "images", "difference", "first half", "second half"),
+    *("less balanced", "own", "prompt", "own prompt", "true word", "alike", "GFLOP", "seconds"),
+)
 EXPLANATION = """\
 *Images* is the similarity of the images made of a prompt with their target, by the judge, which is
 not searched; *own* is the same by the CLIP of the search; *prompt* is the similarity of the prompt
@@ -56,7 +60,7 @@ def report(
         "# Images of the prompts of each method",
         "",
         f"{len(drawings)} held-out drawings, {each} images of each prompt, {len(seeds)} "
-        f"{'seed' if len(seeds) == 1 else 'seeds'}. "
+        f"{'seed' if len(seeds) == 1 else 'seeds at most'}. "
         f"Searched on {shown['search']}, images by {shown['images']}, judged by {shown['judge']}. "
         f"{machine()}.",
         "",
@@ -70,14 +74,12 @@ def report(
 
 def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
     """A line for each method."""
-    head = ("method", "drawings", "tokens", "images", "difference", "first half", "second half")
-    head = (*head, "less balanced", "own", "prompt", "own prompt", "true word", "alike")
-    head = (*head, "GFLOP", "seconds")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
         texts = [
             str(len({row["place"] for row in rows})),
+            str(len({row["seed"] for row in rows})),
             f"{statistics.mean(row['tokens'] for row in rows):.1f}",
             with_error(rows, "images"),
             *(difference(half(rows, k), half(base, k)) for k in (None, 0, 1)),

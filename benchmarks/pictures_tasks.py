@@ -41,11 +41,14 @@ EXPLANATIONS = {
     "long prompt.",
     "fuse": "*First* and *second* are the similarities of the images with both drawings, by the "
     "judge; *lower* is the lower one of the two; *both* is the share of pairs whose lower one is "
-    "higher than that of each prompt alone.",
+    "higher than that of each prompt alone, and *each* the share of pairs in which both are higher "
+    "than those of the prompt of that drawing alone.",
     "style": "*Own* is the similarity of the images with the drawing of the same thing in the "
     "style that was learned, *other* with its drawings in the other styles, by the judge; *right* "
     f"is the share whose most similar drawing is in that style (chance: {1 / len(STYLES):.0%}).",
 }
+
+_NO_COLUMNS = ("part", "case", "seed", "images_each", "method", "prompt")
 
 # The rows of a part for one case and seed, without their part, case and seed
 Part = Callable[["Setup", int, int], list[dict]]
@@ -106,8 +109,14 @@ def fused(setup: Setup, case: int, seed: int) -> list[dict]:
         first_, second_ = near.tolist()
         row = {"method": method, "prompt": prompt, "first": first_, "second": second_}
         rows.append(row | {"lower": min(first_, second_)})
-    alone = max(row["lower"] for row in rows[1:3])
-    return [row | {"both": float(row["lower"] > alone)} for row in rows]
+    _, one, other, _ = rows
+    alone = max(one["lower"], other["lower"])
+    return [
+        row
+        | {"both": float(row["lower"] > alone)}
+        | {"each": float(row["first"] > one["first"] and row["second"] > other["second"])}
+        for row in rows
+    ]
 
 
 def styled(drawings: Drawings, trials: Sequence[dict], setup: Setup, case: int, seed: int) -> list:
@@ -146,7 +155,7 @@ def measure(setup: Setup, parts: dict[str, Part], cases: int) -> None:
             for case in range(cases):
                 if (name, case, seed) in done:
                     continue
-                shared = {"part": name, "case": case, "seed": seed}
+                shared = {"part": name, "case": case, "seed": seed, "images_each": setup.images}
                 append(bench.found, [shared | row for row in part(setup, case, seed)])
                 print(f"{name}, seed {seed}: {case + 1}/{cases}", file=sys.stderr)
 
@@ -158,7 +167,7 @@ def report(rows: Sequence[dict], title: str) -> Iterator[str]:
         found = [row for row in rows if row["part"] == part]
         if not found:
             continue
-        columns = [k for k in found[0] if k not in ("part", "case", "seed", "method", "prompt")]
+        columns = [k for k in found[0] if k not in _NO_COLUMNS]
         yield from ("", f"## {part}", "", explanation, "")
         yield f"| prompt | {' | '.join(columns)} |"
         yield "|---" * (len(columns) + 1) + "|"
@@ -187,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompt-len", type=int, default=8)
     parser.add_argument("--report", action="store_true", help="write OUT.md only")
-    parser.add_argument("--out", type=Path, default=HERE / "results/pictures-tasks")
+    parser.add_argument("--out", type=Path, default=HERE / "results/pictures_tasks")
     a = parser.parse_args(argv)
 
     clip, judge = (load_clip(name, device=a.device) for name in (a.clip, a.judge))
@@ -205,12 +214,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup = Setup(bench, pipeline, judge, steps=0, images=a.images)
         measure(setup, {name: parts[name] for name in a.parts}, len(images))
     names = [Path(name).name for name in (clip.name, a.pipeline, judge.name)]
+    rows = bench.rows()
+    cases, seeds = ({row[key] for row in rows} for key in ("case", "seed"))
+    each = {row["images_each"] for row in rows if "images_each" in row} or {a.images}
     title = (
-        f"{len(images)} cases, {a.images} images of each prompt, {a.seeds} seeds. Searched on "
+        f"{len(cases)} cases, {'/'.join(map(str, sorted(each)))} images of each prompt, "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}. Searched on "
         f"{names[0]}, images by {names[1]}, judged by {names[2]}. {machine()}. Behind ± is one "
         "standard error over the cases."
     )
-    text = "\n".join(report(bench.rows(), title)) + "\n"
+    text = "\n".join(report(rows, title)) + "\n"
     a.out.with_suffix(".md").write_text(text)
     print(text)
 

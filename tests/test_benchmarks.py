@@ -438,7 +438,7 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     differences = [a - b for a, b in zip(values, base, strict=True)]
     error = statistics.stdev(differences) / 3**0.5
     expected = f"{statistics.mean(differences):+.3f} ± {error:.3f}"
-    assert f"| GCG | 3 | 4.0 | {statistics.mean(values):.3f} ± " in table
+    assert f"| GCG | 3 | 1 | 4.0 | {statistics.mean(values):.3f} ± " in table
     (head,) = [line for line in table.splitlines() if line.startswith("| method |")]
     column = head.split(" | ").index("true word")
     cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
@@ -702,10 +702,16 @@ def test_pictures_resume(draws, tmp_path):
 
     assert comparable(again) == comparable(whole)
     assert draws("true name", seeds=2, more=["--report"]) == again
-    whole[0]["name"] = "something else"
-    path.write_text(json.dumps(whole[0]) + "\n")
-    with pytest.raises(SystemExit, match="about other drawings"):
-        draws("true name")
+    for change, other in [
+        ({"name": "something else"}, "drawings"),
+        ({"place": 3}, "drawings"),
+        ({"judge": [0.5] * 4}, "numbers of images"),
+        ({"steps": 11}, "steps"),
+    ]:
+        path.write_text(json.dumps(whole[0] | change) + "\n")
+        for more in ([], ["--report"]):
+            with pytest.raises(SystemExit, match=f"about other {other}; give another --out"):
+                draws("true name", more=more)
 
 
 def test_the_bound_below_needs_the_prompts_of_others(draws):
