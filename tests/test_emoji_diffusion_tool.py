@@ -41,6 +41,36 @@ def data():
     return train.Data(drawings, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), index)
 
 
+def test_latents_of_an_autoencoder_that_is_trained_on_are_computed_again(tmp_path, data):
+    runs = tmp_path
+    train.train_autoencoder(data, runs, 2, 2, 0)
+    before = train.encode_all(data, runs)
+    train.train_autoencoder(data, runs, 2, 2, 0)  # no further step
+    assert torch.equal(train.encode_all(data, runs), before)
+    train.train_autoencoder(data, runs, 4, 2, 0)
+    plain = train.load_autoencoder(runs)
+    after = train.encode_all(data, runs)
+    assert not torch.equal(after, before)
+    latents = plain.encode(data.on([4], ["white"])).latent_dist.mode()[0]
+    state = torch.load(runs / train.LATENTS, weights_only=True)
+    own = (latents - state["mean"][:, None, None]) / state["std"][:, None, None]
+    torch.testing.assert_close(after[4].float(), own, atol=5e-3, rtol=1e-2)
+
+
+def test_all_stages_follow_one_another(monkeypatch, tmp_path):
+    done = []
+    for name in ("train_autoencoder", "train_unet", "export"):
+        monkeypatch.setattr(train, name, lambda *_, name=name: done.append(name))
+    for name in ("load_data", "build"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["train", "all", "--runs", str(tmp_path)])
+    train.main()
+    assert done == ["train_autoencoder", "train_unet", "export"]
+    monkeypatch.setattr("sys.argv", ["train", "all", "--steps", "3"])
+    with pytest.raises(SystemExit):
+        train.main()
+
+
 def test_latents_are_normalised_and_decode_to_the_same_pixels(runs, data):
     plain = train.load_autoencoder(runs)
     latents = train.encode_all(data, runs)

@@ -1,9 +1,7 @@
 """Train `emoji-diffusion`, a small latent diffusion model whose text encoder is `emoji-clip`.
 
     pip install -e ".[diffusers,train]"
-    python tools/train_emoji_diffusion.py autoencoder
-    python tools/train_emoji_diffusion.py unet
-    python tools/train_emoji_diffusion.py export
+    python tools/train_emoji_diffusion.py all       # the stages autoencoder, unet and export
 
 The exported folder is an ordinary Stable Diffusion pipeline: `StableDiffusionPipeline` of diffusers
 loads it without code of this project. The autoencoder has 4 latent channels and turns 64x64 pixels
@@ -51,6 +49,7 @@ log = logging.getLogger("train_emoji_diffusion")
 
 CLIP = Path("pez_core/models/emoji-clip")
 OUT = Path("pez_core/models/emoji-diffusion")
+LATENTS = "latents.pt"  # of all drawings, in the folder of the checkpoints
 SAVE_SECONDS, LOG_EVERY = 300, 200
 CONTEXT = 77
 NO_CAPTION = 0.12  # share of captions left out, for classifier-free guidance
@@ -58,6 +57,7 @@ NO_CAPTION = 0.12  # share of captions left out, for classifier-free guidance
 DRAWN_STYLES = ("noto", "twemoji")
 WHITE = 0.9  # share of drawings on white; the others are on a colour that the caption names
 EMA = 0.999
+STAGES = ("autoencoder", "unet", "export")
 WARM_UP, DECAY = 200, 0.2  # steps, and a share of all steps
 # Mean and standard deviation of the logarithm of the SNR in training. Latents of 16x16 show the
 # outline at an SNR of 5; what is to be learned from the text lies below.
@@ -258,6 +258,8 @@ def train_autoencoder(data: Data, runs: Path, steps: int, batch: int, seed: int)
     model = AutoencoderKL.from_config(AUTOENCODER).to(memory_format=torch.channels_last)
     run = Run(runs / "autoencoder.pt", model, 1.5e-3, steps)
     rng = random.Random(seed + run.step)
+    if run.step < steps:
+        (runs / LATENTS).unlink(missing_ok=True)  # of the autoencoder before
     for chosen in batches(data.index, batch, rng):
         if run.step >= steps:
             break
@@ -286,8 +288,8 @@ def load_autoencoder(runs: Path) -> AutoencoderKL:
     """The trained autoencoder; once its latents were measured, theirs have mean 0 and std 1."""
     model = AutoencoderKL.from_config(AUTOENCODER)
     model.load_state_dict(torch.load(runs / "autoencoder.pt", weights_only=True)["average"])
-    if (runs / "latents.pt").exists():
-        state = torch.load(runs / "latents.pt", weights_only=True)
+    if (runs / LATENTS).exists():
+        state = torch.load(runs / LATENTS, weights_only=True)
         _normalise(model, state["mean"], state["std"])
     return model.eval().requires_grad_(False)
 
@@ -311,7 +313,7 @@ def _normalise(model: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> N
 @torch.no_grad()
 def encode_all(data: Data, runs: Path) -> torch.Tensor:
     """(drawings, 4, 16, 16): the latents of `Data.index` on white, computed once."""
-    path = runs / "latents.pt"
+    path = runs / LATENTS
     if path.exists():
         return torch.load(path, weights_only=True)["values"]
     autoencoder, rows = load_autoencoder(runs), []
@@ -475,7 +477,7 @@ def _save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["autoencoder", "unet", "sample", "export"])
+    parser.add_argument("stage", choices=["all", *STAGES, "sample"])
     parser.add_argument("texts", nargs="*", help="for sample")
     parser.add_argument("--folder", type=Path, default=Path("build/emoji"))
     parser.add_argument("--runs", type=Path, default=Path("build/emoji-diffusion"))
@@ -489,12 +491,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if a.stage == "sample":
         sample(a.runs, a.clip, a.texts, a.runs / "samples.png", a.guidance_scale)
-    elif a.stage == "export":
-        export(build(a.runs, a.clip), a.out)
-    elif a.stage == "autoencoder":
-        train_autoencoder(load_data(a.folder), a.runs, a.steps or 2_400, a.batch or 16, a.seed)
-    else:
-        train_unet(load_data(a.folder), a.runs, a.steps or 24_000, a.batch or 16, a.seed, a.clip)
+        return
+    if a.stage == "all" and a.steps is not None:
+        parser.error("--steps is that of one stage; name autoencoder or unet")
+    for stage in STAGES if a.stage == "all" else [a.stage]:
+        if stage == "export":
+            export(build(a.runs, a.clip), a.out)
+        elif stage == "autoencoder":
+            train_autoencoder(load_data(a.folder), a.runs, a.steps or 2_400, a.batch or 16, a.seed)
+        else:
+            data = load_data(a.folder)
+            train_unet(data, a.runs, a.steps or 24_000, a.batch or 16, a.seed, a.clip)
 
 
 if __name__ == "__main__":
