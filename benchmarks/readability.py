@@ -93,8 +93,8 @@ def report(
         "|---|---|---|---|---|",
         *lines,
         "",
-        "The default is 0: any other value lowers the similarity, needs a language model, and "
-        "makes a search many times as long. Take 0.25 to 0.5 for prompts that people edit or read.",
+        "The default is 0, since a language model of transformers makes a search many times as "
+        "long. Take 0.25 to 0.5 for prompts that people edit or read.",
         "",
         "| drawing | " + " | ".join(f"readability {value:g}" for value in SHOWN) + " |",
         "|---" * (1 + len(SHOWN)) + "|",

@@ -288,8 +288,10 @@ def first_look(graph: Graph) -> None:
     note = (
         "# A first look, without a download\n\n1. Run. Watch the prompt emerge, and the images "
         "that the demo model makes of it.\n2. Choose another drawing of one thing on white, and "
-        "run again.\n\nThe bundled CLIP and **PEZ Emoji Model (demo)** belong together. Both were "
-        "trained on emoji drawings alone, so do not judge PEZ by their images of photos.\n\n"
+        "run again.\n3. For images of your own open the template *Image to image via a prompt* "
+        "(SD 1.5) or *SDXL with your own files*.\n\nThe bundled CLIP and **PEZ Emoji Model "
+        "(demo)** belong together. Both were trained on emoji drawings alone, so do not judge PEZ "
+        "by their images of photos.\n\n"
         f"{ALWAYS}"
     )
     graph.add(Node("MarkdownNote", 0, {"": note}, title="Read me"))
