@@ -118,7 +118,7 @@ class SearchOptions:
             without swaps at its number of steps. Results then depend on the speed of the machine.
             None: no limit.
         restarts: number of independent searches for each result, at least 1. Each starts from other
-            random prompts and gives one candidate; the result is the best candidate, and
+            random numbers and gives one candidate; the result is the best candidate, and
             `Result.candidates` has all. The time grows with the number.
         seed: of everything that is random in a search, 0 or more: one int for all results, or a
             list with one per result (per image for `invert`). All restarts of all seeds draw
