@@ -198,12 +198,16 @@ def by_written_caption(
     return made
 
 
-def by_candidates(setup: Setup, places: list[int], seed: int, restarts: int) -> list[Made]:
+def by_candidates(
+    setup: Setup, places: list[int], seed: int, restarts: int, wording: str = "free"
+) -> list[Made]:
     """The restart whose images, by other noise, are most similar by the CLIP of the search."""
     bench, made = setup.bench, []
     for place in places:
         image = bench.images[place].image
-        options = own_options(place, seed, prompt_len=bench.lengths[0], restarts=restarts)
+        options = own_options(
+            place, seed, prompt_len=bench.lengths[0], restarts=restarts, wording=wording
+        )
         (found,) = invert(bench.clip, image, options)
         noise = [OTHER_NOISE + k for k in setup.noise(place, seed)]
         settings = default_settings(setup.pipeline)
@@ -364,7 +368,7 @@ OWN = {
     "ours (readability 0.5, SmolLM2)": Method(with_smollm2, budgeted=False, at_once=1),
     **{
         f"ours (balanced), {n} restarts": Method(
-            partial(ours, effort="balanced", restarts=n), budgeted=False
+            partial(ours, effort="balanced", restarts=n, repeats=False), budgeted=False
         )
         for n in CANDIDATES
     },
@@ -399,6 +403,12 @@ METHODS: dict[str, Maker] = {
     **{
         f"ours (balanced), {n} restarts by image": partial(by_candidates, restarts=n)
         for n in CANDIDATES
+    },
+    **{
+        f"ours ({wording}), {CANDIDATES[0]} restarts by image": partial(
+            by_candidates, restarts=CANDIDATES[0], wording=wording
+        )
+        for wording in WORDINGS[1:]
     },
     **{
         f"PEZ, a tenth of the steps, denoising_weight {w}": partial(by_denoising, weight=w)
