@@ -108,7 +108,7 @@ def test_the_phrases_of_a_result_are_in_order(emoji_clip, written, before, behin
             again = score(emoji_clip, one.prompt, Path(image)).similarity.item()
             assert one.similarity == pytest.approx(again, abs=1e-5)
             assert emoji_clip.text.words.encode(one.prompt) == one.token_ids
-    assert changed > 1
+    assert changed >= 1
 
 
 def test_they_are_in_order_when_a_search_is_ended(emoji_clip, written):

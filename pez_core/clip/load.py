@@ -459,5 +459,5 @@ def _other_name(name: str, others: Sequence[str]) -> str:
         return "fetch its files into a folder and give that, or write ARCHITECTURE:TAG"
     close = difflib.get_close_matches(name.replace("/", "-"), others, n=5, cutoff=0.4)
     close = close or ["ViT-B-32", "ViT-L-14", "ViT-H-14"]
-    known = f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ..."
-    return f"{known}; the command 'pez models' lists all"
+    names = f"bundled: {', '.join(BUNDLED)}; others: {', '.join(close)}, ..."
+    return f"{names}; the command 'pez models' lists all"

@@ -54,17 +54,18 @@ def choose_by_image(
     """
     goals = use(clip, lambda one: one.encode_images(targets, fit)).cpu()
     shares = torch.ones(len(targets)) if weights is None else torch.tensor(list(weights)).float()
+    goal = shares @ goals / shares.sum()
     given = default_settings(pipeline) | dict(settings)
     scored: list[tuple[float, Candidate]] = []
-    known: dict[str, float] = {}
+    by_prompt: dict[str, float] = {}
     for candidate in result.candidates:
         if ended():
             break
-        if candidate.prompt not in known:
+        if candidate.prompt not in by_prompt:
             images = draw(pipeline, candidate.prompt, seeds, given)
             features = use(clip, lambda one, made=images: one.encode_images(made, fit)).cpu()
-            known[candidate.prompt] = float((features @ goals.T).mean(0) @ shares / shares.sum())
-        scored.append((known[candidate.prompt], candidate))
+            by_prompt[candidate.prompt] = float((features @ goal).mean())
+        scored.append((by_prompt[candidate.prompt], candidate))
     scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: those of equal score stay
     order = [one for _, one in scored] + result.candidates[len(scored) :]
     return _with_candidates(result, order)

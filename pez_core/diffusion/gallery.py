@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def make_gallery(
     accepted_arguments(pipeline, list(kwargs))
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
-    clips = [clip] if judge is None else [clip, judge]
     warn_where_foreign(clip_of(clip), pipeline)
+    clips = [clip] if judge is None else [clip, judge]
     if judge is not None:
         check_held_out(judge, clip)
     entries = _Entries(texts, _listed(targets, len(texts)), clips, weights, titles, fit)
@@ -117,15 +118,8 @@ def make_gallery(
         return entries.gallery(seeds, facts)
     for k, text in enumerate(texts):
         try:
-            entries.add(
-                draw(
-                    pipeline,
-                    _read(text),
-                    seeds,
-                    settings | kwargs,
-                    lambda share, k=k: ended(k + share),
-                )
-            )
+            on_step = partial(lambda share, k: ended(k + share), k=k)
+            entries.add(draw(pipeline, _read(text), seeds, settings | kwargs, on_step))
         except Stopped:
             break
         except Exception as error:
