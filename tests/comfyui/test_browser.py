@@ -415,7 +415,9 @@ def test_a_click_uses_a_candidate_or_an_earlier_prompt_and_keeps_it(
     files = candidates.locator("img").evaluate_all("all => all.map(one => one.src)")
     for file, prompt in zip(files, found[1], strict=True):
         assert parse_qs(urlsplit(file).query)["filename"][0].startswith(prompt)
-    widths = candidates.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
+    widths = candidates.locator("img").evaluate_all(
+        "all => Promise.all(all.map(one => one.decode().then(() => one.naturalWidth)))"
+    )
     assert all(widths)
     snap("picks")
 
