@@ -32,6 +32,7 @@ from pez_core.readability import FUNCTION_WORDS
 SEEN = 0.1
 METHODS = (
     ANOTHER,
+    "ours (balanced), no repeats",
     "PEZ as published",
     "ours (tags)",
     "ours (sentence)",
