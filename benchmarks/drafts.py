@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from bench import Found, Method, Note, Problems
@@ -46,7 +47,7 @@ def first_half(clip: Clip) -> Draft:
     model = copy.deepcopy(clip.model)
     blocks = model.transformer.resblocks
     model.transformer.resblocks = blocks[: len(blocks) // 2]
-    return Draft(Clip(model, clip.tokenizer, clip.name, sorted(clip.trained_tokens or [])))
+    return Draft(_with_model(clip, model))
 
 
 @torch.no_grad()
@@ -58,8 +59,13 @@ def low_rank(clip: Clip) -> Draft:
             rank = int(SHARE * weight.numel() / sum(weight.shape))
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
             weight.copy_(u[:, :rank] * s[:rank] @ v[:rank])
-    clip = Clip(model, clip.tokenizer, clip.name, sorted(clip.trained_tokens or []))
-    return Draft(clip, SHARE)
+    return Draft(_with_model(clip, model), SHARE)
+
+
+def _with_model(clip: Clip, model: Any) -> Clip:
+    """A CLIP with another model, and the same tokenizer and vocabulary."""
+    tokens = clip.trained_tokens
+    return Clip(model, clip.tokenizer, clip.name, None if tokens is None else sorted(tokens))
 
 
 def drafted(problems: Problems, note: Note, make: Callable[[Clip], Draft]) -> list[Found]:
