@@ -8,7 +8,8 @@ In each prompt one word becomes another thing: the word that the prompt owes mos
 with the target, by the CLIP that was searched. Images of the prompt before and after, with the same
 noise, are compared with the new word by a CLIP that took no part. The edit is *seen* where the
 similarity of the images with the new word rises by at least 0.1; *gain* is the mean rise; *same* is
-the similarity of the images after the edit with those before. Rows are appended to OUT.jsonl.
+the similarity of the images after the edit with those before. Behind ± is one standard error over
+the drawings, of the mean over seeds. Rows are appended to OUT.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import HERE, Bench, append
@@ -85,20 +86,37 @@ def measure(setup: Setup, row: dict, seed: int) -> dict | None:
     near = [(one @ thing).mean().item() for one in features]
     same = (features[0] * features[1]).sum(1).mean().item()
     found = {"word": word, "other": other, "edited": after, "gain": near[1] - near[0]}
-    return {k: row[k] for k in ("method", "place", "prompt")} | found | {"same": same}
+    return {k: row[k] for k in ("method", "seed", "place", "prompt")} | found | {"same": same}
+
+
+def by_drawing(rows: Sequence[dict], value: Callable[[dict], float]) -> tuple[float, float]:
+    """The mean of a value and its standard error over the drawings, each a mean over its seeds."""
+    places = dict.fromkeys(row["place"] for row in rows)
+    means = [statistics.mean(value(r) for r in rows if r["place"] == place) for place in places]
+    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    return statistics.mean(means), error
 
 
 def report(rows: Sequence[dict], title: str) -> str:
-    lines = ["# Edits of one word", "", title, "", *__doc__.split("\n\n")[2].split("\n"), ""]
-    lines += ["| method | edits | seen | gain | same |", "|---|---|---|---|---|"]
+    lines = [
+        "# Edits of one word",
+        "",
+        title,
+        "",
+        *__doc__.split("\n\n")[2].rstrip().split("\n"),
+        "",
+    ]
+    lines += ["| method | edits | seeds | seen | gain | same |", "|---|---|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        gains = [row["gain"] for row in own]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        seen = statistics.mean(gain >= SEEN for gain in gains)
-        same = statistics.mean(row["same"] for row in own)
-        gain = f"{statistics.mean(gains):+.3f} ± {error:.3f}"
-        lines.append(f"| {method} | {len(own)} | {seen:.0%} | {gain} | {same:.3f} |")
+        seen, unsure = by_drawing(own, lambda row: row["gain"] >= SEEN)
+        gain, error = by_drawing(own, lambda row: row["gain"])
+        same, _ = by_drawing(own, lambda row: row["same"])
+        seeds = len({row["seed"] for row in own})
+        lines.append(
+            f"| {method} | {len(own)} | {seeds} | {seen:.0%} ± {unsure:.0%} "
+            f"| {gain:+.3f} ± {error:.3f} | {same:.3f} |"
+        )
     lines += ["", "The first edits of each:", ""]
     for method in dict.fromkeys(row["method"] for row in rows):
         lines += [
@@ -113,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_models(parser)
     parser.add_argument("--drawings", type=int, default=102)
     parser.add_argument("--images", type=int, default=2, help="of each prompt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--prompts", type=Path, default=HERE / "results/pictures.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "results/edits")
@@ -124,15 +142,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = load_pipeline(a.pipeline, a.device)
     pipeline.set_progress_bar_config(disable=True)
     setup = Setup(bench, pipeline, judge, 0, a.images)
-    done = {(row["method"], row["place"]) for row in bench.rows()}
+    done = {(row["method"], row["seed"], row["place"]) for row in bench.rows()}
     found = [
         row
         for row in map(json.loads, a.prompts.read_text().splitlines())
-        if row["seed"] == a.seed and row["method"] in a.methods and row["place"] < a.drawings
+        if row["seed"] < a.seeds and row["method"] in a.methods and row["place"] < a.drawings
     ]
-    for k, row in enumerate(sorted(found, key=lambda row: a.methods.index(row["method"]))):
-        if (row["method"], row["place"]) not in done:
-            one = measure(setup, row, a.seed)
+    found.sort(key=lambda row: (row["seed"], a.methods.index(row["method"])))
+    for k, row in enumerate(found):
+        if (row["method"], row["seed"], row["place"]) not in done:
+            one = measure(setup, row, row["seed"])
             append(bench.found, [one] if one else [])
             print(f"{row['method']}: {k + 1}/{len(found)}", file=sys.stderr)
     title = f"Images by {Path(a.pipeline).name}, judged by {Path(a.judge).name}. {machine()}."
