@@ -34,10 +34,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench import ENDLESS, HERE, Bench, Found, Method, Note, Problems, append, run
 from diffusers import DiffusionPipeline
+from distinct_words import words_differ
 from fluency_methods import PhraseBeams, phrases, usable
 from pictures_report import report
 from PIL import Image
@@ -67,6 +69,7 @@ from pez_core.objectives import Similarity
 from pez_core.options import WORDINGS
 from pez_core.priors import FluencyPrior
 from pez_core.readability import FUNCTION_WORDS, as_written
+from pez_core.single_words import WORD_WEIGHT
 from pez_core.token_lm import load_token_lm
 from pez_core.tower_work import counted
 
@@ -226,6 +229,20 @@ def by_lower_precision(setup: Setup, places: list[int], seed: int, name: str) ->
         text.matrix_dtype = before
 
 
+def by_word_weight(setup: Setup, places: list[int], seed: int, weight: float) -> list[Made]:
+    """The default of `invert` with another weight of words alone; see `pez_core.single_words`."""
+    with patch.object(sys.modules[invert.__module__], "WORD_WEIGHT", weight):
+        return by_finder(setup, places, seed, "ours (balanced), no repeats")
+
+
+def by_distinct_words(
+    setup: Setup, places: list[int], seed: int, name: str, weight: float, kind: str
+) -> list[Made]:
+    """By a method of quality.py, with the term of distinct_words.py."""
+    with words_differ(weight, kind):
+        return by_finder(setup, places, seed, name)
+
+
 def by_denoising(setup: Setup, places: list[int], seed: int, weight: float) -> list[Made]:
     """PEZ with the loss of the image model in place of a part of the similarity."""
     bench, made = setup.bench, []
@@ -343,6 +360,8 @@ def by_phrases(setup: Setup, places: list[int], seed: int) -> list[Made]:
 LENGTHS = (4, 16, 32)
 WRITTEN_LENGTHS = (12, 16)
 CANDIDATES = (4, 16)
+WORD_WEIGHTS = (0, WORD_WEIGHT / 2, 2 * WORD_WEIGHT)  # beside the one that is used
+DISTINCT = ((0.1, "pairs"), (0.3, "pairs"), (0.05, "nearest"), (0.15, "nearest"))
 DENOISING = (0, 0.5, 1)  # weights of the loss of the image model
 WRITTEN = {"effort": "balanced", "repeats": False}
 OWN = {
@@ -409,6 +428,17 @@ METHODS: dict[str, Maker] = {
             by_candidates, restarts=CANDIDATES[0], wording=wording
         )
         for wording in WORDINGS[1:]
+    },
+    **{
+        f"ours (balanced), no repeats, weight of words {w:g}": partial(by_word_weight, weight=w)
+        for w in WORD_WEIGHTS
+    },
+    **{
+        f"{name}, words differ ({kind}, {w:g})": partial(
+            by_distinct_words, name=name, weight=w, kind=kind
+        )
+        for name in ("ours (balanced), no repeats", "ours (tags)", "ours (sentence)")
+        for w, kind in DISTINCT
     },
     **{
         f"PEZ, a tenth of the steps, denoising_weight {w}": partial(by_denoising, weight=w)

@@ -34,7 +34,9 @@ from pez_core import (
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.objectives import Similarity
+from pez_core.problem import PromptTarget
 from pez_core.readability import as_written
+from pez_core.runner import learn
 from pez_core.tower_work import counted
 
 pytest.importorskip("matplotlib")
@@ -42,6 +44,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench
+import distinct_words
 import drafts
 import draw_icon
 import draw_results
@@ -65,7 +68,7 @@ import step_time
 import style
 import text_to_image
 import tries
-from unseen import from_folder, unseen
+from unseen import EVERY_WORD, from_folder, unseen
 
 import examples
 
@@ -347,6 +350,8 @@ PICTURED = [
     "GCG",
     "ours (balanced), 4 restarts by image",
     "PEZ, a tenth of the steps, denoising_weight 0.5",
+    "ours (balanced), no repeats, weight of words 0",
+    "ours (balanced), no repeats, words differ (pairs, 0.3)",
     "ours (tags)",
     "VGD (sentence)",
     "soft prompt",
@@ -420,6 +425,11 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert found["autoencoder", 1]["alike"] is None  # one image
     assert found["true name", 1]["prompt"] == "wine glass"
     assert found["true caption + 4 learned", 1]["prompt"].startswith("wine glass ")
+    name = "ours (balanced), no repeats, weight of words 0"
+    one, goal = torch.ones(1), emoji_clip.encode_images([drawings[1].image])
+    options = SearchOptions(prompt_len=4, seed=1, **EVERY_WORD | {"repeats": False})
+    (alone,) = learn(emoji_clip, [PromptTarget(goal, one, one < 0)], options, 4)
+    assert found[name, 1]["prompt"] == alone.prompt
     pruned = prune_caption(emoji_clip, "wine glass", drawings[1].image)
     assert found["true caption, pruned", 1]["prompt"] == pruned
     tags = found["true caption, pruned + 4 learned (tags)", 1]["prompt"]
@@ -448,6 +458,48 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert shares["| true caption, pruned"].startswith(f"{len(named) / 3:.0%} ± ")
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
+
+
+@pytest.mark.parametrize("kind", distinct_words.KINDS)
+def test_words_that_differ_have_a_higher_score(emoji_clip, kind):
+    words = ["fish", "salmon", "house", "a", "guitar", "tuna"]
+    encode = emoji_clip.text.words.encode
+    allowed = torch.tensor(sorted(token for word in words for token in encode(word)))
+    space = TokenSpace(
+        emoji_clip.text.token_embedding, allowed, once=allowed[allowed != encode("a")[0]]
+    )
+    problem = SimpleNamespace(space=space, clip=emoji_clip)
+    term = distinct_words.DistinctWords(problem, 0.5, kind)
+
+    features = emoji_clip.encode_texts(
+        [emoji_clip.text.words.decode([k]) for k in allowed.tolist()]
+    )
+    features = torch.nn.functional.normalize(features - features.mean(0), dim=1)
+    place = {token: k for k, token in enumerate(allowed.tolist())}
+
+    def expected(ids):
+        alike = torch.zeros(len(ids), len(ids))
+        for j, one in enumerate(ids):
+            for k, other in enumerate(ids):
+                if j != k and encode("a")[0] not in (one, other):
+                    alike[j, k] = (features[place[one]] @ features[place[other]]).clamp(min=0)
+        pairs = len(ids) * (len(ids) - 1)
+        return -0.5 * (alike.sum() / pairs if kind == "pairs" else alike.amax(1).mean()).item()
+
+    rows = [
+        [token for word in text.split() for token in encode(word)]
+        for text in ("fish salmon a tuna", "fish house a guitar", "fish salmon house guitar")
+    ]
+    found = term.score(torch.tensor(rows)).tolist()
+    assert found == pytest.approx([expected(row) for row in rows], abs=1e-4)
+    assert found[0] < found[1] <= 0
+    screened = term.screen(torch.tensor(rows[:1]), 1)[0]
+    swapped = [[*rows[0][:1], *encode(word), *rows[0][2:]] for word in ("house", "guitar")]
+    changes = [expected(one) - expected([*one[:1], *encode("a"), *one[2:]]) for one in swapped]
+    if kind == "pairs":  # exactly what the word brings
+        found = [screened[place[one[1]]].item() for one in swapped]
+        assert found == pytest.approx(changes, abs=1e-4)
+    assert screened[place[rows[0][3]]] < screened[place[encode("guitar")[0]]] <= 0
 
 
 def test_methods_are_read_at_the_same_work(images, image_model, tmp_path, monkeypatch):

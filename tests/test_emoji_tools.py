@@ -13,8 +13,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
+import paraphrase_captions
 import train_emoji_clip as train
-from emoji_captions import COLOUR_WORDS, Captions, Lexicon, looks
+from emoji_captions import COLOUR_WORDS, Captions, Lexicon, looks, read_phrases
 from emoji_data import Drawing, words_of
 from emoji_views import View
 
@@ -135,3 +136,58 @@ def test_the_hunt_only_improves_and_uses_no_barred_token(model):
         hunt.improve(model, image, position)
     assert (cosines() >= before - 1e-6).all() and cosines().mean() > before.mean()
     assert hunt.prompts.min() >= 1000
+
+
+SENSES = {
+    "noun": [
+        ("house", ["house", "home"]),
+        ("couch", ["couch", "sofa", "lounge"]),
+        ("dog", ["dog"]),
+    ],
+    "verb": [("hold", ["hold", "take_hold", "grip"])],
+    "adj": [("small", ["small", "little"])],
+}
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    """A folder with a few words in the form of WordNet's files."""
+    for part, senses in SENSES.items():
+        data, index = "  1 licence\n", ["  1 licence"]
+        for lemma, words in senses:
+            place = len(data.encode())
+            pairs = " ".join(f"{word} 0" for word in words)
+            data += f"{place:08d} 03 n {len(words):02x} {pairs} 001 @ 00000001 n 0000 | text\n"
+            index.append(f"{lemma} n 2 2 @ ~ 2 1 {place:08d} 00000099")
+        (tmp_path / f"data.{part}").write_text(data)
+        (tmp_path / f"index.{part}").write_text("\n".join(index) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("phrase", "paraphrase", "good"),
+    [
+        ("a brown dog on a couch", "on a sofa there is a brown dog", True),
+        ("a small house", "the picture of a little home", True),
+        ("a hand holding a dog", "a dog gripped by a hand", True),
+        ("a small house", "a small house", False),  # nothing is said in other words
+        ("a small house", "a small house, a dog", False),  # more is said
+        ("a dog, a house and a couch", "a dog", False),  # too much is missing
+        ("a red dog and a blue house", "a blue dog and a red house", False),  # other colours
+        ("a red dog and a blue house", "a house that is blue and a dog that is red", True),
+        ("a red dog", "a dog", False),
+        ("a dog on the left of a house", "a dog on the right of a house", False),
+        ("two dogs", "the dogs", False),
+        ("a dog with a couch", "a dog without a couch", False),
+        ("a dog and a house", "a dog, a house and the house", False),  # said again
+    ],
+)
+def test_a_paraphrase_stays_true(wordnet, phrase, paraphrase, good):
+    checker = paraphrase_captions.Checker(paraphrase_captions.Synonyms(wordnet))
+    assert checker.stays_true(phrase, paraphrase) is good
+
+
+def test_paraphrases_are_read_as_phrases_are(tmp_path):
+    found = {"dog": ["a puppy", "a small dog"], "cat": []}
+    paraphrase_captions.write(found, tmp_path / "some.tsv")
+    assert read_phrases(tmp_path / "some.tsv") == {"dog": ["a puppy", "a small dog"]}

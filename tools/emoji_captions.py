@@ -396,9 +396,9 @@ two things, {x} and {y}
 """.strip().splitlines()
 _ORDERED = ("left", "right")
 _TWICE = ["two of the same, {x}", "{x} twice", "two pictures of {x}", "{x} and another one"]
-_OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
-_OPPOSITE |= {"above": "below", "below": "above", "open": "closed", "closed": "open"}
-_OPPOSITE |= {"up": "down", "down": "up", "happy": "sad", "sad": "happy"}
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+OPPOSITE |= {"above": "below", "below": "above", "open": "closed", "closed": "open"}
+OPPOSITE |= {"up": "down", "down": "up", "happy": "sad", "sad": "happy"}
 _SMALL_WORDS = """a an the of and with in on at to for its it is are has by from into out that this
 one two three four some as or up down left right top bottom middle center above below behind over
 under side front back small big large little long short round square tall wide narrow open closed
@@ -434,7 +434,16 @@ def read_phrases(path: Path = PHRASES) -> dict[str, list[str]]:
 
 
 class Captions:
-    """Writes captions, word bags and wrong captions for drawings."""
+    """Writes captions, word bags and wrong captions for drawings.
+
+    Args:
+        drawings: what they are about.
+        pixels: (drawings, height, width, 4) of them.
+        lexicon: is told all words.
+        rng: draws the captions.
+        paraphrases: file of `paraphrase_captions.py`, whose texts are phrases, too. None: there
+            are none.
+    """
 
     def __init__(
         self,
@@ -442,12 +451,15 @@ class Captions:
         pixels: np.ndarray,
         lexicon: Lexicon,
         rng: random.Random,
+        paraphrases: Path | None = None,
     ) -> None:
         self.drawings, self.lexicon, self.rng = drawings, lexicon, rng
         self.looks = looks(pixels)
         self.names = [" ".join(words_of(d.name)) for d in drawings]
         self.keywords = [[" ".join(words_of(k)) for k in d.keywords] for d in drawings]
         written = read_phrases()
+        for name, texts in read_phrases(paraphrases).items() if paraphrases else ():
+            written.setdefault(name, []).extend(texts)
         self.phrases = [
             [p for p in written.get(name, []) if self._fits(i, p)]
             for i, name in enumerate(self.names)
@@ -463,7 +475,7 @@ class Captions:
         self.every_word = sorted(known | {w for b in BACKGROUNDS for w in b.split()})
         templates = [*_NAMED, *_COLOURED, *_PLACED, *_CENTRED, *_SHAPED, *_ON, *_STYLED, *_BESIDE]
         fixed = " ".join([*templates, *_TWICE]).replace("{", " ").replace("}", " ")
-        for word in [*self.every_word, *words_of(fixed), *sorted(COLOUR_WORDS), *_OPPOSITE, ","]:
+        for word in [*self.every_word, *words_of(fixed), *sorted(COLOUR_WORDS), *OPPOSITE, ","]:
             lexicon.ids(word)
         for word in ["emoji", "colorful", "square", "circular", "grey"]:
             lexicon.ids(word)
@@ -708,11 +720,11 @@ class Captions:
 
     def _other_side(self, words: list[str], view: View) -> list[str] | None:
         """The opposite of what is said of place or state; both of two sides keep their colours."""
-        if not set(words) & set(_OPPOSITE) or self.rng.random() < 0.3:
+        if not set(words) & set(OPPOSITE) or self.rng.random() < 0.3:
             return None
         if len(set(view.shown)) == 1 and len(view.shown) == 2:
             return None
-        return [_OPPOSITE.get(w, w) for w in words]
+        return [OPPOSITE.get(w, w) for w in words]
 
     def _other_thing(self, words: list[str], view: View) -> list[str] | None:
         """The name, or a word of a phrase, replaced by that of something else."""

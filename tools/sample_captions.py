@@ -149,11 +149,21 @@ class Sampler:
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.newline = self.tokenizer("a\n", add_special_tokens=False).input_ids[-1]
 
-    @torch.inference_mode()
     def sample(self, kind: str, starts: Sequence[str]) -> list[str]:
         """One caption for each of these beginnings; those that did not end are left out."""
         examples = (SENTENCES if kind == "sentence" else TAGS).strip().splitlines()
         head = HEADS[kind] + "\n".join(self.rng.sample(examples, EXAMPLES)) + "\n"
+        return [line for line in self.lines(head, starts, LONGEST) if line]
+
+    @torch.inference_mode()
+    def lines(self, head: str, starts: Sequence[str], longest: int) -> list[str]:
+        """One line for each of these beginnings, behind the lines of `head`; "" if it did not end.
+
+        Args:
+            head: what the model reads first, up to a newline.
+            starts: beginnings.
+            longest: tokens of a line.
+        """
         rows = [self.tokenizer(text, add_special_tokens=False).input_ids for text in starts]
         ids = torch.tensor(
             [[self.start, *self.tokenizer(head, add_special_tokens=False).input_ids]]
@@ -162,9 +172,9 @@ class Sampler:
         cache = self.model(ids[:, :-1], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(rows))
         last = torch.full((len(rows), 1), int(ids[0, -1]))
-        text = torch.full((len(rows), LONGEST), self.newline)
+        text = torch.full((len(rows), longest), self.newline)
         done = torch.zeros(len(rows), dtype=torch.bool)
-        for k in range(LONGEST):
+        for k in range(longest):
             out = self.model(last, past_key_values=cache, use_cache=True, logits_to_keep=1)
             chosen = self._draw(out.logits[:, -1].float())
             given = torch.tensor([row[k] if k < len(row) else -1 for row in rows])
@@ -174,7 +184,7 @@ class Sampler:
             if done.float().mean() > ENOUGH:
                 break
         printed = self.tokenizer.batch_decode(text)
-        return [line.split("\n")[0] for line in printed if "\n" in line]
+        return [line.split("\n")[0] if "\n" in line else "" for line in printed]
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
         values, tokens = (logits / TEMPERATURE).topk(200)

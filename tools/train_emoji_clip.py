@@ -487,16 +487,24 @@ class Training:
         model: what to train.
         schedule: of the training.
         checkpoint: file that the state is kept in.
+        paraphrases: see `Captions`.
     """
 
-    def __init__(self, folder: Path, model: Model, schedule: Schedule, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Model,
+        schedule: Schedule,
+        checkpoint: Path,
+        paraphrases: Path | None = None,
+    ) -> None:
         torch.manual_seed(schedule.seed)
         self.schedule, self.config, self.checkpoint = schedule, model.config, checkpoint
         self.rng = random.Random(schedule.seed)
         self.generator = torch.Generator().manual_seed(schedule.seed)
         self.drawings, pixels = prepare(folder)
         self.lexicon = Lexicon()
-        self.captions = Captions(self.drawings, pixels, self.lexicon, self.rng)
+        self.captions = Captions(self.drawings, pixels, self.lexicon, self.rng, paraphrases)
         self.index = [i for i, d in enumerate(self.drawings) if d.split == "train"]
         names: dict[str, int] = {}
         self.name_id = torch.tensor([names.setdefault(d.name, len(names)) for d in self.drawings])
@@ -848,6 +856,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="default: that of the model")
     parser.add_argument("--hottest", type=float, default=Schedule.hottest)
     parser.add_argument("--alignment", type=float, default=Schedule.alignment)
+    parser.add_argument("--paraphrases", type=Path, help="what paraphrase_captions.py writes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, help="default: build/MODEL/checkpoint.pt")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
@@ -865,7 +874,7 @@ def main() -> None:
         a.steps, a.batch, a.lr, seed, a.init, hottest=a.hottest, alignment=a.alignment
     )
     checkpoint = a.checkpoint or Path("build") / a.model / "checkpoint.pt"
-    training = Training(a.folder, model, schedule, checkpoint)
+    training = Training(a.folder, model, schedule, checkpoint, a.paraphrases)
     if a.resume:
         training.resume()
     training.run(out)
