@@ -127,6 +127,13 @@ class Problem:
         return [k for k in range(len(self.targets)) for _ in range(self.options.restarts)]
 
     @property
+    def lacks_words(self) -> bool:
+        """Whether words may occur twice only because the vocabulary is too small."""
+        if self.options.may_repeat or isinstance(self.space, PhraseSpace):
+            return False
+        return self.space.may_repeat
+
+    @property
     def firsts(self) -> list[bool]:
         """Whether each search is the first restart of its target."""
         return [k % self.options.restarts == 0 for k in range(len(self.ids))]

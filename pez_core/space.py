@@ -86,6 +86,11 @@ class TokenSpace:
         screens = on_cpu and directions.numel() >= _LARGE_TABLE and bfloat16_pays()
         self._screen = _Screen(directions) if screens else None
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether every id may occur twice in a prompt."""
+        return self._once is None
+
     def _split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return embeddings.split([columns for columns, _ in self.parts], dim=-1)
 

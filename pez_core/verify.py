@@ -72,13 +72,19 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
 
 
 def _note(problem: Problem) -> str:
-    """A remark on settings that had no effect, "" where there are none."""
+    """Remarks on options that had no effect, "" where there are none."""
     unused = problem.options.settings_of_pez if problem.writer else []
-    names = " and ".join(f"`{name}`" for name in unused)
-    return names and (
-        f"Without effect: {names}, since the prompt was written in place of Algorithm 1, and all "
-        "phrases of the vocabulary are single tokens."
-    )
+    names, remarks = " and ".join(f"`{name}`" for name in unused), []
+    if names:
+        remarks.append(
+            f"Without effect: {names}, since the prompt was written in place of Algorithm 1, and "
+            "all phrases of the vocabulary are single tokens."
+        )
+    if problem.lacks_words:
+        remarks.append(
+            "Words may occur twice, since the vocabulary has fewer than two for each token."
+        )
+    return " ".join(remarks)
 
 
 def _by_importance(problem: Problem, rows: list[list[int]]) -> list[list[int]]:

@@ -373,10 +373,15 @@ def test_no_word_of_the_caption_again(emoji_clip):
 
 
 def test_a_short_list_of_words_is_used_more_than_once(emoji_clip):
-    words = Vocabulary(only=["anchor", "ship"])
-    options = SearchOptions(effort="fast", prompt_len=6, vocabulary=words)
-    (result,) = invert(emoji_clip, emoji_clip.encode_texts(["anchor"]), options)
-    assert len(result.learned.split()) == 6
+    few = ["anchor", "ship", "fish", "house", "guitar", "cloud", "cat", "dog", "tree", "car", "sun"]
+    options = SearchOptions(effort="fast", prompt_len=6, vocabulary=Vocabulary(only=few))
+    image, remark = emoji_clip.encode_texts(["anchor"]), "Words may occur twice"
+    (result,) = invert(emoji_clip, image, options)
+    assert len(result.learned.split()) == 6 and result.note.startswith(remark)
+    assert len(few) == 11  # one less than two for each token
+    enough = Vocabulary(only=[*few, "moon"])
+    for other in (replace(options, vocabulary=enough), replace(options, repeats=True)):
+        assert not invert(emoji_clip, image, other)[0].note
 
 
 @pytest.mark.slow
