@@ -30,7 +30,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from pictures_report import report
 from PIL import Image
 from quality import METHODS as FINDERS
 from quality import default_words, ours
-from unseen import ROOT, Unseen, content_words, from_folder, prepare, unseen
+from unseen import EVERY_WORD, ROOT, Unseen, content_words, from_folder, prepare, unseen
 
 from pez_core import (
     Clip,
@@ -59,7 +59,9 @@ from pez_core import (
     load_language_model,
     prepare_caption,
     prune_caption,
+    runner,
 )
+from pez_core.baselines.vgd import BEAMS
 from pez_core.caption import Caption
 from pez_core.clip.images import load_image
 from pez_core.diffusion import DenoisingLoss, load_pipeline
@@ -72,6 +74,8 @@ from pez_core.readability import FUNCTION_WORDS, as_written
 from pez_core.single_words import WORD_WEIGHT
 from pez_core.token_lm import load_token_lm
 from pez_core.tower_work import counted
+from pez_core.tracker import Progress
+from pez_core.writing import WritingSettings
 
 CAPTIONS = HERE / "data/unseen_captions.jsonl"
 ANOTHER = "ours (balanced)"  # whose prompts of other drawings are the lower bound
@@ -329,7 +333,9 @@ def smollm2() -> LanguageModel:
     return load_language_model()
 
 
-def by_vgd(setup: Setup, places: list[int], seed: int, kind: str, length: int = 0) -> list[Made]:
+def by_vgd(
+    setup: Setup, places: list[int], seed: int, kind: str, length: int = 0, beams: int = BEAMS
+) -> list[Made]:
     """VGD, with the same language model as ours."""
     bench, made = setup.bench, []
     clip, length = bench.clip, length or bench.lengths[0]
@@ -341,9 +347,32 @@ def by_vgd(setup: Setup, places: list[int], seed: int, kind: str, length: int = 
     prior = FluencyPrior(load_token_lm(), Caption(clip), space, length, kind, 1.0)
     for place in places:
         objective = Similarity(clip.text.encoder(), bench.features[place][None, None])
-        (row,) = baselines.vgd(space, objective, prior, length).ids.tolist()
+        (row,) = baselines.vgd(space, objective, prior, length, beams=beams).ids.tolist()
         made.append(Made(as_written(clip.text.words.decode(row))))
     return made
+
+
+def vgd_as_written(
+    space: TokenSpace,
+    objective: Any,
+    prior: FluencyPrior,
+    prompt_len: int,
+    settings: WritingSettings,
+    callback: Any,
+    acceptable: Any,
+    **_: Any,
+) -> Progress:
+    """VGD in the place of `pez_core.writing.write`, for one problem."""
+    found = baselines.vgd(space, objective, prior, prompt_len, callback, acceptable)
+    return replace(found, ids=found.ids.repeat(settings.results, 1))
+
+
+def by_vgd_and_swaps(setup: Setup, places: list[int], seed: int, kind: str) -> list[Made]:
+    """Ours with VGD in the place of the writing, before the same swaps."""
+    with patch.object(runner, "write", vgd_as_written):
+        return [
+            one for place in places for one in by_finder(setup, [place], seed, f"ours ({kind})")
+        ]
 
 
 @cache
@@ -358,12 +387,15 @@ def by_phrases(setup: Setup, places: list[int], seed: int) -> list[Made]:
 
 
 LENGTHS = (4, 16, 32)
+MANY_BEAMS = 100  # with which VGD has the work of ours
 WRITTEN_LENGTHS = (12, 16)
 CANDIDATES = (4, 16)
 WORD_WEIGHTS = (0, WORD_WEIGHT / 2, 2 * WORD_WEIGHT)  # beside the one that is used
 DISTINCT = ((0.1, "pairs"), (0.3, "pairs"), (0.05, "nearest"), (0.15, "nearest"))
 DENOISING = (0, 0.5, 1)  # weights of the loss of the image model
 WRITTEN = {"effort": "balanced", "repeats": False}
+# of the options that quality.py sets for all methods
+DEFAULT = {name: getattr(SearchOptions(), name) for name in EVERY_WORD}
 OWN = {
     "readability 0.5": Method(
         partial(ours, effort="balanced", readability=0.5), budgeted=False, at_once=1
@@ -381,6 +413,19 @@ OWN = {
     **{
         f"ours ({wording}), readability 1": Method(
             partial(ours, wording=wording, readability=1.0, **WRITTEN), budgeted=False
+        )
+        for wording in WORDINGS[1:]
+    },
+    "ours (balanced), default words": Method(partial(ours, **DEFAULT), budgeted=False),
+    **{
+        f"ours ({wording}), default words": Method(
+            partial(ours, wording=wording, **DEFAULT), budgeted=False
+        )
+        for wording in WORDINGS[1:]
+    },
+    **{
+        f"ours ({wording}), fast": Method(
+            partial(ours, wording=wording, **WRITTEN | {"effort": "fast"}), budgeted=False
         )
         for wording in WORDINGS[1:]
     },
@@ -455,6 +500,11 @@ METHODS: dict[str, Maker] = {
         for kind in WORDINGS[1:]
         for n in WRITTEN_LENGTHS
     },
+    **{
+        f"VGD ({kind}), {MANY_BEAMS} beams": partial(by_vgd, kind=kind, beams=MANY_BEAMS)
+        for kind in WORDINGS[1:]
+    },
+    **{f"VGD ({kind}), then swaps": partial(by_vgd_and_swaps, kind=kind) for kind in WORDINGS[1:]},
     "phrases": by_phrases,
     "soft prompt": by_soft_prompt,
     "true name": by_name,

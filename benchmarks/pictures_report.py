@@ -11,7 +11,7 @@ from quality_report import PUBLISHED, summary
 from step_time import machine
 from unseen import words_of
 
-BALANCED = "ours (balanced), no repeats"
+BALANCED = "ours (balanced), default words"
 BOUNDS = ("autoencoder", "another drawing's prompt")
 COLUMNS = (
     *("method", "drawings", "seeds", "tokens", "images", "difference", "first half", "second half"),
@@ -23,9 +23,11 @@ not searched; *own* is the same by the CLIP of the search; *prompt* is the simil
 itself, by the judge, and *own prompt* by the CLIP of the search. Behind ± is one standard error
 over the drawings, of the mean over images and seeds. Differences are with PEZ as published, paired
 by drawing, on all drawings and on each half: defaults are chosen on the first half (drawings of
-even place) and reported on the second. *Less balanced* is the difference with "ours (balanced), no
-repeats", the default of `invert`. *True word* is the share of prompts with a word of the drawing's
-own name or keywords. *Alike* is the similarity of the images of one prompt with one
+even place) and reported on the second. *Less balanced* is the difference with "ours (balanced),
+default words", which is `invert` without any option: words of an English dictionary, each once, and
+no unsafe ones. So have the rows that begin with a true caption or end with "by image"; others have
+all words of the CLIP. *True word* is the share of prompts with a word of the drawing's own name or
+keywords. *Alike* is the similarity of the images of one prompt with one
 another, by the judge. *GFLOP* is the work of the text tower (`pez_core.tower_work`) and *seconds*
 the time of the search for one drawing, with others searched side by side."""
 

@@ -8,7 +8,7 @@ CLIP, so that Algorithm 1 gets the gradient of a likelihood as it gets that of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,8 @@ class FluencyLoss:
                 "take a CLIP with CLIP's own tokenizer",
             )
         self.prompts = prompts
-        self._words, self._kind, self._model = clip.text.words, kind_of(wording), _on(clip.device)
+        self._words, self._kind = clip.text.words, kind_of(wording)
+        self._model = load_token_lm(device=clip.device)
         self.token_embedding = self._model.table_with_bias()
 
     @property
@@ -184,10 +185,3 @@ def _share(name: str, value: float) -> float:
     if share == 1:
         raise ArgumentError(name, "has to be below 1, which leaves nothing for the similarity")
     return share
-
-
-@cache
-def _on(device: torch.device) -> TokenLM:
-    """The model of the package on a device."""
-    model = load_token_lm()
-    return model if device.type == "cpu" else deepcopy(model).to(device)

@@ -126,7 +126,7 @@ class FluencyPrior:
     ones and of the end, which counts four times, times a weight.
 
     Args:
-        model: the language model, in main memory.
+        model: the language model, on the device of the search.
         caption: the fixed text, which the model reads too.
         space: its allowed tokens are the candidates for swaps.
         prompt_len: tokens to learn.
@@ -136,8 +136,6 @@ class FluencyPrior:
     Raises:
         ArgumentError: the model reads fewer tokens than are learned.
     """
-
-    capturable = False
 
     def __init__(
         self,
@@ -150,18 +148,20 @@ class FluencyPrior:
     ) -> None:
         self.model, self.caption, self.space = model, caption, space
         self.weight = readability * _TOKEN_NAT
-        self.allowed = space.allowed.cpu()
+        # elsewhere to look for equal beginnings would wait for the device
+        self._joins_beginnings = space.table.device.type == "cpu"
+        self.capturable = not self._joins_beginnings
         # -1 stands for a learned token
         behind = caption.ids([-1] * prompt_len)[len(caption.before) :]
         around = FixedText(model, caption.before, behind, kind)
         self.fixed, self.slots = around.tokens, around.slots
+        self.places: list[int] = around.slots.tolist()
         self._shares, self.start = around.shares, around.start
+        self.token_weight = self.weight / float(around.shares.sum())
         self._lead: tuple[torch.Tensor, int, torch.Tensor] | None = None
-
-    @property
-    def token_weight(self) -> float:
-        """The share of one token in the score."""
-        return self.weight / float(self._shares.sum())
+        # the position of each token in `allowed`
+        self._rank = torch.zeros_like(space.table[:, 0], dtype=torch.long)
+        self._rank[space.allowed] = torch.arange(len(space.allowed), device=space.table.device)
 
     def reader(self, rows: int) -> FluentReader:
         """A reader of prompts that begin with no learned token."""
@@ -171,7 +171,7 @@ class FluencyPrior:
     def tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) learned ids -> (rows, n) with the fixed ones between and behind."""
         whole = self.fixed.repeat(len(ids), 1)
-        whole[:, self.slots] = ids.cpu()
+        whole[:, self.slots] = ids
         return whole
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
@@ -179,14 +179,14 @@ class FluencyPrior:
 
         Scaled like `score`, as a token's part in the mean.
         """
-        before = self.tokens(ids)[:, : int(self.slots[position])]
+        before = self.tokens(ids)[:, : self.places[position]]
         query, state = self.start
         queries = query.expand(len(ids), -1, -1)
         if before.shape[1]:
             queries, _ = self.model.extend(before, repeated(state, len(ids)))
-        likely = self.model.next_tokens(queries[:, -1], self.allowed) * self.token_weight
+        likely = self.model.next_tokens(queries[:, -1], self.space.allowed) * self.token_weight
         self._lead = ids, position, likely
-        return likely.to(ids.device)
+        return likely
 
     def corrections(self, swaps: torch.Tensor) -> torch.Tensor | float:
         """(rows, count, n) swaps -> (rows, count) likelihood of the tokens behind the first one."""
@@ -195,15 +195,13 @@ class FluencyPrior:
         ids, position, likely = self._lead
         swapped = self.space.swapped(ids, swaps, position)
         exact = self.score(swapped.flatten(0, 1)).view(swaps.shape[:2])
-        places = torch.searchsorted(self.allowed, swaps[..., 0].cpu().clamp(min=0))
-        places = places.clamp(max=len(self.allowed) - 1)
-        return exact - likely.gather(1, places).to(ids.device)
+        return exact - likely.gather(1, self._rank[swaps[..., 0].clamp(min=0)])
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, prompt_len) ids -> (rows,) weighted mean log-likelihood."""
         parts = [self._likely(rows) @ self._shares for rows in self.tokens(ids).split(_ROWS)]
-        return (torch.cat(parts) * self.token_weight).to(ids.device)
+        return torch.cat(parts) * self.token_weight
 
     def _likely(self, rows: torch.Tensor) -> torch.Tensor:
         """(rows, n) tokens behind `start` -> (rows, n) their log-likelihoods.
@@ -211,8 +209,8 @@ class FluencyPrior:
         The candidates of a step have the same tokens before its position; these are read once.
         """
         query, state = self.start
-        first = 0 if self._lead is None else int(self.slots[self._lead[1]])
-        if not first:
+        first = 0 if self._lead is None else self.places[self._lead[1]]
+        if not (first and self._joins_beginnings):
             return self._read_behind(query, state, rows)
         shared, which = rows[:, :first].unique(dim=0, return_inverse=True)
         if 2 * len(shared) > len(rows):
@@ -235,12 +233,13 @@ class FluencyPrior:
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """`score` of lists of ids."""
-        return self.score(torch.tensor(rows)).tolist()
+        return self.score(torch.tensor(rows, device=self.fixed.device)).tolist()
 
     @torch.no_grad()
     def perplexities(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Perplexity by token of each prompt, the end of the text included."""
-        return (-self._likely(self.tokens(torch.tensor(rows))).mean(dim=1)).exp().tolist()
+        ids = torch.tensor(rows, device=self.fixed.device)
+        return (-self._likely(self.tokens(ids)).mean(dim=1)).exp().tolist()
 
 
 class FluentReader:
@@ -252,10 +251,10 @@ class FluentReader:
 
     def _skip_fixed(self) -> None:
         """Read the fixed text in front of the next learned token."""
-        slots = self._prior.slots
-        done = int(slots[self._place - 1]) + 1 if self._place else 0
-        if self._place < len(slots) and done < slots[self._place]:
-            fixed = self._prior.fixed[done : int(slots[self._place])]
+        places = self._prior.places
+        done = places[self._place - 1] + 1 if self._place else 0
+        if self._place < len(places) and done < places[self._place]:
+            fixed = self._prior.fixed[done : places[self._place]]
             self._extend(fixed.expand(len(self._query), -1))
 
     def _extend(self, ids: torch.Tensor) -> None:
@@ -265,22 +264,20 @@ class FluentReader:
     @torch.no_grad()
     def next_tokens(self) -> torch.Tensor:
         """(rows, allowed) log-likelihood of each token that may come next."""
-        prior = self._prior
-        likely = prior.model.next_tokens(self._query, prior.allowed)
-        return likely.to(prior.space.table.device)
+        return self._prior.model.next_tokens(self._query, self._prior.space.allowed)
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> None:
         """Read (n,) tokens, each behind the prompt of one of (n,) `parents`; None: in order."""
         if parents is not None:
-            self._state = chosen(self._state, parents.cpu())
-        self._extend(tokens.cpu()[:, None])
+            self._state = chosen(self._state, parents)
+        self._extend(tokens[:, None])
         self._place += 1
         self._skip_fixed()
 
     def of(self, rows: torch.Tensor) -> FluentReader:
         """A reader of some of the prompts, which goes on by itself."""
-        other, rows = copy(self), rows.cpu()
+        other = copy(self)
         other._query, other._state = self._query[rows], chosen(self._state, rows)
         return other
 

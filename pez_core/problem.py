@@ -241,7 +241,8 @@ def _readers(
         return None, None
     if reads_like_clip(words):
         kind = kind_of(options.wording)
-        own = FluencyPrior(load_token_lm(), frame, space, prompt_len, kind, weight)
+        model = load_token_lm(device=space.table.device)
+        own = FluencyPrior(model, frame, space, prompt_len, kind, weight)
     elif options.wording != "free":
         raise ArgumentError(
             "wording",

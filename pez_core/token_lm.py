@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -211,12 +212,18 @@ def chosen(state: State, rows: torch.Tensor) -> State:
     return [(k[rows], v[rows]) for k, v in state]
 
 
-@cache
-def load_token_lm(folder: Path = FOLDER) -> TokenLM:
-    """The model in a folder, in float32 on the CPU; one call for a folder loads it.
+def load_token_lm(folder: Path = FOLDER, device: str | torch.device = "cpu") -> TokenLM:
+    """The model in a folder, in float32 on a device; one call for both loads it.
 
     Nothing may change it: all searches of a process share it.
     """
+    return _loaded(folder, torch.device(device))
+
+
+@cache
+def _loaded(folder: Path, device: torch.device) -> TokenLM:
+    if device.type != "cpu":
+        return deepcopy(load_token_lm(folder)).to(device)
     with torch.inference_mode(False):  # inference tensors have no gradients
         model = TokenLM(Shape(**json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")

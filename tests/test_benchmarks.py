@@ -354,6 +354,7 @@ PICTURED = [
     "ours (balanced), no repeats, words differ (pairs, 0.3)",
     "ours (tags)",
     "VGD (sentence)",
+    "VGD (sentence), then swaps",
     "soft prompt",
     "true name",
     "true caption",

@@ -18,11 +18,13 @@ from pez_core import (
     refine,
     search,
 )
+from pez_core.caption import Caption
 from pez_core.capture import NoWaiting, Replay, _place, recorder_for, trust
 from pez_core.fluency import FluencyLoss
 from pez_core.objectives import SampledSimilarity, Similarity, WeightedSum
-from pez_core.priors import SumOfPriors
+from pez_core.priors import FluencyPrior, SumOfPriors
 from pez_core.single_words import SingleWordPrior
+from pez_core.token_lm import load_token_lm
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +112,36 @@ def test_a_captured_refinement_is_the_refinement(traced, problem, prior, asked, 
     same(*found)
     assert traced.records == 3  # once for each position
     assert traced.replays == 16 - 3
+
+
+@pytest.mark.parametrize("caption", ["{}", "a photo of {} in red"])
+def test_a_captured_refinement_with_a_language_model(traced, problem, tiny_clip, caption):
+    """As on a card, where the model reads the beginning of each candidate again."""
+    space, objective, _ = problem
+    ids = space.random(3 * 4, 3, torch.Generator().manual_seed(1))
+    options = {"steps": 16, "trials": 4, "screened": 16}
+
+    def found(joins, record):
+        prior = FluencyPrior(load_token_lm(), Caption(tiny_clip, caption), space, 3, "text", 0.5)
+        assert (prior._joins_beginnings, prior.capturable) == (True, False)
+        prior._joins_beginnings, prior.capturable = joins, not joins
+        return refine(
+            space, objective, ids, SwapSettings(**options, capture=record), seeds=[0, 1, 2],
+            prior=SumOfPriors([prior]),
+        )  # fmt: skip
+
+    plain, there, recorded = found(True, False), found(False, False), found(False, True)
+    same(recorded, there)
+    assert (traced.records, traced.replays) == (3, 16 - 3)
+    assert torch.equal(plain.ids, there.ids)
+    torch.testing.assert_close(plain.scores, there.scores)
+    assert not torch.equal(plain.ids, refine_alone(space, objective, ids, options))
+
+
+def refine_alone(space, objective, ids, options):
+    """What the swaps find without the language model."""
+    settings = SwapSettings(**options, capture=False)
+    return refine(space, objective, ids, settings, seeds=[0, 1, 2]).ids
 
 
 def test_captured_steps_with_a_fluency_loss(traced, problem, tiny_clip):

@@ -31,7 +31,7 @@ def make_model(**shape):
 def model(monkeypatch):
     """A language model with random weights, which likes some tokens far more than others."""
     model = make_model()
-    monkeypatch.setattr(fluency, "_on", lambda device: model)
+    monkeypatch.setattr(fluency, "load_token_lm", lambda device: model)
     return model
 
 
@@ -59,7 +59,7 @@ def test_the_loss_is_minus_the_score_of_the_prior(tiny_clip, model, caption):
 @pytest.mark.parametrize("context", [77, 9])
 def test_tokens_that_are_given_count_as_before(tiny_clip, monkeypatch, caption, context):
     model = make_model(context=context)
-    monkeypatch.setattr(fluency, "_on", lambda device: model)
+    monkeypatch.setattr(fluency, "load_token_lm", lambda device: model)
     loss, objective = objective_of(tiny_clip, caption)
     length = 7  # with what stands behind more than the smaller context holds
     ids = some_ids(6, length)
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_finite_differences(tiny_clip, monkeypatch):
     torch.set_default_dtype(torch.float64)
     try:
         model = make_model()
-        monkeypatch.setattr(fluency, "_on", lambda device: model)
+        monkeypatch.setattr(fluency, "load_token_lm", lambda device: model)
         loss, objective = objective_of(tiny_clip, "the {} here")
         rows = loss.token_embedding[some_ids(2, 3)].requires_grad_()
         assert torch.autograd.gradcheck(objective, rows)
@@ -95,7 +95,7 @@ def test_the_loss_of_a_text_is_that_of_its_tokens(tiny_clip, model):
 
 
 def test_of_a_long_text_the_last_tokens_count(tiny_clip, monkeypatch):
-    monkeypatch.setattr(fluency, "_on", lambda device: make_model(context=6))
+    monkeypatch.setattr(fluency, "load_token_lm", lambda device: make_model(context=6))
     loss, last = FluencyLoss(tiny_clip), "small dogs in a house"
     found = loss.losses([f"two {last}", f"one red fish and {last}", last], [0, 0, 0])
     assert torch.allclose(found[:2], found[2])
