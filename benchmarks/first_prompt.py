@@ -1,7 +1,8 @@
 """Seconds until the first prompt in a new process, part by part, on CLIPs of usual size.
 
     python benchmarks/first_prompt.py                       # ViT-B-32 and ViT-L-14, two efforts
-    python benchmarks/first_prompt.py --models ViT-L-14 --efforts balanced --prompt-len 8
+    python benchmarks/first_prompt.py --models ViT-L-14 --efforts balanced --prompt-len 8 \
+        --dtypes default --wordings free sentence --out benchmarks/results/first_prompt-wordings
 
 The weights are random, and lie in a file in half precision as published ones do, so that loading is
 measured as well. A tag in the name of the file gives the activation and the preparation of images;
@@ -47,7 +48,9 @@ PARTS = ("imports", "load", "encode_image", "first", "second")
 NODE_RUNS = {"first run": (0, 0), "another seed": (1, 0), "another image": (1, 1)}  # seed, image
 
 
-def measure(path: Path, model: str, effort: str, dtype: str, prompt_len: int) -> dict[str, float]:
+def measure(
+    path: Path, model: str, effort: str, dtype: str, wording: str, prompt_len: int
+) -> dict[str, float]:
     """The parts of one case, in this process."""
     began = time.perf_counter()
     import numpy as np
@@ -70,7 +73,7 @@ def measure(path: Path, model: str, effort: str, dtype: str, prompt_len: int) ->
     pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
     features = clip.encode_images([Image.fromarray(one) for one in pixels])
     lap("encode_image")
-    options = SearchOptions(prompt_len=prompt_len, effort=effort)
+    options = SearchOptions(prompt_len=prompt_len, effort=effort, wording=wording)
     if effort == "paper":
         options = replace(options, steps=MEASURED)
     for k, name in enumerate(("first", "second")):
@@ -202,9 +205,10 @@ def report(rows: Sequence[dict], prompt_len: int) -> list[str]:
         )
         parts = [f"{row[name]:.2f}" for name in PARTS]
         total = sum(row[name] for name in PARTS[:-1])
-        ratio = f"{published / row['tflop']:.1f}x"
+        ratio = f"{published / row['tflop']:.1f}x" if published else "-"
+        effort = row["effort"] if row["wording"] == "free" else f"{row['effort']}, {row['wording']}"
         lines.append(
-            f"| {row['model']} | {row['effort']} | {row['dtype']} | {total:.1f} | "
+            f"| {row['model']} | {effort} | {row['dtype']} | {total:.1f} | "
             f"{' | '.join(parts)} | {row['tflop']:.2f} | {ratio} |"
         )
     return lines
@@ -218,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--prompt-len", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/first_prompt")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--wordings", nargs="+", default=["free"], help="see `SearchOptions`")
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)  # a process of its own
     parser.add_argument("--node-case", help=argparse.SUPPRESS)  # the same
     a = parser.parse_args(argv)
     if a.node_case:
@@ -226,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_node(a.node_case)))
         return
     if a.case:
-        path, model, effort, dtype = a.case
-        print(json.dumps(measure(Path(path), model, effort, dtype, a.prompt_len)))
+        path, *case = a.case
+        print(json.dumps(measure(Path(path), *case, a.prompt_len)))
         return
     a.out.parent.mkdir(parents=True, exist_ok=True)
     if a.node:
@@ -239,13 +244,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in a.models or ["ViT-B-32", "ViT-L-14"]:
             path = weights(model, Path(folder))
-            for effort, dtype in product(a.efforts, a.dtypes):
+            for effort, dtype, wording in product(a.efforts, a.dtypes, a.wordings):
                 case = ["--prompt-len", str(a.prompt_len), "--case", str(path), model]
-                case += [effort, dtype]
+                case += [effort, dtype, wording]
                 done = subprocess.run(
                     [sys.executable, __file__, *case], check=True, capture_output=True, text=True
                 )
-                named = {"model": model, "effort": effort, "dtype": dtype}
+                named = {"model": model, "effort": effort, "dtype": dtype, "wording": wording}
                 rows.append(named | json.loads(done.stdout))
                 print(rows[-1], file=sys.stderr)
             path.unlink()

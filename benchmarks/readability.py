@@ -93,8 +93,8 @@ def report(
         "|---|---|---|---|---|",
         *lines,
         "",
-        "The default is 0, since a language model of transformers makes a search many times as "
-        "long. Take 0.25 to 0.5 for prompts that people edit or read.",
+        "The language model is the one that comes with the package, where the CLIP has CLIP's own "
+        "tokenizer, and SmolLM2 for others.",
         "",
         "| drawing | " + " | ".join(f"readability {value:g}" for value in SHOWN) + " |",
         "|---" * (1 + len(SHOWN)) + "|",

@@ -96,7 +96,7 @@ def _readability() -> io.Input:
         step=0.05,
         optional=True,
         tooltip="Above 0 a language model scores the words, too, so that the prompt reads more "
-        "like text. Try 0.3; above 0.5 the similarity falls clearly. 0: none if `wording` is free, "
+        "like text. Try 0.3; near 1 the images get less similar. 0: none if `wording` is free, "
         "else 0.5.",
     )
 

@@ -8,14 +8,20 @@ from collections.abc import Callable, Collection, Sequence
 
 _OTHER = {"a": "an", "an": "a"}
 # By their first letters; what begins like "you" or "won" is no vowel to the ear.
-_VOWEL = re.compile(r"[aeiou]|hour|honou?r|honest|heir")
+_VOWEL = re.compile(r"[aeiou]|hour|honou?r|honest|heir|8|1[18](?!\d)")
 _NO_VOWEL = re.compile(
-    r"one\b|once\b|eu|ewe|u(?:ni(?!n|m)|s(?:e|ua|ur)|t[ei]|to[pn]|k[ru]|ra[nl]|rin|biq)"
+    r"one(?:s|\b)|once\b|eu|ewe|ufo\b|usb\b"
+    r"|u(?:ni(?!n|m|d)|s(?:a[bg]|e|ua|ur)|t[aei]|to[pn]|k[ru]|r[au][nlg]|rin|biq)"
 )
+# Letters that are read one by one: "X-ray", "MRI".
+_SPELLED = re.compile(r"(?:[A-Z]{2,}|[A-Z])(?![a-z])")
+_VOWEL_NAMES = "AEFHILMNORSX"
 
 
 def article_of(word: str) -> str:
     """The article that stands before a word: "an" or "a"."""
+    if _SPELLED.match(word):
+        return "an" if word[0] in _VOWEL_NAMES else "a"
     word = word.lower()
     return "an" if _VOWEL.match(word) and not _NO_VOWEL.match(word) else "a"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from .articles import article_of
 from .continuation import OPEN_WORDS, behind
 from .errors import ArgumentError, check_integer, check_string
 from .options import SearchOptions
@@ -62,7 +63,7 @@ def prepare_caption(
     if prune_for is not None and read(caption.replace(SLOT, "")):
         caption, remark = pruned(clip, caption, prune_for, options.fit, in_time(options, stop))
         caption = clean_caption(caption)
-    if not caption.replace(SLOT, "").strip(" ,;."):
+    if not _DESCRIBES.search(caption.replace(SLOT, "")):
         given = text.replace(SLOT, "").strip(" \t\n,;.")
         return "", _NOTHING if given else ""
     placed = caption if SLOT in caption else caption + behind(caption, options.wording) + SLOT
@@ -77,6 +78,8 @@ def in_time(options: SearchOptions, stop: Callable[[], bool]) -> Callable[[], bo
 
 
 _NOTHING = "The caption holds no description, so the prompt has none."
+# a letter or number, or a sign such as an emoji
+_DESCRIBES = re.compile(r"[^\W_]|[^\x00-\x7f]")
 
 
 def text_of_caption(caption: str) -> str:
@@ -256,8 +259,7 @@ def _shortened(text: str) -> str:
     kind = " ".join(_GIVEN.sub("", found["kind"]).split())
     if kind.lower() in _PLAIN:
         return text[found.end() :]
-    article = "an" if kind[0].lower() in "aeiou" else "a"
-    return f"{article} {kind} of {text[found.end() :]}"
+    return f"{article_of(kind)} {kind} of {text[found.end() :]}"
 
 
 def _unquoted(text: str) -> str:
@@ -299,7 +301,8 @@ def prune_caption(
     """Drop the words of a caption that lower its similarity with an image.
 
     Those that do most harm go first, several in a round while the similarity rises, until no word
-    does harm. `prune` goes further: it also drops words that help, down to the similarity of the
+    does harm. An article goes with its noun, and "a" and "an" are as the next word wants them.
+    `prune` goes further: it also drops words that help, down to the similarity of the
     whole prompt. Tags stay, and weights like `(two words:1.2)` stay or go whole.
 
     Args:
@@ -309,7 +312,7 @@ def prune_caption(
         fit: how images become squares, as in `SearchOptions`.
 
     Returns:
-        The words that are left, at least one.
+        The words that are left, at least one, and no "of" or "is" alone.
 
     Raises:
         ArgumentError: the caption is empty, or an image cannot be read.
@@ -333,6 +336,7 @@ def pruned(
     """
     import torch
 
+    from .readability import FUNCTION_WORDS
     from .scoring import split, towards
     from .tasks.invert import encode_images
 
@@ -340,6 +344,8 @@ def pruned(
     plain = [word.replace(SLOT, "").strip() for word, _ in words]
     # a tag changes nothing here, but the image
     places = {k for k, (word, is_read) in enumerate(words) if is_read and SLOT not in word}
+    says_nothing = OPEN_WORDS | FUNCTION_WORDS | {"there", "here", "these"}
+    meaning = {k for k in places if _bare(plain[k]) not in says_nothing}
     gone: set[int] = set()
     with torch.inference_mode(False):
         feature = encode_images(clip, images, fit).mean(0)
@@ -357,15 +363,44 @@ def pruned(
             gains = {k: one - whole for k, one in zip(left, without, strict=True) if one > whole}
             if not gains:
                 break
-            # those do no more harm that gain nothing behind worse ones; one word has to stay
-            worst = sorted(gains, key=lambda k: -gains[k])[: len(left) - 1]
+            # those do no more harm that gain nothing behind worse ones
+            worst = sorted(gains, key=lambda k: -gains[k])
+            if (needed := meaning - gone or set(left)) <= gains.keys():  # one of these has to stay
+                worst.remove(next(k for k in reversed(worst) if k in needed))
+            if not worst:
+                break
             firsts = [set(worst[:count]) for count in range(1, len(worst) + 1)]
             found = similarities(firsts)
             rises = [b > a for a, b in pairwise(found)]
             gone |= firsts[[*rises, False].index(False)]
-    remaining = " ".join(word for k, (word, _) in enumerate(words) if k not in gone)
     dropped = _quoted([words[k][0] for k in sorted(gone)])
+    left_over = [word for k, word in enumerate(words) if k not in gone]
+    remaining = " ".join(_with_articles(left_over) if gone else (word for word, _ in words))
     return remaining, dropped and f"Dropped, since they lower the similarity: {dropped}."
+
+
+_AROUND = " ,;:.!?()"
+
+
+def _bare(word: str) -> str:
+    """A word in lower case, without the marks around it."""
+    return word.lower().strip(_AROUND)
+
+
+def _with_articles(words: Sequence[tuple[str, bool]]) -> list[str]:
+    """Words, each with whether it is read, without articles that have lost their noun."""
+    from .readability import FUNCTION_WORDS
+
+    found: list[str] = []
+    for word, is_read in reversed(words):
+        behind = found[-1] if found else ""
+        if is_read and word.lower() in ("a", "an") and SLOT not in behind:
+            if _bare(behind) in FUNCTION_WORDS | {""}:
+                continue
+            article = article_of(behind.lstrip(_AROUND))
+            word = article.capitalize() if word[0].isupper() else article
+        found.append(word)
+    return found[::-1]
 
 
 def _quoted(words: Sequence[str]) -> str:
@@ -432,7 +467,8 @@ def fit_caption(clip: AnyClip, caption: str, prompt_len: int) -> tuple[str, str]
         f"The caption was cut from {size - whole.room} to {size - room} tokens: the context of the "
         f"CLIP has {size}, and {prompt_len} are learned. Left out: {_quoted(left_out)}."
     )
-    return (cut if SLOT in caption else cut.replace(SLOT, "").rstrip()), remark
+    cut = cut if SLOT in caption else cut.replace(SLOT, "").rstrip()
+    return cut, remark if left_out else ""
 
 
 def _as_read(clip: AnyClip, fixed: str) -> Caption:
@@ -447,20 +483,25 @@ def _units(text: str) -> list[tuple[str, bool]]:
     return [
         (word, not piece.read)
         for piece in all_pieces(text)
-        for word in ([piece.printed] if piece.kept else piece.printed.split())
+        for word in ([piece.printed] if piece.kept else _WORD.findall(piece.printed))
     ]
+
+
+# Chinese has no spaces; there a caption is cut behind a mark
+_MARKS = "，。、；：！？"
+_WORD = re.compile(rf"[^\s{_MARKS}]*[{_MARKS}]+|[^\s{_MARKS}]+")
 
 
 def _first(units: list[tuple[str, bool]], count: int) -> str:
     """The first units without the comma behind them, and all later tags."""
-    text = " ".join(unit for unit, _ in units[:count]).rstrip(" ,;:.")
+    text = " ".join(unit for unit, _ in units[:count]).rstrip(" ,;:." + _MARKS)
     return " ".join(filter(None, [text, *(unit for unit, is_tag in units[count:] if is_tag)]))
 
 
 def _phrase_end(units: list[tuple[str, bool]], count: int) -> int:
     """How many of the first `count` units to keep, so that a phrase ends behind them."""
     for end in range(count, max(1, int(count * _PHRASE_SHARE)), -1):
-        if units[end - 1][0][-1] in ",;:.!?":
+        if units[end - 1][0][-1] in ",;:.!?" + _MARKS:
             return end
     while count > 1 and units[count - 1][0].lower() in OPEN_WORDS:
         count -= 1

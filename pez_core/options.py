@@ -67,9 +67,10 @@ WORDINGS = ("free", "tags", "sentence")
 """What a prompt reads like; see `SearchOptions`."""
 
 IMAGE_WORDING = "sentence"
-"""The wording of image prompts where a person starts with nothing: in the nodes and `pez invert`.
+"""The wording of image prompts where a person starts with nothing: in the node and `pez invert`.
 
-People understand it, at the least loss of similarity of the images (benchmarks/pictures.py)."""
+People understand it, at the least loss of similarity of the images (benchmarks/pictures.py). What
+repeats a search for many images, or joins and shortens words that are given, keeps "free"."""
 
 # A language model costs time for each trial.
 _READABLE_TRIALS = 4

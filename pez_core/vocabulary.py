@@ -308,8 +308,13 @@ class Vocabulary:
             return _from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except RecursionError as error:
             raise ArgumentError("path", f"{path} is nested too deeply") from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArgumentError("path", f"{path} is not a saved vocabulary ({error})") from error
+        except OSError as error:
+            raise ArgumentError("path", f"{path} cannot be read ({error})") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # the messages of the others are about code
+            why = f" ({error})" if isinstance(error, ValueError) else ""
+            remedy = "write one with `Vocabulary.save`"
+            raise ArgumentError("path", f"{path} is not a saved vocabulary{why}", remedy) from error
 
     def to_json(self) -> dict:
         return {
@@ -442,6 +447,6 @@ def _nothing_usable(clip: AnyClip, bank: Sequence[str], blocked: Blocklist) -> A
     return ArgumentError(
         "only",
         f"holds {len(bank)} phrases, of which {clip.name} can use none: their tokens are not in "
-        "its vocabulary, do not round-trip, or another rule forbids them",
+        "its vocabulary, do not round-trip, or another rule forbids them, such as `block_unsafe`",
         f"words near {bank[0]!r} that it can use: {', '.join(near)}",
     )

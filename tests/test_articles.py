@@ -12,6 +12,8 @@ from pez_core.articles import article_of, with_right_articles
     ("article", "words"),
     [
         ("an", "angel orange icon umbrella uninvited unimportant hour honest ugly upward"),
+        ("an", "unidentified X-ray MRI SUV 8-bit 18th-century 80s 11 apple"),
+        ("a", "usage usable Utah Uruguay onesie UFO ufo USB 110 3d Unicorn"),
         (
             "a",
             "fish unicorn uniform user usual utensil ukulele utility ukrainian european one once",

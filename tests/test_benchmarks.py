@@ -1356,8 +1356,8 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     cases = []
 
     def run(command, **options):
-        cases.append(command[-3:])
-        found = times | {"words": 9, "tflop": work[command[-2]]}
+        cases.append(command[-4:])
+        found = times | {"words": 9, "tflop": work[command[-3]]}
         return SimpleNamespace(stdout=json.dumps(found))
 
     def weights(model, folder):
@@ -1369,9 +1369,16 @@ def test_a_first_prompt_is_reported_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(first_prompt, "subprocess", SimpleNamespace(run=run))
     first_prompt.main(["--models", "A", "B", "--out", str(tmp_path / "first")])
     dtypes = first_prompt.DTYPES
-    assert cases == [[model, effort, one] for model in "AB" for effort in work for one in dtypes]
+    assert cases == [
+        [model, effort, one, "free"] for model in "AB" for effort in work for one in dtypes
+    ]
     row = "| A | fast | default | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | 20.0x |"
     assert row in (tmp_path / "first.md").read_text().splitlines()
+    arguments = ["--models", "A", "--efforts", "fast", "--dtypes", "default", "--wordings"]
+    first_prompt.main([*arguments, "free", "tags", "--out", str(tmp_path / "wordings")])
+    assert [case[3] for case in cases[-2:]] == ["free", "tags"]
+    row = "| A | fast, tags | default | 7.5 | 1.00 | 2.00 | 0.50 | 4.00 | 3.00 | 2.00 | - |"
+    assert row in (tmp_path / "wordings.md").read_text().splitlines()
 
 
 def test_the_first_step_of_the_node_is_reported(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from pez_core import (
     prune_caption,
 )
 from pez_core.caption import Caption, check_caption
-from pez_core.captions import pruned
+from pez_core.captions import _with_articles, pruned
 from pez_core.cli import main
 from pez_core.clip.images import load_image
 from pez_core.prompt_text import kept_spans, read
@@ -165,6 +165,44 @@ def test_the_place_of_the_learned_words_stays(tiny_clip):
     plain = prune_caption(tiny_clip, text.replace("{} ", ""), IMAGE)
     assert " ".join([*before, *behind]) == plain
     assert prune_caption(tiny_clip, "{} dog", IMAGE) == "{} dog"
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        ("big", "An orange parrot with a hat of the day"),
+        ("parrot", "A big orange with a hat of the day"),
+        ("big orange parrot", "with a hat of the day"),
+        ("hat", "A big orange parrot with of the day"),
+        ("the day", "A big orange parrot with a hat of"),
+    ],
+)
+def test_an_article_goes_with_its_noun(gone, left):
+    words = "A big orange parrot with a hat of the day"
+    kept = [(word, True) for word in words.split() if word not in gone.split()]
+    assert " ".join(_with_articles(kept)) == left
+
+
+def test_an_article_in_front_of_the_learned_words_stays():
+    words = ["a", "red", "(an", "owl:1.2)", "on", "a", "{}"]
+    found = _with_articles([(word, word != "(an") for word in words])
+    assert " ".join(found) == " ".join(words)
+    assert _with_articles([("a", True), ("an", True), ("owl,", True), ("a", True)]) == [
+        "an",
+        "owl,",
+    ]
+
+
+def test_a_word_that_means_something_is_left(tiny_clip, monkeypatch):
+    """Where every word does harm, the one that does least of those with a meaning."""
+    harm = {"a": 0, "is": 1, "of": 1, "boat": 3, "dog": 2, "there": 1}
+
+    def scores(clip, texts, feature):
+        return [-sum(harm[word] for word in text) for text in texts]
+
+    monkeypatch.setattr("pez_core.scoring.towards", scores)
+    assert prune_caption(tiny_clip, "there is a boat of a dog", IMAGE) == "a dog"
+    assert prune_caption(tiny_clip, "there is of", IMAGE) in ("there", "is", "of")
 
 
 def test_pruning_ends_where_it_has_to(tiny_clip):
@@ -347,6 +385,28 @@ def test_a_long_caption_is_cut(tiny_clip, end, prompt_len):
     assert not caption.removesuffix(end).endswith((" and", " in", " the", " a", ","))
     assert "The caption was cut from" in remark and f"and {prompt_len} are learned" in remark
     assert fit_caption(tiny_clip, caption, prompt_len) == (caption, "")
+
+
+def test_a_text_without_spaces_is_cut_behind_a_mark(tiny_clip):
+    sentence = "一只红色的鱼在蓝色的水里游泳"
+    caption, remark = fit_caption(tiny_clip, f"{sentence}，" * 20, 8)
+    assert caption == sentence or caption.startswith(f"{sentence}，")
+    assert caption.endswith(sentence) and "Left out" in remark
+    assert room(tiny_clip, caption) >= 8
+
+
+def test_nothing_is_said_of_a_mark_that_is_cut(tiny_clip):
+    options = SearchOptions(prompt_len=75, wording="tags")
+    assert prepare_caption(tiny_clip, "<lora:x:1>", options) == ("<lora:x:1> {}", "")
+
+
+@pytest.mark.parametrize("text", ["***", "--- ### ...", "_ , {}"])
+def test_marks_describe_nothing(tiny_clip, text):
+    assert prepare_caption(tiny_clip, text) == (
+        "",
+        "The caption holds no description, so the prompt has none.",
+    )
+    assert prepare_caption(tiny_clip, "🐟")[0].startswith("🐟")
 
 
 def test_a_caption_that_fits_stays(tiny_clip):

@@ -967,6 +967,9 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
     assert page.count("data:image/png") == 3 and "images by: model" in page
     assert "num inference steps: 2" in page and "guidance scale: 9" in page
     assert re.search(r"tiny-0: prompt \S+, images \S+ · tiny-1: prompt", done.out)
+    given[-1] = "1000"
+    done = call("invert", IMAGES[0], *QUICK, *given, "--device", "cpu")
+    assert done.code == 2 and "--num-inference-steps is 1000, but the scheduler" in done.err
 
 
 @pytest.mark.parametrize(
@@ -975,6 +978,7 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
         (["--images", "0"], "--images has to be at least 1"),
         (["--images", "1", "--num-inference-steps", "0"], "--num-inference-steps has to be at"),
         (["--images", "1", "--guidance-scale", "nan"], "--guidance-scale has to be finite"),
+        (["--avoid-weight", "0.9"], "--avoid-weight requires --avoid"),
         (["--page", "x"], "--page requires --images; add it"),
         (["--judge", "judge"], "--judge requires --images; add it"),
         (["--images", "1", "--page", "."], "--page is '.', which has index.html already"),

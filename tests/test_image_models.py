@@ -3,6 +3,7 @@
 import inspect
 import json
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -14,8 +15,15 @@ from tiny_diffusion import export_emoji_diffusion, flux, stable_diffusion, token
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pez_core import ArgumentError, PezPipeline, SearchOptions
-from pez_core.diffusion import load_pipeline
-from pez_core.diffusion.image_models import BUNDLED, Stopped, default_settings, draw
+from pez_core.clip.images import load_image
+from pez_core.diffusion import evaluate, load_pipeline, make_gallery
+from pez_core.diffusion.image_models import (
+    BUNDLED,
+    Stopped,
+    default_settings,
+    draw,
+    unread_end,
+)
 
 FOLDER = BUNDLED["emoji-diffusion"].folder
 QUICK = {"num_inference_steps": 2}
@@ -284,3 +292,33 @@ def test_steps_are_reported_and_end_where_that_is_asked_for():
     assert shares == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(Stopped):
         draw(stable_diffusion(), "a dog", [0], QUICK, lambda share: share >= 0.5)
+
+
+def test_what_is_cut_off_a_long_prompt_is_named(tiny_clip, caplog):
+    pipeline = stable_diffusion()
+    long = "fish " * 75 + "house tree"
+    assert unread_end(pipeline, long) == "house tree"
+    assert unread_end(pipeline, "fish " * 75) == ""
+    options = {"num_inference_steps": 1, "num_images_per_prompt": 1}
+    make_gallery(pipeline, ["fish", long], ["a fish", "a fish"], tiny_clip, **options)
+    assert caplog.text.count("cuts off 'house tree'") == 1
+    # another text encoder may read on
+    components = {**pipeline.components, "text_encoder_2": torch.nn.Linear(1, 1)}
+    assert unread_end(SimpleNamespace(components=components), long) == ""
+    assert unread_end(SimpleNamespace(components={}), long) == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_inference_steps": 0}, "`num_inference_steps` has to be at least 1"),
+        ({"num_inference_steps": 1000}, "was made for fewer than 1000"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be finite"),
+    ],
+)
+def test_settings_that_no_image_can_be_made_with(tiny_clip, wrong, message):
+    pipeline, image = stable_diffusion(), load_image(EXAMPLES[0])
+    with pytest.raises(ArgumentError, match=message):
+        make_gallery(pipeline, "a", "a fish", tiny_clip, **wrong)
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(pipeline, "a", image, tiny_clip, **wrong)

@@ -132,7 +132,7 @@ def add_steering(command: argparse.ArgumentParser, batch: bool = False) -> None:
     group.add_argument(
         "--avoid-weight",
         type=float,
-        default=0.5,
+        default=0.5 if batch else None,
         metavar="X",
         help="weight of all that is avoided, together; the image has weight 1 (default: 0.5)",
     )
@@ -164,17 +164,21 @@ def _invert(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
         negative_prompt=arguments.negative_prompt,
     )
+    avoided = arguments.avoid or arguments.avoid_image
+    if arguments.avoid_weight is not None and not avoided:
+        raise ArgumentError("avoid_weight", "requires `avoid`", "add it")
     needs_captions = arguments.captioner is not None or arguments.prune_caption
     captions = Captions(arguments) if needs_captions and not arguments.shared else None
     clip, options, pictures = _prepare(arguments)
     from .. import Avoid, invert
 
     avoid = [*arguments.avoid, *map(Path, arguments.avoid_image)]
+    weight = Avoid().weight if arguments.avoid_weight is None else arguments.avoid_weight
     search = partial(
         invert,
         clip,
         caption=arguments.caption,
-        avoid=Avoid(avoid, arguments.avoid_weight) if avoid else (),
+        avoid=Avoid(avoid, weight) if avoid else (),
         negative_prompt=arguments.negative_prompt,
     )
     if not arguments.shared:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, check_integer, check_number
+from ..errors import ArgumentError, check_integer
 from .arguments import add_judge, load_judge
 from .show import rounded
 
@@ -95,6 +95,9 @@ class Pictures:
             arguments.low_memory,
         )
         self._pipeline.set_progress_bar_config(disable=True)
+        names = ("num_inference_steps", "guidance_scale")
+        settings = {name: getattr(arguments, name) for name in names}
+        diffusion.image_models.check_settings(self._pipeline, settings)
 
     @property
     def page_name(self) -> str | None:
@@ -136,6 +139,9 @@ class Pictures:
         if not self.makes_images or not prompts:
             return []
         diffusion, arguments = _diffusion(), self._arguments
+        for prompt in prompts:
+            if remark := diffusion.image_models.cut_remark(self._pipeline, prompt):
+                print(f"pez: warning: {remark}", file=sys.stderr)
         with _images_bar() as show:
             try:
                 gallery = diffusion.make_gallery(
@@ -186,11 +192,8 @@ def _makes_images(arguments: argparse.Namespace) -> bool:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise where the options for images are wrong."""
-    for name in ("num_images_per_prompt", "num_inference_steps"):
-        if getattr(arguments, name) is not None:
-            check_integer(name, getattr(arguments, name), 1)
-    if arguments.guidance_scale is not None:
-        check_number("guidance_scale", arguments.guidance_scale)
+    if arguments.num_images_per_prompt is not None:
+        check_integer("num_images_per_prompt", arguments.num_images_per_prompt, 1)
     if getattr(arguments, "negative_prompt", False):
         raise ArgumentError(
             "negative_prompt", "is not a prompt to make images of", "leave one of the two out"

@@ -21,6 +21,7 @@ from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_stri
 from ..scoring import check_finite
 from ..targets import encode_targets
 from .clip_model import PezClipModel
+from .image_models import check_settings
 
 T = TypeVar("T")
 Targets = ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | torch.Tensor
@@ -157,6 +158,7 @@ def evaluate(
         pipeline, [*kwargs, *(["generator"] if generator is not None else [])]
     )
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
+    check_settings(pipeline, settings)
     scored = _Scored(texts, _targets(images, len(texts)), judge, searched, fit)
     make: Any = pipeline  # the base class has no `__call__`
     for k, text in enumerate(texts):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,8 +26,10 @@ from ..version import __version__
 from .belonging import warn_where_foreign
 from .clip_model import PezClipModel
 from .evaluation import accepted_arguments, check_held_out, clip_of, use
-from .image_models import Stopped, default_settings, draw, origin
+from .image_models import Stopped, check_settings, cut_remark, default_settings, draw, origin
 from .page import Entry, Gallery, Similarities, Target
+
+logger = logging.getLogger(__name__)
 
 _SEEDS = 2**63
 
@@ -103,7 +106,11 @@ def make_gallery(
     accepted_arguments(pipeline, list(kwargs))
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
+    check_settings(pipeline, settings)
     warn_where_foreign(clip_of(clip), pipeline)
+    for text in texts:
+        if remark := cut_remark(pipeline, _read(text)):
+            logger.warning("%s", remark)
     clips = [clip] if judge is None else [clip, judge]
     if judge is not None:
         check_held_out(judge, clip)

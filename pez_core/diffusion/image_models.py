@@ -24,7 +24,15 @@ from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from ..clip.device import default_dtype, pick_device
-from ..errors import ArgumentError, ArgumentTypeError, check_string, first_line
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_integer,
+    check_number,
+    check_string,
+    first_line,
+)
+from .belonging import text_encoders
 from .inputs import one_per_prompt
 
 _INDEX = "model_index.json"
@@ -94,6 +102,49 @@ def default_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
     if getattr(pipeline, "unet", None) is not None:
         return {"num_inference_steps": 25, "guidance_scale": 9.0}
     return {}
+
+
+def check_settings(pipeline: DiffusionPipeline, settings: Mapping[str, Any]) -> None:
+    """Raise where the number of steps or the guidance among these arguments is out of range."""
+    steps, scale = settings.get("num_inference_steps"), settings.get("guidance_scale")
+    if steps is not None:
+        check_integer("num_inference_steps", steps, 1)
+        config = getattr(getattr(pipeline, "scheduler", None), "config", {})
+        trained = config.get("num_train_timesteps")
+        if trained is not None and steps >= trained:
+            raise ArgumentError(
+                "num_inference_steps",
+                f"is {steps}, but the scheduler was made for fewer than {trained}",
+                "25 are usual",
+            )
+    if scale is not None:
+        check_number("guidance_scale", scale)
+
+
+def unread_end(pipeline: DiffusionPipeline, prompt: str) -> str:
+    """What a pipeline cuts off at the end of a long prompt, "" where it reads all of it.
+
+    Nothing is known of text encoders other than CLIP's, which read longer prompts.
+    """
+    encoders, ends = text_encoders(pipeline), []
+    for name, part in pipeline.components.items() if encoders else ():
+        if part is None or not name.startswith("text_encoder"):
+            continue
+        tokenizer = encoders[name][1] if name in encoders else None
+        if tokenizer is None:
+            return ""
+        ids, size = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
+        ends.append("" if len(ids) <= size else tokenizer.decode(ids[size - 1 : -1]).strip())
+    return min(ends, key=len, default="")
+
+
+def cut_remark(pipeline: DiffusionPipeline, prompt: str) -> str:
+    """A remark on what images of a long prompt lack, "" where there is nothing."""
+    end = unread_end(pipeline, prompt)
+    return end and (
+        f"The image model reads a prompt only so far, and cuts off {end!r}: its images lack these "
+        "words. Shorten the caption."
+    )
 
 
 def load_pipeline(

@@ -40,6 +40,7 @@ from .evaluation import Evaluation, evaluate
 from .image_models import (
     bundled_model,
     check_pipeline,
+    check_settings,
     default_settings,
     without_foreign_code,
 )
@@ -511,6 +512,8 @@ class PezPipeline(DiffusionPipeline):
                     f"{len(value)}",
                 )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
+        if self.pipeline is not None:
+            check_settings(self.pipeline, image_kwargs)
         passed = sorted(set(image_kwargs) - {"num_images_per_prompt", "generator", "output_type"})
         _check_accepted(self if self.pipeline is None else self.pipeline, passed)
         check = getattr(self.pipeline, "check_inputs", None)

@@ -44,6 +44,8 @@ def check_task(
             check_bool(name, task_kwargs.get(name, False))
         negative = task_kwargs.get("negative_prompt", False)
         prunes = task_kwargs.get("prune_caption", False)
+        if prunes and prompt is None:
+            raise ArgumentError("prune_caption", "requires a caption", "give it as `prompt`")
         check_captioner(None, prunes, caption=True, negative_prompt=negative)
     if task == "invert" and isinstance(prompt, list):
         _check_captions(prompt, len(images), is_shared(task_kwargs))
