@@ -29,9 +29,9 @@ from pez_core import load_language_model
 from pez_core.readability import as_written
 
 SHOWN = (
-    "ours (balanced)",
-    "ours (tags)",
-    "ours (sentence)",
+    "ours (balanced), default words",
+    "ours (tags), default words",
+    "ours (sentence), default words",
     "VGD (sentence)",
     "PEZ as published",
     "true caption",
