@@ -222,9 +222,9 @@ def load_token_lm(folder: Path = FOLDER, device: str | torch.device = "cpu") -> 
 
 @cache
 def _loaded(folder: Path, device: torch.device) -> TokenLM:
-    if device.type != "cpu":
-        return deepcopy(load_token_lm(folder)).to(device)
     with torch.inference_mode(False):  # inference tensors have no gradients
+        if device.type != "cpu":
+            return deepcopy(load_token_lm(folder)).to(device)
         model = TokenLM(Shape(**json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict({name: value.float() for name, value in weights.items()})
