@@ -83,6 +83,11 @@ def test_saved_and_loaded(model, ids, tmp_path):
     loaded = load_token_lm(tmp_path)
     assert loaded.shape == SMALL and not any(p.requires_grad for p in loaded.parameters())
     assert load_token_lm(tmp_path) is loaded
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        there = load_token_lm(tmp_path, device="meta")
+    assert load_token_lm(tmp_path, device=torch.device("meta")) is there
+    assert not there.bias.is_inference() and there.bias.device.type == "meta"
+    assert loaded.bias.device.type == "cpu" and not there.training
     stored = load_file(tmp_path / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     for name, value in loaded.state_dict().items():
