@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_models(parser)
     parser.add_argument("--model", help="for `load_language_model`; Gemma 3 270M by default")
     parser.add_argument("--drawings", type=int, default=102)
+    parser.add_argument("--methods", nargs="+", help="of pictures.py; default: all in the file")
     parser.add_argument("--shown", type=int, default=30, help="drawings whose prompts are printed")
     parser.add_argument("--prompts", type=Path, default=HERE / "results/pictures.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "results/prompts.md")
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
     rows = [row for row in rows if row["prompt"] and row["method"] != "soft prompt"]
+    rows = [row for row in rows if row["method"] in (arguments.methods or [row["method"]])]
     drawings = subjects(arguments.folder, arguments.drawings)
     true = {k: set(one.words) for k, one in enumerate(drawings)}
     model = load_language_model(arguments.model or gemma(), device=arguments.device)
