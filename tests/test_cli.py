@@ -1056,7 +1056,7 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["invert", IMAGES[0], "--language-model", ""], "--language-model is empty"),
         (["invert", IMAGES[0], "--only", "none.txt"], "--only names the file 'none.txt'"),
         (["invert", IMAGES[0], "--block-list", "no"], "--block-list names the file 'no'"),
-        (["invert", IMAGES[0], "--vocabulary", "no"], "--vocabulary no is not a saved"),
+        (["invert", IMAGES[0], "--vocabulary", "no"], "--vocabulary no cannot be read"),
         (["invert", IMAGES[0], "--caption", "{} {}"], "--caption"),
         (["invert", IMAGES[0], "--weight", "1"], "--weight requires --shared; add it"),
         (
