@@ -14,7 +14,7 @@ _NO_VOWEL = re.compile(
     r"|u(?:ni(?!n|m|d)|s(?:a[bg]|e|ua|ur)|t[aei]|to[pn]|k[ru]|r[au][nlg]|rin|biq)"
 )
 # Letters that are read one by one: "X-ray", "MRI".
-_SPELLED = re.compile(r"(?:[A-Z]{2,}|[A-Z])(?![a-z])")
+_SPELLED = re.compile(r"[A-Z]+(?![a-z])")
 _VOWEL_NAMES = "AEFHILMNORSX"
 
 

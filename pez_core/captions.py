@@ -373,9 +373,10 @@ def pruned(
             found = similarities(firsts)
             rises = [b > a for a, b in pairwise(found)]
             gone |= firsts[[*rises, False].index(False)]
+    if gone:
+        words = _with_articles(words, gone)
+    remaining = " ".join(word for k, (word, _) in enumerate(words) if k not in gone)
     dropped = _quoted([words[k][0] for k in sorted(gone)])
-    left_over = [word for k, word in enumerate(words) if k not in gone]
-    remaining = " ".join(_with_articles(left_over) if gone else (word for word, _ in words))
     return remaining, dropped and f"Dropped, since they lower the similarity: {dropped}."
 
 
@@ -387,20 +388,29 @@ def _bare(word: str) -> str:
     return word.lower().strip(_AROUND)
 
 
-def _with_articles(words: Sequence[tuple[str, bool]]) -> list[str]:
-    """Words, each with whether it is read, without articles that have lost their noun."""
+def _with_articles(words: Sequence[tuple[str, bool]], gone: set[int]) -> list[tuple[str, bool]]:
+    """The words with "a" and "an" as those behind want them.
+
+    Args:
+        words: each with whether it is read.
+        gone: places of the words that go; articles that have lost their noun are added.
+    """
     from .readability import FUNCTION_WORDS
 
-    found: list[str] = []
-    for word, is_read in reversed(words):
-        behind = found[-1] if found else ""
+    found, behind = list(words), ""
+    for k in reversed(range(len(words))):
+        word, is_read = words[k]
+        if k in gone:
+            continue
         if is_read and word.lower() in ("a", "an") and SLOT not in behind:
-            if _bare(behind) in FUNCTION_WORDS | {""}:
+            if _bare(behind) not in FUNCTION_WORDS | {""}:
+                article = article_of(behind.lstrip(_AROUND))
+                found[k] = (article.capitalize() if word[0].isupper() else article, is_read)
+            elif len(gone) + 1 < len(words):
+                gone.add(k)
                 continue
-            article = article_of(behind.lstrip(_AROUND))
-            word = article.capitalize() if word[0].isupper() else article
-        found.append(word)
-    return found[::-1]
+        behind = word
+    return found
 
 
 def _quoted(words: Sequence[str]) -> str:

@@ -178,19 +178,25 @@ def test_the_place_of_the_learned_words_stays(tiny_clip):
     ],
 )
 def test_an_article_goes_with_its_noun(gone, left):
-    words = "A big orange parrot with a hat of the day"
-    kept = [(word, True) for word in words.split() if word not in gone.split()]
-    assert " ".join(_with_articles(kept)) == left
+    text = "A big orange parrot with a hat of the day"
+    words = [(word, True) for word in text.split()]
+    lost = {k for k, (word, _) in enumerate(words) if word in gone.split()}
+    found = _with_articles(words, lost)
+    assert " ".join(word for k, (word, _) in enumerate(found) if k not in lost) == left
 
 
 def test_an_article_in_front_of_the_learned_words_stays():
-    words = ["a", "red", "(an", "owl:1.2)", "on", "a", "{}"]
-    found = _with_articles([(word, word != "(an") for word in words])
-    assert " ".join(found) == " ".join(words)
-    assert _with_articles([("a", True), ("an", True), ("owl,", True), ("a", True)]) == [
-        "an",
-        "owl,",
-    ]
+    words, gone = ["a", "red", "(an", "owl:1.2)", "on", "a", "{}"], set()
+    given = [(word, word != "(an") for word in words]
+    assert _with_articles(given, gone) == given and gone == set()
+
+
+def test_articles_alone_go_but_for_the_last_word():
+    gone = set()
+    found = _with_articles([(word, True) for word in ("a", "a", "owl,", "a")], gone)
+    assert [word for word, _ in found][1:3] == ["an", "owl,"] and gone == {0, 3}
+    gone = {1}
+    assert _with_articles([("a", True), ("is", True)], gone)[0] == ("a", True) and gone == {1}
 
 
 def test_a_word_that_means_something_is_left(tiny_clip, monkeypatch):

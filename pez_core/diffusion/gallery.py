@@ -109,7 +109,7 @@ def make_gallery(
     check_settings(pipeline, settings)
     warn_where_foreign(clip_of(clip), pipeline)
     for text in texts:
-        if remark := cut_remark(pipeline, _read(text)):
+        if remark := cut_remark(pipeline, text):
             logger.warning("%s", remark)
     clips = [clip] if judge is None else [clip, judge]
     if judge is not None:

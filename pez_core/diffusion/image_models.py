@@ -32,6 +32,7 @@ from ..errors import (
     check_string,
     first_line,
 )
+from ..prompt_text import read
 from .belonging import text_encoders
 from .inputs import one_per_prompt
 
@@ -139,8 +140,11 @@ def unread_end(pipeline: DiffusionPipeline, prompt: str) -> str:
 
 
 def cut_remark(pipeline: DiffusionPipeline, prompt: str) -> str:
-    """A remark on what images of a long prompt lack, "" where there is nothing."""
-    end = unread_end(pipeline, prompt)
+    """A remark on what images of a long prompt lack, "" where there is nothing.
+
+    The prompt may have weights and tags, which are not drawn.
+    """
+    end = unread_end(pipeline, read(prompt) or prompt)
     return end and (
         f"The image model reads a prompt only so far, and cuts off {end!r}: its images lack these "
         "words. Shorten the caption."
