@@ -19,7 +19,7 @@ class BestSoFar:
         spans: the searches of each turn, `options.batch_size` of them.
         ids: (searches, prompt_len) their best ids.
         history: of each target; see `Result`.
-        trajectories: of each search that had its turn, where they are kept.
+        trajectories: by search, of those that had their turn, where they are kept.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -30,7 +30,8 @@ class BestSoFar:
         self.ids = problem.ids[:, 0].clone()
         self.scores = torch.full((len(self.ids),), -torch.inf, device=self.ids.device)
         self.history: list[list[tuple[int, float]]] = [[] for _ in problem.targets]
-        self.trajectories: list[Trajectory] = []
+        self.trajectories: dict[int, Trajectory] = {}
+        self._failures: dict[int, FloatingPointError] = {}
 
     @property
     def _time_limit(self) -> float | None:
@@ -55,6 +56,26 @@ class BestSoFar:
                 self.history[k].append((done + step, top))
         self.ids[span], self.scores[span] = self._best_trials(span, progress)
         self._done += progress.step
+
+    def fail(self, span: slice, error: FloatingPointError) -> None:
+        """Store that the searches of `span` failed, which keep the best prompts before that."""
+        self._failures |= dict.fromkeys(range(len(self.ids))[span], error)
+
+    def check(self) -> None:
+        """Raise the error of the first search that failed, where none has a prompt."""
+        if self._failures and bool((self.scores == -torch.inf).all()):
+            raise next(iter(self._failures.values()))
+
+    def note(self, k: int) -> str:
+        """A remark on target `k` where a search of it failed or had no turn, "" otherwise."""
+        searches = range(k * self._restarts, (k + 1) * self._restarts)
+        failed = [self._failures[n] for n in searches if n in self._failures]
+        scores = self.scores[searches.start : searches.stop]
+        if failed:
+            return f"The search failed ({failed[0]}); this is the best prompt before that."
+        if bool((scores == -torch.inf).all()):
+            return "The search ended before this prompt had its turn; it is the initial prompt."
+        return ""
 
     def _steps_before(self, span: slice, before: int) -> int:
         """Steps of earlier turns, and `before` of this one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -387,3 +388,17 @@ class SearchOptions:
                 "seed", f"has to be one number or {count} of them but is {self.seed}"
             )
         return seeds
+
+
+def with_share_of_time(options: SearchOptions, share: float, began: float) -> SearchOptions:
+    """`options` with a share of what is left of their time limit.
+
+    Args:
+        options: of a call that began at `began`.
+        share: of the time that is left, above 0, at most 1.
+        began: by `time.monotonic()`.
+    """
+    if options.time_limit is None:
+        return options
+    left = options.time_limit - (time.monotonic() - began)
+    return replace(options, time_limit=max(left * share, 1e-3))

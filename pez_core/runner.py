@@ -62,26 +62,38 @@ def learn(
         ArgumentError: the prompt does not fit the context, the vocabulary is empty, the initial
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
+        FloatingPointError: a score or gradient became NaN or infinite before any search had a
+            prompt. Where others have one, the results of those that failed have a `note`.
     """
     frame = Caption(clip, caption, encoded, inserts, as_written=uses_language_model(options))
     with counted() as work:
         problem = prepare(clip, targets, options, prompt_len, frame, word_weight)
         best = BestSoFar(problem)
         for turn, span in enumerate(best.spans):
-            turns_left = len(best.spans) - turn
-            found = descend(problem, best, span, turns_left, callback)
-            if not found.stopped and problem.work.swaps:
-                found = refine_span(problem, best, span, turns_left, found, callback)
-            if found.stopped:
+            try:
+                stopped = _search(problem, best, span, len(best.spans) - turn, callback)
+            except FloatingPointError as error:
+                best.fail(span, error)
+                stopped = False
+            if stopped:
                 break
+        best.check()
         results = verify(problem, best)
     return [replace(result, tower_flops=work.flops) for result in results]
 
 
-def with_share_of_time(options: SearchOptions, share: float) -> SearchOptions:
-    """`options` with a share of their time limit."""
-    limit = options.time_limit
-    return options if limit is None else replace(options, time_limit=limit * share)
+def _search(
+    problem: Problem,
+    best: BestSoFar,
+    span: slice,
+    turns_left: int,
+    callback: ReportCallback | None,
+) -> bool:
+    """All steps of the searches in `span`; whether the callback ended them."""
+    found = descend(problem, best, span, turns_left, callback)
+    if not found.stopped and problem.work.swaps:
+        found = refine_span(problem, best, span, turns_left, found, callback)
+    return found.stopped
 
 
 def descend(
@@ -111,7 +123,7 @@ def descend(
         found = search(
             problem.space, objective, ids, settings, report, problem.acceptable, on_step=on_step
         )
-        best.trajectories += steps.of_searches() if steps else []
+        best.trajectories |= enumerate(steps.of_searches() if steps else [], span.start)
     else:
         # baselines swap tokens of a space of phrases one by one
         good = problem.space.only_allowed(problem.acceptable)

@@ -51,8 +51,9 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
     results, note = [], f"{caption.note(problem.prompt_len)} {_note(problem)}".strip()
     for k in range(len(problem.targets)):
         span = slice(k * restarts, (k + 1) * restarts)
-        kept = [*best.trajectories[span], *[None] * restarts][:restarts]  # some were not reached
-        extras: list[dict[str, Any]] = [{"trajectory": one} for one in kept]
+        extras: list[dict[str, Any]] = [
+            {"trajectory": best.trajectories.get(n)} for n in range(span.start, span.stop)
+        ]
         if seen is not None:
             shares = _shares(problem.targets[k])
             loop = (seen[span] @ problem.targets[k].features.T @ shares).tolist()
@@ -65,7 +66,7 @@ def verify(problem: Problem, best: BestSoFar) -> list[Result]:
                 candidates=ranked,
                 history=best.history[k],
                 seconds=seconds,
-                note=note,
+                note=f"{best.note(k)} {note}".strip(),
             )
         )
     return results

@@ -362,6 +362,7 @@ class _Combination(Vocabulary):
                 lambda p: a.passes(p) or b.passes(p),
                 a.blocked & b.blocked,
                 bank,
+                a.listed | b.listed,
             )
         gone = b.bank or frozenset()
         blocked = Blocklist(gone)
@@ -372,7 +373,7 @@ class _Combination(Vocabulary):
             text = clip.text.words.decode(phrase) if blocked else ""
             return not (blocked.find(text) or blocked.find_mark(text))
 
-        return _Rules(a.phrases, admits, a.blocked | gone, a.bank)
+        return _Rules(a.phrases, admits, a.blocked | gone, a.bank, a.listed)
 
     def to_json(self) -> dict:
         return {

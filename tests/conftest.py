@@ -1,5 +1,6 @@
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 import open_clip
@@ -65,8 +66,9 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     """The clock of every search."""
     clock = Clock()
-    for module in ("best", "problem", "single_words", "tracker", "verify"):
-        monkeypatch.setattr(f"pez_core.{module}.time", clock)
+    searching = ("best", "options", "problem", "single_words", "tracker", "verify")
+    for module in (*searching, "tasks.jobs", "tasks.distill"):
+        monkeypatch.setattr(import_module(f"pez_core.{module}"), "time", clock)
     return clock
 
 

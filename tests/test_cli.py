@@ -29,6 +29,7 @@ import pez_core
 from pez_core import Clip, SearchOptions, Vocabulary, priors
 from pez_core.cli import learn, main
 from pez_core.cli.main import build_parser
+from pez_core.cli.pictures import Pictures
 from pez_core.clip import images
 from pez_core.diffusion import make_gallery
 from pez_core.options import IMAGE_WORDING
@@ -921,6 +922,13 @@ def test_ctrl_c_in_a_search_makes_no_images_but_a_page(
     assert "No images" in (tmp_path / "pez-pictures/index.html").read_text()
 
 
+def test_any_seed_of_a_search_makes_images(call, searches, drawn, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = call("invert", IMAGES[0], "--images", "2", "--seed", str(2**63 + 5), "--page", "~/seen")
+    assert done.code == 0 and drawn.images[0].seeds == [5, 6]
+    assert (tmp_path / "seen/index.html").exists()
+
+
 def test_a_failure_keeps_prompts_and_images(call, searches, drawn, monkeypatch, tmp_path):
     from pez_core.diffusion import gallery
 
@@ -937,6 +945,16 @@ def test_a_failure_keeps_prompts_and_images(call, searches, drawn, monkeypatch, 
     first, second = json.loads(done.out)
     assert len(first["pictures"][0]["images"]) == 1 and second["pictures"][0]["images"] == []
     assert (tmp_path / "pez-pictures/index.html").exists()
+
+
+def test_an_error_beside_the_images_does_not_lose_the_prompt(call, searches, drawn, monkeypatch):
+    def failing(self, *arguments, **keywords):
+        raise MemoryError("no memory for the targets")
+
+    monkeypatch.setattr(Pictures, "make", failing)
+    done = call("style", *IMAGES[:2], "--images", "1", "--json")
+    assert done.code == 2 and "no memory for the targets" in done.err
+    assert json.loads(done.out)["prompt"] == "red dog"
 
 
 def test_a_page_that_cannot_be_written_does_not_lose_the_results(
@@ -983,6 +1001,9 @@ def test_pictures_by_a_real_pipeline(call, loads, tmp_path, monkeypatch):
         (["--judge", "judge"], "--judge requires --images; add it"),
         (["--images", "1", "--page", "."], "--page is '.', which has index.html already"),
         (["--images", "1", "--page", "index.html"], "--page is 'index.html', which is a file"),
+        (["--images", "1", "--page", "index.html/x"], "index.html is a file; name another"),
+        (["--images", "1", "--page", ""], "--page is empty"),
+        (["--images", "1", "--pipeline", ""], "--pipeline is empty"),
         (["--images", "1", "--negative-prompt"], "--negative-prompt is not a prompt"),
         (["--images", "1", "--clip", "ViT-L-14:openai"], "--pipeline is missing: emoji-diffusion"),
     ],

@@ -5,23 +5,27 @@ import json
 import socket
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import open_clip
 import pytest
 import torch
 from conftest import EXAMPLES, ROOT
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 from tiny_diffusion import export_emoji_diffusion, flux, stable_diffusion, tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pez_core import ArgumentError, PezPipeline, SearchOptions
+from pez_core import ArgumentError, ArgumentTypeError, PezPipeline, SearchOptions
 from pez_core.clip.images import load_image
 from pez_core.diffusion import evaluate, load_pipeline, make_gallery
 from pez_core.diffusion.image_models import (
     BUNDLED,
+    BundledModel,
     Stopped,
     default_settings,
     draw,
+    draws_from_prompts,
     unread_end,
 )
 
@@ -274,6 +278,71 @@ def test_pipelines_that_need_an_image_are_refused(tmp_path):
     assert index["_class_name"] == "StableDiffusionImg2ImgPipeline"
     with pytest.raises(ArgumentError, match="has to be a text-to-image pipeline"):
         load_pipeline(tmp_path, "cpu")
+
+
+FROM_PROMPTS = """StableDiffusion StableDiffusionXL Flux Chroma QwenImage ZImage Flux2 Flux2Klein
+GlmImage Wan Sana PixArtSigma HunyuanDiT Lumina2"""
+FROM_MORE = """StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionXLImg2Img FluxFill
+StableDiffusionControlNet FluxControlNet StableDiffusionUpscale WanVideoToVideo AudioLDM
+WanImageToVideo"""
+
+
+@pytest.mark.parametrize("name", FROM_PROMPTS.split())
+def test_pipelines_that_draw_from_a_prompt_are_accepted(name):
+    assert draws_from_prompts(getattr(diffusers, f"{name}Pipeline"))
+
+
+@pytest.mark.parametrize("name", FROM_MORE.split())
+def test_pipelines_that_need_more_than_a_prompt_are_refused(name):
+    assert not draws_from_prompts(getattr(diffusers, f"{name}Pipeline"))
+
+
+def test_a_pipeline_for_videos_makes_one_frame_for_each_seed():
+    asked = []
+
+    class Video(DiffusionPipeline):
+        def __call__(self, prompt, num_frames=81, generator=None, output_type="pil"):
+            asked.append((prompt, num_frames, len(generator)))
+            frames = [[Image.new("RGB", (8, 8), colour)] for colour in ("red", "blue")]
+            return SimpleNamespace(frames=frames).frames, None
+
+    images = draw(Video(), "a dog", [3, 4], {})
+    assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+    assert asked == [(["a dog", "a dog"], 1, 2)]
+
+
+def test_images_that_a_safety_checker_blanks_are_named(monkeypatch, caplog):
+    pipe = stable_diffusion()
+
+    def blank(self, image, device, dtype):
+        return image, [True, False]
+
+    monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", blank)
+    draw(pipe, "a dog", [3, 4], QUICK)
+    assert "blanked 1 of 2 images of 'a dog'" in caplog.text
+
+
+def test_a_copy_of_a_bundled_model_has_its_settings(monkeypatch, tmp_path):
+    pipe, other = stable_diffusion(), stable_diffusion(seed=1)
+    pipe.save_pretrained(tmp_path / "bundled")
+    model = BundledModel(tmp_path / "bundled", "tiny", {"num_inference_steps": 3})
+    monkeypatch.setitem(BUNDLED, "tiny", model)
+    pipe.save_pretrained(tmp_path / "copy")
+    assert default_settings(load_pipeline(tmp_path / "copy", "cpu")) == model.settings
+    other.unet.register_to_config(sample_size=64)
+    assert default_settings(other)["num_inference_steps"] == 25
+
+
+def test_what_is_no_folder_of_an_image_pipeline_has_a_remedy(tmp_path, tiny_clip):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ArgumentError, match=r"is a file; .* `from_single_file`"):
+        load_pipeline(file, "cpu")
+    PezPipeline(tiny_clip, stable_diffusion()).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ArgumentError, match=r"wrote; give '.*pipeline', the image pipeline in it"):
+        load_pipeline(tmp_path / "saved", "cpu")
+    with pytest.raises(ArgumentTypeError, match="has to be a name or a folder but is None"):
+        load_pipeline(None, "cpu")
 
 
 def test_an_image_depends_on_its_own_seed():

@@ -311,6 +311,11 @@ def test_a_tensor_of_two_dimensions_is_a_grey_picture_or_features(tiny_clip):
         assert [one.prompt for one in invert(tiny_clip, given, options)] == [expected.prompt]
     with pytest.raises(ArgumentError, match=r"features of .* numbers; .*\[\.\.\., None\]"):
         invert(tiny_clip, mask - 0.1, options)
+    as_wide_as_features = mask[:, : tiny_clip.feature_size]
+    expected = invert(tiny_clip, as_wide_as_features[..., None], options)[0]
+    assert invert(tiny_clip, as_wide_as_features, options)[0].prompt == expected.prompt
+    feature = torch.eye(tiny_clip.feature_size)[:2]  # without a negative value
+    assert len(invert(tiny_clip, feature, options)) == 2
 
 
 def test_values_beyond_the_range_by_bicubic_upscaling_are_clamped():

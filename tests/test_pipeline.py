@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, make_clip
+from conftest import EXAMPLES, ROOT, Clock, make_clip
 from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -623,6 +623,28 @@ def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys, clock):
         assert all(each - 0.1 < result.seconds < 1.2 * each for result in results)
 
 
+def test_the_time_of_pruning_counts(emoji_clip, monkeypatch):
+    found, limits = PezPipeline(emoji_clip)(image=FISH, options=FOUND).results, []
+
+    def change(clip, images, options, arguments):
+        clock.now += 2
+        return {"caption": "a fish"}, ""
+
+    def search(clip, images, options, **arguments):
+        limits.append(options.time_limit)
+        return found
+
+    clock = Clock()
+    monkeypatch.setattr("pez_core.diffusion.pipeline.time", clock)
+    monkeypatch.setattr("pez_core.options.time", clock)
+    monkeypatch.setattr("pez_core.diffusion.pipeline.change_caption", change)
+    monkeypatch.setitem(TASKS, "invert", search)
+    pruned = {"prompt": "a fish", "task_kwargs": {"prune_caption": True}}
+    PezPipeline(emoji_clip)(image=[FISH, FISH], options=SearchOptions(time_limit=10), **pruned)
+    # of 10 s half, of which 2 are gone; then the 8 that are left, of which 2 are gone
+    assert limits == [3, 6]
+
+
 @pytest.mark.slow
 def test_a_language_model_is_loaded_once(emoji_clip, monkeypatch):
     lm = make_lm()
@@ -888,6 +910,62 @@ def test_a_copy_has_a_lock_of_its_own(emoji_clip):
 def test_wrong_arguments_are_named(pipe, arguments, message):
     with pytest.raises(ArgumentError, match=message):
         pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image": [FISH, GLASSES], "prompt": ["a", "{}{}"]}, "`prompt` has to hold {} once"),
+        ({"image": [FISH, GLASSES], "prompt": ["a", "a " * 80]}, "`prompt` has 80 tokens"),
+        ({"task": "distill", "prompt": ["a red dog", "<lora:a:1>"]}, "`prompt` holds no words"),
+        ({"task": "distill", "prompt": ["a red dog", str(FISH)]}, "`prompt`.* image"),
+        (
+            {"image": [FISH, GLASSES], "prompt": ["a", "b"], "denoising_weight": 0.5},
+            "`denoising_weight` needs the same caption for all images",
+        ),
+        ({"image": FISH, "negative_prompt": ("x",)}, "`negative_prompt` has to be a string or"),
+        ({"image": FISH, "negative_prompt": 3}, "`negative_prompt` has to be a string or"),
+        ({"image": FISH, "callback_on_step_end": 3}, "`callback_on_step_end` has to be a func"),
+        ({"image": FISH, "pez_callback_on_step_end": 3}, "`pez_callback_on_step_end` has to be"),
+        ({"image": FISH, "latents": "x"}, "`latents` has to be a tensor"),
+        ({"image": FISH, "latents": torch.zeros(3, 4, 8, 8)}, "`latents` has to hold one for each"),
+        ({"image": FISH, "height": 32}, "`height` needs `width` beside it"),
+        ({"image": FISH, "height": -64, "width": 64}, "`height` has to be at least 1"),
+        ({"image": FISH, "height": "64", "width": 64}, "`height` has to be an integer"),
+    ],
+)
+def test_what_would_fail_later_is_found_before_the_search(pipe, monkeypatch, arguments, message):
+    monkeypatch.setattr(pipe, "_learn", lambda *given, **named: pytest.fail("searched"))
+    options = SearchOptions(steps=2, swaps=0, prompt_len=2)
+    with pytest.raises(ArgumentError, match=message):
+        pipe(**{"options": options} | arguments)
+
+
+def test_arguments_for_each_prompt_end_with_those_that_were_learned(pipe):
+    output = pipe(
+        image=[FISH, GLASSES],
+        prompt=["a", "b"],
+        negative_prompt=["x", "y"],
+        latents=torch.randn(2, 4, 8, 8, generator=generator()),
+        num_images_per_prompt=1,
+        pez_callback_on_step_end=lambda *given: True,
+        **QUICK,
+    )
+    assert len(output.prompts) == len(output.images) == 1
+
+
+def test_the_number_and_kind_of_images_may_be_left_out(pipe):
+    output = pipe(image=FISH, num_images_per_prompt=None, output_type=None, **QUICK)
+    assert len(output.images) == 4 and isinstance(output.images[0], Image.Image)
+
+
+def test_a_style_that_is_cut_off_is_named(pipe, caplog):
+    pipe(image=FX, task="style", prompt="a cat on a mat " * 20, num_images_per_prompt=1, **QUICK)
+    assert "cuts off" in caplog.text and pipe.results[0].prompt.split()[-1] in caplog.text
+    style = pipe.results[0]
+    assert style.apply("") == style.apply(" ") == style.prompt
+    with pytest.raises(ArgumentError, match="`subject` has to be a string"):
+        style.apply(3)
 
 
 @pytest.mark.parametrize(

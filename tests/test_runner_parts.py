@@ -12,9 +12,10 @@ from pez_core import ArgumentError, SearchOptions, TokenSpace, Vocabulary, inver
 from pez_core.best import BestSoFar
 from pez_core.caption import Caption
 from pez_core.objectives import SampledSimilarity
+from pez_core.options import with_share_of_time
 from pez_core.problem import Problem, PromptTarget, _openings, _space, _Start, default_len
 from pez_core.prompt_text import chunks
-from pez_core.runner import _similarity, learn, with_share_of_time
+from pez_core.runner import _similarity, learn
 from pez_core.seeds import child_seed, restart_seed
 from pez_core.tracker import Progress
 from pez_core.verify import _round_trip, _shares, _with_right_articles
@@ -32,10 +33,12 @@ def test_time_is_shared_by_the_turns_that_are_left(clock):
     assert left(None, 2) is None
 
 
-def test_a_share_of_the_time_of_some_options():
-    options = SearchOptions(time_limit=8, restarts=3)
-    assert with_share_of_time(options, 0.25) == SearchOptions(time_limit=2, restarts=3)
-    assert with_share_of_time(SearchOptions(), 0.25) == SearchOptions()
+def test_a_share_of_the_time_that_is_left(clock):
+    options, began = SearchOptions(time_limit=8, restarts=3), clock.now
+    assert with_share_of_time(options, 0.25, began) == SearchOptions(time_limit=2, restarts=3)
+    assert with_share_of_time(options, 1, began - 6) == SearchOptions(time_limit=2, restarts=3)
+    assert with_share_of_time(options, 1, began - 9).time_limit == 1e-3  # a moment remains
+    assert with_share_of_time(SearchOptions(), 0.25, began) == SearchOptions()
 
 
 def target(weights, avoid, **fields):

@@ -15,6 +15,7 @@ from pez_core import (
     explain,
     invert,
     load_clip,
+    runner,
     score,
 )
 from pez_core.caption import Caption
@@ -226,6 +227,50 @@ def test_searches_can_run_a_few_side_by_side(emoji_clip, images):
     assert len(both) >= 2
     with pytest.raises(ArgumentError, match=r"`batch_size` has to be at least 1 but is 0"):
         all_words(batch_size=0)
+
+
+def test_a_prompt_without_a_turn_says_so(emoji_clip, images):
+    few = paper(20, batch_size=1)
+    first, second = invert(emoji_clip, images[:2], few, callback=lambda report: True)
+    assert first.note == "" and first.history
+    assert "before this prompt had its turn" in second.note and not second.history
+
+
+def test_a_search_that_fails_does_not_lose_the_others(emoji_clip, images, monkeypatch):
+    descend, whole, turns = runner.descend, invert(emoji_clip, images, paper(5)), []
+
+    def failing(*arguments):
+        turns.append(None)
+        if len(turns) in bad:
+            raise FloatingPointError("the loss is NaN")
+        return descend(*arguments)
+
+    monkeypatch.setattr(runner, "descend", failing)
+    bad = [2]
+    results = invert(emoji_clip, images, paper(5, batch_size=1))
+    assert [r.prompt for r in results][::2] == [r.prompt for r in whole][::2]
+    notes = [result.note for result in results]
+    assert notes[::2] == ["", ""] and "failed (the loss is NaN)" in notes[1]
+    turns, bad = [], [1, 2, 3]
+    with pytest.raises(FloatingPointError, match="the loss is NaN"):
+        invert(emoji_clip, images, paper(5, batch_size=1))
+
+
+def test_steps_are_those_of_the_prompt_behind_a_search_that_fails(emoji_clip, images, monkeypatch):
+    descend, turns = runner.descend, []
+
+    def failing(*arguments):
+        turns.append(None)
+        if len(turns) == 1:
+            raise FloatingPointError("the loss is NaN")
+        return descend(*arguments)
+
+    whole = invert(emoji_clip, images, paper(5, trajectory=True))
+    monkeypatch.setattr(runner, "descend", failing)
+    results = invert(emoji_clip, images, paper(5, trajectory=True, batch_size=1))
+    assert results[0].trajectory is None
+    for a, b in zip(whole[1:], results[1:], strict=True):
+        assert a.trajectory.ids.equal(b.trajectory.ids)
 
 
 def test_patience_ends_early(emoji_clip, images):

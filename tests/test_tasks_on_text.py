@@ -1,5 +1,6 @@
 """`distill` and `fuse`: prompts in, shorter or joined prompts out."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pez_core import (
     load_clip,
 )
 from pez_core.prompt_text import read
+from pez_core.tasks import JobError
 
 LONG = (
     "a very happy dog with a big hat sitting in front of a green tree , bright sun , yellow "
@@ -299,3 +301,50 @@ def test_tags_of_the_sources_stay_and_weights_are_read(emoji_clip):
     text = emoji_clip.encode_texts([fused.learned])[0]
     close = (emoji_clip.encode_texts(["a red dog", "a blue fish"]) @ text).tolist()
     assert fused.similarities == pytest.approx(close, abs=1e-5)
+
+
+def test_all_jobs_are_checked_before_the_first_search(emoji_clip):
+    reports = []
+    with pytest.raises(ArgumentError, match="empty text"):
+        jobs = [["a dog", "a cat"], ["a cat", ""]]
+        fuse(emoji_clip, jobs, QUICK, always_learn=True, callback=reports.append)
+    with pytest.raises(ArgumentError, match="no words"):
+        distill(emoji_clip, [LONG, "<lora:x:1>"], QUICK, callback=reports.append)
+    assert reports == []
+
+
+def test_a_job_that_fails_keeps_those_before_it(emoji_clip, monkeypatch):
+    def failing(*arguments, **keywords):
+        if done:
+            raise FloatingPointError("the loss is NaN")
+        done.append(None)
+        return learn(*arguments, **keywords)
+
+    for task, jobs in ((distill, [LONG, LONG]), (fuse, [[LONG, Path(EXAMPLES[0])]] * 2)):
+        module = import_module(task.__module__)
+        learn, done = module.learn, []
+        first = task(emoji_clip, jobs[0], paper(5))
+        monkeypatch.setattr(module, "learn", failing)
+        with pytest.raises(JobError, match=r"Job 2 of 2 failed \(the loss is NaN\)") as error:
+            task(emoji_clip, jobs, paper(5))
+        assert [one.prompt for one in error.value.partial] == [first.prompt]
+        monkeypatch.undo()
+        with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+            patch.setattr(module, "learn", failing)
+            task(emoji_clip, jobs, paper(5))
+
+
+def test_the_result_of_one_section_keeps_what_its_search_says(emoji_clip):
+    words = Vocabulary(only=["happy", "dog", "tree"])
+    result = distill(emoji_clip, LONG, SearchOptions(vocabulary=words, steps=3, swaps=2))
+    assert "Words may occur twice" in result.note
+    result = fuse(
+        emoji_clip,
+        [LONG, LONG],
+        SearchOptions(vocabulary=words, steps=3, swaps=2, prompt_len=9),
+        max_tokens=10,
+    )
+    assert "one prompt was learned instead. Words may occur twice" in result.note
+    options = SearchOptions(effort="paper", steps=3, trajectory=True)
+    result = distill(emoji_clip, LONG, options)
+    assert result.loop_similarity is not None and result.trajectory is not None

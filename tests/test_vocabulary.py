@@ -379,6 +379,16 @@ def test_rules_without_a_bank_take_phrases_as_a_whole(emoji_clip):
     assert len((pieces & Vocabulary(block=["dog"])).lexicon(emoji_clip).phrases) < 40000
 
 
+def test_phrases_of_combined_rules_stay_whole(emoji_clip):
+    bank, ascii_only = Vocabulary(only=["red car", "blue"]), Vocabulary(ascii_only=True)
+    assert phrases((bank - Vocabulary(only=["green"])) & ascii_only, emoji_clip) == {
+        "red car",
+        "blue",
+    }
+    either = bank | Vocabulary(only=["happy dog"])
+    assert phrases(either & ascii_only, emoji_clip) == {"red car", "blue", "happy dog"}
+
+
 def test_taking_away_what_is_not_there_changes_nothing(emoji_clip):
     pets = Vocabulary(only=["cat", "dog"])
     assert phrases(pets - Vocabulary(only=["qzxjvvbk"]), emoji_clip) == {"cat", "dog"}

@@ -15,7 +15,7 @@ from ..captions import check_captioner, in_time, pruned
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
-from ..options import IMAGE_WORDING
+from ..options import IMAGE_WORDING, with_share_of_time
 from .arguments import (
     Files,
     add_clip,
@@ -193,7 +193,7 @@ def _invert(arguments: argparse.Namespace) -> int:
             return search(arguments.images, options, shared=shared, callback=callback)[0]
         began, stop = time.monotonic(), in_time(options, lambda: False)
         caption, remark = pruned(clip, arguments.caption, arguments.images, options.fit, stop)
-        left = _with_share(options, began, 1)
+        left = with_share_of_time(options, 1, began)
         chosen = partial(search, caption=caption, shared=shared, callback=callback)
         result = chosen(arguments.images, left)[0]
         return replace(result, note=f"{remark} {result.note}".strip())
@@ -234,9 +234,10 @@ def _invert_each(
                 group = rows[start : start + count]
                 loaded = _load(arguments, group)
                 share = len(group) / (len(rows) - start)
-                limited = _with_share(options, began, share)
+                limited = with_share_of_time(options, share, began)
                 captions, own = _with_caption(loaded, limited, interrupted, add_caption)
-                limited = _with_share(replace(own, time_limit=options.time_limit), began, share)
+                limited = replace(own, time_limit=options.time_limit)
+                limited = with_share_of_time(limited, share, began)
                 with search_bar(limited, _label(start, len(group), len(rows))) as show:
                     watched = partial(
                         search,
@@ -285,14 +286,6 @@ def _images_side_by_side(options: SearchOptions) -> int:
     if options.language_model is not None:  # takes most of the time, and shares nothing
         return 1
     return max(1, SIDE_BY_SIDE // (options.work.trials * options.restarts))
-
-
-def _with_share(options: SearchOptions, began: float, share: float) -> SearchOptions:
-    """The options with a share of the time that is left of the limit."""
-    if options.time_limit is None:
-        return options
-    left = options.time_limit - (time.monotonic() - began)
-    return replace(options, time_limit=max(left * share, 1e-3))
 
 
 def _label(start: int, count: int, total: int) -> str:
@@ -410,12 +403,14 @@ def _one_result(
             if result.note:
                 print(f"pez: {result.note}", file=sys.stderr)
             sys.stdout.flush()
-        drawn = draw(result, interrupted)
-        status = 130 if interrupted() else pictures.status
-    if arguments.json:
-        made = {"pictures": drawn, "page": pictures.page_name} if drawn else {}
-        print_json(row_of(result) | fields(result) | made)
-    return status
+        made: dict[str, Any] = {}
+        try:
+            if drawn := draw(result, interrupted):
+                made = {"pictures": drawn, "page": pictures.page_name}
+        finally:
+            if arguments.json:
+                print_json(row_of(result) | fields(result) | made)
+        return 130 if interrupted() else pictures.status
 
 
 def _add_style(commands: Any) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FOLDER = "pez-pictures"
 IMAGES = 4  # of each prompt, as in the paper
 PIPELINE, ITS_CLIP = "emoji-diffusion", "emoji-clip"
+_SEEDS = 2**63  # that a generator of PyTorch takes
 
 
 def add_pictures(command: argparse.ArgumentParser) -> None:
@@ -83,10 +84,9 @@ class Pictures:
         _check(arguments)
         diffusion = _diffusion()
         if arguments.page is not None:
-            diffusion.page.check_free(Path(arguments.page))
-            _check_writable(Path(arguments.page))
-        else:
-            _check_writable(Path(FOLDER))
+            arguments.page = Path(arguments.page).expanduser()
+            diffusion.page.check_free(arguments.page)
+        _check_writable(arguments.page or Path(FOLDER))
         self._judge = load_judge(arguments)
         self._pipeline = diffusion.load_pipeline(
             arguments.pipeline or PIPELINE,
@@ -155,7 +155,7 @@ class Pictures:
                     num_images_per_prompt=arguments.num_images_per_prompt or IMAGES,
                     num_inference_steps=arguments.num_inference_steps,
                     guidance_scale=arguments.guidance_scale,
-                    seed=arguments.seed,
+                    seed=arguments.seed % _SEEDS,
                     fit=arguments.fit,
                     callback=lambda done, count: show(done, count) or interrupted(),
                 )
@@ -192,6 +192,9 @@ def _makes_images(arguments: argparse.Namespace) -> bool:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise where the options for images are wrong."""
+    for name in ("page", "pipeline"):
+        if getattr(arguments, name) == "":
+            raise ArgumentError(name, "is empty", "name a folder, or leave it out")
     if arguments.num_images_per_prompt is not None:
         check_integer("num_images_per_prompt", arguments.num_images_per_prompt, 1)
     if getattr(arguments, "negative_prompt", False):
@@ -216,6 +219,8 @@ def _diffusion() -> Any:
 def _check_writable(folder: Path) -> None:
     """Raise where nothing can be written to a folder, which may be missing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ArgumentError("folder", f"is {str(folder)!r}, but {there} is a file", "name another")
     if not os.access(there, os.W_OK):
         raise ArgumentError("folder", f"cannot be written: {there} is read-only", "name another")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from PIL import Image
 from .. import targets as kinds
 from ..clip import AnyClip
 from ..clip.images import load_image
-from ..errors import ArgumentError, check_integer, check_string, check_weights
+from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_string, check_weights
 from ..prompt_text import read
-from ..targets import as_list, encode_targets
+from ..targets import as_list, check_callback, check_clip, encode_targets
 from ..version import __version__
 from .belonging import warn_where_foreign
 from .clip_model import PezClipModel
@@ -96,22 +96,21 @@ def make_gallery(
             cannot be read; or the prompts were learned on the judge.
         GalleryError: `pipeline` or a CLIP failed; its `partial` has what was made before.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    for text in texts:
-        check_string("prompts", text)
-    if not texts:
-        raise ArgumentError("prompts", "is empty", "give at least one prompt")
+    texts = _texts(prompts, titles)
+    check_callback(callback)
     check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     check_integer("seed", seed, 0, _SEEDS - 1)
     accepted_arguments(pipeline, list(kwargs))
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
-    check_settings(pipeline, settings)
+    check_settings(pipeline, settings | kwargs)
+    clips = [clip] if judge is None else [clip, judge]
+    for name, one in zip(("clip", "judge"), clips, strict=False):
+        check_clip(name, clip_of(one))
     warn_where_foreign(clip_of(clip), pipeline)
     for text in texts:
         if remark := cut_remark(pipeline, text):
             logger.warning("%s", remark)
-    clips = [clip] if judge is None else [clip, judge]
     if judge is not None:
         check_held_out(judge, clip)
     entries = _Entries(texts, _listed(targets, len(texts)), clips, weights, titles, fit)
@@ -137,6 +136,22 @@ def make_gallery(
         if ended(k + 1):
             break
     return entries.gallery(seeds, facts)
+
+
+def _texts(prompts: str | Sequence[str], titles: Sequence[str]) -> list[str]:
+    """The prompts; raise where they or their titles are wrong."""
+    if not isinstance(prompts, Iterable):
+        raise ArgumentTypeError("prompts", f"has to hold strings but is {prompts!r}")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for text in texts:
+        check_string("prompts", text)
+    if not texts:
+        raise ArgumentError("prompts", "is empty", "give at least one prompt")
+    if isinstance(titles, str) or not isinstance(titles, Sequence) or len(titles) > len(texts):
+        raise ArgumentError(
+            "titles", f"has to hold at most one for each of {len(texts)} prompts but is {titles!r}"
+        )
+    return texts
 
 
 class _Entries:

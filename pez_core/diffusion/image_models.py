@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -36,9 +39,13 @@ from ..prompt_text import read
 from .belonging import text_encoders
 from .inputs import one_per_prompt
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "model_index.json"
 # owner/name, as the Hub spells it
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# arguments of pipelines that need more than a prompt: ControlNets, adapters, editing of videos
+_MORE_THAN_A_PROMPT = ("controlnet_conditioning_scale", "control_image", "reference_image", "video")
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,38 @@ def default_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
     Those of a bundled model are its own. Other pipelines with a UNet have those of the paper, which
     made its images with Stable Diffusion. All others have none: their own defaults count.
     """
+    unet = getattr(pipeline, "unet", None)
     for model in BUNDLED.values():
-        if origin(pipeline) == model.folder:
+        if origin(pipeline) == model.folder or _has_config(unet, model.folder / "unet"):
             return dict(model.settings)
-    if getattr(pipeline, "unet", None) is not None:
+    if unet is not None:
         return {"num_inference_steps": 25, "guidance_scale": 9.0}
     return {}
 
 
+def _has_config(unet: Any, folder: Path) -> bool:
+    """Whether a UNet is as the one in a folder, such as one that was saved elsewhere."""
+    given = getattr(unet, "config", None)
+    if not given or not (folder / "config.json").is_file():
+        return False
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = [name for name in config if not name.startswith("_")]
+    return all(_plain(given.get(name)) == config[name] for name in names)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_settings(pipeline: DiffusionPipeline, settings: Mapping[str, Any]) -> None:
-    """Raise where the number of steps or the guidance among these arguments is out of range."""
+    """Raise where the steps, the guidance or the size among these arguments are wrong."""
+    sizes = {name: settings.get(name) for name in ("height", "width")}
+    given = [name for name, size in sizes.items() if size is not None]
+    for name in given:
+        check_integer(name, sizes[name], 1)
+    if len(given) == 1:  # diffusers ignores it
+        (other,) = sizes.keys() - given
+        raise ArgumentError(given[0], f"needs `{other}` beside it", "give both, or none")
     steps, scale = settings.get("num_inference_steps"), settings.get("guidance_scale")
     if steps is not None:
         check_integer("num_inference_steps", steps, 1)
@@ -174,6 +203,8 @@ def load_pipeline(
             prompts alone.
         OSError: the download failed.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ArgumentTypeError("pipeline", f"has to be a name or a folder but is {name!r}")
     place = pick_device(device)
     source = _source(os.fspath(name), download)
     try:
@@ -239,12 +270,7 @@ def _source(name: str, download: bool) -> str | Path:
         return model.folder
     path = Path(name).expanduser()
     if path.exists():
-        if not (path / _INDEX).is_file():
-            raise ArgumentError(
-                "pipeline",
-                f"is {name!r}, which holds no {_INDEX}",
-                "give the folder of a pipeline of diffusers",
-            )
+        _check_folder(name, path)
         return path
     if not _REPOSITORY.fullmatch(name):
         raise ArgumentError(
@@ -262,13 +288,48 @@ def _source(name: str, download: bool) -> str | Path:
     return name
 
 
+def _check_folder(name: str, path: Path) -> None:
+    """Raise unless a path is the folder of a pipeline."""
+    if path.is_file():
+        raise ArgumentError(
+            "pipeline",
+            f"is {name!r}, which is a file",
+            "give the folder of a pipeline of diffusers; a checkpoint of one file becomes one by "
+            "`from_single_file` and `save_pretrained` of its pipeline",
+        )
+    if not (path / _INDEX).is_file():
+        raise ArgumentError(
+            "pipeline",
+            f"is {name!r}, which holds no {_INDEX}",
+            "give the folder of a pipeline of diffusers",
+        )
+    if (path / "clip").is_dir() and (path / "pipeline" / _INDEX).is_file():
+        raise ArgumentError(
+            "pipeline",
+            f"is {name!r}, which `PezPipeline.save_pretrained` wrote",
+            f"give {str(path / 'pipeline')!r}, the image pipeline in it",
+        )
+
+
+def draws_from_prompts(kind: type) -> bool:
+    """Whether a class of pipelines makes images from prompts alone.
+
+    Those of diffusers that may get an image, but need none, are among its text-to-image pipelines.
+    """
+    accepted = inspect.signature(kind.__call__).parameters  # pyright: ignore - pipelines have one
+    if "prompt" not in accepted or any(name in accepted for name in _MORE_THAN_A_PROMPT):
+        return False
+    if "num_frames" not in accepted and any(name.startswith("audio_") for name in accepted):
+        return False
+    return "image" not in accepted or kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+
+
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
     """Raise unless the pipeline makes images from prompts alone."""
     kind = type(pipeline).__name__
     if not isinstance(pipeline, DiffusionPipeline):
         raise ArgumentTypeError("pipeline", f"has to be a loaded DiffusionPipeline but is {kind}")
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    if "prompt" not in accepted or "image" in accepted:
+    if not draws_from_prompts(type(pipeline)):
         raise ArgumentError(
             "pipeline",
             f"has to be a text-to-image pipeline but is {kind}",
@@ -293,7 +354,8 @@ def draw(
     Args:
         pipeline: a text-to-image pipeline. It gets the arguments that it takes.
         prompt: plain text.
-        seeds: of the noise. An image depends on its own seed only.
+        seeds: of the noise. An image depends on its own seed only. Pipelines for videos make one
+            frame for each.
         settings: further arguments of the pipeline.
         on_step: called with the share of the steps that are done; a true return value ends them.
 
@@ -312,6 +374,7 @@ def draw(
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "callback_on_step_end": step_end,
         "output_type": "pil",
+        "num_frames": 1,
     } | dict(settings)
     given = {name: value for name, value in given.items() if name in accepted}
     prompts: Any = prompt
@@ -319,4 +382,13 @@ def draw(
         prompts = [prompt] * len(seeds)
         given = one_per_prompt(given, len(seeds))
     make: Any = pipeline  # the base class has no `__call__`
-    return list(make(prompt=prompts, **given)[0])
+    made = make(prompt=prompts, **given)
+    if flagged := sum(getattr(made, "nsfw_content_detected", None) or []):
+        logger.warning(
+            "The safety checker of the pipeline blanked %d of %d images of %r; their similarities "
+            "are those of blank images.",
+            flagged,
+            len(seeds),
+            prompt,
+        )
+    return [one[0] if isinstance(one, list) else one for one in made[0]]

@@ -15,7 +15,20 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..options import SearchOptions
 
 # arguments of image pipelines that hold one text per prompt, where `prompt` is a list
-_TEXTS = {f"{name}{k}" for name in ("prompt", "negative_prompt") for k in ("", "_2", "_3", "_4")}
+TEXTS = {f"{name}{k}" for name in ("prompt", "negative_prompt") for k in ("", "_2", "_3", "_4")}
+
+
+def check_texts(name: str, value: Any, prompts: int) -> None:
+    """Raise unless the argument `name` is a string, or a list of one for each prompt."""
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ArgumentTypeError(name, f"has to be a string or a list of strings but is {value!r}")
+    if len(value) != prompts:
+        raise ArgumentError(
+            name,
+            f"has to be a string or one for each of {prompts} prompts but holds {len(value)}",
+        )
 
 
 @contextmanager
@@ -77,6 +90,12 @@ def is_shared(task_kwargs: Mapping[str, Any] | None) -> bool:
     return (task_kwargs or {}).get("shared", False) is not False
 
 
+def weights_of(task_kwargs: Mapping[str, Any] | None) -> Sequence[float] | None:
+    """The weights of the images of one prompt; None: all the same, or a prompt for each."""
+    shared = (task_kwargs or {}).get("shared")
+    return None if isinstance(shared, bool) else shared
+
+
 def search_seeds(
     generator: torch.Generator | list[torch.Generator] | None, options: SearchOptions, prompts: int
 ) -> list[int]:
@@ -114,7 +133,7 @@ def search_seeds(
 def one_per_prompt(passed: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     """Texts as lists, since `negative_prompt` must be a list where `prompt` is one."""
     return {
-        name: [value] * prompts if name in _TEXTS and isinstance(value, str) else value
+        name: [value] * prompts if name in TEXTS and isinstance(value, str) else value
         for name, value in passed.items()
     }
 
@@ -122,6 +141,6 @@ def one_per_prompt(passed: Mapping[str, Any], prompts: int) -> dict[str, Any]:
 def of_prompt(passed: Mapping[str, Any], k: int) -> dict[str, Any]:
     """The arguments for prompt k alone: one text of each list of texts."""
     return {
-        name: value[k] if name in _TEXTS and isinstance(value, list) else value
+        name: value[k] if name in TEXTS and isinstance(value, list) else value
         for name, value in passed.items()
     }

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import replace_example_docstring
@@ -27,10 +29,11 @@ from ..caption import Caption, check_caption
 from ..clip import AnyClip, clip_from_encoders
 from ..clip.images import ImageInput
 from ..errors import ArgumentError, ArgumentTypeError, check_choice, check_integer, check_number
-from ..options import SearchOptions
+from ..options import SearchOptions, with_share_of_time
 from ..priors import needed_language_model
 from ..results import Report, Result
-from ..runner import with_share_of_time
+from ..targets import check_callback
+from ..tasks import check_prompt
 from ..tasks.style import STYLE_TEMPLATE, StyleResult
 from .belonging import text_encoders, warn_where_foreign
 from .choice import choose_by_image
@@ -41,12 +44,15 @@ from .image_models import (
     bundled_model,
     check_pipeline,
     check_settings,
+    cut_remark,
     default_settings,
     without_foreign_code,
 )
 from .inputs import (
+    TEXTS,
     check_keywords,
     check_options,
+    check_texts,
     is_shared,
     keywords_of,
     load_pictures,
@@ -54,9 +60,11 @@ from .inputs import (
     of_prompt,
     one_per_prompt,
     search_seeds,
+    weights_of,
 )
 from .pipeline_output import PezPipelineOutput, PezPriorOutput
 from .tasks import (
+    CHANGES,
     TASKS,
     apply_style,
     calls_of,
@@ -95,6 +103,7 @@ _IMAGE_KWARGS = (
     "guidance_scale",
     *_OF_THE_OUTPUT,
 )
+_IMAGE_DEFAULTS = {"num_images_per_prompt": 4, "output_type": "pil"}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -239,6 +248,15 @@ class PezPipeline(DiffusionPipeline):
                 f"has to be given, since {pretrained_model_name_or_path} is a {kind}",
                 "give the CLIP whose text encoder it has, such as 'ViT-L-14:openai' for Stable "
                 "Diffusion 1.x",
+            )
+        elif isinstance(kind, str) and not (
+            hasattr(diffusers, kind) or "custom_pipeline" in kwargs
+        ):
+            raise ArgumentError(
+                "pretrained_model_name_or_path",
+                f"is {str(pretrained_model_name_or_path)!r}, a {kind}, which this version of "
+                "diffusers does not have",
+                "update diffusers",
             )
         else:
             with without_foreign_code():
@@ -441,6 +459,13 @@ class PezPipeline(DiffusionPipeline):
         check_keywords("denoising_kwargs", denoising_kwargs, "DenoisingLoss", allowed)
         if check_number("denoising_weight", denoising_weight, 0, 1):
             self._check_denoising(task, options)
+            prunes = (task_kwargs or {}).get("prune_caption", False)
+            if len(images) > 1 and (isinstance(prompt, list) or prunes):
+                raise ArgumentError(
+                    "denoising_weight",
+                    "needs the same caption for all images",
+                    "call the pipeline once for each image",
+                )
         elif denoising_kwargs:
             raise ArgumentError("denoising_kwargs", "needs a `denoising_weight` above 0")
 
@@ -503,14 +528,22 @@ class PezPipeline(DiffusionPipeline):
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
                 f"{prompts} prompts) but holds {len(generator)}",
             )
-        for name, value in image_kwargs.items():
-            several = name.startswith("negative_prompt") and isinstance(value, (list, tuple))
-            if several and len(value) != prompts:
-                raise ArgumentError(
-                    name,
-                    f"has to be a string or one for each of {prompts} prompts but holds "
-                    f"{len(value)}",
-                )
+        for name in TEXTS & image_kwargs.keys():
+            check_texts(name, image_kwargs[name], prompts)
+        callback = image_kwargs.get("callback_on_step_end")
+        if callback is not None and not callable(callback):
+            raise ArgumentTypeError(
+                "callback_on_step_end", f"has to be a function but is {callback!r}"
+            )
+        latents = image_kwargs.get("latents")
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise ArgumentTypeError("latents", f"has to be a tensor but is {latents!r}")
+        if latents is not None and len(latents) != prompts * each:
+            raise ArgumentError(
+                "latents",
+                f"has to hold one for each of {prompts * each} images ({each} for each of "
+                f"{prompts} prompts) but holds {len(latents)}",
+            )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
         if self.pipeline is not None:
             check_settings(self.pipeline, image_kwargs)
@@ -573,18 +606,47 @@ class PezPipeline(DiffusionPipeline):
             prompt = [prompt] * len(images)
         calls = list(calls_of(task, images, prompt))
         given, words = options.language_model, self.clip.clip.text.words
+        with named(caption="prompt"):
+            self._check_calls(task, calls, options, task_kwargs)
         # by `readability` alone: a wording has the bundled one
         model = needed_language_model(options.readability, given, self._execution_device, words)
-        options = replace(with_share_of_time(options, 1 / len(calls)), language_model=model)
+        options, began = replace(options, language_model=model), time.monotonic()
         for k, (targets, caption) in enumerate(calls):
-            own = replace(options, seed=tuple(seeds) if len(calls) == 1 else seeds[k])
+            own = with_share_of_time(options, 1 / (len(calls) - k), began)
+            own = replace(own, seed=tuple(seeds) if len(calls) == 1 else seeds[k])
             with named(images="image", caption="prompt", sources="prompt"):
                 self._learn(task, targets, own, callback, **caption, **task_kwargs)
             if self._interrupt:
                 break
         if prompt is not None and isinstance(self._results[0], StyleResult):
             self._prompts = apply_style(self._results[0], prompt, style_template)
+            self._warn_of_ends()
         return self._results
+
+    def _check_calls(
+        self,
+        task: str,
+        calls: Sequence[tuple[Any, Mapping[str, str]]],
+        options: SearchOptions,
+        task_kwargs: Mapping[str, Any],
+    ) -> None:
+        """Raise now where the text of a later call would fail only at its turn."""
+        clip, changes = self.clip.clip, any(task_kwargs.get(name) for name in CHANGES)
+        for targets, given in calls:
+            if task == "distill":
+                self.clip(lambda clip, text=targets: check_prompt(clip, text))
+            elif given.get("caption") and not changes:
+                check_caption(given["caption"], options.wording)
+                if self.pipeline is not None:
+                    _check_length(clip, given["caption"], options)
+
+    def _warn_of_ends(self) -> None:
+        """Warn where the image pipeline will cut off the end of a prompt."""
+        if self.pipeline is None:
+            return
+        for prompt in self._prompts:
+            if remark := cut_remark(self.pipeline, prompt):
+                logger.warning("%s", remark)
 
     def _learn(
         self,
@@ -610,10 +672,12 @@ class PezPipeline(DiffusionPipeline):
                 return self._interrupt
 
             def search(clip: AnyClip) -> Any:
+                began = time.monotonic()
                 own, remark = change_caption(clip, targets, options, kwargs)
                 if self.pipeline is not None and own.get("caption"):
                     _check_length(clip, own["caption"], options)
-                found = TASKS[task](clip, targets, options, callback=report, **own)
+                left = with_share_of_time(options, 1, began)
+                found = TASKS[task](clip, targets, left, callback=report, **own)
                 if remark:
                     found = [replace(one, note=f"{remark} {one.note}".strip()) for one in found]
                 return found
@@ -669,8 +733,12 @@ class PezPipeline(DiffusionPipeline):
         """Images of `prompts`, and the flags of the safety checker where there is one."""
         prompts, each = self._prompts, image_kwargs["num_images_per_prompt"]
         settings = dict(image_kwargs)
-        if isinstance(settings.get("generator"), list):  # an interrupted search has fewer prompts
-            settings["generator"] = settings["generator"][: len(prompts) * each]
+        # an interrupted search has fewer prompts
+        for name, value in settings.items():
+            if name in ("generator", "latents") and isinstance(value, (list, torch.Tensor)):
+                settings[name] = value[: len(prompts) * each]
+            elif name in TEXTS and isinstance(value, list):
+                settings[name] = value[: len(prompts)]
         settings = default_settings(self.pipeline) | settings
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
         settings = {name: value for name, value in settings.items() if name in accepted}
@@ -824,22 +892,23 @@ class PezPipeline(DiffusionPipeline):
         self._start()
 
         # 1. Check inputs, those of the image pipeline too. Raise error if not correct
+        with named(callback="pez_callback_on_step_end"):
+            check_callback(pez_callback_on_step_end)
         options = check_options(options)
         images = [] if image is None else load_pictures("image", image)
         self.check_inputs(
             images, prompt, task, options, task_kwargs, denoising_weight, denoising_kwargs
         )
         self.check_choice(choose_by, task, options, task_kwargs)
-        image_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
-        image_kwargs |= kwargs
+        own_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
+        image_kwargs = _IMAGE_DEFAULTS | own_kwargs | kwargs
         count, shared = count_prompts(task, images, prompt, task_kwargs), is_shared(task_kwargs)
         self.check_image_inputs(count, image_kwargs)
 
         # 2. Choose the seeds of the search, and add the denoising loss
         seeds = search_seeds(generator, options, 1 if task == "style" else count)
-        options = self.with_denoising_loss(
-            options, images, denoising_weight, denoising_kwargs, shared
-        )
+        loss = denoising_weight, denoising_kwargs, shared
+        options = self.with_denoising_loss(options, images, *loss)
 
         # 3. Learn prompts, and make room for the image pipeline
         self.learn_prompts(
@@ -850,8 +919,7 @@ class PezPipeline(DiffusionPipeline):
 
         # 4. Make images
         if choose_by == "image":
-            weights = (task_kwargs or {}).get("shared")
-            weights = None if isinstance(weights, bool) else weights
+            weights = weights_of(task_kwargs)
             self.choose_candidates(images, shared, options, seeds, image_kwargs, weights)
         output = self.make_output(image_kwargs)
         return output if return_dict else output.to_tuple()
@@ -927,6 +995,12 @@ def _component(clip: Any, pretrained: str | None = None, download: bool = False)
     """A CLIP, or the name of one, as a component; `from_clip` refuses everything else."""
     if isinstance(clip, PezClipModel):
         return clip
+    if clip == OWN:
+        raise ArgumentError(
+            "clip",
+            f"is {OWN!r}, which needs a loaded pipeline",
+            f"call PezPipeline.from_pipe(pipeline, clip={OWN!r})",
+        )
     if not isinstance(clip, (str, list, tuple)):
         return PezClipModel.from_clip(clip)
     with named(name="clip", pretrained="clip_pretrained"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from ..errors import ArgumentError, ArgumentTypeError, check_number, check_string, check_type
-from ..options import SearchOptions
+from ..options import SearchOptions, with_share_of_time
 from ..problem import PromptTarget
 from ..prompt_text import SYNTAX, Piece, chunks, pieces, read, sections, separators
 from ..results import ReportCallback, Result
-from ..runner import learn, with_share_of_time
+from ..runner import learn
 from ..targets import check_callback, check_clip, check_text
 from .jobs import in_turn, one_by_one
 
@@ -103,37 +104,53 @@ def distill(
         ArgumentError: the prompt holds no words, or is the name of an image file, or an argument is
             out of range or of the wrong type.
         FloatingPointError: a score or gradient became NaN or infinite.
+        JobError: a text failed after others were done; its `partial` has their results.
     """
     check_clip("clip", clip)
     check_callback(callback)
     check_type("options", options, SearchOptions)
     check_number("ratio", ratio, 0, 1, above=True)
+
+    def prepare(text: str) -> _Text:
+        return _Text(clip, text)
+
+    def search(text: _Text, own: SearchOptions, report: ReportCallback | None) -> DistillResult:
+        return _distill(clip, text, own, ratio, report)
+
     if isinstance(prompt, str):
-        return _distill(clip, prompt, options, ratio, callback)
+        return search(prepare(prompt), options, callback)
     if not isinstance(prompt, Sequence):
         raise ArgumentTypeError("prompt", f"has to be a string or a list but is {prompt!r}")
     for text in prompt:
         check_string("prompt", text)
+    return one_by_one("prompt", prompt, options, callback, prepare, search)
 
-    def one(text: str, own: SearchOptions, report: ReportCallback | None) -> DistillResult:
-        return _distill(clip, text, own, ratio, report)
 
-    return one_by_one("prompt", prompt, options, callback, one)
+def check_prompt(clip: AnyClip, prompt: str) -> None:
+    """Raise unless `distill` can shorten a text."""
+    _Text(clip, prompt)
+
+
+class _Text:
+    """A prompt to shorten, and its sections."""
+
+    def __init__(self, clip: AnyClip, prompt: str) -> None:
+        check_text("prompt", prompt, "for a prompt of an image use `invert`")
+        self.prompt, self.between = prompt, separators(prompt)
+        self.parts = [_Section(clip, one, "AND" in self.between) for one in sections(prompt)]
+        spoken = any(map(str.isalnum, read(prompt))) or any(part.plain for part in self.parts)
+        if not spoken or not any(part.ids for part in self.parts):
+            raise ArgumentError("prompt", "holds no words to distill", "give a text")
 
 
 def _distill(
     clip: AnyClip,
-    prompt: str,
+    text: _Text,
     options: SearchOptions,
     ratio: float,
     callback: ReportCallback | None,
 ) -> DistillResult:
-    check_text("prompt", prompt, "for a prompt of an image use `invert`")
-    between = separators(prompt)
-    parts = [_Section(clip, section, "AND" in between) for section in sections(prompt)]
-    spoken = any(map(str.isalnum, read(prompt)))
-    if not any(part.ids for part in parts) or not (any(p.plain for p in parts) or spoken):
-        raise ArgumentError("prompt", "holds no words to distill", "give a text")
+    parts = text.parts
     if any(part.kept for part in parts):
         options = replace(options, vocabulary=options.vocabulary_without(SYNTAX))
     lengths = [part.learned_length(ratio, options.prompt_len) for part in parts]
@@ -141,6 +158,7 @@ def _distill(
     in_place = any(part.kept for part in parts) and _can_be_parted(clip, options)
     results: list[Result] = []
     stopped: list[bool] = []
+    began = time.monotonic()
     with torch.inference_mode(False):
         one = torch.ones(1, device=clip.device)
         for turn, k in enumerate(searched):
@@ -151,13 +169,13 @@ def _distill(
             results += learn(
                 clip,
                 [target],
-                with_share_of_time(options, 1 / len(searched)),
+                with_share_of_time(options, 1 / (len(searched) - turn), began),
                 length,
                 callback and in_turn(callback, turn, len(searched), stopped),
                 **parts[k].fixed(length, in_place),
             )
     found = dict(zip(searched, results, strict=False))
-    return _distilled(clip, prompt, parts, found, ratio, options.prompt_len)
+    return _distilled(clip, text, found, ratio, options.prompt_len)
 
 
 def _can_be_parted(clip: AnyClip, options: SearchOptions) -> bool:
@@ -243,13 +261,13 @@ class _Section:
 
 def _distilled(
     clip: AnyClip,
-    prompt: str,
-    parts: list[_Section],
+    text: _Text,
     results: dict[int, Result],
     ratio: float,
     prompt_len: int | None,
 ) -> DistillResult:
     """One result of those of the sections; sections without one stay as they are."""
+    parts = text.parts
     before = sum(len(part.ids) for part in parts)
     shares = [len(part.ids) / before for part in parts]
     worded = next(part for part in parts if part.ids)
@@ -264,6 +282,7 @@ def _distilled(
         return f"Section {k + 1}" if len(parts) > 1 else "The prompt"
 
     notes = [p.note(ratio, prompt_len, k in results, where(k)) for k, p in enumerate(parts)]
+    notes += dict.fromkeys(result.note for result in results.values())
     only = results[0] if len(parts) == 1 and results else None
     ids = [
         i for k, p in enumerate(parts) for i in (results[k].token_ids if k in results else p.ids)
@@ -271,7 +290,7 @@ def _distilled(
     printed = [results[k].prompt if k in results else p.printed for k, p in enumerate(parts)]
     similarity = mean(lambda result: result.similarity)
     return DistillResult(
-        prompt=_rejoined(printed, separators(prompt)) if results else prompt,
+        prompt=_rejoined(printed, text.between) if results else text.prompt,
         similarity=similarity,
         token_ids=ids,
         learned=" ".join(result.learned for result in results.values()),
@@ -283,7 +302,10 @@ def _distilled(
         seconds=sum(result.seconds for result in results.values()),
         tower_flops=sum(result.tower_flops for result in results.values()),
         note=" ".join(filter(None, notes)),
+        extra_loss=only.extra_loss if only else None,
         perplexity=only.perplexity if only else None,
+        loop_similarity=only.loop_similarity if only else None,
+        trajectory=only.trajectory if only else None,
         tokens_before=before,
         tokens_after=len(ids),
     )

@@ -114,6 +114,7 @@ def fuse(
         ArgumentError: there are fewer than two sources, a text is empty or the name of an image
             file, an image cannot be read, or an argument is out of range or of the wrong type.
         FloatingPointError: a score or gradient became NaN or infinite.
+        JobError: a job failed after others were done; its `partial` has their results.
     """
     check_clip("clip", clip)
     check_callback(callback)
@@ -122,29 +123,56 @@ def fuse(
         isinstance(job, (list, tuple)) for job in sources
     )
 
-    def one(job: Any, own: SearchOptions, report: ReportCallback | None) -> FuseResult:
-        return _fuse(clip, job, own, weights, max_tokens, always_learn, report)
+    def prepare(job: Any) -> _Sources:
+        return _prepared(clip, job, options, weights, max_tokens, always_learn)
+
+    def search(job: _Sources, own: SearchOptions, report: ReportCallback | None) -> FuseResult:
+        return _fuse(clip, job, own, report)
 
     if several:
-        return one_by_one("sources", sources, options, callback, one)
-    return one(sources, options, callback)
+        return one_by_one("sources", sources, options, callback, prepare, search)
+    return search(prepare(sources), options, callback)
 
 
-def _fuse(
+@dataclass(frozen=True)
+class _Sources:
+    """The sources of one job, read and encoded.
+
+    Attributes:
+        texts: those that are texts, as given.
+        join: the tokens of the join of all sources; None: one has to be learned.
+        features: (sources, features) unit vectors.
+        shares: the weight of each, summing to 1.
+        longest: tokens that a join may have.
+    """
+
+    texts: list[str]
+    join: list[int] | None
+    features: torch.Tensor
+    shares: list[float]
+    longest: int
+
+
+def _prepared(
     clip: AnyClip,
     sources: Sequence[Target],
     options: SearchOptions,
     weights: Sequence[float] | None,
     max_tokens: int | None,
     always_learn: bool,
-    callback: ReportCallback | None,
-) -> FuseResult:
+) -> _Sources:
     given = as_list(sources)
     if len(given) < 2:
         raise ArgumentError("sources", f"has to hold at least two but holds {len(given)}")
     longest = clip.text.max_prompt_len if max_tokens is None else max_tokens
     check_integer("max_tokens", longest, 1, clip.text.max_prompt_len)
     check_bool("always_learn", always_learn)
+    if (options.prompt_len or 0) > longest:
+        raise ArgumentError(
+            "prompt_len",
+            f"is {options.prompt_len}, more than `max_tokens` {longest}",
+            "lower it",
+        )
     shares = (
         [1.0] * len(given) if weights is None else check_weights("weights", weights, len(given))
     )
@@ -153,28 +181,35 @@ def _fuse(
     with torch.inference_mode(False):
         read_ones = [read(s) if isinstance(s, str) else s for s in given]
         features = encode_targets("sources", clip, read_ones, options.fit)
-        ids = clip.text.words.encode(" ".join(map(read, texts)))
-        could_join = not always_learn and len(texts) == len(given)
-        if could_join and len(ids) <= longest:
-            return _joined(clip, " ".join(texts), ids, features, features.new_tensor(shares))
-        result = _learned(clip, options, texts, features, shares, longest, callback)
-    note = (
-        f"The join has {len(ids)} tokens, more than max_tokens {longest}; one prompt was learned "
-        "instead."
-    )
-    return FuseResult(**vars(replace(result, note=note if could_join else "")), fused=True)
+    ids = clip.text.words.encode(" ".join(map(read, texts)))
+    could_join = not always_learn and len(texts) == len(given)
+    return _Sources(texts, ids if could_join else None, features, shares, longest)
 
 
-def _joined(
-    clip: AnyClip, prompt: str, ids: list[int], features: torch.Tensor, shares: torch.Tensor
+def _fuse(
+    clip: AnyClip, job: _Sources, options: SearchOptions, callback: ReportCallback | None
 ) -> FuseResult:
+    with torch.inference_mode(False):
+        if job.join is not None and len(job.join) <= job.longest:
+            return _joined(clip, job, job.join)
+        result = _learned(clip, options, job, callback)
+    if job.join is None:
+        return FuseResult(**vars(result), fused=True)
+    note = (
+        f"The join has {len(job.join)} tokens, more than max_tokens {job.longest}; one prompt was "
+        "learned instead."
+    )
+    return FuseResult(**vars(replace(result, note=f"{note} {result.note}".strip())), fused=True)
+
+
+def _joined(clip: AnyClip, job: _Sources, ids: list[int]) -> FuseResult:
     """The plain join of texts, scored."""
-    feature = clip.encode_chunks([ids])
-    parts, targets = clip.split(feature), clip.split(features)
-    similarities = check_finite(features @ feature, clip).tolist()
+    feature, shares = clip.encode_chunks([ids]), job.features.new_tensor(job.shares)
+    parts, targets = clip.split(feature), clip.split(job.features)
+    similarities = check_finite(job.features @ feature, clip).tolist()
     return FuseResult(
-        prompt=prompt,
-        similarity=sum(s * w for s, w in zip(similarities, shares.tolist(), strict=True)),
+        prompt=" ".join(job.texts),
+        similarity=sum(s * w for s, w in zip(similarities, job.shares, strict=True)),
         token_ids=ids,
         learned="",
         similarities=similarities,
@@ -187,25 +222,16 @@ def _joined(
 
 
 def _learned(
-    clip: AnyClip,
-    options: SearchOptions,
-    texts: list[str],
-    features: torch.Tensor,
-    shares: list[float],
-    longest: int,
-    callback: ReportCallback | None,
+    clip: AnyClip, options: SearchOptions, job: _Sources, callback: ReportCallback | None
 ) -> Result:
     """One prompt towards all features, with the tags of the texts behind it."""
-    prompt_len = options.prompt_len or min(PROMPT_LEN, longest)
-    if prompt_len > longest:
-        raise ArgumentError(
-            "prompt_len", f"is {prompt_len}, more than `max_tokens` {longest}", "lower it"
-        )
-    kept = " ".join(filter(None, map(tags, texts)))
+    features = job.features
+    prompt_len = options.prompt_len or min(PROMPT_LEN, job.longest)
+    kept = " ".join(filter(None, map(tags, job.texts)))
     if kept:
         options = replace(options, vocabulary=options.vocabulary_without(SYNTAX))
     none = features.new_zeros(len(features)).bool()
-    target = PromptTarget(features, features.new_tensor(shares), none)
+    target = PromptTarget(features, features.new_tensor(job.shares), none)
     caption = f"{{}} {kept}".strip()
     (result,) = learn(clip, [target], options, prompt_len, callback, caption=caption, encoded="{}")
     return result

@@ -184,17 +184,25 @@ def encode_images(
 
 
 def _are_features(images: object, clip: AnyClip) -> TypeGuard[torch.Tensor]:
-    """Whether images are features, and no grey picture: that has no negative values."""
+    """Whether images are features, and no grey picture: that has no negative values.
+
+    Features without one have the size of those of the CLIP and unit length; 0 is refused later.
+    """
     if not isinstance(images, torch.Tensor) or images.ndim != 2 or not images.is_floating_point():
         return False
-    if not images.numel() or images.shape[1] == clip.feature_size:
+    if not images.numel() or not bool(images.min() >= 0):  # also where values are NaN
         return True
-    return not bool(images.min() >= 0)  # also where values are NaN
+    lengths = images.float().norm(dim=1)
+    return images.shape[1] == clip.feature_size and (_are_units(lengths) or not lengths.any())
+
+
+def _are_units(lengths: torch.Tensor) -> bool:
+    return bool(((lengths - 1).abs() < _UNIT).all())  # false where they are not finite
 
 
 def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
     """Features that were encoded before, on the device of the CLIP."""
-    length = clip.encode_texts([""]).shape[1]
+    length = clip.feature_size
     if images.shape[1] != length:
         raise ArgumentError(
             "images",
@@ -203,7 +211,7 @@ def _features(clip: AnyClip, images: torch.Tensor) -> torch.Tensor:
         )
     features = images.detach().to(clip.device, torch.float32).clone()
     lengths = features.norm(dim=1)
-    if not ((lengths - 1).abs() < _UNIT).all():  # also where they are not finite
+    if not _are_units(lengths):
         raise ArgumentError(
             "images",
             f"has to hold unit vectors, but their lengths are from {float(lengths.min()):.3g} to "

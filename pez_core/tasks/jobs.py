@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from ..errors import ArgumentError
-from ..options import SearchOptions
+from ..options import SearchOptions, with_share_of_time
 from ..results import Report, ReportCallback
-from ..runner import with_share_of_time
 
 J = TypeVar("J")
+P = TypeVar("P")
 R = TypeVar("R")
+
+
+class JobError(RuntimeError):
+    """A job failed while it was searched; its `__cause__` is the reason.
+
+    Attributes:
+        partial: the results of the jobs before it.
+    """
+
+    def __init__(self, message: str, partial: list) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 def one_by_one(
@@ -20,9 +33,10 @@ def one_by_one(
     jobs: Sequence[J],
     options: SearchOptions,
     callback: ReportCallback | None,
-    search: Callable[[J, SearchOptions, ReportCallback | None], R],
+    prepare: Callable[[J], P],
+    search: Callable[[P, SearchOptions, ReportCallback | None], R],
 ) -> list[R]:
-    """Do the jobs of one call, each with its own seed and an equal share of the time limit.
+    """Do the jobs of one call, each with its own seed and an equal share of the time left.
 
     A result does not depend on the other jobs, unless there is a time limit.
 
@@ -30,21 +44,33 @@ def one_by_one(
         name: of the argument that holds the jobs.
         jobs: one or more.
         options, callback: of the call.
+        prepare: checks one job, and gives what `search` gets; all jobs come before any search.
         search: does one job.
 
     Returns:
         One result per job; fewer where the callback ended the search.
 
     Raises:
-        ArgumentError: there are no jobs, or as `search`.
+        ArgumentError: there are no jobs, or as `prepare` and, for the first job, `search`.
+        JobError: a later job failed.
     """
     if not jobs:
         raise ArgumentError(name, "is empty", "give at least one")
-    results, stopped = [], []
-    shared = with_share_of_time(options, 1 / len(jobs))
-    for turn, (job, seed) in enumerate(zip(jobs, options.seeds(len(jobs)), strict=True)):
+    ready, results, stopped = [prepare(job) for job in jobs], [], []
+    began = time.monotonic()
+    for turn, (job, seed) in enumerate(zip(ready, options.seeds(len(jobs)), strict=True)):
         report = callback and in_turn(callback, turn, len(jobs), stopped)
-        results.append(search(job, replace(shared, seed=seed), report))
+        try:
+            shared = with_share_of_time(options, 1 / (len(jobs) - turn), began)
+            results.append(search(job, replace(shared, seed=seed), report))
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            if not results:
+                raise
+            raise JobError(
+                f"Job {turn + 1} of {len(jobs)} failed ({error}); `partial` has the results of "
+                "the jobs before it.",
+                results,
+            ) from error
         if any(stopped):
             break
     return results

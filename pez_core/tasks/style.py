@@ -39,12 +39,15 @@ class StyleResult(Result):
     """A style prompt: `prompt` describes the style, `apply` adds it to subjects."""
 
     def apply(self, subject: str, style_template: str = STYLE_TEMPLATE) -> str:
-        """A prompt for `subject` in this style.
+        """A prompt for `subject` in this style; for "" the style alone.
 
         Raises:
-            ArgumentError: `style_template` lacks `{subject}` or `{style}`.
+            ArgumentError: `subject` is no string, or `style_template` lacks `{subject}` or
+                `{style}`.
         """
         check_style_template(style_template)
+        if not check_string("subject", subject).strip():
+            return self.prompt
         parts = style_template.replace("{style}", self.prompt).split("{subject}")
         return subject.join(parts)
 
