@@ -1,8 +1,8 @@
 """A term that makes the words of a prompt differ, for searches in benchmarks.
 
-It is the "disentangling" reward of a published method that samples prompts from a diffusion
-language model. `pictures.py` measures what it brings to a search: less than the rule that no word
-occurs twice, so that `pez_core` has the rule and not the term.
+It is like the "disentangling" reward of a method that samples prompts from a diffusion language
+model, known here by a summary of it alone. `pictures.py` measures what it brings to a search: less
+than the rule that no word occurs twice, so that `pez_core` has the rule and not the term.
 """
 
 from __future__ import annotations

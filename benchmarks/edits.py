@@ -6,7 +6,7 @@
 
 In each prompt one word becomes another thing: the word that the prompt owes most of its similarity
 with the target, by the CLIP that was searched. Images of the prompt before and after, with the same
-noise, are compared with the new word by a CLIP that took no part. The edit is *seen* where the
+noise, are compared with the new word by a held-out CLIP. The edit is *seen* where the
 similarity of the images with the new word rises by at least 0.1; *gain* is the mean rise; *same* is
 the similarity of the images after the edit with those before. Behind ± is one standard error over
 the drawings, of the mean over seeds. Rows are appended to OUT.jsonl.
@@ -31,6 +31,7 @@ from pez_core.diffusion import load_pipeline
 from pez_core.readability import FUNCTION_WORDS
 
 SEEN = 0.1
+IMAGES = 2  # of each prompt
 METHODS = (
     ANOTHER,
     "ours (balanced), no repeats",
@@ -86,7 +87,8 @@ def measure(setup: Setup, row: dict, seed: int) -> dict | None:
     near = [(one @ thing).mean().item() for one in features]
     same = (features[0] * features[1]).sum(1).mean().item()
     found = {"word": word, "other": other, "edited": after, "gain": near[1] - near[0]}
-    return {k: row[k] for k in ("method", "seed", "place", "prompt")} | found | {"same": same}
+    of_prompt = {k: row[k] for k in ("method", "seed", "place", "prompt")}
+    return of_prompt | {"images": setup.images} | found | {"same": same}
 
 
 def by_drawing(rows: Sequence[dict], value: Callable[[dict], float]) -> tuple[float, float]:
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_models(parser)
     parser.add_argument("--drawings", type=int, default=102)
-    parser.add_argument("--images", type=int, default=2, help="of each prompt")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each prompt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--prompts", type=Path, default=HERE / "results/pictures.jsonl")
@@ -142,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = load_pipeline(a.pipeline, a.device)
     pipeline.set_progress_bar_config(disable=True)
     setup = Setup(bench, pipeline, judge, 0, a.images)
-    done = {(row["method"], row["seed"], row["place"]) for row in bench.rows()}
+    done = {(row["method"], row["seed"], row["place"]): row["prompt"] for row in bench.rows()}
+    if any(row.get("images", IMAGES) != a.images for row in bench.rows()):
+        raise SystemExit(f"{bench.found} has another number of images; give another --out.")
     found = [
         row
         for row in map(json.loads, a.prompts.read_text().splitlines())
@@ -150,7 +154,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     found.sort(key=lambda row: (row["seed"], a.methods.index(row["method"])))
     for k, row in enumerate(found):
-        if (row["method"], row["seed"], row["place"]) not in done:
+        before = done.get((row["method"], row["seed"], row["place"]))
+        if before not in (None, row["prompt"]):
+            raise SystemExit(f"{bench.found} has edits of other prompts; give another --out.")
+        if before is None:
             one = measure(setup, row, row["seed"])
             append(bench.found, [one] if one else [])
             print(f"{row['method']}: {k + 1}/{len(found)}", file=sys.stderr)

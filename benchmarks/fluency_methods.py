@@ -2,7 +2,7 @@
 
 * `written_by_language_model`: the beam search of `pez_core.writing`, with a language model that
   reads text in the place of the bundled one, then swaps by its likelihood.
-* `phrases_by_beam_search`: a beam search over whole phrases joined by ", ", which the CLIP alone
+* `PhraseBeams`: a beam search over whole phrases joined by ", ", which the CLIP alone
   compares.
 """
 
@@ -220,11 +220,11 @@ class PhraseBeams:
         self.clip, self.bank, self.prompt_len = clip, bank, prompt_len
         self._comma = tuple(clip.text.words.encode_behind(","))
         self._encode = clip.text.encoder()
-        self._features = torch.empty(len(bank), clip.encode_texts(["a"]).shape[1])
+        self._features = torch.empty(len(bank), clip.feature_size, device=clip.device)
         for places in self._by_length(range(len(bank))):
             for few in places.split(1024):
                 rows = torch.tensor([bank[k] for k in few.tolist()])
-                self._features[few] = self._encoded(rows)
+                self._features[few] = self._encoded(rows.to(clip.device))
 
     @torch.no_grad()
     def _encoded(self, rows: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,8 @@ class PhraseBeams:
         fits = [k for k in similar if len(self.bank[k]) <= room and k not in beam]
 
         def embed(rows: list) -> torch.Tensor:
-            return torch.nn.functional.embedding(torch.tensor(rows), table).float()
+            ids = torch.tensor(rows, device=table.device)
+            return torch.nn.functional.embedding(ids, table).float()
 
         rest = Similarity(self._encode, feature[None, None]).given(embed([begun]))
         found = []

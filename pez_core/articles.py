@@ -32,7 +32,7 @@ def with_right_articles(
     encode: Callable[[str], list[int]],
     allowed: Collection[int],
 ) -> list[int]:
-    """The tokens of a prompt with each "a" and "an" as the word behind it wants it.
+    """The tokens of a prompt with "a" or "an" as the sound of the next word requires.
 
     Args:
         ids: of the prompt, whole words.

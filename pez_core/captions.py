@@ -301,7 +301,7 @@ def prune_caption(
     """Drop the words of a caption that lower its similarity with an image.
 
     Those that do most harm go first, several in a round while the similarity rises, until no word
-    does harm. An article goes with its noun, and "a" and "an" are as the next word wants them.
+    does harm. An article goes with its noun, and becomes "a" or "an" as the next word requires.
     `prune` goes further: it also drops words that help, down to the similarity of the
     whole prompt. Tags stay, and weights like `(two words:1.2)` stay or go whole.
 
@@ -389,7 +389,7 @@ def _bare(word: str) -> str:
 
 
 def _with_articles(words: Sequence[tuple[str, bool]], gone: set[int]) -> list[tuple[str, bool]]:
-    """The words with "a" and "an" as those behind want them.
+    """The words with "a" or "an" as the next word requires.
 
     Args:
         words: each with whether it is read.
@@ -397,19 +397,19 @@ def _with_articles(words: Sequence[tuple[str, bool]], gone: set[int]) -> list[tu
     """
     from .readability import FUNCTION_WORDS
 
-    found, behind = list(words), ""
+    found, following = list(words), ""
     for k in reversed(range(len(words))):
         word, is_read = words[k]
         if k in gone:
             continue
-        if is_read and word.lower() in ("a", "an") and SLOT not in behind:
-            if _bare(behind) not in FUNCTION_WORDS | {""}:
-                article = article_of(behind.lstrip(_AROUND))
+        if is_read and word.lower() in ("a", "an") and SLOT not in following:
+            if _bare(following) not in FUNCTION_WORDS | {""}:
+                article = article_of(following.lstrip(_AROUND))
                 found[k] = (article.capitalize() if word[0].isupper() else article, is_read)
             elif len(gone) + 1 < len(words):
                 gone.add(k)
                 continue
-        behind = word
+        following = word
     return found
 
 

@@ -318,7 +318,8 @@ class SearchOptions:
         """Raise where settings of Algorithm 1 are given, and prompts are written in its place."""
         if self.wording == "free" or self.start_from is not None or self.words.lists_phrases:
             return
-        for name in self.settings_of_pez[:1]:
+        if self.settings_of_pez:
+            name = self.settings_of_pez[0]
             raise ArgumentError(
                 name,
                 f"is {getattr(self, name)}, but belongs to Algorithm 1, which the `wording` "

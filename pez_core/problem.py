@@ -146,7 +146,7 @@ class Problem:
 
 
 def uses_language_model(options: SearchOptions) -> bool:
-    """Whether a language model says that prompts read well."""
+    """Whether a language model scores the prompts."""
     return options.read_weight > 0 or isinstance(options.extra_loss, FluencyLoss)
 
 

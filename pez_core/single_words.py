@@ -168,13 +168,13 @@ class SingleWordPrior:
         self._met[problems, places] = True
 
     def screen(self, ids: torch.Tensor, position: int) -> torch.Tensor:
-        """(rows, prompt_len) ids -> (rows, allowed) estimates of each token's part in `score`."""
+        """(rows, prompt_len) ids -> (rows, allowed) estimates of what each token adds."""
         return self._values[self._problems(len(ids))]
 
     def corrections(self, swaps: torch.Tensor) -> torch.Tensor:
-        """(rows, count, n) swaps -> (rows, count) what `screen` was wrong by for their first token.
+        """(rows, count, n) swaps -> (rows, count) exact value of their first token less `screen`'s.
 
-        From now on it is right for them.
+        Later calls of `screen` return the exact value.
         """
         problems = self._problems(len(swaps))[:, None].expand(swaps.shape[:2])
         places = self._places[swaps[..., 0].clamp(min=0)]

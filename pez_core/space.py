@@ -253,7 +253,10 @@ class TokenSpace:
     def only_allowed(
         self, acceptable: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """`acceptable`, and that (n, prompt_len) allowed ids stay in the space when swapped."""
+        """A check of (n, prompt_len) ids for the rules of this space and `acceptable`.
+
+        None where there is nothing to check.
+        """
         if self._once is None:
             return acceptable
 

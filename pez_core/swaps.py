@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Steps per position below which capturing costs more than it saves: a graph is captured at the
 # second step of a position, and pays from the fourth on.
 _STEPS_PER_POSITION = 5
-# Candidates encoded at once, which `nodes/memory.py` and `batch/worker.py` count on.
+# Candidates encoded at once; `nodes/memory.py` has the same number.
 ROWS = 2048
 
 
@@ -62,9 +62,10 @@ class Prior(Protocol):
         ...
 
     def corrections(self, swaps: torch.Tensor) -> torch.Tensor | float:
-        """(rows, count, n) ids, -1 for none, that are compared next -> (rows, count).
+        """(rows, count, n) tokens to swap in, -1 for unchanged ones -> (rows, count).
 
-        The part of `score` that each takes part with, less what `screen` said.
+        The exact change of `score` by each swap, less the estimate of `screen`. Later calls of
+        `screen` may return the exact value.
         """
         ...
 

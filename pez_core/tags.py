@@ -42,7 +42,7 @@ class Tags:
         return cls(comma, phrases, [k for k in range(first, last) if phrases[k]])
 
     def without(self) -> list[list[int]]:
-        """The tokens without each of the movable phrases; nothing where there is one alone."""
+        """The tokens without each of the movable phrases; [] where fewer than two are movable."""
         if len(self.movable) < 2:
             return []
         return [self._joined(self.phrases[:k] + self.phrases[k + 1 :]) for k in self.movable]

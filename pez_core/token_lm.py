@@ -213,9 +213,9 @@ def chosen(state: State, rows: torch.Tensor) -> State:
 
 
 def load_token_lm(folder: Path = FOLDER, device: str | torch.device = "cpu") -> TokenLM:
-    """The model in a folder, in float32 on a device; one call for both loads it.
+    """The model in a folder, in float32 on a device.
 
-    Nothing may change it: all searches of a process share it.
+    It is loaded once for each folder and device. All searches share it, so do not change it.
     """
     return _loaded(folder, torch.device(device))
 

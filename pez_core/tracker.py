@@ -94,6 +94,7 @@ class Progress:
 
 
 Callback = Callable[[Progress], "bool | None"]
+"""Called with the state of a search after its steps; a true return value ends the search."""
 
 
 class Tracker:

@@ -293,7 +293,11 @@ class Vocabulary:
         return _Rules(phrases, admits, frozenset(self._blocked), bank, listed, dictionary)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the rules, banks and blocked words included, as a JSON file."""
+        """Write the rules, banks and blocked words included, as a JSON file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -317,6 +321,7 @@ class Vocabulary:
             raise ArgumentError("path", f"{path} is not a saved vocabulary{why}", remedy) from error
 
     def to_json(self) -> dict:
+        """The rules as `save` writes them."""
         return {
             "only": None if self._only is None else list(self._only),
             "block": list(self._blocked),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .errors import check_integer
 from .priors import FluencyPrior
 from .space import TokenSpace
 from .swaps import ROWS, RefinableObjective, scores_behind
@@ -40,12 +41,21 @@ class WritingSettings(Budget):
     Attributes:
         beams: beginnings of each prompt that are written side by side, at least 1.
         proposals: tokens that are compared behind each beginning, at least 1.
-        results: prompts that are returned for each problem, at most `beams`.
+        results: prompts that are returned for each problem, from 1 to `beams`.
+
+    Raises:
+        ArgumentError: a value is out of range.
     """
 
     beams: int = 8
     proposals: int = 48
     results: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("beams", self.beams, 1)
+        check_integer("proposals", self.proposals, 1)
+        check_integer("results", self.results, 1, self.beams)
 
 
 def write(
@@ -74,8 +84,8 @@ def write(
         acceptable: as in `pez_core.search`. Of fewer than `prompt_len` ids it says whether a
             prompt may begin with them.
         seeds: one int per problem, for the differences between restarts.
-        firsts: which problems are no further restarts, whose prompts have to differ more. None:
-            all of them.
+        firsts: True for the first restart of a target; the others get more noise, so that their
+            prompts differ more. None: True for all.
         start: (problems * results, prompt_len) acceptable ids, in the place of prompts that the
             language model alone would write and that are not acceptable. None: these stay, with
             the score -inf.

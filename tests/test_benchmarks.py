@@ -601,6 +601,12 @@ def test_the_edits_of_prompts_are_judged(draws, images, image_model, emoji_clip,
     assert f"| true name | 6 | 2 | {seen.mean():.0%} ± {error:.0%} | " in table
     edits.main(arguments)  # nothing is left to do
     assert lines(tmp_path / "edits.jsonl") == changed
+    with pytest.raises(SystemExit, match="another number of images; give another --out"):
+        edits.main([*arguments, "--images", "2"])
+    others = [row | {"prompt": "something else"} for row in rows]
+    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    with pytest.raises(SystemExit, match="edits of other prompts; give another --out"):
+        edits.main(arguments)
 
 
 @pytest.mark.parametrize(
@@ -627,12 +633,12 @@ def test_other_tasks_are_judged_by_their_images(
     monkeypatch.setattr(pictures_tasks, "load_clip", partial(load_tiny, pictures_tasks.load_clip))
     monkeypatch.setattr(pictures_tasks, "own_options", quick_options)
 
-    def rows(*parts, seeds=1):
+    def rows(*parts, more=()):
         pictures_tasks.main(
             [
                 *("--folder", str(images), "--pipeline", str(image_model), "--judge", "judge"),
-                *("--images", "2", "--seeds", str(seeds), "--prompt-len", "4"),
-                *("--out", str(tmp_path / "tasks"), "--parts", *parts),
+                *("--images", "2", "--seeds", "1", "--prompt-len", "4"),
+                *("--out", str(tmp_path / "tasks"), "--parts", *parts, *more),
             ]
         )
         return lines(tmp_path / "tasks.jsonl")
@@ -640,6 +646,8 @@ def test_other_tasks_are_judged_by_their_images(
     first = rows("distill")
     whole = rows("distill", "fuse")
     assert whole[: len(first)] == first
+    with pytest.raises(SystemExit, match="other --cases or --images; give another --out"):
+        rows("distill", more=["--images", "3"])
     assert Counter((row["part"], row["case"]) for row in whole) == {
         (part, case): count for part, count in (("distill", 6), ("fuse", 4)) for case in range(3)
     }
@@ -764,6 +772,8 @@ def test_pictures_resume(draws, tmp_path):
         ({"place": 3}, "drawings"),
         ({"judge": [0.5] * 4}, "numbers of images"),
         ({"steps": 11}, "steps"),
+        ({"models": ["another", "pair", "of models"]}, "models"),
+        ({"prompt_len": 5}, "lengths"),
     ]:
         path.write_text(json.dumps(whole[0] | change) + "\n")
         for more in ([], ["--report"]):

@@ -1,4 +1,4 @@
-"""Images made of prompts, judged by a CLIP that took no part."""
+"""Images made of prompts, judged by a held-out CLIP."""
 
 import json
 import math

@@ -133,7 +133,7 @@ class Texts:
 
 
 def definitions(folder: Path) -> Iterator[str]:
-    """What WordNet says of its nouns and adjectives, and its examples."""
+    """What WordNet says of its nouns, adjectives and verbs, and its examples."""
     for part in ("noun", "adj", "verb"):
         for line in (folder / f"data.{part}").open():
             for text in re.split(r"; |\"", line.partition(" | ")[2]):

@@ -154,6 +154,7 @@ class JointClip:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights of all its CLIPs are."""
         return self.clips[0].device
 
     def to(

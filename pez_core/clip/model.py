@@ -85,6 +85,7 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights of the text encoder are."""
         return self.text.token_embedding.device
 
     @cached_property

@@ -37,6 +37,7 @@ class DistillResult(Result):
 
     @property
     def tokens_saved(self) -> int:
+        """`tokens_before` less `tokens_after`."""
         return self.tokens_before - self.tokens_after
 
 

@@ -38,6 +38,7 @@ class FuseResult(Result):
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of the prompt."""
         return len(self.token_ids)
 
 
