@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from .space import PhraseSpace, TokenSpace
     from .swaps import SwapSettings, refine
     from .targets import Avoid, objective_for
-    from .tasks import DistillResult, FuseResult, StyleResult, distill, fuse, invert, style
+    from .tasks import (
+        DistillResult,
+        FuseResult,
+        JobError,
+        StyleResult,
+        distill,
+        fuse,
+        invert,
+        style,
+    )
     from .tracker import Progress
     from .version import __version__ as __version__
     from .vocabulary import UNSAFE_WORDS, Vocabulary
@@ -41,6 +50,7 @@ __all__ = [
     "Clip",
     "DistillResult",
     "FuseResult",
+    "JobError",
     "JointClip",
     "LanguageModel",
     "PezSettings",
@@ -99,6 +109,7 @@ _MODULES = {
     "tasks": (
         "DistillResult",
         "FuseResult",
+        "JobError",
         "StyleResult",
         "distill",
         "fuse",

@@ -32,6 +32,7 @@ class BestSoFar:
         self.history: list[list[tuple[int, float]]] = [[] for _ in problem.targets]
         self.trajectories: dict[int, Trajectory] = {}
         self._failures: dict[int, FloatingPointError] = {}
+        self._ended = 0
 
     @property
     def _time_limit(self) -> float | None:
@@ -61,9 +62,13 @@ class BestSoFar:
         """Store that the searches of `span` failed, which keep the best prompts before that."""
         self._failures |= dict.fromkeys(range(len(self.ids))[span], error)
 
+    def end(self) -> None:
+        """Store that a turn went to its end, or to where the callback ended it."""
+        self._ended += 1
+
     def check(self) -> None:
-        """Raise the error of the first search that failed, where none has a prompt."""
-        if self._failures and bool((self.scores == -torch.inf).all()):
+        """Raise the error of the first search that failed, where no turn went to its end."""
+        if self._failures and not self._ended:
             raise next(iter(self._failures.values()))
 
     def note(self, k: int) -> str:

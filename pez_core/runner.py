@@ -62,8 +62,9 @@ def learn(
         ArgumentError: the prompt does not fit the context, the vocabulary is empty, the initial
             prompt does not fit or holds a blocked word, or the extra loss is for another number of
             prompts.
-        FloatingPointError: a score or gradient became NaN or infinite before any search had a
-            prompt. Where others have one, the results of those that failed have a `note`.
+        FloatingPointError: a score or gradient became NaN or infinite. With `batch_size` the other
+            searches go on; where one of them ends well, the results of those that failed have a
+            `note` instead.
     """
     frame = Caption(clip, caption, encoded, inserts, as_written=uses_language_model(options))
     with counted() as work:
@@ -74,7 +75,8 @@ def learn(
                 stopped = _search(problem, best, span, len(best.spans) - turn, callback)
             except FloatingPointError as error:
                 best.fail(span, error)
-                stopped = False
+                continue
+            best.end()
             if stopped:
                 break
         best.check()

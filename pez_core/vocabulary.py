@@ -250,11 +250,12 @@ class Vocabulary:
         return Lexicon(frozenset(rules.phrases), rules.blocked)
 
     def _resolve(self, clip: AnyClip) -> _Rules:
-        words, table = clip.text.words, clip.text.token_embedding
+        words = clip.text.words
         blocked, default = Blocklist(self._blocked), set(clip.vocabulary.tolist())
         trained = None
         if self.min_embedding_std:
-            parts = table.detach().float().split([n for n, _ in clip.text.parts], dim=1)
+            table = clip.text.token_embedding.detach().float()
+            parts = table.split([n for n, _ in clip.text.parts], dim=1)
             strong = [(part.std(dim=1) >= self.min_embedding_std).tolist() for part in parts]
             trained = [all(flags) for flags in zip(*strong, strict=True)]
         only = None
@@ -283,7 +284,7 @@ class Vocabulary:
         elif self.whole_words:
             phrases = {(i,) for i in default}
         else:
-            size = min(words.size, len(table))
+            size = min(words.size, len(clip.text.token_embedding))
             phrases = {(i,) for i in range(size) if i not in words.special_ids}
         bank = frozenset(self._only) if self._only is not None else None
         dictionary = None

@@ -254,6 +254,11 @@ def test_a_search_that_fails_does_not_lose_the_others(emoji_clip, images, monkey
     turns, bad = [], [1, 2, 3]
     with pytest.raises(FloatingPointError, match="the loss is NaN"):
         invert(emoji_clip, images, paper(5, batch_size=1))
+    # a batch tries the images of such a call again, one by one
+    monkeypatch.setattr(runner, "refine_span", failing)
+    turns, bad = [], [2]
+    with pytest.raises(FloatingPointError, match="the loss is NaN"):
+        invert(emoji_clip, images, SearchOptions(steps=3, swaps=3))
 
 
 def test_steps_are_those_of_the_prompt_behind_a_search_that_fails(emoji_clip, images, monkeypatch):

@@ -9,6 +9,7 @@ from conftest import EXAMPLES, all_words, paper
 
 from pez_core import (
     ArgumentError,
+    JobError,
     JointClip,
     SearchOptions,
     Vocabulary,
@@ -17,7 +18,6 @@ from pez_core import (
     load_clip,
 )
 from pez_core.prompt_text import read
-from pez_core.tasks import JobError
 
 LONG = (
     "a very happy dog with a big hat sitting in front of a green tree , bright sun , yellow "

@@ -90,6 +90,7 @@ class Summary:
 
     @property
     def failed(self) -> int:
+        """The number of items that have an error."""
         return sum(self.errors.values())
 
 
