@@ -941,6 +941,28 @@ def test_what_would_fail_later_is_found_before_the_search(pipe, monkeypatch, arg
         pipe(**{"options": options} | arguments)
 
 
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("StableDiffusionImg2ImgPipeline", "which is no text-to-image pipeline; learn the prompts"),
+        ("NoSuchPipeline", "which this version of diffusers does not have; update diffusers"),
+    ],
+)
+def test_another_kind_of_pipeline_is_refused_before_anything_is_loaded(
+    kind, message, tmp_path, monkeypatch
+):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    monkeypatch.setattr(PezClipModel, "load", lambda *given, **named: pytest.fail("loaded"))
+    with pytest.raises(ArgumentError, match=message):
+        PezPipeline.from_pretrained(tmp_path, clip="emoji-clip")
+
+
+def test_an_own_clip_needs_a_loaded_pipeline(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=r"call PezPipeline.from_pipe\(pipeline, clip='own'\)"):
+        PezPipeline.from_pretrained(tmp_path, clip="own")
+
+
 def test_arguments_for_each_prompt_end_with_those_that_were_learned(pipe):
     output = pipe(
         image=[FISH, GLASSES],

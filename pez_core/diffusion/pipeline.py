@@ -46,6 +46,7 @@ from .image_models import (
     check_settings,
     cut_remark,
     default_settings,
+    draws_from_prompts,
     without_foreign_code,
 )
 from .inputs import (
@@ -235,10 +236,13 @@ class PezPipeline(DiffusionPipeline):
         if download is None:
             download = not kwargs.get("local_files_only", False)
         by_name = isinstance(clip, (str, list, tuple))
+        kind, saved = _read_index(index, pretrained_model_name_or_path)
+        is_saved = kind in [one.__name__ for one in cls.__mro__]
+        if not is_saved and "custom_pipeline" not in kwargs:
+            _check_kind(kind, pretrained_model_name_or_path)
         if clip is not None:  # before the image pipeline, which can take long
             clip = _component(clip, clip_pretrained, download=download)
-        kind, saved = _read_index(index, pretrained_model_name_or_path)
-        if kind in [one.__name__ for one in cls.__mro__]:
+        if is_saved:
             files.pop("proxies", None)
             with without_foreign_code():
                 pez = cls._load_saved(pretrained_model_name_or_path, clip, saved, files, **kwargs)
@@ -248,15 +252,6 @@ class PezPipeline(DiffusionPipeline):
                 f"has to be given, since {pretrained_model_name_or_path} is a {kind}",
                 "give the CLIP whose text encoder it has, such as 'ViT-L-14:openai' for Stable "
                 "Diffusion 1.x",
-            )
-        elif isinstance(kind, str) and not (
-            hasattr(diffusers, kind) or "custom_pipeline" in kwargs
-        ):
-            raise ArgumentError(
-                "pretrained_model_name_or_path",
-                f"is {str(pretrained_model_name_or_path)!r}, a {kind}, which this version of "
-                "diffusers does not have",
-                "update diffusers",
             )
         else:
             with without_foreign_code():
@@ -1031,6 +1026,23 @@ def _read_index(index: Any, path: str | os.PathLike | None) -> tuple[str, bool]:
             "pretrained_model_name_or_path",
             f"is {str(path)!r}, whose model_index.json is not that of a pipeline",
         ) from error
+
+
+def _check_kind(kind: Any, path: str | os.PathLike | None) -> None:
+    """Raise where a class of diffusers is missing, or makes no images from prompts alone."""
+    found = getattr(diffusers, kind, None) if isinstance(kind, str) else DiffusionPipeline
+    if found is None:
+        raise ArgumentError(
+            "pretrained_model_name_or_path",
+            f"is {str(path)!r}, a {kind}, which this version of diffusers does not have",
+            "update diffusers",
+        )
+    if isinstance(kind, str) and not draws_from_prompts(found):
+        raise ArgumentError(
+            "pretrained_model_name_or_path",
+            f"is {str(path)!r}, a {kind}, which is no text-to-image pipeline",
+            "learn the prompts with PezPipeline(clip=clip), and give them to it",
+        )
 
 
 def _check_length(clip: AnyClip, caption: str, options: SearchOptions) -> None:
