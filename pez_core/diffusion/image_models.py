@@ -383,7 +383,8 @@ def draw(
         given = one_per_prompt(given, len(seeds))
     make: Any = pipeline  # the base class has no `__call__`
     made = make(prompt=prompts, **given)
-    if flagged := sum(getattr(made, "nsfw_content_detected", None) or []):
+    flags = getattr(made, "nsfw_content_detected", None)
+    if flagged := sum(map(bool, [] if flags is None else flags)):
         logger.warning(
             "The safety checker of the pipeline blanked %d of %d images of %r; their similarities "
             "are those of blank images.",
