@@ -13,8 +13,8 @@ numbers in place of an eye. The judge is a held-out CLIP.
 - style: words are learned from six drawings in one style and put behind the name of a seventh
   thing. Its images are compared with the drawings of that thing in each style.
 
-Rows are appended to OUT.jsonl, and the same command resumes. Another number of cases or images
-needs another --out.
+Rows are appended to OUT.jsonl, and the same command resumes. Another number of cases, images or
+tokens, and other models, need another --out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import HERE, Bench, append
@@ -50,7 +51,8 @@ EXPLANATIONS = {
     f"is the share whose most similar drawing is in that style (chance: {1 / len(STYLES):.0%}).",
 }
 
-_NO_COLUMNS = ("part", "case", "seed", "images_each", "cases", "method", "prompt")
+_NO_COLUMNS = ("part", "case", "seed", "images_each", "cases", "models", "prompt_len")
+_NO_COLUMNS += ("method", "prompt")
 
 # The rows of a part for one case and seed, without their part, case and seed
 Part = Callable[["Setup", int, int], list[dict]]
@@ -148,18 +150,18 @@ def mean(values: torch.Tensor) -> float:
     return round(values.mean().item(), 5)
 
 
-def settings(setup: Setup) -> dict[str, int]:
-    """What noise and pairs depend on beside the seed."""
-    return {"images_each": setup.images, "cases": len(setup.bench.images)}
+def settings(setup: Setup) -> dict[str, Any]:
+    """What the rows depend on beside part, case and seed."""
+    bench = setup.bench
+    sizes = {"images_each": setup.images, "cases": len(bench.images)}
+    return sizes | {"models": setup.models, "prompt_len": bench.lengths[0]}
 
 
 def check_rows(setup: Setup) -> None:
     """End where the rows so far have other settings."""
     for row in setup.bench.rows():
         if any(row.get(name) != value for name, value in settings(setup).items()):
-            raise SystemExit(
-                f"{setup.bench.found} has other --cases or --images; give another --out."
-            )
+            raise SystemExit(f"{setup.bench.found} has other settings; give another --out.")
 
 
 def measure(setup: Setup, parts: dict[str, Part], cases: int) -> None:

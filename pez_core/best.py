@@ -63,11 +63,11 @@ class BestSoFar:
         self._failures |= dict.fromkeys(range(len(self.ids))[span], error)
 
     def end(self) -> None:
-        """Store that a turn went to its end, or to where the callback ended it."""
+        """Store that a turn did not fail."""
         self._ended += 1
 
     def check(self) -> None:
-        """Raise the error of the first search that failed, where no turn went to its end."""
+        """Raise the error of the first search that failed, where all turns failed."""
         if self._failures and not self._ended:
             raise next(iter(self._failures.values()))
 
@@ -76,9 +76,13 @@ class BestSoFar:
         searches = range(k * self._restarts, (k + 1) * self._restarts)
         failed = [self._failures[n] for n in searches if n in self._failures]
         scores = self.scores[searches.start : searches.stop]
+        is_initial = bool((scores == -torch.inf).all())
+        if failed and len(failed) < len(searches) and not is_initial:
+            return f"{len(failed)} of {len(searches)} searches failed ({failed[0]})."
         if failed:
-            return f"The search failed ({failed[0]}); this is the best prompt before that."
-        if bool((scores == -torch.inf).all()):
+            which = "initial prompt" if is_initial else "best prompt before that"
+            return f"The search failed ({failed[0]}); this is the {which}."
+        if is_initial:
             return "The search ended before this prompt had its turn; it is the initial prompt."
         return ""
 

@@ -60,6 +60,21 @@ class ArgumentError(ValueError):
         return type(self)(argument, self.problem, self.remedy)
 
 
+class PartialError(RuntimeError):
+    """A part of some work failed; its `__cause__` is the reason.
+
+    Attributes:
+        partial: the work before it.
+    """
+
+    def __init__(self, message: str, partial: Any) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
+        return type(self), (str(self), self.partial)
+
+
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has a value of the wrong type: an `ArgumentError` that is a TypeError, too."""
 

@@ -646,8 +646,10 @@ def test_other_tasks_are_judged_by_their_images(
     first = rows("distill")
     whole = rows("distill", "fuse")
     assert whole[: len(first)] == first
-    with pytest.raises(SystemExit, match="other --cases or --images; give another --out"):
+    with pytest.raises(SystemExit, match="other settings; give another --out"):
         rows("distill", more=["--images", "3"])
+    with pytest.raises(SystemExit, match="other settings; give another --out"):
+        rows("distill", more=["--prompt-len", "5"])
     assert Counter((row["part"], row["case"]) for row in whole) == {
         (part, case): count for part, count in (("distill", 6), ("fuse", 4)) for case in range(3)
     }

@@ -262,7 +262,6 @@ def test_the_sheet_shows_targets_and_images_in_their_places():
         ({"callback": 3}, "`callback` has to be a function"),
         ({"clip": "emoji-clip"}, "`clip` has to be a CLIP"),
         ({"judge": 3}, "`judge` has to be a CLIP"),
-        ({"height": 64}, "`height` needs `width` beside it; give both"),
         ({"height": -64, "width": 64}, "`height` has to be at least 1"),
         ({"colour": "red"}, "`colour` is no argument of StableDiffusionPipeline"),
     ],
@@ -271,6 +270,11 @@ def test_wrong_arguments_are_named(sd, emoji_clip, arguments, message):
     given = {"prompts": PROMPTS, "targets": ["a", "b"], "clip": emoji_clip} | QUICK
     with pytest.raises(ArgumentError, match=message):
         make_gallery(sd, **given | arguments)
+
+
+def test_a_height_alone_has_an_effect(sd, emoji_clip):
+    gallery = make_gallery(sd, "a", "b", emoji_clip, height=32, **QUICK)
+    assert {image.size for image in gallery.entries[0].images} == {(64, 32)}
 
 
 def test_the_judge_has_to_be_another_clip(sd, emoji_clip):

@@ -281,10 +281,10 @@ def test_pipelines_that_need_an_image_are_refused(tmp_path):
 
 
 FROM_PROMPTS = """StableDiffusion StableDiffusionXL Flux Chroma QwenImage ZImage Flux2 Flux2Klein
-GlmImage Wan Sana PixArtSigma HunyuanDiT Lumina2"""
+GlmImage Wan WanVACE Sana PixArtSigma HunyuanDiT Lumina2"""
 FROM_MORE = """StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionXLImg2Img FluxFill
-StableDiffusionControlNet FluxControlNet StableDiffusionUpscale WanVideoToVideo AudioLDM
-WanImageToVideo"""
+StableDiffusionControlNet FluxControlNet StableDiffusionUpscale WanVideoToVideo LucyEdit
+AudioLDM WanImageToVideo"""
 
 
 @pytest.mark.parametrize("name", FROM_PROMPTS.split())
@@ -306,7 +306,7 @@ def test_a_pipeline_for_videos_makes_one_frame_for_each_seed():
             frames = [[Image.new("RGB", (8, 8), colour)] for colour in ("red", "blue")]
             return SimpleNamespace(frames=frames).frames, None
 
-    images = draw(Video(), "a dog", [3, 4], {})
+    images = draw(Video(), "a dog", [3, 4], {"num_frames": 16})
     assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
     assert asked == [(["a dog", "a dog"], 1, 2)]
 
@@ -331,6 +331,8 @@ def test_a_copy_of_a_bundled_model_has_its_settings(monkeypatch, tmp_path):
     assert default_settings(load_pipeline(tmp_path / "copy", "cpu")) == model.settings
     other.unet.register_to_config(sample_size=64)
     assert default_settings(other)["num_inference_steps"] == 25
+    strange = SimpleNamespace(unet=SimpleNamespace(config=object()))
+    assert default_settings(strange)["num_inference_steps"] == 25
 
 
 def test_what_is_no_folder_of_an_image_pipeline_has_a_remedy(tmp_path, tiny_clip):

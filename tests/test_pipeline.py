@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -42,6 +43,7 @@ from pez_core import (
     style,
 )
 from pez_core.diffusion import DenoisingLoss, PezClipModel, PezPipelineOutput, PezPriorOutput
+from pez_core.diffusion.image_models import with_both_sizes
 from pez_core.diffusion.tasks import TASKS, task_keywords
 from pez_core.options import EFFORTS
 
@@ -921,7 +923,7 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
         ({"task": "distill", "prompt": ["a red dog", str(FISH)]}, "`prompt`.* image"),
         (
             {"image": [FISH, GLASSES], "prompt": ["a", "b"], "denoising_weight": 0.5},
-            "`denoising_weight` needs the same caption for all images",
+            "`denoising_weight` needs one caption for all images, as a string",
         ),
         ({"image": FISH, "negative_prompt": ("x",)}, "`negative_prompt` has to be a string or"),
         ({"image": FISH, "negative_prompt": 3}, "`negative_prompt` has to be a string or"),
@@ -929,7 +931,7 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
         ({"image": FISH, "pez_callback_on_step_end": 3}, "`pez_callback_on_step_end` has to be"),
         ({"image": FISH, "latents": "x"}, "`latents` has to be a tensor"),
         ({"image": FISH, "latents": torch.zeros(3, 4, 8, 8)}, "`latents` has to hold one for each"),
-        ({"image": FISH, "height": 32}, "`height` needs `width` beside it"),
+        ({"image": FISH, "latents": torch.zeros(())}, r"`latents` .* has shape \(\)"),
         ({"image": FISH, "height": -64, "width": 64}, "`height` has to be at least 1"),
         ({"image": FISH, "height": "64", "width": 64}, "`height` has to be an integer"),
     ],
@@ -945,7 +947,7 @@ def test_what_would_fail_later_is_found_before_the_search(pipe, monkeypatch, arg
     "kind, message",
     [
         ("StableDiffusionImg2ImgPipeline", "which is no text-to-image pipeline; learn the prompts"),
-        ("NoSuchPipeline", "which this version of diffusers does not have; update diffusers"),
+        ("NoSuchPipeline", "which this version of diffusers does not have; update diffusers, or"),
     ],
 )
 def test_another_kind_of_pipeline_is_refused_before_anything_is_loaded(
@@ -974,6 +976,28 @@ def test_arguments_for_each_prompt_end_with_those_that_were_learned(pipe):
         **QUICK,
     )
     assert len(output.prompts) == len(output.images) == 1
+
+
+def test_negative_prompts_are_repeated_with_the_prompts(emoji_clip):
+    asked = []
+
+    class OnePerPrompt(DiffusionPipeline):
+        def __call__(self, prompt, negative_prompt=None, generator=None):
+            asked.append((prompt, negative_prompt))
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(prompt)).images, None
+
+    pez = PezPipeline(emoji_clip, OnePerPrompt())
+    pez.set_progress_bar_config(disable=True)
+    given = {"negative_prompt": ["x", "y"], "num_images_per_prompt": 2, "return_dict": False}
+    _, (first, second), _ = pez([FISH, GLASSES], options=FOUND, **given)
+    assert asked == [([first, first, second, second], ["x", "x", "y", "y"])]
+
+
+def test_one_side_of_the_images_has_an_effect(pipe):
+    size = {"num_images_per_prompt": 1, **QUICK}
+    assert pipe(image=FISH, width=128, **size).images[0].size == (128, 64)
+    assert pipe(image=FISH, height=32, **size).images[0].size == (64, 32)
+    assert with_both_sizes(flux(), {"height": 32}) == {"height": 32}  # which completes it itself
 
 
 def test_the_number_and_kind_of_images_may_be_left_out(pipe):

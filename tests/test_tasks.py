@@ -250,10 +250,16 @@ def test_a_search_that_fails_does_not_lose_the_others(emoji_clip, images, monkey
     results = invert(emoji_clip, images, paper(5, batch_size=1))
     assert [r.prompt for r in results][::2] == [r.prompt for r in whole][::2]
     notes = [result.note for result in results]
-    assert notes[::2] == ["", ""] and "failed (the loss is NaN)" in notes[1]
+    assert notes[::2] == ["", ""]
+    assert notes[1] == "The search failed (the loss is NaN); this is the initial prompt."
     turns, bad = [], [1, 2, 3]
     with pytest.raises(FloatingPointError, match="the loss is NaN"):
         invert(emoji_clip, images, paper(5, batch_size=1))
+    turns, bad = [], [1]
+    restarts = paper(5, batch_size=1, restarts=3)
+    (result,) = invert(emoji_clip, images[0], restarts)
+    assert result.note == "1 of 3 searches failed (the loss is NaN)."
+    assert result.similarity == max(one.similarity for one in result.candidates)
     # a batch tries the images of such a call again, one by one
     monkeypatch.setattr(runner, "refine_span", failing)
     turns, bad = [], [2]

@@ -1,5 +1,6 @@
 """`distill` and `fuse`: prompts in, shorter or joined prompts out."""
 
+import pickle
 from importlib import import_module
 from pathlib import Path
 
@@ -248,6 +249,11 @@ def test_a_join_that_fits_is_the_plain_join(emoji_clip):
     assert result.similarity == pytest.approx(mean, abs=1e-5)
 
 
+def test_a_join_needs_no_room_for_learned_words(emoji_clip):
+    options = SearchOptions(prompt_len=16)
+    assert fuse(emoji_clip, ["a cat", "a dog"], options, max_tokens=10).prompt == "a cat a dog"
+
+
 def test_a_join_that_does_not_fit_is_learned(emoji_clip):
     options = paper(60, prompt_len=10)
     result = fuse(emoji_clip, [LONG, LONG, "a red fish"], options, max_tokens=12)
@@ -328,6 +334,8 @@ def test_a_job_that_fails_keeps_those_before_it(emoji_clip, monkeypatch):
         with pytest.raises(JobError, match=r"Job 2 of 2 failed \(the loss is NaN\)") as error:
             task(emoji_clip, jobs, paper(5))
         assert [one.prompt for one in error.value.partial] == [first.prompt]
+        again = pickle.loads(pickle.dumps(error.value))
+        assert str(again) == str(error.value) and again.partial == error.value.partial
         monkeypatch.undo()
         with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
             patch.setattr(module, "learn", failing)

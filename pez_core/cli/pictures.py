@@ -220,9 +220,9 @@ def _check_writable(folder: Path) -> None:
     """Raise where nothing can be written to a folder, which may be missing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ArgumentError("folder", f"is {str(folder)!r}, but {there} is a file", "name another")
+        raise ArgumentError("page", f"is {str(folder)!r}, but {there} is a file", "name another")
     if not os.access(there, os.W_OK):
-        raise ArgumentError("folder", f"cannot be written: {there} is read-only", "name another")
+        raise ArgumentError("page", f"cannot be written: {there} is read-only", "name another")
 
 
 def _new_folder() -> Path:

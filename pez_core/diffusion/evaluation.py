@@ -17,11 +17,17 @@ from PIL import Image
 
 from ..clip import AnyClip, Clip, JointClip
 from ..clip.images import ImageInput, load_images
-from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_string
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    PartialError,
+    check_integer,
+    check_string,
+)
 from ..scoring import check_finite
 from ..targets import encode_targets
 from .clip_model import PezClipModel
-from .image_models import check_settings
+from .image_models import check_settings, with_both_sizes
 
 T = TypeVar("T")
 Targets = ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | torch.Tensor
@@ -78,16 +84,12 @@ class Evaluation:
         return f"{line} (prompts: {prompts}, images of each: {images})"
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(PartialError):
     """Making or judging the images of one prompt failed; its `__cause__` is the reason.
 
     Attributes:
         partial: the evaluation of the prompts before it.
     """
-
-    def __init__(self, message: str, partial: Evaluation) -> None:
-        super().__init__(message)
-        self.partial = partial
 
 
 def evaluate(
@@ -159,6 +161,7 @@ def evaluate(
     )
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
     check_settings(pipeline, settings)
+    settings = with_both_sizes(pipeline, settings)
     scored = _Scored(texts, _targets(images, len(texts)), judge, searched, fit)
     make: Any = pipeline  # the base class has no `__call__`
     for k, text in enumerate(texts):

@@ -19,14 +19,29 @@ from PIL import Image
 from .. import targets as kinds
 from ..clip import AnyClip
 from ..clip.images import load_image
-from ..errors import ArgumentError, ArgumentTypeError, check_integer, check_string, check_weights
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    PartialError,
+    check_integer,
+    check_string,
+    check_weights,
+)
 from ..prompt_text import read
 from ..targets import as_list, check_callback, check_clip, encode_targets
 from ..version import __version__
 from .belonging import warn_where_foreign
 from .clip_model import PezClipModel
 from .evaluation import accepted_arguments, check_held_out, clip_of, use
-from .image_models import Stopped, check_settings, cut_remark, default_settings, draw, origin
+from .image_models import (
+    Stopped,
+    check_settings,
+    cut_remark,
+    default_settings,
+    draw,
+    origin,
+    with_both_sizes,
+)
 from .page import Entry, Gallery, Similarities, Target
 
 logger = logging.getLogger(__name__)
@@ -34,16 +49,12 @@ logger = logging.getLogger(__name__)
 _SEEDS = 2**63
 
 
-class GalleryError(RuntimeError):
+class GalleryError(PartialError):
     """Making the images of one prompt failed; its `__cause__` is the reason.
 
     Attributes:
         partial: the gallery with the images of the prompts before it.
     """
-
-    def __init__(self, message: str, partial: Gallery) -> None:
-        super().__init__(message)
-        self.partial = partial
 
 
 def make_gallery(
@@ -104,6 +115,7 @@ def make_gallery(
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
     check_settings(pipeline, settings | kwargs)
+    kwargs = with_both_sizes(pipeline, kwargs)
     clips = [clip] if judge is None else [clip, judge]
     for name, one in zip(("clip", "judge"), clips, strict=False):
         check_clip(name, clip_of(one))

@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 _INDEX = "model_index.json"
 # owner/name, as the Hub spells it
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-# arguments of pipelines that need more than a prompt: ControlNets, adapters, editing of videos
-_MORE_THAN_A_PROMPT = ("controlnet_conditioning_scale", "control_image", "reference_image", "video")
+# arguments of pipelines that need more than a prompt: ControlNets, adapters
+_MORE_THAN_A_PROMPT = ("controlnet_conditioning_scale", "control_image", "reference_image")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def default_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
 def _has_config(unet: Any, folder: Path) -> bool:
     """Whether a UNet is as the one in a folder, such as one that was saved elsewhere."""
     given = getattr(unet, "config", None)
-    if not given or not (folder / "config.json").is_file():
+    if not isinstance(given, Mapping) or not (folder / "config.json").is_file():
         return False
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = [name for name in config if not name.startswith("_")]
@@ -129,13 +129,9 @@ def _plain(value: Any) -> Any:
 
 def check_settings(pipeline: DiffusionPipeline, settings: Mapping[str, Any]) -> None:
     """Raise where the steps, the guidance or the size among these arguments are wrong."""
-    sizes = {name: settings.get(name) for name in ("height", "width")}
-    given = [name for name, size in sizes.items() if size is not None]
-    for name in given:
-        check_integer(name, sizes[name], 1)
-    if len(given) == 1:  # diffusers ignores it
-        (other,) = sizes.keys() - given
-        raise ArgumentError(given[0], f"needs `{other}` beside it", "give both, or none")
+    for name in ("height", "width"):
+        if settings.get(name) is not None:
+            check_integer(name, settings[name], 1)
     steps, scale = settings.get("num_inference_steps"), settings.get("guidance_scale")
     if steps is not None:
         check_integer("num_inference_steps", steps, 1)
@@ -149,6 +145,25 @@ def check_settings(pipeline: DiffusionPipeline, settings: Mapping[str, Any]) -> 
             )
     if scale is not None:
         check_number("guidance_scale", scale)
+
+
+def with_both_sizes(
+    pipeline: DiffusionPipeline | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings, with the default width where the height is given alone, or the reverse.
+
+    Some pipelines with a UNet ignore one alone. All others complete it themselves.
+    """
+    found = dict(settings)
+    config = getattr(getattr(pipeline, "unet", None), "config", None)
+    side = config.get("sample_size") if isinstance(config, Mapping) else None
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    given = [name for name in ("height", "width") if found.get(name) is not None]
+    if len(given) == 1 and isinstance(side, int) and isinstance(scale, int):
+        found = {"height": side * scale, "width": side * scale} | {
+            name: value for name, value in found.items() if value is not None
+        }
+    return found
 
 
 def unread_end(pipeline: DiffusionPipeline, prompt: str) -> str:
@@ -176,7 +191,7 @@ def cut_remark(pipeline: DiffusionPipeline, prompt: str) -> str:
     end = unread_end(pipeline, read(prompt) or prompt)
     return end and (
         f"The image model reads a prompt only so far, and cuts off {end!r}: its images lack these "
-        "words. Shorten the caption."
+        "words. Shorten the caption or the subject."
     )
 
 
@@ -319,7 +334,11 @@ def draws_from_prompts(kind: type) -> bool:
     accepted = inspect.signature(kind.__call__).parameters  # pyright: ignore - pipelines have one
     if "prompt" not in accepted or any(name in accepted for name in _MORE_THAN_A_PROMPT):
         return False
-    if "num_frames" not in accepted and any(name.startswith("audio_") for name in accepted):
+    if "num_frames" not in accepted and any(
+        name == "video" or name.startswith("audio_") for name in accepted
+    ):
+        return False
+    if "video" in accepted and accepted["video"].default is inspect.Parameter.empty:
         return False
     return "image" not in accepted or kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
 
@@ -374,8 +393,8 @@ def draw(
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "callback_on_step_end": step_end,
         "output_type": "pil",
-        "num_frames": 1,
     } | dict(settings)
+    given["num_frames"] = 1
     given = {name: value for name, value in given.items() if name in accepted}
     prompts: Any = prompt
     if "num_images_per_prompt" not in given:

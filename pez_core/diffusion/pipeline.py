@@ -47,6 +47,7 @@ from .image_models import (
     cut_remark,
     default_settings,
     draws_from_prompts,
+    with_both_sizes,
     without_foreign_code,
 )
 from .inputs import (
@@ -454,11 +455,11 @@ class PezPipeline(DiffusionPipeline):
         check_keywords("denoising_kwargs", denoising_kwargs, "DenoisingLoss", allowed)
         if check_number("denoising_weight", denoising_weight, 0, 1):
             self._check_denoising(task, options)
-            prunes = (task_kwargs or {}).get("prune_caption", False)
+            prunes = (task_kwargs or {}).get("prune_caption") and not is_shared(task_kwargs)
             if len(images) > 1 and (isinstance(prompt, list) or prunes):
                 raise ArgumentError(
                     "denoising_weight",
-                    "needs the same caption for all images",
+                    "needs one caption for all images, as a string, which is not pruned for each",
                     "call the pipeline once for each image",
                 )
         elif denoising_kwargs:
@@ -532,12 +533,13 @@ class PezPipeline(DiffusionPipeline):
             )
         latents = image_kwargs.get("latents")
         if latents is not None and not isinstance(latents, torch.Tensor):
-            raise ArgumentTypeError("latents", f"has to be a tensor but is {latents!r}")
-        if latents is not None and len(latents) != prompts * each:
+            kind = type(latents).__name__
+            raise ArgumentTypeError("latents", f"has to be a tensor but is a {kind}")
+        if latents is not None and latents.shape[:1] != (prompts * each,):
             raise ArgumentError(
                 "latents",
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
-                f"{prompts} prompts) but holds {len(latents)}",
+                f"{prompts} prompts) but has shape {tuple(latents.shape)}",
             )
         # without an image pipeline its arguments are not used, but unknown ones are still an error
         if self.pipeline is not None:
@@ -739,6 +741,9 @@ class PezPipeline(DiffusionPipeline):
         settings = {name: value for name, value in settings.items() if name in accepted}
         if "num_images_per_prompt" not in accepted:
             prompts = [prompt for prompt in prompts for _ in range(each)]
+            for name in TEXTS & settings.keys():
+                if isinstance(settings[name], list):
+                    settings[name] = [text for text in settings[name] for _ in range(each)]
         try:
             made = self.pipeline(prompt=prompts, **one_per_prompt(settings, len(prompts)))
         except Exception:
@@ -896,7 +901,7 @@ class PezPipeline(DiffusionPipeline):
         )
         self.check_choice(choose_by, task, options, task_kwargs)
         own_kwargs = {name: given[name] for name in _IMAGE_KWARGS if given[name] is not None}
-        image_kwargs = _IMAGE_DEFAULTS | own_kwargs | kwargs
+        image_kwargs = _IMAGE_DEFAULTS | with_both_sizes(self.pipeline, own_kwargs) | kwargs
         count, shared = count_prompts(task, images, prompt, task_kwargs), is_shared(task_kwargs)
         self.check_image_inputs(count, image_kwargs)
 
@@ -1035,9 +1040,11 @@ def _check_kind(kind: Any, path: str | os.PathLike | None) -> None:
         raise ArgumentError(
             "pretrained_model_name_or_path",
             f"is {str(path)!r}, a {kind}, which this version of diffusers does not have",
-            "update diffusers",
+            "update diffusers, or give its code as `custom_pipeline`",
         )
-    if isinstance(kind, str) and not draws_from_prompts(found):
+    # diffusers itself names the packages that a class lacks
+    is_there = isinstance(found, type) and issubclass(found, DiffusionPipeline)
+    if is_there and found is not DiffusionPipeline and not draws_from_prompts(found):
         raise ArgumentError(
             "pretrained_model_name_or_path",
             f"is {str(path)!r}, a {kind}, which is no text-to-image pipeline",

@@ -168,12 +168,6 @@ def _prepared(
     longest = clip.text.max_prompt_len if max_tokens is None else max_tokens
     check_integer("max_tokens", longest, 1, clip.text.max_prompt_len)
     check_bool("always_learn", always_learn)
-    if (options.prompt_len or 0) > longest:
-        raise ArgumentError(
-            "prompt_len",
-            f"is {options.prompt_len}, more than `max_tokens` {longest}",
-            "lower it",
-        )
     shares = (
         [1.0] * len(given) if weights is None else check_weights("weights", weights, len(given))
     )
@@ -184,6 +178,11 @@ def _prepared(
         features = encode_targets("sources", clip, read_ones, options.fit)
     ids = clip.text.words.encode(" ".join(map(read, texts)))
     could_join = not always_learn and len(texts) == len(given)
+    is_learned = not could_join or len(ids) > longest
+    if is_learned and (options.prompt_len or 0) > longest:
+        raise ArgumentError(
+            "prompt_len", f"is {options.prompt_len}, more than `max_tokens` {longest}", "lower it"
+        )
     return _Sources(texts, ids if could_join else None, features, shares, longest)
 
 

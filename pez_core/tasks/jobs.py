@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from ..errors import ArgumentError
+import torch
+
+from ..errors import ArgumentError, PartialError
 from ..options import SearchOptions, with_share_of_time
 from ..results import Report, ReportCallback
 
@@ -16,16 +18,12 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class JobError(RuntimeError):
-    """A job failed while it was searched; its `__cause__` is the reason.
+class JobError(PartialError):
+    """A job failed, by an argument, a NaN or lack of memory; its `__cause__` is the reason.
 
     Attributes:
         partial: the results of the jobs before it.
     """
-
-    def __init__(self, message: str, partial: list) -> None:
-        super().__init__(message)
-        self.partial = partial
 
 
 def one_by_one(
@@ -52,7 +50,7 @@ def one_by_one(
 
     Raises:
         ArgumentError: there are no jobs, or as `prepare` and, for the first job, `search`.
-        JobError: a later job failed.
+        JobError: a later job failed. Errors of the callback stay what they are.
     """
     if not jobs:
         raise ArgumentError(name, "is empty", "give at least one")
@@ -63,7 +61,7 @@ def one_by_one(
         try:
             shared = with_share_of_time(options, 1 / (len(jobs) - turn), began)
             results.append(search(job, replace(shared, seed=seed), report))
-        except (ValueError, ArithmeticError, RuntimeError) as error:
+        except (ArgumentError, FloatingPointError, torch.OutOfMemoryError) as error:
             if not results:
                 raise
             raise JobError(
