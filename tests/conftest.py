@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def clock(monkeypatch) -> Clock:
     searching = ("best", "options", "problem", "single_words", "tracker", "verify")
     for module in (*searching, "tasks.jobs", "tasks.distill"):
         monkeypatch.setattr(import_module(f"pez_core.{module}"), "time", clock)
+    if "pez_core.diffusion.pipeline" in sys.modules:
+        monkeypatch.setattr("pez_core.diffusion.pipeline.time", clock)
     return clock
 
 

@@ -622,7 +622,8 @@ def test_a_time_limit_is_for_the_whole_call(emoji_clip, capsys, clock):
         results = prior(**inputs, options=options).results
         assert "100%" in capsys.readouterr().err and len(results) == 2
         # a search reads the clock a few times before it ends
-        assert all(each - 0.1 < result.seconds < 1.2 * each for result in results)
+        seconds = [result.seconds for result in results]
+        assert all(each - 0.2 < one < 1.2 * each for one in seconds), seconds
 
 
 def test_the_time_of_pruning_counts(emoji_clip, monkeypatch):

@@ -732,10 +732,13 @@ class PezPipeline(DiffusionPipeline):
         settings = dict(image_kwargs)
         # an interrupted search has fewer prompts
         for name, value in settings.items():
-            if name in ("generator", "latents") and isinstance(value, (list, torch.Tensor)):
+            if name == "generator" and isinstance(value, list):
                 settings[name] = value[: len(prompts) * each]
             elif name in TEXTS and isinstance(value, list):
                 settings[name] = value[: len(prompts)]
+        latents = settings.get("latents")
+        if latents is not None and len(latents) > len(prompts) * each:
+            settings["latents"] = latents[: len(prompts) * each]
         settings = default_settings(self.pipeline) | settings
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
         settings = {name: value for name, value in settings.items() if name in accepted}
