@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import comfy.samplers
@@ -49,8 +49,10 @@ class ChooseByImage(io.ComfyNode):
             prompts = list(dict.fromkeys(values.texts("prompts")))
             if not prompts:
                 raise ArgumentError("prompts", "is empty", "connect the candidates of a PEZ node")
+            goals = _features(values, [values.pictures("images")])[0]
             made = [_images_of(prompt, values) for prompt in prompts]
-            similarities = _similarities(values, made)
+            features = _features(values, map(list, made))
+            similarities = [float((one @ goals.T).mean()) for one in features]
         order = sorted(range(len(prompts)), key=lambda k: similarities[k], reverse=True)
         report = "\n".join(f"{similarities[k]:.4f}  {prompts[k]}" for k in order)
         show_text(cls.hidden, report)
@@ -158,12 +160,10 @@ def _images_of(prompt: str, values: Values) -> torch.Tensor:
     return images
 
 
-def _similarities(values: Values, made: Sequence[torch.Tensor]) -> list[float]:
-    """The mean similarity of each prompt's images with the targets."""
+def _features(values: Values, groups: Iterable[Sequence[Any]]) -> list[torch.Tensor]:
+    """(pictures, features) of each group of pictures."""
     with values["clip"].in_use() as model, cancellable(model):
-        goals = encode_targets("images", model, values.pictures("images"), values["fit"])
-        features = [encode_targets("images", model, list(one), values["fit"]) for one in made]
-    return [float((one @ goals.T).mean()) for one in features]
+        return [encode_targets("images", model, group, values["fit"]) for group in groups]
 
 
 def _item(prompt: str, similarity: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..pez_core import SearchOptions, Vocabulary
 from ..pez_core.errors import ArgumentError
-from ..pez_core.prompt_text import SYNTAX
+from ..pez_core.prompt_text import SYNTAX, read
 from . import inputs
 from .errors import naming_widgets
 from .found import Found
@@ -207,7 +207,8 @@ def _writes(values: Values) -> bool:
     """Whether prompts are written in place of Algorithm 1."""
     vocabulary = values["vocabulary"]
     lists_phrases = vocabulary is not None and vocabulary.lists_phrases
-    return _wording(values) != "free" and not _start_from(values) and not lists_phrases
+    begins = read(_start_from(values) or "")
+    return _wording(values) != "free" and not begins and not lists_phrases
 
 
 def _start_from(values: Values) -> str | None:

@@ -50,9 +50,9 @@ class LoadCLIP(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: object) -> tuple[int, int] | None:
+    def fingerprint_inputs(cls, model: str, **_: object) -> tuple[tuple[int, int], ...] | None:
         path = models.file_of(model) if model else None  # None where it comes through a wire
-        return (path.stat().st_mtime_ns, path.stat().st_size) if path else None
+        return models.states_of(path) if path else None
 
     @classmethod
     def execute(

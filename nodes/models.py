@@ -209,13 +209,18 @@ def _places() -> str:
     return " or ".join(f"models/{folder}" for folder in FOLDERS)
 
 
+def states_of(path: Path) -> tuple[tuple[int, int], ...]:
+    """When the file of a CLIP was changed, and its size; for an index those of its parts, too."""
+    parts = sorted(path.parent.glob("*-of-*")) if is_index(path) else []
+    return tuple((one.st_mtime_ns, one.st_size) for one in map(os.stat, (path, *parts)))
+
+
 def _holds_clip(path: str) -> bool:
     try:
-        parts = sorted(Path(path).parent.glob("*-of-*")) if is_index(Path(path)) else []
-        found = [os.stat(one) for one in (path, *parts)]
+        states = states_of(Path(path))
     except OSError:  # of a drive that has gone, or a link to nothing
         return False
-    return _header_holds_clip(path, tuple((one.st_mtime_ns, one.st_size) for one in found))
+    return _header_holds_clip(path, states)
 
 
 @lru_cache(maxsize=1024)

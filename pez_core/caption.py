@@ -7,7 +7,7 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 from .continuation import behind
-from .errors import ArgumentError, check_string
+from .errors import ArgumentError, check_decoded, check_string
 from .prompt_text import SLOT, all_pieces, chunks, has_syntax, read
 from .readability import as_written as written_form
 from .vocabulary import Blocklist, count_words
@@ -29,7 +29,7 @@ def check_caption(caption: object, wording: str = "free") -> str:
     Raises:
         ArgumentError: it is no string, or holds `{}` twice.
     """
-    text = check_string("caption", caption)
+    text = check_decoded("caption", check_string("caption", caption))
     if text.count("{}") > 1:
         raise ArgumentError(
             "caption",

@@ -143,6 +143,16 @@ def check_string(name: str, value: object) -> str:
     return value
 
 
+def check_decoded(name: str, text: str) -> str:
+    """The text; raise where it holds bytes that Python could not decode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"is {text!r}, which holds bytes that are not UTF-8"
+        raise ArgumentError(name, problem, "write it in UTF-8") from error
+    return text
+
+
 def check_bool(name: str, value: object) -> None:
     """Raise unless the value is True or False."""
     if not isinstance(value, bool):

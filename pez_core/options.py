@@ -18,6 +18,7 @@ from .errors import (
     check_string,
     check_type,
 )
+from .prompt_text import read
 from .vocabulary import UNSAFE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ class SearchOptions:
 
     def _check_writing(self) -> None:
         """Raise where settings of Algorithm 1 are given, and prompts are written in its place."""
-        if self.wording == "free" or self.start_from is not None or self.words.lists_phrases:
+        if self.wording == "free" or self.beginning or self.words.lists_phrases:
             return
         if self.settings_of_pez:
             name = self.settings_of_pez[0]
@@ -326,6 +327,11 @@ class SearchOptions:
                 f"{self.wording!r} replaces",
                 'leave it out, or take the `wording` "free"',
             )
+
+    @property
+    def beginning(self) -> str:
+        """What the CLIP reads of `start_from`; "" where there is nothing to start from."""
+        return read(self.start_from or "")
 
     @property
     def settings_of_pez(self) -> list[str]:

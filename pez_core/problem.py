@@ -22,7 +22,6 @@ from .priors import (
     needed_language_model,
     reads_like_clip,
 )
-from .prompt_text import read
 from .readability import FUNCTION_WORDS
 from .seeds import restart_seed
 from .space import PhraseSpace, TokenSpace
@@ -228,8 +227,8 @@ def _check_extra_loss(options: SearchOptions, prompts: int) -> None:
 
 def _can_write(options: SearchOptions, space: TokenSpace) -> bool:
     """Whether prompts are written from left to right, a token at a time, from nothing."""
-    begun = options.start_from is not None
-    return options.wording != "free" and not begun and not isinstance(space, PhraseSpace)
+    begun = options.beginning or isinstance(space, PhraseSpace)
+    return options.wording != "free" and not begun
 
 
 def _readers(
@@ -396,9 +395,9 @@ class _Start:
 
     def _given(self) -> list[int]:
         """The tokens of `start_from`."""
-        if self.options.start_from is None:
+        if not self.options.beginning:
             return []
-        ids = self.frame.encode(read(self.options.start_from))
+        ids = self.frame.encode(self.options.beginning)
         if len(ids) > self.prompt_len:
             raise ArgumentError(
                 "start_from",

@@ -114,13 +114,19 @@ class Report:
         self._decode, self._explain = decode, explain
         self.part = (step, steps, False) if part is None else part
 
-    def within(self, turn: int, turns: int) -> Report:
-        """This report as part of `turns` searches of equal length, of which it is number `turn`."""
+    def within(self, turn: int, turns: int, before: float) -> Report:
+        """This report as part of `turns` searches of equal length.
+
+        Args:
+            turn: the number of its search, from 0.
+            turns: searches.
+            before: seconds of the searches before.
+        """
         step, steps = self.step + turn * self.steps, turns * self.steps
         done, of, follows = self.part
         part = done, of, follows or turn < turns - 1
-        explain = self._explain
-        return Report(step, steps, self.elapsed, self.similarities, self._decode, explain, part)
+        elapsed, decode, explain = before + self.elapsed, self._decode, self._explain
+        return Report(step, steps, elapsed, self.similarities, decode, explain, part)
 
     @property
     def _best(self) -> int:

@@ -20,7 +20,7 @@ def child_seed(seed: int, *key: int) -> int:
 
     With one number k in the key it is that of child k of `SeedSequence(seed).spawn`.
     """
-    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    sequence = np.random.SeedSequence(seed if seed >= 0 else seed % 2**64, spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0]) % 2**63
 
 

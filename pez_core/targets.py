@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .clip.images import ImageInput, load_image
-from .errors import ArgumentError, ArgumentTypeError, check_number, check_weights
+from .errors import ArgumentError, ArgumentTypeError, check_decoded, check_number, check_weights
 from .objectives import Similarity
 from .prompt_text import contexts
 
@@ -76,7 +76,7 @@ def check_callback(callback: object) -> None:
 
 
 def check_text(name: str, text: str, remedy: str | None = None) -> str:
-    """The text; raise where it is the name of an image file.
+    """The text; raise where it is the name of an image file, or cannot be written as UTF-8.
 
     Args:
         name: of the argument.
@@ -89,7 +89,7 @@ def check_text(name: str, text: str, remedy: str | None = None) -> str:
             f"is the text {text!r}, which is the name of an image file",
             f"write Path({text!r}) for the image" if remedy is None else remedy,
         )
-    return text
+    return check_decoded(name, text)
 
 
 def encode_prompt(clip: AnyClip, prompt: str) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -676,6 +677,36 @@ def test_a_caption_of_ones_own_is_pruned_for_each_image(tiny_clip, monkeypatch, 
     before, after = prune_caption(tiny_clip, OWN, images).split("{}")
     assert row["prompt"].startswith(before) and row["prompt"].endswith(after)
     assert row["note"].startswith("Dropped, since they lower the similarity: ")
+    assert row["caption"] == prune_caption(tiny_clip, OWN, images)
+
+
+def test_ctrl_c_ends_pruning_for_images_that_share_a_prompt(tiny_clip, monkeypatch, capsys):
+    monkeypatch.setattr("pez_core.load_clip", lambda *_, **__: tiny_clip)
+    stops = []
+
+    def pruned(clip, caption, images, fit, stop):
+        signal.raise_signal(signal.SIGINT)
+        stops.append(stop())
+        return caption, ""
+
+    monkeypatch.setattr("pez_core.cli.captions.pruned", pruned)
+    command = ["invert", *map(str, EXAMPLES[:2]), "--shared", "--caption", OWN, "--prune-caption"]
+    assert main([*command, *QUICK]) == 130 and stops == [True]
+    assert "a red dog on" in capsys.readouterr().out
+
+
+def test_a_shared_list_of_tags_is_continued_by_tags(tiny_clip, monkeypatch, capsys):
+    monkeypatch.setattr("pez_core.load_clip", lambda *_, **__: tiny_clip)
+    seen = []
+
+    def invert(clip, images, options, **given):
+        seen.append((options.wording, given["caption"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pez_core.invert", invert)
+    given = ["--shared", "--caption", "red dog, old boat, rain", "--prune-caption"]
+    assert main(["invert", *map(str, EXAMPLES[:2]), *given]) == 130
+    assert [wording for wording, _ in seen] == ["tags"]
 
 
 def test_a_caption_of_ones_own_is_pruned_in_a_batch(tmp_path):

@@ -922,6 +922,24 @@ def test_ctrl_c_in_a_search_makes_no_images_but_a_page(
     assert "No images" in (tmp_path / "pez-pictures/index.html").read_text()
 
 
+def test_only_the_folder_of_the_page_has_to_be_writable(call, searches, drawn, tmp_path):
+    """It is the next free one: others of its name may be files, links or those of other users."""
+    (tmp_path / "pez-pictures").write_text("mine")
+    (tmp_path / "pez-pictures-2").symlink_to(tmp_path / "gone")
+    assert call("invert", IMAGES[0], "--images", "1").code == 0
+    assert (tmp_path / "pez-pictures-3/index.html").exists()
+
+
+def test_a_read_only_folder_is_named_before_the_search(
+    call, searches, drawn, monkeypatch, tmp_path
+):
+    (tmp_path / "pez-pictures").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    done = call("invert", IMAGES[0], "--images", "1")
+    assert done.code == 2 and f"{tmp_path} is read-only" in done.err and not drawn.pipelines
+
+
 def test_any_seed_of_a_search_makes_images(call, searches, drawn, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     done = call("invert", IMAGES[0], "--images", "2", "--seed", str(2**63 + 5), "--page", "~/seen")
@@ -1089,7 +1107,16 @@ def test_the_judge_of_pictures_is_not_the_clip_of_the_search(call, drawn):
         (["style", IMAGES[0]], "for a single image use pez invert"),
         (["distill", IMAGES[0]], "for a prompt of an image use pez invert"),
         (["style", "missing.png", IMAGES[0]], "missing.png"),
-        (["style", *IMAGES[:2], "--style-template", "x"], "--style-template has to hold"),
+        (
+            ["style", *IMAGES[:2], "--subject", "a", "--style-template", "x"],
+            "--style-template has to hold",
+        ),
+        (
+            ["style", *IMAGES[:2], "--style-template", "{subject} {style}"],
+            "--style-template requires --subject; add it",
+        ),
+        (["style", IMAGES[0], ""], "IMAGE holds an empty name"),
+        (["score", "a", "--image", IMAGES[0], "--max-loss", "1"], "--max-loss requires --prune"),
         (["style", *IMAGES[:2], "--images-per-step", "1"], "set --keep-content"),
         (["distill", ""], "PROMPT holds no words"),
         (["distill", "&nbsp;"], "PROMPT holds no words"),
@@ -1276,6 +1303,19 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
     )
     assert done.stdout.split()[-1] == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="other systems have none")
+@pytest.mark.parametrize("arguments", [["--version"], ["models"], ["score"]])
+def test_a_full_disk_behind_the_output_is_one_error(arguments):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PEZ, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    if arguments != ["score"]:
+        assert done.stderr.count("No space left") == done.stderr.count("\n") == 1
 
 
 def shell(command):

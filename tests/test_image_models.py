@@ -297,18 +297,21 @@ def test_pipelines_that_need_more_than_a_prompt_are_refused(name):
     assert not draws_from_prompts(getattr(diffusers, f"{name}Pipeline"))
 
 
-def test_a_pipeline_for_videos_makes_one_frame_for_each_seed():
+def test_a_pipeline_for_videos_makes_one_frame_for_each_seed(tiny_clip):
     asked = []
 
     class Video(DiffusionPipeline):
         def __call__(self, prompt, num_frames=81, generator=None, output_type="pil"):
-            asked.append((prompt, num_frames, len(generator)))
+            asked.append((prompt, num_frames, len(generator or [])))
             frames = [[Image.new("RGB", (8, 8), colour)] for colour in ("red", "blue")]
             return SimpleNamespace(frames=frames).frames, None
 
     images = draw(Video(), "a dog", [3, 4], {"num_frames": 16})
     assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
     assert asked == [(["a dog", "a dog"], 1, 2)]
+    red = Image.new("RGB", (8, 8), "red")
+    found = evaluate(Video(), "a dog", red, tiny_clip, num_images_per_prompt=2)
+    assert found.similarities.shape == (1, 2) and asked[1:] == [(["a dog"] * 2, 1, 0)]
 
 
 def test_images_that_a_safety_checker_blanks_are_named(monkeypatch, caplog):

@@ -576,6 +576,14 @@ def test_a_restart_that_fails_loses_no_other(learned, monkeypatch):
     assert {one.seed for one in found.candidates} == {restart_seed(0, 0), restart_seed(0, 2)}
 
 
+def test_a_seed_may_be_negative(learned):
+    model, tokenizer = learned
+    options = OPTIONS | {"steps": 2, "restarts": 2, "seed": -1}
+    found = tune_prompt(model, tokenizer, SORTED, TEMPLATE, WORDS, **options)
+    assert {one.seed for one in found.candidates} == {restart_seed(-1, 0), restart_seed(-1, 1)}
+    assert restart_seed(-1, 1) != restart_seed(1, 1)
+
+
 def test_a_full_disk_ends_no_search(learned, tmp_path, monkeypatch, caplog):
     model, tokenizer = learned
 

@@ -900,6 +900,10 @@ NO_CLIPS = {
     "LongCLIP": (_longer, "is a LongCLIP, which reads 248 tokens .*; choose the CLIP that it was"),
     "no projection of texts": (_without("text_projection"), "lacks the projection of its text"),
     "no projection of images": (_without("visual.proj"), "lacks the projection of its image"),
+    "positions without a length": (
+        lambda t: t | {"positional_embedding": torch.zeros(())},
+        "holds a CLIP of an unknown architecture",
+    ),
     "other size": (
         lambda t: t | {"text_projection": torch.zeros(32, 9), "visual.proj": torch.zeros(32, 9)},
         "holds a CLIP of an unknown architecture; write ARCHITECTURE:FILE",
@@ -907,7 +911,7 @@ NO_CLIPS = {
     "no CLIP": (_only("transformer."), "holds no CLIP"),
     "quantised": (
         lambda t: {k: v.to(torch.int8) if k.endswith("c_fc.weight") else v for k, v in t.items()},
-        r"is quantised \(I8\); take the file in float16",
+        r"is quantised \((I8|int8)\); take the file in float16",
     ),
 }
 
@@ -925,10 +929,26 @@ def test_files_that_cannot_be_searched_are_named_for_what_they_are(
     assert not caplog.records  # such files are common
     with pytest.raises(ArgumentError, match=f"`name` is the file '{path}', which {message}"):
         load_clip(str(path))
-    if kind != "quantised":  # safetensors alone have no other kinds of numbers
-        torch.save(tensors, tmp_path / "a.pt")
-        with pytest.raises(ArgumentError, match=f"a.pt', which {message}"):
-            load_clip(str(tmp_path / "a.pt"))
+    torch.save(tensors, tmp_path / "a.pt")
+    with pytest.raises(ArgumentError, match=f"a.pt', which {message}"):
+        load_clip(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("kind", [["F32"], None, 3, {}])
+def test_a_header_with_strange_types_is_passed_over(kind, tmp_path, architecture):
+    """One such file must not take the list of models with it."""
+    path = tmp_path / "a.safetensors"
+    save_file(dict(make_model().state_dict()), path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name in [name for name in header if name != "__metadata__"][::2]:
+        header[name]["dtype"] = kind
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    assert files.find_clip(path) is None
+    with pytest.raises(ArgumentError, match=r"is quantised|cannot be read"):
+        load_clip(str(path))
 
 
 DAMAGED = {

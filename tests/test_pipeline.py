@@ -302,6 +302,27 @@ def test_options_reach_the_search(emoji_clip):
     assert [(step, pytest.approx(similarity, abs=1e-6)), *more] == usual.history
 
 
+def test_a_prior_takes_a_generator_for_each_prompt(emoji_clip):
+    """It makes no images, of which each would need one."""
+    prior = PezPipeline(emoji_clip)
+    prior.set_progress_bar_config(disable=True)
+    output = prior(image=[FISH, FISH], options=FOUND, generator=[generator(0), generator(7)])
+    alone = [invert(emoji_clip, FISH, replace(FOUND, seed=seed))[0].prompt for seed in (0, 7)]
+    assert output.prompt == alone
+    with pytest.raises(ArgumentError, match="`generator` has to hold one for each of 2 prompts"):
+        prior(image=[FISH, FISH], options=FOUND, generator=[generator(0)] * 3)
+
+
+def test_none_means_the_same_in_an_evaluation(pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "pez_core.diffusion.pipeline.evaluate", lambda *_, **given: asked.append(given)
+    )
+    pipe.evaluate(FISH, pipe.clip, ["a"])
+    pipe.evaluate(FISH, pipe.clip, ["a"], num_inference_steps=None, guidance_scale=None)
+    assert asked[0] == asked[1] and asked[0]["num_inference_steps"] == 25
+
+
 def test_the_seed_is_that_of_the_generator_or_of_the_options(emoji_clip):
     prior = PezPipeline(emoji_clip)
     prior.set_progress_bar_config(disable=True)

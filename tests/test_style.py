@@ -1,6 +1,7 @@
 """One prompt for what several images share."""
 
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -164,6 +165,27 @@ def test_words_of_the_content_do_not_appear(emoji_clip, pictures):
     options = paper(60, restarts=2, vocabulary=Vocabulary(ascii_only=True))
     both = style(emoji_clip, pictures, options, content=words[0])
     assert Blocklist(words[:1]).find(both.prompt) is None
+
+
+def test_words_of_captions_are_told_apart(emoji_clip, pictures, monkeypatch):
+    """Captions of boorus lack spaces behind commas, and others have weights."""
+    seen = []
+
+    def learned(clip, targets, options, *_):
+        seen.append(options.allowed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("pez_core.tasks.style"), "learn", learned)
+    content = "1girl,rain,hat a (cat:1.2) on-top dog/fish don't"
+    for given in ((), content):
+        with pytest.raises(KeyboardInterrupt):
+            style(emoji_clip, pictures, QUICK, content=given)
+    every, left = ({phrase for phrase in one.lexicon(emoji_clip).phrases} for one in seen)
+    encode = emoji_clip.text.words.encode
+    words = ["rain", "hat", "cat", "top", "dog", "fish"]
+    assert all(tuple(encode(word)) in every for word in words)
+    assert not any(tuple(encode(word)) in left for word in words)
+    assert tuple(encode("on")) in left and len(left) > len(every) - 50
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Lists of jobs in one call of `distill` and `fuse`."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,14 @@ def test_reports_count_through_all_jobs_and_a_stop_ends_them(tiny_clip):
     assert len(found) == 1 and found[0].prompt
     found = fuse(tiny_clip, JOBS, QUICK, always_learn=True, callback=lambda r: r.step == 7)
     assert len(found) == 2
+
+
+def test_reports_of_later_jobs_count_the_seconds_of_all(tiny_clip):
+    seconds = []
+    began = time.monotonic()
+    distill(tiny_clip, TEXTS, QUICK, callback=lambda report: seconds.append(report.elapsed))
+    assert seconds == sorted(seconds) and len(seconds) > 2
+    assert seconds[-1] <= time.monotonic() - began
 
 
 def test_jobs_share_the_time_limit(tiny_clip, clock):

@@ -19,6 +19,7 @@ from pez_core import (
     load_clip,
 )
 from pez_core.prompt_text import read
+from pez_core.targets import encode_targets
 
 LONG = (
     "a very happy dog with a big hat sitting in front of a green tree , bright sun , yellow "
@@ -249,6 +250,20 @@ def test_a_join_that_fits_is_the_plain_join(emoji_clip):
     assert result.similarity == pytest.approx(mean, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "sources",
+    [["a red cat AND a blue dog", "a green bird :1.2"], ["(red cat", "blue dog:1.3)"]],
+)
+def test_a_join_is_measured_as_it_is_printed(emoji_clip, sources):
+    """Syntax may reach from one source into the next."""
+    result = fuse(emoji_clip, sources)
+    assert result.prompt == " ".join(sources)
+    assert result.tokens == count(emoji_clip, read(result.prompt))
+    features = encode_targets("sources", emoji_clip, [*sources, result.prompt])
+    expected = (features[:-1] @ features[-1]).tolist()
+    assert result.similarities == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_join_needs_no_room_for_learned_words(emoji_clip):
     options = SearchOptions(prompt_len=16)
     assert fuse(emoji_clip, ["a cat", "a dog"], options, max_tokens=10).prompt == "a cat a dog"
@@ -281,6 +296,8 @@ def test_prompts_and_images_fuse(emoji_clip):
         ({"sources": ["one"]}, "sources", "has to hold at least two but holds 1"),
         ({"sources": "one"}, "sources", "has to hold at least two but holds 1"),
         ({"sources": ["one", ""]}, "sources", "holds an empty text"),
+        ({"sources": ["one", "<lora:x:1>"]}, "sources", "holds only tags, no words"),
+        ({"sources": ["one", "caf\udce9"]}, "sources", "which holds bytes that are not UTF-8"),
         ({"sources": ["one", Path("missing.png")]}, "sources", "missing.png.* does not exist"),
         ({"max_tokens": 76}, "max_tokens", "has to be from 1 to 75"),
         (

@@ -504,8 +504,11 @@ def test_phrases_and_a_given_beginning_are_searched_by_pez(emoji_clip, monkeypat
     begun = replace(options, start_from="red house", vocabulary=None)
     (two,) = invert(emoji_clip, EXAMPLES[0], begun)
     assert two.perplexity > 1 and two.history[-1][0] == 4 + EFFORTS["fast"].swaps
-    with pytest.raises(AssertionError, match="written"):
-        invert(emoji_clip, EXAMPLES[0], replace(begun, start_from=None, steps=None))
+    for nothing in (None, "", " ", "<lora:x:1>"):
+        with pytest.raises(AssertionError, match="written"):
+            invert(emoji_clip, EXAMPLES[0], replace(begun, start_from=nothing, steps=None))
+        with pytest.raises(ArgumentError, match="`steps` is 4, but belongs to Algorithm 1"):
+            replace(begun, start_from=nothing)
 
 
 def test_steps_beside_a_list_of_single_tokens_are_named(emoji_clip):

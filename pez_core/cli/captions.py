@@ -13,7 +13,7 @@ from ..prompt_text import SLOT
 from .arguments import option_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from PIL.Image import Image
 
@@ -81,12 +81,28 @@ class Captions:
             RuntimeError: the model writes no caption for this image.
         """
         if self._write is None:
-            stop = in_time(options, interrupted)
-            caption, remark = pruned(clip, self._given, image, options.fit, stop)
-        else:
-            target = image if self._prune else None
-            text = self._text(self._write, image)
-            caption, remark = prepare_caption(clip, text, options, target, interrupted)
+            return self.add_given(row, [image], options, interrupted, clip)
+        target = image if self._prune else None
+        text = self._text(self._write, image)
+        caption, remark = prepare_caption(clip, text, options, target, interrupted)
+        return self._filled(row, caption, remark, options)
+
+    def add_given(
+        self,
+        row: dict[str, Any],
+        images: Sequence[Image],
+        options: SearchOptions,
+        interrupted: Callable[[], bool],
+        clip: AnyClip,
+    ) -> tuple[str, SearchOptions]:
+        """Prune the caption of the user for images that share a prompt; otherwise as `add`."""
+        stop = in_time(options, interrupted)
+        caption, remark = pruned(clip, self._given, images, options.fit, stop)
+        return self._filled(row, caption, remark, options)
+
+    def _filled(
+        self, row: dict[str, Any], caption: str, remark: str, options: SearchOptions
+    ) -> tuple[str, SearchOptions]:
         row["caption"] = text_of_caption(caption)
         change = ""
         if self._takes_wording:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..captions import check_captioner, in_time, pruned
+from ..captions import check_captioner
 from ..errors import ArgumentError
 from ..interrupts import interruptible
 from ..names import as_utf8
@@ -168,9 +168,10 @@ def _invert(arguments: argparse.Namespace) -> int:
     if arguments.avoid_weight is not None and not avoided:
         raise ArgumentError("avoid_weight", "requires `avoid`", "add it")
     needs_captions = arguments.captioner is not None or arguments.prune_caption
-    captions = Captions(arguments) if needs_captions and not arguments.shared else None
     clip, options, pictures = _prepare(arguments)
+    captions = Captions(arguments) if needs_captions and not arguments.shared else None
     from .. import Avoid, invert
+    from ..clip.images import load_images
 
     avoid = [*arguments.avoid, *map(Path, arguments.avoid_image)]
     weight = Avoid().weight if arguments.avoid_weight is None else arguments.avoid_weight
@@ -188,22 +189,23 @@ def _invert(arguments: argparse.Namespace) -> int:
         arguments.names["shared"] = "--weight"
     shared = arguments.weight or True
 
-    def task(callback: Callback) -> Result:
+    written: dict[str, Any] = {}  # for `--json`
+
+    def task(callback: Callback, interrupted: Interrupted) -> Result:
         if not arguments.prune_caption:
             return search(arguments.images, options, shared=shared, callback=callback)[0]
-        began, stop = time.monotonic(), in_time(options, lambda: False)
-        caption, remark = pruned(clip, arguments.caption, arguments.images, options.fit, stop)
-        left = with_share_of_time(options, 1, began)
-        chosen = partial(search, caption=caption, shared=shared, callback=callback)
-        result = chosen(arguments.images, left)[0]
-        return replace(result, note=f"{remark} {result.note}".strip())
+        began, images = time.monotonic(), load_images(arguments.images)[0]
+        caption, own = Captions(arguments).add_given(written, images, options, interrupted, clip)
+        own = with_share_of_time(own, 1, began)
+        result = search(images, own, caption=caption, shared=shared, callback=callback)[0]
+        return replace(result, note=f"{written.pop('note', '')} {result.note}".strip())
 
     images, weights = list(map(Path, arguments.images)), arguments.weight or None
 
     def draw(result: Result, interrupted: Interrupted) -> Drawn:
         return pictures.make([result.prompt], [images], interrupted, weights)
 
-    return _one_result(arguments, options, task, pictures, draw)
+    return _one_result(arguments, options, task, pictures, draw, lambda result: written)
 
 
 def _invert_each(
@@ -376,7 +378,7 @@ def _print_found(found: Sequence[tuple[dict[str, Any], Result]]) -> None:
 def _one_result(
     arguments: argparse.Namespace,
     options: SearchOptions,
-    task: Callable[[Callback], Any],
+    task: Callable[[Callback, Interrupted], Any],
     pictures: Pictures,
     draw: Callable[[Any, Interrupted], Drawn],
     fields: Callable[[Any], dict[str, Any]] = lambda result: {},
@@ -387,7 +389,7 @@ def _one_result(
     Args:
         arguments: of the command.
         options: that `task` searches with.
-        task: the search, which gets the callback.
+        task: the search, which gets the callback and whether Ctrl-C was pressed.
         pictures: of the command.
         draw: makes images of the result with them.
         fields: of the result, for `--json`.
@@ -395,7 +397,7 @@ def _one_result(
     """
     with interruptible() as interrupted:
         with search_bar(options) as show:
-            result = task(lambda report: show(report) or interrupted())
+            result = task(lambda report: show(report) or interrupted(), interrupted)
         if not arguments.json:
             print_result(result)
             for line in lines(result):
@@ -433,7 +435,6 @@ def _add_style(commands: Any) -> None:
     )
     group.add_argument(
         "--style-template",
-        default="{subject}, {style}",
         metavar="TEXT",
         help="form of a prompt with a subject and the style (default: '{subject}, {style}')",
     )
@@ -464,12 +465,17 @@ def _add_style(commands: Any) -> None:
 
 def _style(arguments: argparse.Namespace) -> int:
     from ..tasks import check_style_template
+    from ..tasks.style import STYLE_TEMPLATE
 
-    check_style_template(arguments.style_template)
+    if arguments.style_template is not None and not arguments.subject:
+        raise ArgumentError("style_template", "requires `subject`", "add it")
+    template = arguments.style_template
+    style_template = STYLE_TEMPLATE if template is None else template
+    check_style_template(style_template)
     clip, options, pictures = _prepare(arguments)
     from .. import style
 
-    def task(callback: Callback) -> StyleResult:
+    def task(callback: Callback, _: Interrupted) -> StyleResult:
         return style(
             clip,
             arguments.images,
@@ -481,8 +487,7 @@ def _style(arguments: argparse.Namespace) -> int:
         )
 
     def applied(result: StyleResult) -> list[str]:
-        template = arguments.style_template
-        return [result.apply(subject, template) for subject in arguments.subject]
+        return [result.apply(subject, style_template) for subject in arguments.subject]
 
     images = list(map(Path, arguments.images))
 
@@ -532,7 +537,7 @@ def _distill(arguments: argparse.Namespace) -> int:
     clip, options, pictures = _prepare(arguments)
     from .. import distill
 
-    def task(callback: Callback) -> DistillResult:
+    def task(callback: Callback, _: Interrupted) -> DistillResult:
         return distill(clip, prompt, options, ratio=arguments.ratio, callback=callback)
 
     def draw(result: DistillResult, interrupted: Interrupted) -> Drawn:
@@ -611,7 +616,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
     sources = [*arguments.prompts, *map(Path, arguments.image)]
     from .. import fuse
 
-    def task(callback: Callback) -> FuseResult:
+    def task(callback: Callback, _: Interrupted) -> FuseResult:
         return fuse(
             clip,
             sources,

@@ -41,15 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_streams()
     _name_user()
     _share_cores()
+    status = 0
     try:
         try:
             with _ending_on_ctrl_c():
-                return _run(build_parser().parse_args(argv))
+                status = _run(build_parser().parse_args(argv))
+                return status
         finally:
             sys.stdout.flush()  # at exit a closed pipe would be an error that nobody can catch
     except BrokenPipeError:
         _discard_output()
         return 141
+    except OSError as error:  # the disk behind the output is full
+        _discard_output()
+        return status or _fail(str(error))
     except KeyboardInterrupt:
         print("pez: interrupted", file=sys.stderr)
         return 130

@@ -86,7 +86,7 @@ class Pictures:
         if arguments.page is not None:
             arguments.page = Path(arguments.page).expanduser()
             diffusion.page.check_free(arguments.page)
-        _check_writable(arguments.page or Path(FOLDER))
+        _check_writable(arguments.page or _new_folder())
         self._judge = load_judge(arguments)
         self._pipeline = diffusion.load_pipeline(
             arguments.pipeline or PIPELINE,
@@ -228,7 +228,7 @@ def _check_writable(folder: Path) -> None:
 def _new_folder() -> Path:
     """The first folder of the default name that does not exist."""
     number, folder = 1, Path(FOLDER)
-    while folder.exists():
+    while os.path.lexists(folder):
         number += 1
         folder = Path(f"{FOLDER}-{number}")
     return folder

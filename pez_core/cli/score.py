@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArgumentError
 from ..names import as_utf8
 from .arguments import add_clip, add_fit, add_judge, check_texts, load_clip, load_judge
 from .show import print_json, rounded
@@ -41,7 +42,6 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--max-loss",
         type=float,
-        default=0.0,
         metavar="X",
         help="similarity that a prompt may lose by --prune (default: 0)",
     )
@@ -53,6 +53,8 @@ def _score(arguments: argparse.Namespace) -> int:
     from .. import score
     from ..clip.images import load_images
 
+    if arguments.max_loss is not None and not arguments.prune:
+        raise ArgumentError("max_loss", "requires `prune`", "add it")
     check_texts("prompts", arguments.prompts, "--image")
     images, _ = load_images(arguments.image)
     clip = load_clip(arguments)
@@ -90,7 +92,7 @@ def _words(
             for found in explain(clip, prompt, images, arguments.fit)
         ]
     if arguments.prune:
-        pruned = prune(clip, prompt, images, arguments.max_loss, arguments.fit)
+        pruned = prune(clip, prompt, images, arguments.max_loss or 0, arguments.fit)
         row["pruned"] = {
             "prompt": pruned.prompt,
             "similarity": rounded(pruned.similarity),

@@ -63,7 +63,9 @@ _OF_IMAGES = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
 # Scales of weights in 8 bits, as ComfyUI stores them, and its marks of such files.
 _SCALE = re.compile(r"^(.*)\.(?:scale_weight|weight_scale)$")
 _MARK = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|position_ids)$")
+# Types of weights that are not quantised, as safetensors and torch spell them.
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_FLOATS |= {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
 _PART_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001$)\d{5}$")
 _SAFETENSORS = (".safetensors", ".sft")
 INDEX = ".safetensors.index.json"
@@ -150,26 +152,20 @@ def examine(path: Path) -> FoundClip:
     try:
         shapes = {key: tuple(header[key]["shape"]) for key in header}
         types = {key: header[key]["dtype"] for key in header}
-        found = found_in(path, shapes)
+        return found_in(path, shapes, types)
     except _MALFORMED as error:
         raise NoClipError(f"cannot be read ({first_line(error)})", "fetch it again", False) from (
             error
         )
-    quantised = {types[key] for key in _of_towers(shapes, found.prefix)} - _FLOATS
-    if quantised:
-        raise NoClipError(
-            f"is quantised ({', '.join(sorted(quantised))})",
-            "take the file in float16, or in fp8",
-        )
-    return found
 
 
-def found_in(path: Path, shapes: Shapes) -> FoundClip:
+def found_in(path: Path, shapes: Shapes, types: Mapping[str, str]) -> FoundClip:
     """The CLIP that has tensors of these shapes.
 
     Args:
         path: of the file, whose name may show which weights they are.
         shapes: by the names of the tensors.
+        types: by the same names, as safetensors ("F32") or torch ("float32") spells them.
 
     Raises:
         NoClipError: there is none that can be searched.
@@ -191,7 +187,20 @@ def found_in(path: Path, shapes: Shapes) -> FoundClip:
         name = None
     if name is None:
         raise _unknown(named)
+    quantised = {str(types[key]) for key in _of_towers(shapes, prefix)} - _FLOATS
+    if quantised:
+        raise NoClipError(
+            f"is quantised ({', '.join(sorted(quantised))})",
+            "take the file in float16, or in fp8",
+        )
     return FoundClip(name, _readings(path, name, transformers), prefix)
+
+
+def found_among(path: Path, tensors: Mapping[str, torch.Tensor]) -> FoundClip:
+    """The CLIP that has these tensors; see `found_in`."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    types = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    return found_in(path, shapes, types)
 
 
 def _whole_header(path: Path) -> dict[str, Any]:
@@ -333,7 +342,7 @@ def _unknown(shapes: Shapes) -> NoClipError:
             "compared",
             "choose a whole CLIP, such as models for image search are",
         )
-    context = shapes.get("positional_embedding", (77,))[0]
+    context = (shapes.get("positional_embedding") or (77,))[0]
     if context > 77:
         return NoClipError(
             f"is a LongCLIP, which reads {context} tokens at a time; prompts of image models are "

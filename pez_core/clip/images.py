@@ -77,6 +77,8 @@ def load_image(image: ImageInput) -> Image.Image:
             raise ArgumentError(
                 "images", f"holds the address {str(image)!r}", "download it, give the file"
             )
+        if not str(image):
+            raise ArgumentError("images", "holds an empty name", "give an image file")
         return _from_path(Path(image))
     if isinstance(image, Image.Image):
         with _naming("a PIL image"):

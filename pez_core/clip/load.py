@@ -7,7 +7,7 @@ import json
 import logging
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -41,12 +41,11 @@ from .files import (
     FoundClip,
     NoClipError,
     Reading,
-    Shapes,
     as_open_clip,
     config_of,
     examine,
     find_clip,
-    found_in,
+    found_among,
     is_index,
     is_safetensors,
     read_safetensors,
@@ -308,8 +307,7 @@ def _load_file(
     else:
         check_torch(path)
         content = _read_torch(path)
-        shapes = {key: tuple(tensor.shape) for key, tensor in content.items()}
-        tensors, found = lambda _: content, _examined(path, shapes)
+        tensors, found = lambda _: content, _examined(path, content)
     readings = _with_activation(found.readings, activation)
     quick = readings[0].quick_gelu
     model = create_model(
@@ -330,10 +328,10 @@ def _load_file(
     return Clip(model, tokenizer, name or stem, config=config)
 
 
-def _examined(path: Path, shapes: Shapes | None = None) -> FoundClip:
-    """The CLIP in a file; raise where there is none that can be searched."""
+def _examined(path: Path, content: Mapping[str, torch.Tensor] | None = None) -> FoundClip:
+    """The CLIP in a file, or among its tensors; raise where there is none that can be searched."""
     try:
-        return examine(path) if shapes is None else found_in(path, shapes)
+        return examine(path) if content is None else found_among(path, content)
     except NoClipError as error:
         problem = f"is the file {str(path)!r}, which {error.problem}"
         raise ArgumentError("name", problem, error.remedy) from error
@@ -422,7 +420,7 @@ def _found_as(path: Path) -> FoundClip | None:
         return find_clip(path)
     try:
         check_torch(path)
-        return found_in(path, {k: tuple(t.shape) for k, t in read_torch(path).items()})
+        return found_among(path, read_torch(path))
     except Exception:  # of any type; open_clip then reads it, with errors that name the file
         return None
 

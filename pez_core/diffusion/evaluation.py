@@ -28,6 +28,7 @@ from ..scoring import check_finite
 from ..targets import encode_targets
 from .clip_model import PezClipModel
 from .image_models import check_settings, with_both_sizes
+from .inputs import one_per_prompt
 
 T = TypeVar("T")
 Targets = ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | torch.Tensor
@@ -162,13 +163,19 @@ def evaluate(
     settings = {k: v for k, v in settings.items() if k in accepted and v is not None} | kwargs
     check_settings(pipeline, settings)
     settings = with_both_sizes(pipeline, settings)
+    if "num_frames" in accepted:  # pipelines for videos
+        settings["num_frames"] = 1
+    alone = "num_images_per_prompt" not in settings
+    if alone:
+        settings = one_per_prompt(settings, num_images_per_prompt)
     scored = _Scored(texts, _targets(images, len(texts)), judge, searched, fit)
     make: Any = pipeline  # the base class has no `__call__`
     for k, text in enumerate(texts):
         # a pipeline without several images per prompt gets the prompt several times
-        repeated = text if "num_images_per_prompt" in settings else [text] * num_images_per_prompt
+        repeated = [text] * num_images_per_prompt if alone else text
         try:
-            scored.add(make(prompt=repeated, **generators[k], **settings)[0])
+            made = make(prompt=repeated, **generators[k], **settings)[0]
+            scored.add([one[0] if isinstance(one, list) else one for one in made])
         except Exception as error:
             raise EvaluationError(
                 f"Prompt {k + 1} of {len(texts)}, {text!r}, failed ({error}); `partial` has the "

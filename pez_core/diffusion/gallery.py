@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from ..errors import (
     ArgumentError,
     ArgumentTypeError,
     PartialError,
+    check_choice,
     check_integer,
     check_string,
     check_weights,
 )
+from ..options import FITS
 from ..prompt_text import read
 from ..targets import as_list, check_callback, check_clip, encode_targets
 from ..version import __version__
@@ -47,6 +49,8 @@ from .page import Entry, Gallery, Similarities, Target
 logger = logging.getLogger(__name__)
 
 _SEEDS = 2**63
+# arguments of the pipeline that `seed` and `callback` stand for
+_OWN = ("generator", "latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 class GalleryError(PartialError):
@@ -100,7 +104,8 @@ def make_gallery(
             `done` of n prompts finished, a fraction within a prompt. A true return value ends the
             work; the prompts that are left have no images.
         fit: how images become squares where similarities are measured, as in `SearchOptions`.
-        kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`.
+        kwargs: further arguments of `pipeline`, such as `height` or `negative_prompt`. Its noise
+            and its callback are those of `seed` and `callback`.
 
     Raises:
         ArgumentError: an argument is missing, out of range, or unknown to `pipeline`; a target
@@ -111,7 +116,8 @@ def make_gallery(
     check_callback(callback)
     check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     check_integer("seed", seed, 0, _SEEDS - 1)
-    accepted_arguments(pipeline, list(kwargs))
+    check_choice("fit", fit, FITS)
+    _check_accepted(pipeline, kwargs)
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = default_settings(pipeline) | {k: v for k, v in chosen.items() if v is not None}
     check_settings(pipeline, settings | kwargs)
@@ -150,6 +156,13 @@ def make_gallery(
     return entries.gallery(seeds, facts)
 
 
+def _check_accepted(pipeline: DiffusionPipeline, kwargs: Mapping[str, Any]) -> None:
+    """Raise where arguments are unknown to the pipeline, or ours."""
+    for name in [name for name in _OWN if name in kwargs]:
+        raise ArgumentTypeError(name, "is made from `seed` and `callback`", "leave it out")
+    accepted_arguments(pipeline, list(kwargs))
+
+
 def _texts(prompts: str | Sequence[str], titles: Sequence[str]) -> list[str]:
     """The prompts; raise where they or their titles are wrong."""
     if not isinstance(prompts, Iterable):
@@ -163,6 +176,8 @@ def _texts(prompts: str | Sequence[str], titles: Sequence[str]) -> list[str]:
         raise ArgumentError(
             "titles", f"has to hold at most one for each of {len(texts)} prompts but is {titles!r}"
         )
+    for title in titles:
+        check_string("titles", title)
     return texts
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 import statistics
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -158,7 +160,7 @@ def check_free(folder: Path) -> None:
             raise ArgumentError(
                 "folder", f"is {str(folder)!r}, which has {name} already", "choose another"
             )
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise ArgumentError("folder", f"is {str(folder)!r}, which is a file", "choose another")
 
 
@@ -227,7 +229,7 @@ def _figure(image: Image.Image, alt: str, caption: str) -> str:
 
 def _text(text: str) -> str:
     """A text as HTML. Control characters, which HTML does not have, are left out."""
-    return escape("".join(c for c in text if c.isprintable() or c in "\n\t"))
+    return escape("".join(c for c in text if unicodedata.category(c) != "Cc" or c in "\n\t"))
 
 
 def _row(entry: Entry) -> tuple[list[Image.Image | str], list[Image.Image], str]:

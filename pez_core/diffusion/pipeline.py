@@ -518,7 +518,8 @@ class PezPipeline(DiffusionPipeline):
         each, generator = image_kwargs["num_images_per_prompt"], image_kwargs.get("generator")
         check_integer("num_images_per_prompt", each, 1)
         check_choice("output_type", image_kwargs["output_type"], OUTPUT_TYPES)
-        if isinstance(generator, list) and len(generator) != prompts * each:
+        draws = self.pipeline is not None  # a list for the searches alone is checked by them
+        if draws and isinstance(generator, list) and len(generator) != prompts * each:
             raise ArgumentError(
                 "generator",
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
@@ -535,7 +536,7 @@ class PezPipeline(DiffusionPipeline):
         if latents is not None and not isinstance(latents, torch.Tensor):
             kind = type(latents).__name__
             raise ArgumentTypeError("latents", f"has to be a tensor but is a {kind}")
-        if latents is not None and latents.shape[:1] != (prompts * each,):
+        if draws and latents is not None and latents.shape[:1] != (prompts * each,):
             raise ArgumentError(
                 "latents",
                 f"has to hold one for each of {prompts * each} images ({each} for each of "
@@ -986,7 +987,8 @@ class PezPipeline(DiffusionPipeline):
         if not prompts and not isinstance(prompts, str):
             raise ArgumentError("prompts", "has to be given, since no prompt was learned yet")
         unset = {"num_inference_steps": None, "guidance_scale": None}
-        kwargs = unset | default_settings(self.pipeline) | kwargs
+        chosen = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = unset | default_settings(self.pipeline) | chosen
         with named(images="image"):
             return evaluate(self.pipeline, prompts, image, judge, searched=self.clip, **kwargs)
 

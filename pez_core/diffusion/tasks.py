@@ -109,7 +109,8 @@ def calls_of(
     if task == "style":
         yield images, {}
     elif task == "fuse":
-        yield [*map(read, texts), *images], {}
+        # a text of tags alone stays, for the error of the task
+        yield [*(read(text) or text for text in texts), *images], {}
     elif task == "distill":
         # without weights and tags, which the image pipelines of diffusers read as words
         yield from ((read(text), {}) for text in texts)

@@ -172,7 +172,7 @@ def _distill(
                 [target],
                 with_share_of_time(options, 1 / (len(searched) - turn), began),
                 length,
-                callback and in_turn(callback, turn, len(searched), stopped),
+                callback and in_turn(callback, turn, len(searched), stopped, began),
                 **parts[k].fixed(length, in_place),
             )
     found = dict(zip(searched, results, strict=False))

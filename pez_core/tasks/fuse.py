@@ -174,9 +174,8 @@ def _prepared(
     shares = [share / sum(shares) for share in shares]
     texts = [check_text("sources", s.strip()) for s in given if isinstance(s, str)]
     with torch.inference_mode(False):
-        read_ones = [read(s) if isinstance(s, str) else s for s in given]
-        features = encode_targets("sources", clip, read_ones, options.fit)
-    ids = clip.text.words.encode(" ".join(map(read, texts)))
+        features = encode_targets("sources", clip, given, options.fit)
+    ids = clip.text.words.encode(read(" ".join(texts)))  # as it is printed
     could_join = not always_learn and len(texts) == len(given)
     is_learned = not could_join or len(ids) > longest
     if is_learned and (options.prompt_len or 0) > longest:

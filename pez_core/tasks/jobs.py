@@ -57,7 +57,7 @@ def one_by_one(
     ready, results, stopped = [prepare(job) for job in jobs], [], []
     began = time.monotonic()
     for turn, (job, seed) in enumerate(zip(ready, options.seeds(len(jobs)), strict=True)):
-        report = callback and in_turn(callback, turn, len(jobs), stopped)
+        report = callback and in_turn(callback, turn, len(jobs), stopped, began)
         try:
             shared = with_share_of_time(options, 1 / (len(jobs) - turn), began)
             results.append(search(job, replace(shared, seed=seed), report))
@@ -74,11 +74,21 @@ def one_by_one(
     return results
 
 
-def in_turn(callback: ReportCallback, turn: int, turns: int, stopped: list[bool]) -> ReportCallback:
-    """A callback for one of several searches; `stopped` collects its answers."""
+def in_turn(
+    callback: ReportCallback, turn: int, turns: int, stopped: list[bool], began: float
+) -> ReportCallback:
+    """A callback for one of several searches.
+
+    Args:
+        callback: of the call.
+        turn, turns: the place of the search, and how many there are.
+        stopped: collects the answers of the callback.
+        began: when the call began, by `time.monotonic`.
+    """
+    before = time.monotonic() - began
 
     def report(one: Report) -> bool:
-        stopped.append(bool(callback(one.within(turn, turns))))
+        stopped.append(bool(callback(one.within(turn, turns, before))))
         return stopped[-1]
 
     return report

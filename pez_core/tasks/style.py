@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from ..errors import (
 )
 from ..options import SearchOptions
 from ..problem import PromptTarget, default_len
+from ..prompt_text import read
 from ..results import ReportCallback, Result
 from ..runner import learn
 from ..style_direction import style_direction
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 PROMPT_LEN = 8
 """Tokens to learn if `prompt_len` is None and the context has room for them."""
 STYLE_TEMPLATE = "{subject}, {style}"
+# a run of letters and digits, with apostrophes within it
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 @dataclass(frozen=True)
@@ -146,4 +150,5 @@ def _content_words(content: Sequence[str]) -> list[str]:
     if not isinstance(content, Sequence) or not all(isinstance(text, str) for text in content):
         raise ArgumentTypeError("content", f"has to hold strings but is {content!r}")
     # words such as "a" and "of" name nothing
-    return [word for text in content for word in text.split() if sum(map(str.isalnum, word)) > 2]
+    found = [word for text in content for word in _WORD.findall(read(text))]
+    return [word for word in found if sum(map(str.isalnum, word)) > 2]

@@ -137,6 +137,13 @@ try:
     message = ""
 except Exception as error:
     message = str(error)
+drawn = []
+nodes.choose._images_of = lambda *_: drawn.append(0)
+given["images"] = torch.full((1, 64, 64, 3), float("nan"))
+try:
+    choose(prompts)
+except Exception as error:
+    message += f"; {{error}}; {{len(drawn)}} drawn"
 answer([
     best, ordered, similarities, [alone[one][1][0] for one in ordered],
     torch.equal(images, alone[best][0]), (features @ picture.T).mean().item(), message, fits,
