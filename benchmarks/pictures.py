@@ -45,6 +45,7 @@ from pictures_report import report
 from PIL import Image
 from quality import METHODS as FINDERS
 from quality import default_words, ours
+from step_time import machine
 from unseen import EVERY_WORD, ROOT, Unseen, content_words, from_folder, prepare, unseen
 
 from pez_core import (
@@ -570,7 +571,8 @@ def measure(setup: Setup, name: str, seed: int, places: list[int]) -> list[dict]
         row = {"method": name, "seed": seed, "place": place, "set": target.set, "name": target.name}
         row |= {"prompt": one.prompt, "tokens": len(bench.clip.text.words.encode(one.prompt))}
         row |= {"models": setup.models, "prompt_len": bench.lengths[0]}
-        row |= {"steps": setup.steps, "gflop": round(work.flops / 1e9 / len(places), 3)}
+        row |= {"machine": machine(), "steps": setup.steps}
+        row |= {"gflop": round(work.flops / 1e9 / len(places), 3)}
         row |= {"seconds": round(searched, 3), "drawn": round(time.perf_counter() - began, 3)}
         for key, clip in (("own", bench.clip), ("judge", setup.judge)):
             (goal,) = clip.encode_images([target.image])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from quality_report import PUBLISHED, summary
-from step_time import machine
 from unseen import words_of
 
 BALANCED = "ours (balanced), default words"
@@ -29,7 +29,8 @@ no unsafe ones. So have the rows that begin with a true caption or end with "by 
 all words of the CLIP. *True word* is the share of prompts with a word of the drawing's own name or
 keywords. *Alike* is the similarity of the images of one prompt with one
 another, by the judge. *GFLOP* is the work of the text tower (`pez_core.tower_work`) and *seconds*
-the time of the search for one drawing, with others searched side by side."""
+the time of the search for one drawing, with others searched side by side, on the machine that is
+named first."""
 
 
 def report(
@@ -57,6 +58,7 @@ def report(
     drawings = {row["place"] for row in rows}
     each = max((len(row["judge"]) for row in rows), default=0)
     seeds = {row["seed"] for row in rows}
+    machines = machines_of(rows)
     shown = {kind: Path(name).name for kind, name in names.items()}
     lines = [
         "# Images of the prompts of each method",
@@ -64,21 +66,27 @@ def report(
         f"{len(drawings)} held-out drawings, {each} images of each prompt, {len(seeds)} "
         f"{'seed' if len(seeds) == 1 else 'seeds at most'}. "
         f"Searched on {shown['search']}, images by {shown['images']}, judged by {shown['judge']}. "
-        f"{machine()}.",
+        f"{'; '.join(machines)}.",
         "",
         *EXPLANATION.split("\n"),
         "",
-        *table(cells),
+        *table(cells, "".join(machines[:1])),
     ]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     plot(cells, out.with_suffix(".png"))
 
 
-def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
-    """A line for each method."""
+def machines_of(rows: Sequence[dict]) -> list[str]:
+    """The machines that made the rows, that of most rows first."""
+    return [name for name, _ in Counter(row["machine"] for row in rows).most_common()]
+
+
+def table(cells: Mapping[str, Sequence[dict]], timed_on: str) -> list[str]:
+    """A line for each method, with the seconds on one machine."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     base = cells.get(PUBLISHED, ())
     for name, rows in cells.items():
+        timed = [row["seconds"] for row in rows if row["machine"] == timed_on]
         texts = [
             str(len({row["place"] for row in rows})),
             str(len({row["seed"] for row in rows})),
@@ -91,7 +99,7 @@ def table(cells: Mapping[str, Sequence[dict]]) -> list[str]:
             share(rows, "true_word") if any(row["prompt"] for row in rows) else "-",
             with_error(given(rows, "alike"), "alike"),
             f"{statistics.mean(row['gflop'] for row in rows):,.1f}",
-            f"{statistics.mean(row['seconds'] for row in rows):.2f}",
+            f"{statistics.mean(timed):.2f}" if timed else "-",
         ]
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return lines

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from bench import HERE, Bench, append
 from pictures import Made, Setup, Subject, add_models, images_of, own_options, subjects
+from pictures_report import machines_of
 from step_time import machine
 from style import Drawings, in_style
 
@@ -52,7 +53,7 @@ EXPLANATIONS = {
 }
 
 _NO_COLUMNS = ("part", "case", "seed", "images_each", "cases", "models", "prompt_len")
-_NO_COLUMNS += ("method", "prompt")
+_NO_COLUMNS += ("machine", "method", "prompt")
 
 # The rows of a part for one case and seed, without their part, case and seed
 Part = Callable[["Setup", int, int], list[dict]]
@@ -174,6 +175,7 @@ def measure(setup: Setup, parts: dict[str, Part], cases: int) -> None:
                 if (name, case, seed) in done:
                     continue
                 shared = {"part": name, "case": case, "seed": seed} | settings(setup)
+                shared["machine"] = machine()
                 append(bench.found, [shared | row for row in part(setup, case, seed)])
                 print(f"{name}, seed {seed}: {case + 1}/{cases}", file=sys.stderr)
 
@@ -239,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = (
         f"{len(cases)} cases, {'/'.join(map(str, sorted(each)))} images of each prompt, "
         f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}. Searched on "
-        f"{names[0]}, images by {names[1]}, judged by {names[2]}. {machine()}. Behind ± is one "
-        "standard error over the cases."
+        f"{names[0]}, images by {names[1]}, judged by {names[2]}. {'; '.join(machines_of(rows))}. "
+        "Behind ± is one standard error over the cases."
     )
     text = "\n".join(report(rows, title)) + "\n"
     a.out.with_suffix(".md").write_text(text)
