@@ -238,7 +238,8 @@ def add_clip(command: argparse.ArgumentParser, low_memory: bool = True) -> None:
         group.add_argument(
             "--low-memory",
             action="store_true",
-            help="keep the image tower in main memory, except while images are encoded",
+            help="keep the image tower, and an image model that draws the prompts, in main memory, "
+            "except while they work",
         )
     command.add_argument("--json", action="store_true", help="print JSON and nothing else")
 

@@ -27,7 +27,8 @@ class PezPipelineOutput(BaseOutput):
         prompts (`list[str]`):
             The prompts that the images were made from.
         similarities (`list[float]`):
-            Cosine similarity of each prompt with its target, by the CLIP of the search.
+            Cosine similarity of each prompt with its target, by the CLIP of the search. For
+            subjects in a style it is that of the style alone.
         nsfw_content_detected (`list[bool]`, *optional*):
             The flags of the safety checker of the image pipeline, one per image.
 
