@@ -11,7 +11,8 @@ emoji-clip shows it as well.
 
 Ways in one process are compared by the least time of each, which other programs disturb least.
 `torch.compile` has processes of its own: with an empty cache, with the cache of the first, and
-without a C++ compiler. Run it on an idle machine.
+without a C++ compiler. Run it on an idle machine. It needs a processor with AVX-512, as two of the
+ways do.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ COMPILED = ("step, batch 1", "step, batch 8", f"screening of {FEW}")
 SHIPPED, INT8 = "what ships", "int8, torch's dynamic layer"
 PACKED = "bfloat16, weights packed by oneDNN"
 NO_COMPILER = {"CXX": "/nowhere/g++"}
+
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
 Multiply = Callable[[torch.Tensor, Matrix], torch.Tensor]
@@ -442,6 +445,8 @@ def _compile_table(found: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if not HAS_AVX512:
+        raise SystemExit("This processor has no AVX-512, which two of the ways need.")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))

@@ -1412,6 +1412,10 @@ def test_the_first_step_of_the_node_is_reported(tmp_path, monkeypatch):
     assert "| B | 2.50 | 0.25 | 0.38 |" in rows
 
 
+avx512 = pytest.mark.skipif(not tries.HAS_AVX512, reason="needs a processor with AVX-512")
+
+
+@avx512
 def test_what_was_tried_is_compared(tmp_path, monkeypatch, emoji_clip):
     for name, value in {"FEW": 8, "MANY": 24, "BEST": 4, "LOOKED_AT": 12, "PROMPT_LEN": 4}.items():
         monkeypatch.setattr(tries, name, value)
@@ -1438,6 +1442,7 @@ def test_what_was_tried_is_compared(tmp_path, monkeypatch, emoji_clip):
     assert "| int8 in the screening alone | " in text
 
 
+@avx512
 def test_the_ways_that_were_tried_multiply(emoji_clip):
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     linear = torch.nn.Linear(64, 32).requires_grad_(False)
