@@ -188,7 +188,9 @@ def report(rows: Sequence[dict], title: str) -> Iterator[str]:
         if not found:
             continue
         columns = [k for k in found[0] if k not in _NO_COLUMNS]
-        yield from ("", f"## {part}", "", explanation, "")
+        seeds = len({row["seed"] for row in found})
+        counted = f"{seeds} {'seed' if seeds == 1 else 'seeds at most'}. {explanation}"
+        yield from ("", f"## {part}", "", counted, "")
         yield f"| prompt | {' | '.join(columns)} |"
         yield "|---" * (len(columns) + 1) + "|"
         for method in dict.fromkeys(row["method"] for row in found):
@@ -236,13 +238,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(setup, {name: parts[name] for name in a.parts}, len(images))
     names = [Path(name).name for name in (clip.name, a.pipeline, judge.name)]
     rows = bench.rows()
-    cases, seeds = ({row[key] for row in rows} for key in ("case", "seed"))
+    cases = {row["case"] for row in rows}
     each = {row["images_each"] for row in rows if "images_each" in row} or {a.images}
     title = (
-        f"{len(cases)} cases, {'/'.join(map(str, sorted(each)))} images of each prompt, "
-        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}. Searched on "
-        f"{names[0]}, images by {names[1]}, judged by {names[2]}. {'; '.join(machines_of(rows))}. "
-        "Behind ± is one standard error over the cases."
+        f"{len(cases)} cases, {'/'.join(map(str, sorted(each)))} images of each prompt. Searched "
+        f"on {names[0]}, images by {names[1]}, judged by {names[2]}. "
+        f"{'; '.join(machines_of(rows))}. Behind ± is one standard error over the cases."
     )
     text = "\n".join(report(rows, title)) + "\n"
     a.out.with_suffix(".md").write_text(text)

@@ -459,6 +459,15 @@ def test_prompts_are_judged_by_their_images(draws, images, image_model, emoji_cl
     assert shares["| true caption, pruned"].startswith(f"{len(named) / 3:.0%} ± ")
     assert f"| {expected} | {statistics.mean(differences[::2]):+.3f} ± " in table
     assert Image.open(tmp_path / "pictures.png").width > 100
+    # seconds are those of one machine
+    for place in (1, 2):
+        found["GCG", place] |= {"machine": "another machine", "seconds": 9e9}
+    names, words = dict.fromkeys(("images", "search", "judge"), "a"), [d.words for d in drawings]
+    pictures.report(list(found.values()), tmp_path / "two", names, list(pictures.METHODS), words)
+    table = (tmp_path / "two.md").read_text()
+    assert "; another machine." in table
+    (row,) = [line for line in table.splitlines() if line.startswith("| GCG |")]
+    assert row.endswith(f"| {found['GCG', 0]['seconds']:.2f} |")
 
 
 @pytest.mark.parametrize("kind", distinct_words.KINDS)
