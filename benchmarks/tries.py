@@ -445,8 +445,6 @@ def _compile_table(found: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if not HAS_AVX512:
-        raise SystemExit("This processor has no AVX-512, which two of the ways need.")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -454,6 +452,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/tries")
     parser.add_argument("--compiled", help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args(argv)
+    if not HAS_AVX512:
+        raise SystemExit("This processor has no AVX-512, which two of the ways need.")
     clip, rounds, found = random_clip(arguments.model), arguments.rounds, {}
     clip.model.requires_grad_(False)
     if arguments.compiled:
